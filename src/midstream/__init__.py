@@ -1,0 +1,44 @@
+"""A stateful data pipeline and drop-in DataLoader for PyTorch that resumes mid-stream, exactly."""
+
+from midstream.checkpoint import merge_states
+from midstream.core import Dataset
+from midstream.errors import (
+    CheckpointError,
+    MidstreamError,
+    Origin,
+    ReplayDiverged,
+    SampleError,
+    SourceError,
+    TooManyErrors,
+    WorkerError,
+)
+from midstream.loader import DataLoader
+from midstream.nodes import collate, concatenate, interleave, pad
+from midstream.progress import Progress, progress
+from midstream.sources import from_dataset, from_iterable, read_json, read_parquet
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "DataLoader",
+    "Dataset",
+    "MidstreamError",
+    "Origin",
+    "Progress",
+    "ReplayDiverged",
+    "SampleError",
+    "SourceError",
+    "TooManyErrors",
+    "WorkerError",
+    "collate",
+    "concatenate",
+    "from_dataset",
+    "from_iterable",
+    "interleave",
+    "merge_states",
+    "pad",
+    "progress",
+    "read_json",
+    "read_parquet",
+]

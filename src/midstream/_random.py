@@ -1,0 +1,151 @@
+"""Counter-based randomness: every draw is a hash of (seed, salt, key, index), every permutation a formula.
+
+Nothing here has state and nothing touches a global generator. All arithmetic is modulo 2**64. The values are frozen by
+tests/golden: an order, once released, never changes within a format version.
+
+The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014); the permutation is a keyed Feistel network
+with cycle walking (Black and Rogaway 2002).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["draw", "fold", "fold_array", "generator", "mix", "mix_array", "pass_key", "permute", "salt", "uniform32"]
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_M1 = 0xBF58476D1CE4E5B9
+_M2 = 0x94D049BB133111EB
+_U = np.uint64
+_GOLDEN_U, _M1_U, _M2_U = _U(_GOLDEN), _U(_M1), _U(_M2)
+_S30, _S27, _S31, _S32, _S64 = _U(30), _U(27), _U(31), _U(32), 64
+_ROUNDS = 6
+_MIN_BITS = 6
+
+
+def mix(value: int) -> int:
+    """SplitMix64's finaliser on one integer.
+
+    >>> mix(1) == int(mix_array(np.array([1], dtype=np.uint64))[0])
+    True
+    """
+    value &= _MASK
+    value = ((value ^ (value >> 30)) * _M1) & _MASK
+    value = ((value ^ (value >> 27)) * _M2) & _MASK
+    return value ^ (value >> 31)
+
+
+def mix_array(values: U64) -> U64:
+    """`mix` over an array of uint64 (any shape); a new array."""
+    out: U64 = values ^ (values >> _S30)
+    out *= _M1_U
+    out ^= out >> _S27
+    out *= _M2_U
+    out ^= out >> _S31
+    return out
+
+
+def fold(*values: int) -> int:
+    """Hash a chain of integers into one of 64 bits; the order counts.
+
+    >>> fold(1, 2) != fold(2, 1)
+    True
+    """
+    result = 0
+    for value in values:
+        result = mix(result * _GOLDEN + (value & _MASK) + _GOLDEN)
+    return result
+
+
+def fold_array(head: int | U64, values: Any) -> U64:
+    """``fold`` of one more link: ``head`` (an integer or uint64 array) and an integer array, elementwise, at least 1-d."""
+    values = np.atleast_1d(np.asarray(values)).astype(np.uint64)
+    if isinstance(head, int):
+        return mix_array(values + _U((head * _GOLDEN + _GOLDEN) & _MASK))
+    return mix_array(head * _GOLDEN_U + values + _GOLDEN_U)
+
+
+def salt(text: str) -> int:
+    """A 64-bit integer for a name (BLAKE2b, never Python's ``hash``)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def pass_key(keys: U64, passes: Any) -> U64:
+    """The seed key of a pass: pass 0 keeps the key it was given, so that ``repeat(1)`` changes no order.
+
+    Args:
+        keys: uint64, shape [1] (the same for all) or [k].
+        passes: int64, shape [k] (or [1]).
+    """
+    passes = np.asarray(passes)
+    if not passes.any():
+        return keys
+    return np.where(passes == 0, keys, fold_array(keys, passes))
+
+
+def draw(seed: int, start: int, count: int) -> U64:
+    """The hashes number ``start`` ... ``start + count - 1`` of the stream ``seed``, shape [count], uint64."""
+    return fold_array(seed, np.arange(start, start + count, dtype=np.uint64))
+
+
+def uniform32(seed: int, start: int, count: int) -> I64:
+    """``count`` integers uniform in [0, 2**32), shape [count], int64."""
+    return (draw(seed, start, count) >> _S32).astype(np.int64)
+
+
+def generator(*key: int) -> np.random.Generator:
+    """A numpy generator that depends on ``key`` alone (Philox, 12 µs: only where user code wants one)."""
+    return np.random.Generator(np.random.Philox(key=[fold(*key), fold(1, *key)]))
+
+
+def permute(positions: I64, length: int, seed: int, keys: U64) -> I64:
+    """Where a random permutation of [0, length) sends ``positions``: O(1) memory for any length.
+
+    A six-round Feistel network over the smallest even split of at least 2**6 values, walked along its cycles until it
+    lands inside the range (fewer than two rounds of walking on average, more below 64 rows).
+
+    Args:
+        positions: int64, shape [k], each in [0, length).
+        length: Size of the permuted range, at least 1.
+        seed: 64-bit integer: the caller's seed and salt.
+        keys: uint64, shape [1] or [k]: the pass. Positions with equal keys share one permutation.
+
+    Returns:
+        int64, shape [k].
+    """
+    if length <= 1:
+        return np.zeros_like(positions)
+    bits = max((length - 1).bit_length(), _MIN_BITS)
+    low_bits = bits // 2
+    high_bits = bits - low_bits
+    rounds = [fold_array(fold(seed, index), keys) for index in range(_ROUNDS)]
+    values = _feistel(positions.astype(np.uint64), rounds, high_bits, low_bits)
+    limit = _U(length)
+    outside = np.flatnonzero(values >= limit)
+    while outside.size:
+        walked = _feistel(values[outside], [key if key.size == 1 else key[outside] for key in rounds], high_bits, low_bits)
+        values[outside] = walked
+        outside = outside[walked >= limit]
+    return values.astype(np.int64)
+
+
+def _feistel(values: U64, rounds: list[U64], high_bits: int, low_bits: int) -> U64:
+    """One pass of the network. The halves swap widths every round, so an odd number of bits works too."""
+    high = values >> _U(low_bits)
+    low = values & _U((1 << low_bits) - 1)
+    for key in rounds:
+        hashed = (low ^ key) * _M1_U
+        hashed ^= hashed >> _S32
+        hashed *= _M2_U
+        high ^= hashed >> _U(64 - high_bits)
+        high, low = low, high
+        high_bits, low_bits = low_bits, high_bits
+    return (high << _U(low_bits)) | low

@@ -1,0 +1,82 @@
+"""Plain-value state: what a checkpoint may hold, how it is copied, encoded and fingerprinted.
+
+A state is JSON: dict with string keys, list, str, int, float, bool, None. Nothing here knows what a state means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+__all__ = ["MISSING", "Missing", "State", "copy_plain", "decode", "encode", "fingerprint"]
+
+State = Any
+"""A plain JSON value. (A recursive alias would say more and check less: every use narrows it at once.)"""
+
+
+class Missing:
+    """The type of `MISSING`; survives pickling as the same object."""
+
+    _instance: Missing | None = None
+
+    def __new__(cls) -> Missing:
+        """The one instance."""
+        if cls._instance is None:
+            cls._instance = super().__new__(cls)
+        return cls._instance
+
+    def __reduce__(self) -> str:
+        return "MISSING"
+
+    def __repr__(self) -> str:
+        return "MISSING"
+
+
+MISSING = Missing()
+"""Stands for "no value" where None is a value."""
+
+
+def copy_plain(state: State) -> State:
+    """A copy that shares nothing mutable with ``state``.
+
+    Raises:
+        TypeError: If there is anything but plain JSON values inside.
+
+    >>> copy_plain({"at": [1, 2]})
+    {'at': [1, 2]}
+    """
+    kind = type(state)
+    if kind is int or kind is str or state is None or kind is bool or kind is float:
+        return state
+    if kind is dict:
+        for key in state:
+            if type(key) is not str:
+                raise TypeError(f"a state's keys are strings; found {key!r}")
+        return {key: copy_plain(value) for key, value in state.items()}
+    if kind is list:
+        return [copy_plain(value) for value in state]
+    raise TypeError(f"a state holds plain JSON values; found {kind.__name__}: {state!r:.80}")
+
+
+def encode(state: State) -> str:
+    """One canonical string for a plain state: sorted keys, no spaces.
+
+    >>> encode({"b": 1, "a": None})
+    '{"a":null,"b":1}'
+    """
+    return json.dumps(state, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def decode(text: str) -> State:
+    """The inverse of `encode`."""
+    return json.loads(text)
+
+
+def fingerprint(spec: State) -> str:
+    """16 hexadecimal digits that change when anything in ``spec`` does (BLAKE2b of its canonical string).
+
+    >>> fingerprint({"node": "shuffle"}) == fingerprint({"node": "shuffle"})
+    True
+    """
+    return hashlib.blake2b(encode(spec).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,1264 @@
+"""Descriptions, their places in a tree, and what runs them.
+
+    Dataset    a frozen description: a node with its inputs. Opens nothing until it is read.
+    Place      a node at its place in one tree: path, salt, inputs. Made by `bind` when a tree is about to run.
+    Rows       what the random-access face returns for an array of positions.
+    Iterator   the stream face, running in one lane. All state in fields, none in a generator's frame.
+    Cursor     the one Iterator of every random-access dataset: reads chunks of positions ahead.
+    Run        ``iter(dataset)``: one lane without a loader; what a bare StatefulDataLoader drives too.
+
+A node implements ``inputs``, ``random_access``, ``length`` and then ``_rows`` (random access) or ``_iterate`` (stream).
+What flows between nodes is a pair ``(sample, origins)``. A sample that user code failed on travels in band, as a `Hole`
+in its place, so no exception ever crosses a node and no buffer is left half filled.
+
+This file is the longest in the package: both faces, and every rule that all nodes share, read here top to bottom.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pickle
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import dill
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import IterableDataset, get_worker_info
+
+from midstream._random import fold, salt
+from midstream._state import MISSING, State, copy_plain, fingerprint
+from midstream.errors import CheckpointError, Origin, ReplayDiverged, SampleError, TooManyErrors, bullet_list
+
+__all__ = [
+    "Cursor",
+    "Dataset",
+    "Failure",
+    "Hole",
+    "Item",
+    "Iterator",
+    "Lane",
+    "Ledger",
+    "OnError",
+    "Place",
+    "Rows",
+    "Run",
+    "bind",
+    "describe_callable",
+    "epoch_key",
+    "join_origins",
+    "require_callable",
+    "require_choice",
+    "require_dataset",
+    "require_int",
+]
+
+FORMAT = 1
+"""Version of every state midstream writes."""
+
+I64 = npt.NDArray[np.int64]
+U64 = npt.NDArray[np.uint64]
+Origins = Any
+"""Origins of one sample: a tuple (source, pass, row, part), or an int64 array [m, 4] for a sample made of several."""
+Item = tuple[Any, Origins]
+OnError = Literal["raise", "skip", "refill"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong with one sample
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def describe_callable(fn: Any) -> str:
+    """``name @ file:line`` of a callable, as far as it can be known.
+
+    >>> def tokenize(x): return x
+    >>> describe_callable(tokenize).startswith("tokenize @ ")
+    True
+    """
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    inner = getattr(fn, "__func__", fn)
+    code = getattr(inner, "__code__", None)
+    if code is None:
+        code = getattr(getattr(type(fn), "__call__", None), "__code__", None)
+    name = callable_name(fn)
+    return f"{name} @ {code.co_filename}:{code.co_firstlineno}" if code is not None else name
+
+
+def callable_name(fn: Any) -> str:
+    """The qualified name of a callable: what a checkpoint remembers of it."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
+    return str(name).replace("<locals>.", "")
+
+
+class Failure:
+    """What is known of a sample that user code raised on. Picklable whatever was raised.
+
+    Attributes:
+        node: Path of the node.
+        origin: Where the sample came from; None when a whole batch failed.
+        quiet: Counted (``on_error="skip"``) instead of raised.
+        limit: ``max_errors`` of the node, or None.
+    """
+
+    __slots__ = ("error_type", "exception", "function", "limit", "message", "node", "origin", "quiet", "traceback")
+
+    def __init__(
+        self,
+        node: str,
+        origin: Origin | None,
+        function: str,
+        error: BaseException,
+        *,
+        quiet: bool = False,
+        limit: int | None = None,
+    ) -> None:
+        self.node, self.origin, self.function, self.quiet, self.limit = node, origin, function, quiet, limit
+        self.error_type = type(error).__qualname__
+        self.message = str(error)
+        # The first frame is ours: the call of the user's function.
+        self.traceback = "" if quiet else "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        self.exception = b"" if quiet else _pickle_exception(error)
+
+    def error(self) -> SampleError:
+        """The exception to raise for it, with the original as its cause where that could be carried over."""
+        place = f"on {self.origin}" if self.origin is not None else "on a whole batch"
+        message = (
+            f"{self.node} raised {self.error_type} {place}: {self.message}\n"
+            f"  node:      {self.node}\n"
+            f"  sample:    {self.origin if self.origin is not None else 'all of one batch'}\n"
+            f"  function:  {self.function}\n"
+            f"  What next: the next next() goes on with the sample after it. To skip and count such samples, give "
+            f'the node on_error="skip".\n'
+            f"  Original traceback:\n{_indent(self.traceback)}"
+        )
+        error = SampleError(message)
+        error.node, error.origin, error.function = self.node, self.origin, self.function
+        error.error_type, error.original_message = self.error_type, self.message
+        error.original_traceback = self.traceback
+        if self.exception:
+            try:
+                error.__cause__ = pickle.loads(self.exception)
+            except Exception:
+                pass  # a type that only the worker could import; the text has it all
+        return error
+
+
+def _indent(text: str) -> str:
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+def _pickle_exception(error: BaseException) -> bytes:
+    """The exception as bytes, or nothing where it would not survive (a constructor with two arguments, say)."""
+    try:
+        data = pickle.dumps(error)
+        if type(pickle.loads(data)) is type(error):
+            return data
+    except Exception:
+        pass
+    return b""
+
+
+class Hole:
+    """Stands in a sample's place when user code failed on it, or on part of it.
+
+    Attributes:
+        errors: What failed, one or more.
+        rest: The sample that is left (a shorter batch), or `MISSING`.
+    """
+
+    __slots__ = ("errors", "rest")
+
+    def __init__(self, errors: tuple[Failure, ...], rest: Any = MISSING) -> None:
+        self.errors, self.rest = errors, rest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The random-access face
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """The samples at an array of positions.
+
+    Attributes:
+        samples: One per position; a `Hole` where user code failed.
+        origins: int64, shape [m, 4]: source index, pass, row, part.
+        sizes: Origins per sample, int64 of shape [k], or None when every sample has exactly one.
+    """
+
+    __slots__ = ("origins", "samples", "sizes")
+
+    def __init__(self, samples: list[Any], origins: I64, sizes: I64 | None = None) -> None:
+        self.samples, self.origins, self.sizes = samples, origins, sizes
+
+    def items(self) -> list[Item]:
+        """The samples, each with its origins, as streams pass them on."""
+        if self.sizes is None:
+            return list(zip(self.samples, map(tuple, self.origins.tolist())))
+        ends = np.cumsum(self.sizes).tolist()
+        starts = [0, *ends[:-1]]
+        return [(sample, self.origins[a:b]) for sample, a, b in zip(self.samples, starts, ends)]
+
+    @staticmethod
+    def scatter(length: int, parts: Sequence[tuple[I64, Rows]]) -> Rows:
+        """Put the rows of several inputs in their places.
+
+        Args:
+            length: Number of samples in all.
+            parts: For each input the places (int64, shape [j]) and its rows.
+        """
+        samples: list[Any] = [None] * length
+        if all(rows.sizes is None for _, rows in parts):
+            origins = np.empty((length, 4), dtype=np.int64)
+            for places, rows in parts:
+                origins[places] = rows.origins
+                for place, sample in zip(places.tolist(), rows.samples):
+                    samples[place] = sample
+            return Rows(samples, origins)
+        pieces: list[I64] = [np.empty((0, 4), dtype=np.int64)] * length
+        for places, rows in parts:
+            for place, (sample, origin) in zip(places.tolist(), rows.items()):
+                samples[place] = sample
+                pieces[place] = as_origin_array(origin)
+        sizes = np.array([len(piece) for piece in pieces], dtype=np.int64)
+        return Rows(samples, np.concatenate(pieces) if pieces else np.empty((0, 4), dtype=np.int64), sizes)
+
+
+def as_origin_array(origins: Origins) -> I64:
+    """Origins of one sample as int64 of shape [m, 4]."""
+    if type(origins) is tuple:
+        return np.array([origins], dtype=np.int64)
+    return origins  # type: ignore[no-any-return]
+
+
+def join_origins(items: Sequence[Item]) -> I64:
+    """Origins of several samples as one int64 array of shape [m, 4]."""
+    if all(type(origin) is tuple for _, origin in items):
+        return np.array([origin for _, origin in items], dtype=np.int64).reshape(-1, 4)
+    return np.concatenate([as_origin_array(origin) for _, origin in items])
+
+
+def pick(values: npt.NDArray[Any], index: I64) -> npt.NDArray[Any]:
+    """``values[index]`` of an array that holds one value per position, or one for all (shape [1])."""
+    return values if values.size == 1 else values[index]
+
+
+def epoch_key(epoch: int) -> U64:
+    """The seed key of an outer epoch: where every chain of passes starts. uint64, shape [1]."""
+    return np.array([fold(epoch) if epoch else 0], dtype=np.uint64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Places: a tree that is about to run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Place:
+    """A node at its place in a tree.
+
+    Attributes:
+        node: The description.
+        path: Unique in the tree, like ``web/shuffle``; the prefix is the names chosen in interleave and concatenate.
+        salt: 64 bits that depend on the path alone: two shuffles of one seed differ.
+        inputs: Places of the inputs, by name; the key of a single input is the empty string.
+        source: Index in ``names`` of a source, -1 for other nodes.
+        names: The names of all sources in the tree, shared by all its places.
+    """
+
+    __slots__ = ("inputs", "names", "node", "path", "salt", "source")
+
+    def __init__(self, node: Dataset, path: str, names: list[str]) -> None:
+        self.node, self.path, self.names = node, path, names
+        self.salt = salt(path)
+        self.inputs: dict[str, Place] = {}
+        self.source = -1
+
+    @property
+    def input(self) -> Place:
+        """The place of the only input."""
+        return self.inputs[""]
+
+    def rows(self, positions: I64, keys: U64, passes: I64) -> Rows:
+        """The random-access face. See `Dataset._rows`."""
+        return self.node._rows(self, positions, keys, passes)
+
+    def iterate(self, lane: Lane, key: int, pass_: int) -> Iterator:
+        """The stream face: a `Cursor` where there is random access."""
+        if self.node.random_access:
+            return Cursor(self, lane, key, pass_)
+        return self.node._iterate(self, lane, key, pass_)
+
+    def origin(self, origin: Sequence[int]) -> Origin:
+        """Four integers with the source's name in place of its index."""
+        return Origin(self.names[origin[0]], *map(int, origin[1:]))
+
+    def walk(self) -> Iterable[Place]:
+        """This place and all below it, top down."""
+        yield self
+        for child in self.inputs.values():
+            yield from child.walk()
+
+
+def bind(root: Dataset) -> Place:
+    """Give every node of a tree its place.
+
+    Raises:
+        ValueError: If two sources have the same name.
+    """
+    names: list[str] = []
+    where: dict[str, str] = {}
+
+    def build(node: Dataset, prefix: tuple[str, ...]) -> Place:
+        chain = [node]
+        while list(chain[-1].inputs()) == [""]:
+            chain.append(chain[-1].inputs()[""])
+        below: Place | None = None
+        seen: dict[str, int] = {}
+        for item in reversed(chain):
+            label = item.label
+            seen[label] = seen.get(label, 0) + 1
+            if seen[label] > 1:
+                label = f"{label}#{seen[label]}"
+            place = Place(item, "/".join((*prefix, label)), names)
+            if below is not None:
+                place.inputs[""] = below
+            elif inputs := item.inputs():
+                place.inputs = dict.fromkeys(inputs, place)
+                for key in sorted(inputs):  # sources are numbered by name, not by the order of a dict literal
+                    place.inputs[key] = build(inputs[key], (*prefix, key))
+            else:
+                name = getattr(item, "name", None) or "/".join(prefix) or "data"
+                if name in where:
+                    raise ValueError(
+                        f"two sources are named {name!r}: one at {where[name]!r}, one at {place.path!r}. Progress and "
+                        f"origins are told by name, so give each source its own name=..."
+                    )
+                where[name] = place.path
+                place.source = len(names)
+                names.append(name)
+            below = place
+        assert below is not None
+        return below
+
+    return build(root, ())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stream face
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Ledger:
+    """What one lane lost or dropped, counted once however often it is replayed.
+
+    Attributes:
+        marks: For each node that drops samples the highest (pass, input number) it has counted.
+        events: Counts since the last delivery, keyed ``kind|path|source index``.
+        notices: (key, text) of warnings for the user, to be given once.
+        limits: ``max_errors`` of the nodes that failed.
+    """
+
+    __slots__ = ("events", "limits", "marks", "notices")
+
+    def __init__(self) -> None:
+        self.marks: dict[str, list[int]] = {}
+        self.events: dict[str, int] = {}
+        self.notices: list[tuple[str, str]] = []
+        self.limits: dict[str, int] = {}
+
+    def dropped(self, kind: str, path: str, source: int, pass_: int, number: int, count: int = 1) -> None:
+        """Count what node ``path`` dropped on its input ``number`` of pass ``pass_``, unless a replay did already."""
+        mark = [pass_, number]
+        if self.marks.get(path, [-1, -1]) < mark:
+            self.marks[path] = mark
+            key = f"{kind}|{path}|{source}"
+            self.events[key] = self.events.get(key, 0) + count
+
+    def failed(self, failure: Failure, source: int) -> None:
+        """Count a skipped sample. It is met once: failures pass every buffer at once and replays swallow them."""
+        key = f"failed {failure.error_type}|{failure.node}|{source}"
+        self.events[key] = self.events.get(key, 0) + 1
+        if failure.limit is not None:
+            self.limits[failure.node] = failure.limit
+
+    def notice(self, key: str, text: str) -> None:
+        """Leave a warning for the user."""
+        self.notices.append((key, text))
+
+    def take(self) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
+        """Events, notices and limits since the last call."""
+        taken = (self.events, self.notices, self.limits)
+        self.events, self.notices, self.limits = {}, [], {}
+        return taken
+
+
+def check_limits(events: Mapping[str, int], limits: Mapping[str, int]) -> None:
+    """Compare the failures counted so far with every node's ``max_errors``.
+
+    Raises:
+        TooManyErrors: If a node is over its limit.
+    """
+    for path, limit in limits.items():
+        failed = {key: count for key, count in events.items() if key.startswith("failed ") and key.split("|")[1] == path}
+        if sum(failed.values()) > limit:
+            kinds = [f"{count} x {key.split('|')[0].removeprefix('failed ')}" for key, count in sorted(failed.items())]
+            raise TooManyErrors(
+                f"{path} skipped {sum(failed.values())} samples, more than max_errors={limit}:{bullet_list(kinds)}\n"
+                f"Look at one of them with on_error='raise', or raise max_errors."
+            )
+
+
+class Lane(NamedTuple):
+    """One of the logical sub-streams into which a run is divided.
+
+    Attributes:
+        index: Number of the lane, from 0.
+        num_lanes: How many there are.
+        block: How many consecutive positions of a random-access input belong to one lane (the batch size).
+        ledger: Where the lane counts what it drops.
+    """
+
+    index: int
+    num_lanes: int
+    block: int
+    ledger: Ledger
+
+    def widen(self, factor: int) -> Lane:
+        """The lane as seen below a node that takes ``factor`` inputs for one output."""
+        return self._replace(block=self.block * factor)
+
+    def share(self, count: int) -> int:
+        """How many of ``count`` things are this lane's."""
+        return count // self.num_lanes + (self.index < count % self.num_lanes)
+
+
+class Iterator:
+    """The running form of a dataset in one lane.
+
+    A subclass implements ``_next`` (return the next item or raise StopIteration, again and again once it ended),
+    ``_state`` (plain values; it may share them, the base class copies) and ``_load`` (take such a state, whatever the
+    iterator did before). A loaded state is applied by the first ``next()``, so loading costs nothing and
+    ``state_dict()`` after it returns what was loaded.
+    """
+
+    _loaded: State = None
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self) -> Item:
+        if self._loaded is not None:
+            self._load(self._loaded)
+            self._loaded = None
+        return self._next()
+
+    def state_dict(self) -> State:
+        """The state, as fresh plain values. Legal at any time."""
+        return copy_plain(self.snapshot())
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue from ``state`` with the next ``next()``."""
+        self.load(copy_plain(state))
+
+    def snapshot(self) -> State:
+        """`state_dict` without the copy: for a caller that encodes it at once or keeps it unchanged."""
+        return self._loaded if self._loaded is not None else self._state()
+
+    def load(self, state: State) -> None:
+        """`load_state_dict` without the copy."""
+        self._loaded = state
+
+    def _next(self) -> Item:
+        raise NotImplementedError
+
+    def _state(self) -> State:
+        raise NotImplementedError
+
+    def _load(self, state: State) -> None:
+        raise NotImplementedError
+
+
+_MAX_CHUNK = 512
+_CHUNK_BYTES = 8 << 20
+_FAST, _SLOW = 1e-3, 4e-3
+
+
+class Cursor(Iterator):
+    """Reads a random-access dataset forward, in chunks of positions.
+
+    Lane l reads the blocks of ``lane.block`` positions whose number is l modulo ``lane.num_lanes``. Chunks grow while
+    reading is fast and shrink when it is slow, so a cheap pipeline is vectorised and an expensive one starts at once;
+    that changes when rows are read, never which.
+
+    State: ``[at, told, block]``: rows of this lane delivered; errors of the next row already raised; block size.
+    Resume: nothing is read again but the row in progress when part of it failed.
+    """
+
+    def __init__(self, place: Place, lane: Lane, key: int, pass_: int) -> None:
+        self.place, self.lane = place, lane
+        self.keys = np.array([key], dtype=np.uint64)
+        self.passes = np.array([pass_], dtype=np.int64)
+        self.block = lane.block
+        self.length = place.node.length()
+        self.first = 0  # number, in this lane, of the first item read ahead
+        self.items: list[Item] = []
+        self.at = 0
+        self.told = 0
+        self.chunk = 1
+
+    @property
+    def number(self) -> int:
+        """Rows of this lane delivered."""
+        return self.first + self.at
+
+    def _next(self) -> Item:
+        at = self.at
+        if at == len(self.items):
+            self._fill()
+            at = 0
+        item = self.items[at]
+        if type(item[0]) is Hole:
+            return self._hole(item[0], item[1])
+        self.at = at + 1
+        return item
+
+    def _hole(self, hole: Hole, origins: Origins) -> Item:
+        """One failure at a time, then what is left of the sample."""
+        if self.told < len(hole.errors):
+            error = hole.errors[self.told]
+            self.told += 1
+            if self.told == len(hole.errors) and hole.rest is MISSING:
+                self.at, self.told = self.at + 1, 0
+            return Hole((error,)), origins
+        self.at, self.told = self.at + 1, 0
+        return hole.rest, origins
+
+    def _fill(self) -> None:
+        first = self.first + len(self.items)
+        numbers = np.arange(first, first + self.chunk, dtype=np.int64)
+        if self.lane.num_lanes > 1:
+            blocks, inside = np.divmod(numbers, self.block)
+            positions = (blocks * self.lane.num_lanes + self.lane.index) * self.block + inside
+        else:
+            positions = numbers
+        if self.length is not None and positions[-1] >= self.length:
+            positions = positions[positions < self.length]
+            if not positions.size:
+                raise StopIteration
+        start = time.perf_counter()
+        items = self.place.rows(positions, self.keys, self.passes).items()
+        elapsed = time.perf_counter() - start
+        self.first, self.items, self.at = first, items, 0
+        if elapsed > _SLOW:
+            self.chunk = max(1, self.chunk // 2)
+        elif elapsed < _FAST and 2 * self.chunk * num_bytes(items[0][0]) <= _CHUNK_BYTES:
+            self.chunk = min(2 * self.chunk, _MAX_CHUNK)
+
+    def _state(self) -> State:
+        return [self.number, self.told, self.block]
+
+    def _load(self, state: State) -> None:
+        self.first, self.told, self.block = state
+        self.items, self.at = [], 0
+
+
+def num_bytes(sample: Any) -> int:
+    """Roughly how large a sample is, in bytes."""
+    size = getattr(sample, "nbytes", None)
+    if size is not None:
+        return int(size)
+    if isinstance(sample, dict):
+        return sum(num_bytes(value) for value in sample.values())
+    if isinstance(sample, (str, bytes)):
+        return len(sample)
+    if isinstance(sample, (list, tuple)):
+        return len(sample) * num_bytes(sample[0]) if sample else 8
+    return 64
+
+
+class SafePoint:
+    """The upstream of a buffering node, with a state that can be rebuilt.
+
+    The state of ``upstream`` is taken every ``every`` inputs (a deep state costs more than an input), at input numbers
+    that are multiples of ``every``, so that the state at a position does not depend on where the run was resumed.
+    """
+
+    __slots__ = ("every", "number", "state", "state_at", "upstream")
+
+    def __init__(self, upstream: Iterator, every: int) -> None:
+        self.upstream, self.every = upstream, every
+        self.number = 0
+        self.state: State = None
+        self.state_at = -1
+
+    def next(self) -> Item:
+        """The next input."""
+        if self.number % self.every == 0 and self.state_at != self.number:
+            self.state, self.state_at = self.upstream.snapshot(), self.number
+        item = next(self.upstream)
+        self.number += 1
+        return item
+
+    def snapshot(self) -> list[State]:
+        """``[number of inputs taken, how many since the state, upstream state]``."""
+        if self.number % self.every == 0 and self.state_at != self.number:
+            self.state, self.state_at = self.upstream.snapshot(), self.number
+        return [self.number, self.number - self.state_at, self.state]
+
+    def load(self, state: list[State]) -> None:
+        """Go back to the safe point and read forward to where the state was taken."""
+        number, since, upstream = state
+        self.upstream.load(upstream)
+        self.number = number - since
+        self.state, self.state_at = upstream, self.number
+        for _ in range(since):
+            try:
+                self.next()
+            except StopIteration:
+                raise ReplayDiverged(
+                    f"the input ended after {self.number} samples while {number} were to be read again; has the data "
+                    f"changed since the checkpoint was saved?"
+                ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Descriptions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Dataset(IterableDataset[Any]):
+    """An immutable description of a stream of samples: a node of a tree with sources at its leaves.
+
+    Subclasses are frozen dataclasses (``@dataclass(frozen=True, eq=False, repr=False)``). Every verb returns a new
+    dataset. Nothing is opened until it is read.
+
+    A dataset implements torchdata's ``Stateful`` protocol, so a bare ``StatefulDataLoader(ds, num_workers=k)`` resumes
+    exactly on the same number of workers.
+
+    >>> import midstream as ms
+    >>> ds = ms.from_dataset(list("abcdef"), name="letters").shuffle(seed=1).take(4)
+    >>> ds
+    take(n=4)
+    └─ shuffle(seed=1)
+       └─ letters: from_dataset(list, 6 rows)
+    >>> list(ds) == list(ds), len(ds)
+    (True, 4)
+    """
+
+    kind: ClassVar[str] = "dataset"
+    """The verb that makes this node: its name in paths, trees and checkpoints."""
+
+    # -- what a node implements ---------------------------------------------------------------------------------------
+
+    def inputs(self) -> dict[str, Dataset]:
+        """The inputs by name. A single input has the empty name; sources have none."""
+        source = getattr(self, "source", None)
+        return {"": source} if isinstance(source, Dataset) else {}
+
+    @property
+    def random_access(self) -> bool:
+        """Whether the sample at any position can be produced. Known without opening anything."""
+        return all(child.random_access for child in self.inputs().values())
+
+    @property
+    def infinite(self) -> bool:
+        """Whether the stream never ends by itself."""
+        return any(child.infinite for child in self.inputs().values())
+
+    def _length(self) -> int | None:
+        """Number of samples of a random-access dataset; None when it is infinite."""
+        raise NotImplementedError(f"{type(self).__name__} has no length")
+
+    def block_sizes(self) -> I64 | None:
+        """Sizes of the natural blocks, in which reading one row costs a whole block; None where a block is a row."""
+        return None
+
+    def spec_fields(self) -> dict[str, State]:
+        """What a checkpoint remembers of this node: plain values by name."""
+        return {}
+
+    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+        """The samples at ``positions``.
+
+        Args:
+            at: This node's place.
+            positions: int64, shape [k], each in [0, length).
+            keys: uint64, shape [1] or [k]: the seed key of the pass each position belongs to.
+            passes: int64, shape [1] or [k]: the number of that pass, for origins.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no random access")
+
+    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+        """The running form in one lane, for one pass."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be read as a stream")
+
+    def full_lanes(self, num_lanes: int, block: int) -> tuple[int, str]:
+        """How many of the lanes 0, 1, 2, ... can have any data, and the reason in words."""
+        if self.random_access:
+            length = self.length()
+            full = num_lanes if length is None else min(num_lanes, -(-length // block))
+            return full, f"{self.label} has {length} rows, in blocks of {block}"
+        return max((child.full_lanes(num_lanes, block) for child in self.inputs().values()), key=lambda pair: pair[0])
+
+    def max_lanes(self) -> tuple[int, str] | None:
+        """The largest useful number of lanes and the source that limits it, or None when nothing does."""
+        limits = [limit for child in self.inputs().values() if (limit := child.max_lanes()) is not None]
+        return min(limits) if limits else None
+
+    def length(self) -> int | None:
+        """`_length`, asked once."""
+        known = self.__dict__.get("_known_length")
+        if known is None:
+            known = (self._length(),)
+            self._set("_known_length", known)
+        return known[0]  # type: ignore[no-any-return]
+
+    # -- identity -----------------------------------------------------------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        """The node's name within its place: the verb, or the name it was given."""
+        return self.kind
+
+    @property
+    def batch_rows(self) -> int | None:
+        """Samples per element when the pipeline ends in ``.batch`` (perhaps with one-to-one nodes after it)."""
+        inputs = self.inputs()
+        if not inputs:
+            return None
+        sizes = {child.batch_rows for child in inputs.values()}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def spec(self) -> dict[str, State]:
+        """The tree as plain data: nodes, names, seeds, weights, lengths. Its hash is the `fingerprint`.
+
+        A callable is remembered by its name only, so that editing a file does not void a checkpoint.
+        """
+        return _spec(bind(self))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits: the hash of `spec`. Equality of datasets is equality of fingerprints."""
+        known = self.__dict__.get("_fingerprint")
+        if known is None:
+            known = fingerprint(self.spec())
+            self._set("_fingerprint", known)
+        return str(known)
+
+    def __eq__(self, other: object) -> bool:
+        return self.fingerprint == other.fingerprint if isinstance(other, Dataset) else NotImplemented
+
+    def __hash__(self) -> int:
+        return int(self.fingerprint, 16) >> 4
+
+    def __repr__(self) -> str:
+        return "\n".join(tree_lines(bind(self)))
+
+    def _repr_html_(self) -> str:
+        from midstream.display import tree_html
+
+        return tree_html(self)
+
+    def summary(self) -> str:
+        """This node in one line of a tree: its arguments."""
+        fields = ((key, value) for key, value in self.spec_fields().items() if key != "length")
+        return f"{self.kind}({', '.join(f'{key}={_short(value)}' for key, value in fields)})"
+
+    # -- pickling and hidden slots ------------------------------------------------------------------------------------
+
+    _kept_slots: ClassVar[tuple[str, ...]] = ("_waiting", "_epoch")
+    _by_value: ClassVar[tuple[str, ...]] = ()
+
+    def _set(self, name: str, value: Any) -> None:
+        """Set one of the few slots that are no fields: caches, handles, a state that waits."""
+        object.__setattr__(self, name, value)
+
+    def _handle(self) -> Any:
+        """What `_open` returns, opened once per process."""
+        pid = os.getpid()
+        cached = self.__dict__.get("_opened")
+        if cached is None or cached[0] != pid:
+            cached = (pid, self._open())
+            self._set("_opened", cached)
+        return cached[1]
+
+    def _open(self) -> Any:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        kept = {key: value for key, value in self.__dict__.items() if key in names or key in self._kept_slots}
+        for key, value in kept.items():
+            if key in self._by_value or (callable(value) and not isinstance(value, (type, Dataset))):
+                kept[key] = _ByValue(value)
+        return kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for key, value in state.items():
+            self._set(key, value.value if isinstance(value, _ByValue) else value)
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Number of samples of an epoch.
+
+        Raises:
+            TypeError: If it cannot be known without reading, or there is no end.
+        """
+        if not self.random_access:
+            raise TypeError(f"the length of this pipeline is known only by reading it:\n{self!r}")
+        length = self.length()
+        if length is None:
+            raise TypeError(f"this pipeline has no end, so it has no length:\n{self!r}")
+        return length
+
+    def __iter__(self) -> Run:
+        """Read the samples in the order of a single lane, from the start or from a loaded state.
+
+        In a worker of a bare StatefulDataLoader the worker is a lane.
+        """
+        worker = get_worker_info()
+        index, num_lanes = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        run = Run(self, index, num_lanes, self.__dict__.get("_epoch", 0))
+        waiting = self.__dict__.get("_waiting")
+        if waiting is not None:
+            run.load_state_dict(waiting)
+            self._set("_waiting", None)
+        self._set("_run", run)
+        return run
+
+    def rows(self, positions: Sequence[int] | I64, epoch: int = 0) -> list[Any]:
+        """The samples at some positions of a random-access pipeline.
+
+        Args:
+            positions: Positions in [0, len(self)).
+            epoch: Which epoch's order to look at.
+
+        Raises:
+            TypeError: If the pipeline is a stream.
+            IndexError: If a position is out of range.
+            SampleError: If user code raises on one of them.
+
+        >>> import midstream as ms
+        >>> ms.from_dataset([10, 20, 30]).map(lambda x: x + 1).rows([2, 0])
+        [31, 11]
+        """
+        if not self.random_access:
+            raise TypeError(f"only a random-access pipeline has rows; this one is a stream:\n{self!r}")
+        array = np.asarray(positions, dtype=np.int64).reshape(-1)
+        length = self.length()
+        if array.size and (array.min() < 0 or (length is not None and array.max() >= length)):
+            raise IndexError(f"positions are in [0, {length}); found {array.min()} to {array.max()}")
+        if not array.size:
+            return []
+        samples = bind(self).rows(array, epoch_key(epoch), np.array([epoch], dtype=np.int64)).samples
+        for sample in samples:
+            if isinstance(sample, Hole):
+                raise sample.errors[0].error()
+        return samples
+
+    def state_dict(self) -> State:
+        """The state of the iteration in progress (or, before any, of its start). Plain values, fresh each time."""
+        waiting = self.__dict__.get("_waiting")
+        if waiting is not None:
+            return copy_plain(waiting)
+        run = self.__dict__.get("_run")
+        if run is None:
+            worker = get_worker_info()
+            index, num_lanes = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+            run = Run(self, index, num_lanes, self.__dict__.get("_epoch", 0))
+        return run.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        """Let the next ``iter()`` continue from ``state``. Applied once.
+
+        Raises:
+            CheckpointError: If another pipeline wrote it.
+        """
+        check_run_state(self, state)
+        self._set("_waiting", copy_plain(state))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next fresh ``iter()`` (a loaded state brings its own)."""
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise ValueError(f"epoch is an integer of at least 0; found {epoch!r}")
+        self._set("_epoch", epoch)
+
+    # -- verbs (the only place where a lower file names a higher one) --------------------------------------------------
+
+    def shuffle(self, seed: int = 0, *, buffer_size: int | None = None, window_blocks: int | None = 16) -> Dataset:
+        """Shuffle: globally by a formula, or with ``buffer_size`` a stream, in bounded memory.
+
+        Args:
+            seed: Any integer. Every epoch and every pass of a ``repeat`` has its own order.
+            buffer_size: Samples held back, over the whole run; needed for streams.
+            window_blocks: Over sources with blocks larger than a row (parquet row groups): how many blocks are mixed
+                with each other; None for a full permutation.
+
+        >>> import midstream as ms
+        >>> sorted(ms.from_dataset(range(5)).shuffle(seed=3))
+        [0, 1, 2, 3, 4]
+        """
+        from midstream.nodes.shuffle import BufferedShuffle, Shuffle
+
+        if buffer_size is None:
+            return Shuffle(self, seed, window_blocks)
+        return BufferedShuffle(self, seed, buffer_size)
+
+    def map(
+        self,
+        fn: Callable[..., Any],
+        *,
+        with_rng: bool = False,
+        isolate_rng: bool = False,
+        seed: int = 0,
+        on_error: OnError = "raise",
+        max_errors: int | None = None,
+    ) -> Dataset:
+        """Replace every sample by ``fn(sample)``, or ``fn(sample, rng)`` with ``with_rng=True``.
+
+        Args:
+            fn: What it returns replaces the sample; None is an error.
+            with_rng: Pass a ``numpy.random.Generator`` keyed by (seed, origin): the same after any resume.
+            isolate_rng: Seed the global torch, numpy and random generators the same way around the call, and put them
+                back after it: for augmentations that draw from them.
+            seed: For the two above.
+            on_error: ``"raise"``; ``"skip"``: the sample is left out and counted, its batch is shorter; ``"refill"``:
+                the same, and batches stay full (makes the pipeline a stream).
+            max_errors: With skip and refill: more than so many raise `TooManyErrors`.
+
+        >>> import midstream as ms
+        >>> list(ms.from_dataset([1, 2, 3]).map(lambda x: x * 10))
+        [10, 20, 30]
+        """
+        from midstream.nodes.map import Map
+
+        return Map(self, fn, with_rng, isolate_rng, seed, on_error, max_errors)
+
+    def filter(
+        self, fn: Callable[[Any], Any], *, on_error: Literal["raise", "skip"] = "raise", max_errors: int | None = None
+    ) -> Dataset:
+        """Keep the samples for which ``fn(sample)`` is true; what is dropped is counted.
+
+        >>> import midstream as ms
+        >>> list(ms.from_dataset(range(6)).filter(lambda x: x % 2))
+        [1, 3, 5]
+        """
+        from midstream.nodes.filter import Filter
+
+        return Filter(self, fn, on_error, max_errors)
+
+    def flat_map(
+        self,
+        fn: Callable[[Any], Iterable[Any]],
+        *,
+        on_error: Literal["raise", "skip"] = "raise",
+        max_errors: int | None = None,
+    ) -> Dataset:
+        """Replace every sample by the samples ``fn`` returns: none, one or many.
+
+        >>> import midstream as ms
+        >>> list(ms.from_dataset(["ab", "", "c"]).flat_map(list))
+        ['a', 'b', 'c']
+        """
+        from midstream.nodes.flat_map import FlatMap
+
+        return FlatMap(self, fn, on_error, max_errors)
+
+    def repeat(self, num_epochs: int | None = None) -> Dataset:
+        """Go through the data ``num_epochs`` times, for ever when None; shuffles below draw a new order each pass.
+
+        >>> import midstream as ms
+        >>> list(ms.from_dataset([1, 2]).repeat(2))
+        [1, 2, 1, 2]
+        """
+        from midstream.nodes.repeat import Repeat
+
+        return Repeat(self, num_epochs)
+
+    def take(self, n: int) -> Dataset:
+        """The first ``n`` samples. On a stream every lane takes its share of them.
+
+        >>> import midstream as ms
+        >>> list(ms.from_dataset(range(9)).take(2))
+        [0, 1]
+        """
+        from midstream.nodes.take import Take
+
+        return Take(self, n)
+
+    def skip(self, n: int) -> Dataset:
+        """All but the first ``n`` samples. On a stream every lane skips its share of them.
+
+        >>> import midstream as ms
+        >>> list(ms.from_dataset(range(4)).skip(2))
+        [2, 3]
+        """
+        from midstream.nodes.skip import Skip
+
+        return Skip(self, n)
+
+    def batch(
+        self, batch_size: int, *, drop_last: bool = False, collate_fn: Callable[[list[Any]], Any] | None = None
+    ) -> Dataset:
+        """Group samples into batches.
+
+        Args:
+            batch_size: Samples per batch.
+            drop_last: Leave out the last batch when it is smaller (on a stream: of each lane), counted.
+            collate_fn: Makes a batch of a list of samples; by default torch's rules. `midstream.pad` is the ready
+                answer for samples of different lengths.
+
+        >>> import midstream as ms
+        >>> list(ms.from_dataset([1, 2, 3]).batch(2))
+        [tensor([1, 2]), tensor([3])]
+        """
+        from midstream.nodes.batch import Batch
+
+        return Batch(self, batch_size, drop_last, collate_fn)
+
+
+class _ByValue:
+    """A callable (or data) that pickles by value when a reference would not do: lambdas, closures, notebooks."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_bytes, (_to_bytes(self.value),)
+
+
+def _to_bytes(value: Any) -> bytes:
+    module = getattr(value, "__module__", None) or type(value).__module__
+    if module != "__main__":
+        try:
+            return pickle.dumps(value)
+        except Exception:
+            pass
+    return bytes(dill.dumps(value, recurse=True))
+
+
+def _from_bytes(data: bytes) -> _ByValue:
+    return _ByValue(dill.loads(data))
+
+
+def require_dataset(value: Any, where: str) -> None:
+    """Refuse what is not a dataset, and say how to make it one."""
+    if not isinstance(value, Dataset):
+        raise TypeError(
+            f"{where} takes midstream datasets; found {type(value).__name__}. Wrap data with midstream.from_dataset(data), "
+            f"a stream with midstream.from_iterable(make, name=...)."
+        )
+
+
+def require_int(value: Any, name: str, minimum: int, where: str) -> None:
+    """Refuse what is not an integer of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{where}: {name} is an integer; found {value!r}")
+    if value < minimum:
+        raise ValueError(f"{where}: {name} is at least {minimum}; found {value}")
+
+
+def require_callable(value: Any, where: str) -> None:
+    """Refuse what cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{where} takes a callable; found {type(value).__name__}")
+
+
+def require_choice(value: Any, name: str, choices: Sequence[str], where: str) -> None:
+    """Refuse what is not one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{where}: {name} is one of {', '.join(map(repr, choices))}; found {value!r}")
+
+
+def _spec(place: Place) -> dict[str, State]:
+    spec: dict[str, State] = {"node": place.node.kind, **place.node.spec_fields()}
+    if place.source >= 0:
+        spec["name"] = place.names[place.source]
+    if place.inputs:
+        spec["inputs"] = {key: _spec(child) for key, child in place.inputs.items()}
+    return spec
+
+
+def _short(value: State) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_short(item)}" for key, item in value.items()) + "}"
+    return repr(value) if isinstance(value, (str, float)) else str(value)
+
+
+def tree_lines(place: Place, prefix: str = "") -> list[str]:
+    """A tree in words, one line per node."""
+    label = place.node.summary()
+    if place.source >= 0:
+        label = f"{place.names[place.source]}: {label}"
+    lines = [f"{prefix}{label}"]
+    children = list(place.inputs.items())
+    for index, (_, child) in enumerate(children):
+        last = index == len(children) - 1
+        head, *tail = tree_lines(child)
+        lines.append(f"{'└─ ' if last else '├─ '}{head}")
+        lines.extend(f"{'   ' if last else '│  '}{line}" for line in tail)
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running without a loader
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Delivery:
+    """Pulls the deliverable out of a lane: a sample, or a failure to be raised. Quiet failures are counted on the way."""
+
+    __slots__ = ("iterator", "lane", "place")
+
+    def __init__(self, place: Place, lane: Lane, key: int, pass_: int) -> None:
+        self.place, self.lane = place, lane
+        self.iterator = place.iterate(lane, key, pass_)
+
+    def next(self) -> Item:
+        """The next sample with its origins, or a `Failure` in the sample's place; raises StopIteration at the end."""
+        while True:
+            sample, origins = next(self.iterator)
+            if type(sample) is not Hole:
+                return sample, origins
+            failure = sample.errors[0]
+            if not failure.quiet:
+                return failure, origins
+            source = self.place.names.index(failure.origin.source) if failure.origin is not None else -1
+            self.lane.ledger.failed(failure, source)
+
+
+class Run:
+    """``iter(dataset)``: the samples of one lane, one after the other.
+
+    State: ``{"midstream", "fingerprint", "epoch", "lane": [index, number of lanes], "done", "state", "marks",
+    "events"}``: the root's state, and what was dropped or skipped so far.
+    """
+
+    def __init__(self, dataset: Dataset, index: int, num_lanes: int, epoch: int) -> None:
+        self._dataset = dataset
+        self._lane = Lane(index, num_lanes, 1, Ledger())
+        self._place = bind(dataset)
+        self._epoch = epoch
+        self._events: dict[str, int] = {}
+        self._limits: dict[str, int] = {}
+        self._noticed: set[str] = set()
+        self._done = False
+        self._waiting: State = None
+        self._delivery: Delivery | None = None
+
+    def __iter__(self) -> Run:
+        return self
+
+    def __next__(self) -> Any:
+        delivery = self._delivery or self._start()
+        if self._done:
+            raise StopIteration
+        try:
+            sample, _ = delivery.next()
+        except StopIteration:
+            self._done = True
+            self._count()
+            raise
+        ledger = self._lane.ledger
+        if ledger.events or ledger.notices:
+            self._count()
+        if type(sample) is Failure:
+            raise sample.error()
+        return sample
+
+    def _start(self) -> Delivery:
+        delivery = Delivery(self._place, self._lane, int(epoch_key(self._epoch)[0]), self._epoch)
+        if self._waiting is not None:
+            delivery.iterator.load(self._waiting["state"])
+            self._lane.ledger.marks = copy_plain(self._waiting["marks"])
+            self._waiting = None
+        self._delivery = delivery
+        return delivery
+
+    def _count(self) -> None:
+        events, notices, limits = self._lane.ledger.take()
+        for key, count in events.items():
+            self._events[key] = self._events.get(key, 0) + count
+        for key, text in notices:
+            if key not in self._noticed:
+                self._noticed.add(key)
+                warnings.warn(text, RuntimeWarning, stacklevel=3)
+        self._limits.update(limits)
+        check_limits(self._events, self._limits)
+
+    def state_dict(self) -> State:
+        """The state after the last sample returned; plain values, fresh each time."""
+        if self._waiting is not None:
+            return copy_plain(self._waiting)
+        delivery = self._delivery or self._start()
+        return copy_plain(
+            {
+                "midstream": FORMAT,
+                "fingerprint": self._dataset.fingerprint,
+                "epoch": self._epoch,
+                "lane": [self._lane.index, self._lane.num_lanes],
+                "done": self._done,
+                "state": delivery.iterator.snapshot(),
+                "marks": self._lane.ledger.marks,
+                "events": self._events,
+            }
+        )
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue from ``state`` with the next ``next()``.
+
+        Raises:
+            CheckpointError: If another pipeline, or another number of lanes, wrote it.
+        """
+        check_run_state(self._dataset, state)
+        if state["lane"] != [self._lane.index, self._lane.num_lanes]:
+            raise CheckpointError(
+                f"this state is of worker {state['lane'][0]} of {state['lane'][1]}, and was given to worker "
+                f"{self._lane.index} of {self._lane.num_lanes}. Under a bare StatefulDataLoader a worker is a lane, so "
+                f"resume with num_workers={state['lane'][1]}; midstream.DataLoader takes any number."
+            )
+        self._waiting = copy_plain(state)
+        self._epoch, self._done = state["epoch"], state["done"]
+        self._events = dict(self._waiting["events"])
+        self._delivery = None
+
+
+_RUN_KEYS = {
+    "midstream": int,
+    "fingerprint": str,
+    "epoch": int,
+    "lane": list,
+    "done": bool,
+    "marks": dict,
+    "events": dict,
+}
+
+
+def check_run_state(dataset: Dataset, state: State) -> None:
+    """Refuse what is not a state of this dataset."""
+    if not isinstance(state, dict) or "state" not in state or any(
+        not isinstance(state.get(key), kind) for key, kind in _RUN_KEYS.items()
+    ):
+        found = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"not a state of a midstream dataset: expected {sorted([*_RUN_KEYS, 'state'])}, found {found}")
+    if state["midstream"] != FORMAT:
+        raise CheckpointError(f"this state has format {state['midstream']}; this midstream reads format {FORMAT}")
+    if state["fingerprint"] != dataset.fingerprint:
+        raise CheckpointError(
+            f"this state was written by another pipeline (fingerprint {state['fingerprint']}, here "
+            f"{dataset.fingerprint}). This pipeline is:\n{dataset!r}"
+        )
+
+

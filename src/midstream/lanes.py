@@ -1,0 +1,122 @@
+"""Lanes to ranks and workers: who makes which batch. The only file that knows about topology.
+
+A run's batches are numbered n = 0, 1, 2, ... over all ranks; batch n is made by lane n mod L.
+
+    rank r of R      makes the batches n = r (mod R), from the first one not below n0, where the run continues
+    worker w of W    makes every W-th of those, beginning with the w-th
+
+Random access needs no lanes: a worker computes its batch numbers and reads there. Streams give lane l to rank l mod R,
+which works when R divides L; within the rank, lanes are its slots 0, 1, 2, ... in turn, slot s on worker s mod W, padded
+with empty slots to a multiple of W so that the turns stay in step.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+import torch.distributed
+
+__all__ = ["DEFAULT_LANES", "Topology", "batches_of_rank", "choose_lanes", "current_topology", "first_batch", "slots"]
+
+DEFAULT_LANES = 48
+"""Divisible by 1, 2, 3, 4, 6, 8, 12, 16, 24 and 48 ranks."""
+
+
+class Topology(NamedTuple):
+    """One rank among ``world_size``, with ``num_workers`` worker processes (0: the main process reads)."""
+
+    rank: int
+    world_size: int
+    num_workers: int
+
+    @property
+    def readers(self) -> int:
+        """Processes that read on this rank."""
+        return max(1, self.num_workers)
+
+    def __str__(self) -> str:
+        return f"{self.world_size} rank{'s' * (self.world_size > 1)} x {self.num_workers} workers"
+
+
+def current_topology(rank: int | None, world_size: int | None, num_workers: int) -> Topology:
+    """Rank and world size: as given, else of ``torch.distributed``, else of RANK and WORLD_SIZE, else one rank.
+
+    Raises:
+        ValueError: If only one of the two is given, or the rank is out of range.
+    """
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"rank and world_size are given together; found rank={rank}, world_size={world_size}")
+    if rank is None or world_size is None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        else:
+            rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"rank is in [0, world_size); found rank={rank}, world_size={world_size}")
+    return Topology(rank, world_size, num_workers)
+
+
+def choose_lanes(asked: int | None, topology: Topology, limit: tuple[int, str] | None) -> int:
+    """The number of lanes of a first run; it is kept in the checkpoint from then on.
+
+    Args:
+        asked: ``lanes=`` of the loader.
+        topology: Of the first run.
+        limit: The most lanes the sources can feed, with the reason in words.
+
+    Raises:
+        ValueError: If the sources cannot feed so many lanes, or one for each rank.
+    """
+    ranks = topology.world_size
+    if asked is not None:
+        if limit is not None and asked > limit[0]:
+            raise ValueError(f"lanes={asked}, but {limit[1]}.")
+        return asked
+    step = math.lcm(DEFAULT_LANES, ranks)
+    lanes = -(-ranks * topology.readers // step) * step
+    if limit is not None and lanes > limit[0]:
+        lanes = limit[0] - limit[0] % ranks
+        if not lanes:
+            raise ValueError(f"{topology} cannot be served: {limit[1]}. A rank without data could never take a step.")
+    return lanes
+
+
+def first_batch(start: int, rank: int, world_size: int) -> int:
+    """The first batch of a rank in a run that continues at batch ``start``.
+
+    >>> [first_batch(10, rank, 4) for rank in range(4)]
+    [12, 13, 10, 11]
+    """
+    return start + (rank - start) % world_size
+
+
+def batches_of_rank(total: int, start: int, rank: int, world_size: int, remainder: str) -> int:
+    """How many of the batches ``start`` ... ``total - 1`` a rank makes.
+
+    Args:
+        total: Batches of the epoch over all ranks.
+        start: The first one that was not delivered yet.
+        rank: The rank.
+        world_size: Ranks.
+        remainder: ``"drop"``: as many as every rank can make; ``"uneven"``: all there are.
+
+    >>> [batches_of_rank(10, 0, rank, 4, "uneven") for rank in range(4)], batches_of_rank(10, 0, 0, 4, "drop")
+    ([3, 3, 2, 2], 2)
+    """
+    left = max(0, total - start)
+    if remainder == "drop":
+        return left // world_size
+    return max(0, -(-(total - first_batch(start, rank, world_size)) // world_size))
+
+
+def slots(topology: Topology, lanes: int, worker: int) -> list[int]:
+    """The lanes of a worker in the order of its turns; -1 for an empty slot.
+
+    >>> slots(Topology(0, 2, 2), 6, 0), slots(Topology(0, 2, 2), 6, 1)
+    ([0, 4], [2, -1])
+    """
+    mine = range(topology.rank, lanes, topology.world_size)
+    padded = -(-len(mine) // topology.readers) * topology.readers
+    return [mine[slot] if slot < len(mine) else -1 for slot in range(worker, padded, topology.readers)]

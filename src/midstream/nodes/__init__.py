@@ -1,0 +1,30 @@
+"""One file per node: a frozen description with both faces, and its iterator where the cursor will not do."""
+
+from midstream.nodes.batch import Batch, collate, pad
+from midstream.nodes.concatenate import Concatenate, concatenate
+from midstream.nodes.filter import Filter
+from midstream.nodes.flat_map import FlatMap
+from midstream.nodes.interleave import Interleave, interleave
+from midstream.nodes.map import Map
+from midstream.nodes.repeat import Repeat
+from midstream.nodes.shuffle import BufferedShuffle, Shuffle
+from midstream.nodes.skip import Skip
+from midstream.nodes.take import Take
+
+__all__ = [
+    "Batch",
+    "BufferedShuffle",
+    "Concatenate",
+    "Filter",
+    "FlatMap",
+    "Interleave",
+    "Map",
+    "Repeat",
+    "Shuffle",
+    "Skip",
+    "Take",
+    "collate",
+    "concatenate",
+    "interleave",
+    "pad",
+]

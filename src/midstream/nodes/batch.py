@@ -1,0 +1,340 @@
+"""Batch: groups of samples, torch's default collate, and `pad` for samples of different lengths."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+
+from midstream._state import MISSING, State
+from midstream.core import (
+    I64,
+    U64,
+    Dataset,
+    Failure,
+    Hole,
+    Item,
+    Iterator,
+    Lane,
+    Place,
+    Rows,
+    callable_name,
+    describe_callable,
+    join_origins,
+    pick,
+    require_callable,
+    require_dataset,
+    require_int,
+)
+from midstream.errors import ReplayDiverged
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Batch(Dataset):
+    """Samples in groups of ``batch_size``, collated.
+
+    A sample that user code failed on leaves its batch shorter by one over random access; over a stream the batch goes on
+    with the next sample. When the collate function fails, its whole batch is lost.
+
+    State: random access: none but the position. Stream: ``[inputs seen, inputs since, upstream state]``, the upstream
+        state between two batches.
+    Resume: over a stream, and only when the state was saved between an error and the rest of its batch, that batch's
+        inputs so far are read again: at most ``batch_size - 1`` samples and the failures between them.
+    """
+
+    source: Dataset
+    batch_size: int
+    drop_last: bool = False
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    kind = "batch"
+
+    def __post_init__(self) -> None:
+        require_dataset(self.source, "batch")
+        require_int(self.batch_size, "batch_size", 1, "batch")
+        if self.collate_fn is not None:
+            require_callable(self.collate_fn, "batch: collate_fn")
+
+    @property
+    def batch_rows(self) -> int | None:
+        """The batch size."""
+        return int(self.batch_size)
+
+    def _length(self) -> int | None:
+        length = self.source.length()
+        if length is None:
+            return None
+        return length // self.batch_size if self.drop_last else -(-length // self.batch_size)
+
+    def spec_fields(self) -> dict[str, State]:
+        """Size, and what is not the default."""
+        fields: dict[str, State] = {"batch_size": int(self.batch_size)}
+        if self.drop_last:
+            fields["drop_last"] = True
+        if self.collate_fn is not None and self.collate_fn is not collate:
+            fields["collate_fn"] = callable_name(self.collate_fn)
+        return fields
+
+    def full_lanes(self, num_lanes: int, block: int) -> tuple[int, str]:
+        """As the input, seen in blocks of whole batches."""
+        if self.random_access:
+            return super().full_lanes(num_lanes, block)
+        return self.source.full_lanes(num_lanes, block * self.batch_size)
+
+    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+        size, length = int(self.batch_size), self.source.length()
+        starts = positions * size
+        counts = np.full(len(positions), size, dtype=np.int64)
+        if length is not None:
+            counts = np.minimum(counts, length - starts)
+        ends = np.cumsum(counts)
+        which = np.repeat(np.arange(len(positions), dtype=np.int64), counts)
+        inside = np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(starts - ends + counts, counts)
+        rows = at.input.rows(inside, pick(keys, which), pick(passes, which))
+        if rows.sizes is None and not any(type(sample) is Hole for sample in rows.samples):
+            bounds = [0, *ends.tolist()]
+            out = []
+            for first, last in zip(bounds, bounds[1:]):
+                batch = self._collate(at, rows.samples[first:last])
+                if type(batch) is Hole:
+                    return self._slow(at, rows, bounds)
+                out.append(batch)
+            return Rows(out, rows.origins, counts)
+        return self._slow(at, rows, [0, *ends.tolist()])
+
+    def _slow(self, at: Place, rows: Rows, bounds: list[int]) -> Rows:
+        """With failures, or samples made of several rows."""
+        items = rows.items()
+        samples, origins = [], []
+        for first, last in zip(bounds, bounds[1:]):
+            errors: list[Failure] = []
+            good: list[Item] = []
+            for sample, origin in items[first:last]:
+                if type(sample) is Hole:
+                    errors.extend(sample.errors)
+                    if sample.rest is MISSING:
+                        continue
+                    sample = sample.rest
+                good.append((sample, origin))
+            batch = self._collate(at, [sample for sample, _ in good]) if good else MISSING
+            if type(batch) is Hole:
+                errors.extend(batch.errors)
+                batch, good = MISSING, []
+            samples.append(Hole(tuple(errors), batch) if errors else batch)
+            origins.append(join_origins(good))
+        sizes = np.array([len(origin) for origin in origins], dtype=np.int64)
+        return Rows(samples, np.concatenate(origins), sizes)
+
+    def _collate(self, at: Place, samples: list[Any]) -> Any:
+        """The batch, or a `Hole` when it cannot be made."""
+        fn = self.collate_fn or collate
+        try:
+            batch = fn(samples)
+            if batch is None:
+                raise TypeError("the collate function returned None; it returns the batch")
+        except Exception as raised:
+            error: Exception = raised
+            if isinstance(raised, StopIteration):
+                error = RuntimeError(f"the collate function raised StopIteration({raised})")
+            return Hole((Failure(at.path, None, describe_callable(fn), error),))
+        return batch
+
+    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _BatchIterator(self, at, lane, key, pass_)
+
+
+class _BatchIterator(Iterator):
+    def __init__(self, node: Batch, at: Place, lane: Lane, key: int, pass_: int) -> None:
+        self.node, self.at, self.lane, self.pass_ = node, at, lane, pass_
+        self.source = at.input.iterate(lane.widen(int(node.batch_size)), key, pass_)
+        self.held: list[Item] = []
+        self.number, self.since = 0, 0
+        self.start: State = None  # the upstream state between two batches, once it was asked for
+
+    def _next(self) -> Item:
+        size = self.node.batch_size
+        while len(self.held) < size:
+            if self.since == 0 and self.start is None:
+                self.start = self.source.snapshot()
+            try:
+                item = next(self.source)
+            except StopIteration:
+                return self._last()
+            self.number += 1
+            self.since += 1
+            if type(item[0]) is Hole:
+                if not self.held:
+                    self.since, self.start = 0, None
+                return item
+            self.held.append(item)
+        return self._emit()
+
+    def _emit(self) -> Item:
+        held, self.held = self.held, []
+        self.since, self.start = 0, None
+        batch = self.node._collate(self.at, [sample for sample, _ in held])
+        return batch, join_origins(held)
+
+    def _last(self) -> Item:
+        """What is left at the end of the lane."""
+        if not self.held:
+            raise StopIteration
+        if not self.node.drop_last:
+            return self._emit()
+        for source in join_origins(self.held)[:, 0].tolist():
+            self.number += 1  # one mark each
+            self.lane.ledger.dropped("dropped", self.at.path, source, self.pass_, self.number)
+        self.held, self.since, self.start = [], 0, None
+        raise StopIteration
+
+    def _state(self) -> State:
+        if not self.held:
+            if self.start is None:
+                self.start = self.source.snapshot()
+            return [self.number, 0, self.start]
+        return [self.number, self.since, self.start]
+
+    def _load(self, state: State) -> None:
+        number, since, self.start = state
+        self.source.load(self.start)
+        self.held, self.number, self.since = [], number, since
+        for _ in range(since):
+            try:
+                item = next(self.source)
+            except StopIteration:
+                raise ReplayDiverged(
+                    f"{self.at.path}: the input ended before the {since} inputs of the batch in progress were read again; "
+                    f"has the data changed since the checkpoint was saved?"
+                ) from None
+            if type(item[0]) is not Hole:
+                self.held.append(item)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making a batch of a list of samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def collate(samples: list[Any]) -> Any:
+    """A batch by torch's rules: dicts and tuples by element, numbers and arrays stacked, strings in a list.
+
+    The result is that of ``torch.utils.data.default_collate``; arrays are copied once (samples are read-only views), and
+    what cannot be stacked gets an error that says what to do.
+
+    Raises:
+        ValueError: If samples differ in shape.
+
+    >>> collate([{"x": 1, "name": "a"}, {"x": 2, "name": "b"}])
+    {'x': tensor([1, 2]), 'name': ['a', 'b']}
+    """
+    return _collate(samples, "")
+
+
+def _collate(samples: list[Any], where: str) -> Any:
+    first = samples[0]
+    kind = type(first)
+    if kind is np.ndarray and first.dtype.kind in "biufc":
+        try:
+            return torch.from_numpy(np.stack(samples))
+        except (ValueError, TypeError):
+            raise _ragged(samples, where) from None
+    if kind is str or kind is bytes:
+        return samples
+    if kind is dict:
+        try:
+            return {key: _collate([sample[key] for sample in samples], f"{where}[{key!r}]") for key in first}
+        except KeyError as error:
+            raise ValueError(
+                f"samples of a batch have different keys: {error} is missing in one of them. Expected {sorted(first)} in "
+                f"all; make them alike with .map before .batch"
+            ) from None
+    if first is None:
+        raise ValueError(
+            f"sample{where} is None, and a batch of None has no meaning. Fill or filter missing values before .batch, or "
+            f"give .batch a collate_fn"
+        )
+    try:
+        return default_collate(samples)
+    except Exception as error:
+        if isinstance(first, (list, tuple, torch.Tensor, np.ndarray)):
+            raise _ragged(samples, where) from error
+        raise
+
+
+def _ragged(samples: list[Any], where: str) -> ValueError:
+    shapes = [tuple(np.shape(s)) if hasattr(s, "shape") else (len(s),) for s in samples if hasattr(s, "__len__")]
+    distinct = sorted(set(shapes))
+    shown = ", ".join(map(str, distinct[:4])) + (", ..." if len(distinct) > 4 else "")
+    return ValueError(
+        f"samples of a batch differ in shape{' at sample' + where if where else ''}, so they cannot be stacked: {shown}. "
+        f"Pad them with .batch(n, collate_fn=midstream.pad), cut them to one length with .map, or give .batch your own "
+        f"collate_fn."
+    )
+
+
+def pad(
+    samples: list[Any] | None = None, *, value: float | Mapping[str, float] = 0, multiple: int = 1
+) -> Any:
+    """A collate function that pads sequences to the longest in the batch, or on to a multiple.
+
+    Args:
+        samples: The batch: dicts whose one- or more-dimensional numeric columns (arrays, tensors, lists of numbers) are
+            padded along their first dimension, or such sequences themselves. Left out, a collate function with the
+            other arguments is returned: ``collate_fn=midstream.pad(multiple=8)``.
+        value: What to fill with, for all columns or by name (others get 0).
+        multiple: The padded length is the smallest multiple of this that holds the longest.
+
+    Returns:
+        For dicts, a dict: every padded column as a tensor [batch, length, ...] of its own dtype, its lengths as
+        ``<column>_lengths`` (int64, [batch]), and all other columns as `collate` makes them. For bare sequences the pair
+        (tensor, lengths).
+
+    >>> batch = pad([{"ids": [1, 2, 3]}, {"ids": [4]}], multiple=4)
+    >>> batch["ids"]
+    tensor([[1, 2, 3, 0],
+            [4, 0, 0, 0]])
+    >>> batch["ids_lengths"]
+    tensor([3, 1])
+    """
+    if multiple < 1:
+        raise ValueError(f"pad: multiple is at least 1; found {multiple}")
+    if samples is None:
+        return functools.partial(pad, value=value, multiple=multiple)
+    if not isinstance(samples[0], Mapping):
+        fill = value if not isinstance(value, Mapping) else 0
+        return _pad_column(samples, fill, multiple)
+    batch: dict[str, Any] = {}
+    for key in samples[0]:
+        column = [sample[key] for sample in samples]
+        if all(_is_sequence(item) for item in column):
+            fill = value.get(key, 0) if isinstance(value, Mapping) else value
+            batch[key], batch[f"{key}_lengths"] = _pad_column(column, fill, multiple)
+        else:
+            batch[key] = _collate(column, f"[{key!r}]")
+    return batch
+
+
+def _is_sequence(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0 and value.dtype.kind in "biufc"
+    if isinstance(value, torch.Tensor):
+        return value.ndim > 0
+    return isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) for item in value)
+
+
+def _pad_column(column: Sequence[Any], value: float, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    arrays = [np.asarray(item) for item in column]
+    filled = [array for array in arrays if array.size] or arrays
+    dtype = np.result_type(*{array.dtype for array in filled})
+    lengths = np.array([len(array) for array in arrays], dtype=np.int64)
+    longest = -(-int(lengths.max()) // multiple) * multiple
+    out = np.full((len(arrays), longest, *filled[0].shape[1:]), value, dtype=dtype)
+    for index, array in enumerate(arrays):
+        out[index, : len(array)] = array
+    return torch.from_numpy(out), torch.from_numpy(lengths)
+
+

@@ -1,0 +1,104 @@
+"""Concatenate: one dataset after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from midstream._state import State
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, bind, pick, require_dataset
+
+
+def concatenate(datasets: Sequence[Dataset]) -> Dataset:
+    """One dataset after the other.
+
+    Args:
+        datasets: At least one. All but the last must have an end.
+
+    Raises:
+        ValueError: If there are none, two sources have one name, or one that is not the last never ends.
+        TypeError: If one is not a midstream dataset.
+
+    >>> import midstream as ms
+    >>> list(ms.concatenate([ms.from_dataset([1, 2], name="a"), ms.from_dataset([3], name="b")]))
+    [1, 2, 3]
+    """
+    return Concatenate(tuple(datasets))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Concatenate(Dataset):
+    """One dataset after the other. On streams, in every lane.
+
+    State: random access: none but the position. Stream: ``[index of the dataset being read, its state]``.
+    Resume: reads nothing again.
+    """
+
+    datasets: tuple[Dataset, ...]
+    kind = "concatenate"
+
+    def __post_init__(self) -> None:
+        if not self.datasets:
+            raise ValueError("concatenate takes at least one dataset; found none")
+        for dataset in self.datasets:
+            require_dataset(dataset, "concatenate")
+        for index, dataset in enumerate(self.datasets[:-1]):
+            if dataset.infinite:
+                raise ValueError(f"dataset {index} of concatenate never ends, so what follows is never read:\n{dataset!r}")
+        bind(self)
+
+    def inputs(self) -> dict[str, Dataset]:
+        """By number."""
+        return {str(index): dataset for index, dataset in enumerate(self.datasets)}
+
+    def _length(self) -> int | None:
+        lengths = [dataset.length() for dataset in self.datasets]
+        return None if lengths[-1] is None else sum(length for length in lengths if length is not None)
+
+    def block_sizes(self) -> I64 | None:
+        """All blocks, where every input has them."""
+        sizes = [dataset.block_sizes() for dataset in self.datasets]
+        return None if any(size is None for size in sizes) else np.concatenate(sizes)  # type: ignore[arg-type]
+
+    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+        ends = np.cumsum([length for dataset in self.datasets if (length := dataset.length()) is not None])
+        number = np.searchsorted(ends, positions, side="right")
+        parts: list[tuple[I64, Rows]] = []
+        for index in np.unique(number).tolist():
+            here = np.flatnonzero(number == index)
+            start = int(ends[index - 1]) if index else 0
+            rows = at.inputs[str(index)].rows(positions[here] - start, pick(keys, here), pick(passes, here))
+            parts.append((here, rows))
+        return Rows.scatter(len(positions), parts)
+
+    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _ConcatenateIterator(at, lane, key, pass_)
+
+
+class _ConcatenateIterator(Iterator):
+    def __init__(self, at: Place, lane: Lane, key: int, pass_: int) -> None:
+        self.at, self.lane, self.key, self.pass_ = at, lane, key, pass_
+        self._start(0)
+
+    def _start(self, index: int) -> None:
+        self.index = index
+        self.source = self.at.inputs[str(index)].iterate(self.lane, self.key, self.pass_)
+
+    def _next(self) -> Item:
+        while True:
+            try:
+                return next(self.source)
+            except StopIteration:
+                if self.index + 1 == len(self.at.inputs):
+                    raise
+                self._start(self.index + 1)
+
+    def _state(self) -> State:
+        return [self.index, self.source.snapshot()]
+
+    def _load(self, state: State) -> None:
+        index, source = state
+        self._start(index)
+        self.source.load(source)

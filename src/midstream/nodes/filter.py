@@ -1,0 +1,121 @@
+"""Filter: keep the samples a predicate likes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from midstream._state import State
+from midstream.core import (
+    Dataset,
+    Hole,
+    Item,
+    Iterator,
+    Lane,
+    Place,
+    as_origin_array,
+    callable_name,
+    describe_callable,
+    require_callable,
+    require_choice,
+    require_dataset,
+)
+from midstream.errors import SourceError
+from midstream.nodes.map import Call, require_limit
+
+_LOOK_AT = 1_000
+_GIVE_UP = 100_000
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Filter(Dataset):
+    """The samples for which ``fn(sample)`` is true. A stream: what passes cannot be known without reading.
+
+    Warns once when fewer than 1 % of the first 1,000 samples pass. On an endless input, 100,000 samples in a row that do
+    not pass are an error, not an endless wait. What is dropped is counted per source.
+
+    State: ``[inputs seen, upstream state]``.
+    Resume: reads nothing again.
+    """
+
+    source: Dataset
+    fn: Callable[[Any], Any]
+    on_error: str = "raise"
+    max_errors: int | None = None
+    kind = "filter"
+
+    def __post_init__(self) -> None:
+        require_dataset(self.source, "filter")
+        require_callable(self.fn, "filter")
+        require_choice(self.on_error, "on_error", ("raise", "skip"), "filter")
+        require_limit(self.on_error, self.max_errors, "filter")
+
+    @property
+    def random_access(self) -> bool:
+        """Never."""
+        return False
+
+    def spec_fields(self) -> dict[str, State]:
+        """The predicate's name."""
+        fields: dict[str, State] = {"fn": callable_name(self.fn)}
+        if self.on_error != "raise":
+            fields["on_error"] = self.on_error
+        return fields
+
+    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _FilterIterator(self, at, lane, key, pass_)
+
+
+class _FilterIterator(Iterator):
+    def __init__(self, node: Filter, at: Place, lane: Lane, key: int, pass_: int) -> None:
+        self.node, self.at, self.lane, self.pass_ = node, at, lane, pass_
+        self.source = at.input.iterate(lane, key, pass_)
+        fn = node.fn
+        self.call = Call(at, fn, node.on_error == "skip", node.max_errors, lambda sample, _: bool(fn(sample)))
+        self.seen = 0
+        self.started_at, self.passed = 0, 0
+        self.look_at = _LOOK_AT
+
+    def _next(self) -> Item:
+        rejected = 0
+        while True:
+            sample, origins = next(self.source)
+            self.seen += 1
+            if type(sample) is Hole:
+                return sample, origins
+            verdict = self.call(sample, origins)
+            if type(verdict) is Hole:
+                return verdict, origins
+            if verdict:
+                self.passed += 1
+                self._look()
+                return sample, origins
+            for source in as_origin_array(origins)[:1, 0].tolist():
+                self.lane.ledger.dropped("filtered", self.at.path, source, self.pass_, self.seen)
+            rejected += 1
+            self._look()
+            if rejected >= _GIVE_UP and self.node.source.infinite:
+                raise SourceError(
+                    f"{self.at.path}: {rejected:,} samples in a row did not pass "
+                    f"{describe_callable(self.node.fn)}, and the input never ends. Check the predicate against a few "
+                    f"samples, or filter before .repeat() so that a pass without samples ends."
+                )
+
+    def _look(self) -> None:
+        """Tell the user, once, when almost nothing passes."""
+        if self.seen - self.started_at == self.look_at and self.passed * 100 < self.look_at:
+            self.look_at = -1
+            self.lane.ledger.notice(
+                f"filter {self.at.path}",
+                f"{self.at.path}: only {self.passed} of {self.seen - self.started_at:,} samples passed "
+                f"{describe_callable(self.node.fn)}; reading goes on, and most of it is thrown away.",
+            )
+
+    def _state(self) -> State:
+        return [self.seen, self.source.snapshot()]
+
+    def _load(self, state: State) -> None:
+        self.seen, upstream = state
+        self.started_at, self.passed = self.seen, 0
+        self.source.load(upstream)

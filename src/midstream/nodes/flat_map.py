@@ -1,0 +1,144 @@
+"""Flat map: a function of one sample that returns any number of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from midstream._state import State
+from midstream.core import (
+    Dataset,
+    Hole,
+    Item,
+    Iterator,
+    Lane,
+    Origins,
+    Place,
+    SafePoint,
+    as_origin_array,
+    callable_name,
+    require_callable,
+    require_choice,
+    require_dataset,
+)
+from midstream.errors import ReplayDiverged
+from midstream.nodes.map import Call, require_limit
+
+_EVERY = 16
+_PARTS = 1 << 20
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FlatMap(Dataset):
+    """Every sample replaced by the samples a function returns, numbered as the parts of its row.
+
+    The function may be a generator function; its samples are collected before the first is passed on, so keep what one
+    row becomes small enough for memory. Rows that become nothing are counted.
+
+    State: ``{"part", "source"}``: how many parts of the row in progress were delivered, and the input before that row.
+    Resume: reads at most 16 inputs again, and calls the function once for the row in progress.
+    """
+
+    source: Dataset
+    fn: Callable[[Any], Iterable[Any]]
+    on_error: str = "raise"
+    max_errors: int | None = None
+    kind = "flat_map"
+
+    def __post_init__(self) -> None:
+        require_dataset(self.source, "flat_map")
+        require_callable(self.fn, "flat_map")
+        require_choice(self.on_error, "on_error", ("raise", "skip"), "flat_map")
+        require_limit(self.on_error, self.max_errors, "flat_map")
+
+    @property
+    def random_access(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def batch_rows(self) -> int | None:
+        """What comes out need not be batches."""
+        return None
+
+    def spec_fields(self) -> dict[str, State]:
+        """The function's name."""
+        fields: dict[str, State] = {"fn": callable_name(self.fn)}
+        if self.on_error != "raise":
+            fields["on_error"] = self.on_error
+        return fields
+
+    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _FlatMapIterator(self, at, lane, key, pass_)
+
+
+class _FlatMapIterator(Iterator):
+    def __init__(self, node: FlatMap, at: Place, lane: Lane, key: int, pass_: int) -> None:
+        self.at, self.lane, self.pass_ = at, lane, pass_
+        self.source = SafePoint(at.input.iterate(lane, key, pass_), _EVERY)
+        fn = node.fn
+        self.call = Call(at, fn, node.on_error == "skip", node.max_errors, lambda sample, _: _collect(fn, sample))
+        self.parts: list[Any] = []
+        self.origins: Origins = None
+        self.part = 0
+        self.before: State = None
+
+    def _next(self) -> Item:
+        while self.part == len(self.parts):
+            self.before = self.source.snapshot()
+            self.parts, self.part = [], 0
+            sample, self.origins = self.source.next()
+            if type(sample) is Hole:
+                return sample, self.origins
+            parts = self.call(sample, self.origins)
+            if type(parts) is Hole:
+                return parts, self.origins
+            if not parts:
+                for source in as_origin_array(self.origins)[:1, 0].tolist():
+                    self.lane.ledger.dropped("emptied", self.at.path, source, self.pass_, self.source.number)
+            self.parts = parts
+        part = self.part
+        self.part = part + 1
+        return self.parts[part], _part_origin(self.origins, part)
+
+    def _state(self) -> State:
+        if 0 < self.part < len(self.parts):
+            return {"part": self.part, "source": self.before}
+        return {"part": 0, "source": self.source.snapshot()}
+
+    def _load(self, state: State) -> None:
+        self.source.load(state["source"])
+        self.parts, self.part, self.before = [], 0, state["source"]
+        if state["part"]:
+            try:
+                sample, self.origins = self.source.next()
+                parts = sample if type(sample) is Hole else self.call(sample, self.origins)
+            except StopIteration:
+                parts = []
+            found = 0 if type(parts) is Hole else len(parts)
+            if found <= state["part"]:
+                raise ReplayDiverged(
+                    f"{self.at.path}: the row in progress ({self.origins}) had more than {state['part']} parts when the "
+                    f"state was saved and has {found} now; has the data or the function changed?"
+                )
+            self.parts, self.part = parts, state["part"]
+
+
+def _collect(fn: Callable[[Any], Iterable[Any]], sample: Any) -> list[Any]:
+    result = fn(sample)
+    if isinstance(result, (str, bytes, dict)) or not isinstance(result, Iterable):
+        raise TypeError(f"the function returns an iterable of samples; found {type(result).__name__}")
+    parts = list(result)
+    if len(parts) >= _PARTS:
+        raise ValueError(f"one row became {len(parts):,} samples; the most is {_PARTS - 1:,}")
+    return parts
+
+
+def _part_origin(origins: Origins, part: int) -> Origins:
+    """A flat_map above another one numbers (outer part, inner part) in one integer."""
+    if type(origins) is tuple:
+        return origins[:3] + (origins[3] * _PARTS + part,)
+    moved = origins.copy()
+    moved[:, 3] = moved[:, 3] * _PARTS + part
+    return moved

@@ -1,0 +1,217 @@
+"""Map: a function of one sample."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator as Iter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from midstream._random import fold, generator
+from midstream._state import MISSING, State
+from midstream.core import (
+    I64,
+    U64,
+    Dataset,
+    Failure,
+    Hole,
+    Item,
+    Iterator,
+    Lane,
+    OnError,
+    Origins,
+    Place,
+    Rows,
+    as_origin_array,
+    callable_name,
+    describe_callable,
+    require_callable,
+    require_choice,
+    require_dataset,
+    require_int,
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Map(Dataset):
+    """Every sample replaced by what a function returns; one to one, so random access is kept.
+
+    State: none of its own.
+    Resume: reads nothing again.
+    """
+
+    source: Dataset
+    fn: Callable[..., Any]
+    with_rng: bool = False
+    isolate_rng: bool = False
+    seed: int = 0
+    on_error: OnError = "raise"
+    max_errors: int | None = None
+    kind = "map"
+
+    def __post_init__(self) -> None:
+        require_dataset(self.source, "map")
+        require_callable(self.fn, "map")
+        require_int(self.seed, "seed", -(1 << 63), "map")
+        require_choice(self.on_error, "on_error", ("raise", "skip", "refill"), "map")
+        require_limit(self.on_error, self.max_errors, "map")
+
+    @property
+    def random_access(self) -> bool:
+        """As the input, but ``on_error="refill"`` makes a stream: what fills a batch up depends on what failed."""
+        return self.source.random_access and self.on_error != "refill"
+
+    def _length(self) -> int | None:
+        return self.source.length()
+
+    def block_sizes(self) -> I64 | None:
+        """The input's blocks."""
+        return self.source.block_sizes()
+
+    def spec_fields(self) -> dict[str, State]:
+        """The function's name and every option that is not the default."""
+        fields: dict[str, State] = {"fn": callable_name(self.fn)}
+        if self.with_rng or self.isolate_rng:
+            fields["rng"] = "argument" if self.with_rng else "global"
+            fields["seed"] = int(self.seed)
+        if self.on_error != "raise":
+            fields["on_error"] = self.on_error
+        return fields
+
+    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+        rows = at.input.rows(positions, keys, passes)
+        call = Call(at, self.fn, self.on_error != "raise", self.max_errors, self._caller(at))
+        if rows.sizes is None and not self.with_rng and not self.isolate_rng:
+            fn, out = self.fn, []
+            for sample in rows.samples:  # the fast path: no origin is looked at unless something fails
+                if type(sample) is not Hole:
+                    try:
+                        value = fn(sample)
+                        if value is not None:
+                            out.append(value)
+                            continue
+                        error: Exception = TypeError(_NONE)
+                    except Exception as raised:
+                        error = raised
+                    out.append(call.failed(error, tuple(rows.origins[len(out)].tolist())))
+                else:
+                    out.append(call(sample, tuple(rows.origins[len(out)].tolist())))
+            return Rows(out, rows.origins)
+        return Rows([call(sample, origins) for sample, origins in rows.items()], rows.origins, rows.sizes)
+
+    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _MapIterator(self, at, lane, key, pass_)
+
+    def _caller(self, at: Place) -> Callable[[Any, Origins], Any]:
+        """The function as it is called for one sample."""
+        fn, seed = self.fn, fold(self.seed, at.salt)
+        if self.with_rng and self.isolate_rng:
+
+            def call(sample: Any, origins: Origins) -> Any:
+                key = _origin_key(seed, origins)
+                with isolated_rng(key):
+                    return fn(sample, generator(key))
+        elif self.with_rng:
+
+            def call(sample: Any, origins: Origins) -> Any:
+                return fn(sample, generator(_origin_key(seed, origins)))
+        elif self.isolate_rng:
+
+            def call(sample: Any, origins: Origins) -> Any:
+                with isolated_rng(_origin_key(seed, origins)):
+                    return fn(sample)
+        else:
+
+            def call(sample: Any, origins: Origins) -> Any:
+                return fn(sample)
+
+        return call
+
+
+_NONE = "the function returned None; a sample is what it returns (to drop samples, use .filter)"
+
+
+class _MapIterator(Iterator):
+    def __init__(self, node: Map, at: Place, lane: Lane, key: int, pass_: int) -> None:
+        self.source = at.input.iterate(lane, key, pass_)
+        self.call = Call(at, node.fn, node.on_error != "raise", node.max_errors, node._caller(at))
+
+    def _next(self) -> Item:
+        sample, origins = next(self.source)
+        if type(sample) is Hole:
+            return sample, origins
+        return self.call(sample, origins), origins
+
+    def _state(self) -> State:
+        return self.source.snapshot()
+
+    def _load(self, state: State) -> None:
+        self.source.load(state)
+
+
+class Call:
+    """User code applied to one sample: returns its value, or a `Hole` that says what went wrong."""
+
+    __slots__ = ("at", "call", "fn", "limit", "quiet")
+
+    def __init__(
+        self, at: Place, fn: Callable[..., Any], quiet: bool, limit: int | None, call: Callable[[Any, Origins], Any]
+    ) -> None:
+        self.at, self.fn, self.quiet, self.limit, self.call = at, fn, quiet, limit, call
+
+    def __call__(self, sample: Any, origins: Origins) -> Any:
+        """Apply it; a hole keeps its errors and the function sees what is left of the sample."""
+        if type(sample) is Hole:
+            if sample.rest is MISSING:
+                return sample
+            value = self(sample.rest, origins)
+            if type(value) is Hole:
+                return Hole(sample.errors + value.errors, value.rest)
+            return Hole(sample.errors, value)
+        try:
+            value = self.call(sample, origins)
+            if value is None:
+                raise TypeError(_NONE)
+        except Exception as error:
+            return self.failed(error, origins)
+        return value
+
+    def failed(self, error: BaseException, origins: Origins) -> Hole:
+        """The hole in the sample's place."""
+        if isinstance(error, StopIteration):  # it would end the stream of whoever re-raises it
+            error = RuntimeError(f"the function raised StopIteration({error})").with_traceback(error.__traceback__)
+        array = as_origin_array(origins)
+        origin = self.at.origin(array[0].tolist()) if len(array) else None
+        function = describe_callable(self.fn)
+        return Hole((Failure(self.at.path, origin, function, error, quiet=self.quiet, limit=self.limit),))
+
+
+def require_limit(on_error: str, max_errors: int | None, where: str) -> None:
+    """Refuse a limit that would do nothing."""
+    if max_errors is not None:
+        require_int(max_errors, "max_errors", 0, where)
+        if on_error == "raise":
+            raise ValueError(f'{where}: max_errors counts skipped samples, so it goes with on_error="skip"')
+
+
+def _origin_key(seed: int, origins: Origins) -> int:
+    return fold(seed, *as_origin_array(origins).ravel().tolist())
+
+
+@contextlib.contextmanager
+def isolated_rng(key: int) -> Iter[None]:
+    """Global torch, numpy and random generators seeded by ``key`` inside, as they were after."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        torch.random.default_generator.manual_seed(key >> 1)
+        np.random.seed(key & 0xFFFFFFFF)
+        random.seed(key)
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

@@ -1,0 +1,91 @@
+"""Repeat: several passes over the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from midstream._random import pass_key
+from midstream._state import State
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, require_dataset, require_int
+
+_ENDLESS = 1 << 24  # passes of an endless repeat inside one outer pass, for numbering
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Repeat(Dataset):
+    """``num_epochs`` passes over the input, endless when None. Every shuffle below draws a new order each pass.
+
+    A pass over a stream that yields nothing ends it, so an empty stream cannot spin.
+
+    State: random access: none but the position. Stream: ``[pass, whether it yielded anything, input state]``.
+    Resume: reads nothing again.
+    """
+
+    source: Dataset
+    num_epochs: int | None = None
+    kind = "repeat"
+
+    def __post_init__(self) -> None:
+        require_dataset(self.source, "repeat")
+        if self.num_epochs is not None:
+            require_int(self.num_epochs, "num_epochs", 1, "repeat")
+        if self.source.infinite:
+            raise ValueError(f"repeat of something endless never gets to a second pass:\n{self.source!r}")
+
+    @property
+    def infinite(self) -> bool:
+        """Whether no number of epochs was given."""
+        return self.num_epochs is None
+
+    def _length(self) -> int | None:
+        length = self.source.length()
+        if length == 0:
+            return 0
+        return None if length is None or self.num_epochs is None else length * self.num_epochs
+
+    def spec_fields(self) -> dict[str, State]:
+        """Number of passes."""
+        return {"num_epochs": None if self.num_epochs is None else int(self.num_epochs)}
+
+    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+        length = self.source.length()
+        assert length
+        number, inside = np.divmod(positions, length)
+        return at.input.rows(inside, pass_key(keys, number), passes * (self.num_epochs or _ENDLESS) + number)
+
+    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _RepeatIterator(self, at, lane, key, pass_)
+
+
+class _RepeatIterator(Iterator):
+    def __init__(self, node: Repeat, at: Place, lane: Lane, key: int, pass_: int) -> None:
+        self.node, self.at, self.lane, self.key, self.pass_ = node, at, lane, key, pass_
+        self._start(0)
+
+    def _start(self, number: int) -> None:
+        self.number, self.any = number, False
+        key = int(pass_key(np.array([self.key], dtype=np.uint64), np.array([number]))[0])
+        self.source = self.at.input.iterate(self.lane, key, self.pass_ * (self.node.num_epochs or _ENDLESS) + number)
+
+    def _next(self) -> Item:
+        while True:
+            try:
+                item = next(self.source)
+            except StopIteration:
+                if not self.any or self.number + 1 == self.node.num_epochs:
+                    raise
+                self._start(self.number + 1)
+                continue
+            self.any = True
+            return item
+
+    def _state(self) -> State:
+        return [self.number, self.any, self.source.snapshot()]
+
+    def _load(self, state: State) -> None:
+        number, some, source = state
+        self._start(number)
+        self.any = some
+        self.source.load(source)

@@ -1,0 +1,63 @@
+"""Skip: the data without its beginning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from midstream._state import State
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, require_dataset, require_int
+from midstream.nodes.take import cut_blocks
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Skip(Dataset):
+    """All but the first ``n`` samples; on a stream, lane l of L skips ``n // L + (l < n % L)`` of its own.
+
+    State: random access: none but the position. Stream: ``[samples still to skip, input state]``.
+    Resume: reads nothing again.
+    """
+
+    source: Dataset
+    n: int
+    kind = "skip"
+
+    def __post_init__(self) -> None:
+        require_dataset(self.source, "skip")
+        require_int(self.n, "n", 0, "skip")
+
+    def _length(self) -> int | None:
+        length = self.source.length()
+        return None if length is None else max(0, length - int(self.n))
+
+    def block_sizes(self) -> I64 | None:
+        """The input's blocks from the cut on."""
+        sizes = self.source.block_sizes()
+        return None if sizes is None else cut_blocks(sizes, int(self.n), int(sizes.sum()))
+
+    def spec_fields(self) -> dict[str, State]:
+        """How many."""
+        return {"n": int(self.n)}
+
+    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+        return at.input.rows(positions + int(self.n), keys, passes)
+
+    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _SkipIterator(at.input.iterate(lane, key, pass_), lane.share(int(self.n)))
+
+
+class _SkipIterator(Iterator):
+    def __init__(self, source: Iterator, left: int) -> None:
+        self.source, self.left = source, left
+
+    def _next(self) -> Item:
+        while self.left:
+            next(self.source)
+            self.left -= 1
+        return next(self.source)
+
+    def _state(self) -> State:
+        return [self.left, self.source.snapshot()]
+
+    def _load(self, state: State) -> None:
+        self.left, source = state
+        self.source.load(source)

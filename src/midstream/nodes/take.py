@@ -1,0 +1,77 @@
+"""Take: the beginning of the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from midstream._state import State
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, require_dataset, require_int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Take(Dataset):
+    """The first ``n`` samples; on a stream, lane l of L takes ``n // L + (l < n % L)`` of its own.
+
+    State: random access: none but the position. Stream: ``[samples left, input state]``.
+    Resume: reads nothing again.
+    """
+
+    source: Dataset
+    n: int
+    kind = "take"
+
+    def __post_init__(self) -> None:
+        require_dataset(self.source, "take")
+        require_int(self.n, "n", 0, "take")
+
+    @property
+    def infinite(self) -> bool:
+        """Never."""
+        return False
+
+    def _length(self) -> int | None:
+        length = self.source.length()
+        return int(self.n) if length is None else min(int(self.n), length)
+
+    def block_sizes(self) -> I64 | None:
+        """The input's blocks up to the cut."""
+        sizes = self.source.block_sizes()
+        return None if sizes is None else cut_blocks(sizes, 0, int(self.n))
+
+    def spec_fields(self) -> dict[str, State]:
+        """How many."""
+        return {"n": int(self.n)}
+
+    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+        return at.input.rows(positions, keys, passes)
+
+    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _TakeIterator(at.input.iterate(lane, key, pass_), lane.share(int(self.n)))
+
+
+class _TakeIterator(Iterator):
+    def __init__(self, source: Iterator, left: int) -> None:
+        self.source, self.left = source, left
+
+    def _next(self) -> Item:
+        if self.left == 0:
+            raise StopIteration
+        item = next(self.source)
+        self.left -= 1
+        return item
+
+    def _state(self) -> State:
+        return [self.left, self.source.snapshot()]
+
+    def _load(self, state: State) -> None:
+        self.left, source = state
+        self.source.load(source)
+
+
+def cut_blocks(sizes: I64, start: int, stop: int) -> I64:
+    """Sizes of what is left of blocks when only the rows in [start, stop) are."""
+    ends = np.minimum(np.cumsum(sizes), stop)
+    left = np.diff(np.maximum(ends, start), prepend=start)
+    return left[left > 0]

@@ -1,0 +1,160 @@
+"""How far a run has come, per source, counted as delivered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from midstream._state import State
+from midstream.checkpoint import merge_states, parse, source_names
+
+__all__ = ["Progress", "SourceProgress", "progress"]
+
+
+@dataclass(frozen=True)
+class SourceProgress:
+    """One source's part.
+
+    Attributes:
+        name: The source.
+        samples: Samples delivered in batches (parts of a row count each).
+        epochs: Passes over the source, as a float; None when its length is not known.
+        failures: Samples lost to errors in user code, by exception type.
+        filtered: Samples that a filter dropped.
+        dropped: Samples left over in last batches that were dropped, and rows that ``flat_map`` made nothing of.
+        share: Its part of all samples delivered.
+    """
+
+    name: str
+    samples: int
+    epochs: float | None
+    failures: dict[str, int]
+    filtered: int
+    dropped: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Counts since the run's first epoch; survives resumes, merges over ranks.
+
+    ``str(progress)`` is a table; `to_dict` has flat names for a logger.
+    """
+
+    epoch: int
+    batches: int
+    sources: dict[str, SourceProgress] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        """All samples delivered."""
+        return sum(source.samples for source in self.sources.values())
+
+    def to_dict(self) -> dict[str, float]:
+        """Flat names, as experiment loggers take them."""
+        flat: dict[str, float] = {"epoch": self.epoch, "batches": self.batches, "samples": self.samples}
+        for name, source in self.sources.items():
+            flat[f"{name}/samples"] = source.samples
+            flat[f"{name}/share"] = source.share
+            if source.epochs is not None:
+                flat[f"{name}/epochs"] = source.epochs
+            flat[f"{name}/failures"] = sum(source.failures.values())
+            flat[f"{name}/filtered"] = source.filtered
+            flat[f"{name}/dropped"] = source.dropped
+        return flat
+
+    def rows(self) -> list[list[str]]:
+        """The table as text: a header, then one row per source."""
+        table = [["source", "samples", "share", "epochs", "filtered", "dropped", "failures"]]
+        for source in self.sources.values():
+            failures = ", ".join(f"{count} {kind}" for kind, count in sorted(source.failures.items())) or "0"
+            epochs = "–" if source.epochs is None else f"{source.epochs:.3f}"
+            table.append(
+                [
+                    source.name,
+                    f"{source.samples:,}",
+                    f"{source.share:.1%}",
+                    epochs,
+                    f"{source.filtered:,}",
+                    f"{source.dropped:,}",
+                    failures,
+                ]
+            )
+        return table
+
+    def __str__(self) -> str:
+        table = self.rows()
+        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+        lines = [f"epoch {self.epoch}, {self.batches:,} batches in it, {self.samples:,} samples in all"]
+        for row in table:
+            first, *rest = row
+            cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:]))
+            lines.append(f"  {first.ljust(widths[0])}  {'  '.join(cells)}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from midstream.display import progress_html
+
+        return progress_html(self)
+
+
+def progress(state: State) -> Progress:
+    """The progress that a checkpoint tells.
+
+    Args:
+        state: A loader's ``state_dict()``, a merged one, or a list of the states of all ranks.
+
+    Raises:
+        CheckpointError: If it is not such a state.
+
+    >>> import midstream as ms
+    >>> loader = ms.DataLoader(ms.from_dataset(range(8), name="eight"), batch_size=4)
+    >>> _ = next(iter(loader))
+    >>> ms.progress(loader.state_dict()).sources["eight"].samples
+    4
+    """
+    if isinstance(state, list):
+        state = merge_states(state)
+    canonical = parse(state)
+    names = source_names(canonical.spec)
+    lengths = _lengths(canonical.spec)
+    samples, rows = [0] * len(names), [0] * len(names)
+    events: dict[str, int] = {}
+    for lane in canonical.lanes.values():
+        if lane is not None:
+            for index in range(min(len(names), len(lane["samples"]))):
+                samples[index] += lane["samples"][index]
+                rows[index] += lane["rows"][index]
+            for key, count in lane["events"].items():
+                events[key] = events.get(key, 0) + count
+    total = sum(samples)
+    sources: dict[str, SourceProgress] = {}
+    for index, name in enumerate(names):
+        failures: dict[str, int] = {}
+        counts = {"filtered": 0, "dropped": 0, "emptied": 0}
+        for key, count in events.items():
+            kind, _, source = key.split("|")
+            if int(source) != index:
+                continue
+            if kind.startswith("failed "):
+                failures[kind.removeprefix("failed ")] = failures.get(kind.removeprefix("failed "), 0) + count
+            else:
+                counts[kind] += count
+        length = lengths[index]
+        read = rows[index] + sum(counts.values()) + sum(failures.values())
+        sources[name] = SourceProgress(
+            name=name,
+            samples=samples[index],
+            epochs=read / length if length else None,
+            failures=failures,
+            filtered=counts["filtered"],
+            dropped=counts["dropped"] + counts["emptied"],
+            share=samples[index] / total if total else 0.0,
+        )
+    return Progress(canonical.epoch, canonical.batches, sources)
+
+
+def _lengths(spec: State) -> list[Any]:
+    if "name" in spec:
+        return [spec.get("length")]
+    return [length for _, child in sorted(spec.get("inputs", {}).items()) for length in _lengths(child)]

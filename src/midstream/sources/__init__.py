@@ -1,0 +1,68 @@
+"""One file per kind of source, and `from_dataset`, which chooses among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from midstream.core import Dataset
+from midstream.sources.arrow import ArrowSource
+from midstream.sources.huggingface import IterableSource
+from midstream.sources.iterable import FromIterable, from_iterable
+from midstream.sources.jsonl import JsonSource, read_json
+from midstream.sources.parquet import ParquetSource, read_parquet
+from midstream.sources.sequence import SequenceSource
+
+__all__ = [
+    "ArrowSource",
+    "FromIterable",
+    "IterableSource",
+    "JsonSource",
+    "ParquetSource",
+    "SequenceSource",
+    "from_dataset",
+    "from_iterable",
+    "read_json",
+    "read_parquet",
+]
+
+
+def from_dataset(data: Any, *, name: str | None = None) -> Dataset:
+    """Make a source of what you have.
+
+    Args:
+        data: A Hugging Face ``datasets.Dataset`` (memory-mapped or not; numeric lists arrive as read-only numpy views of
+            the stored dtype), a map-style torch dataset, or any sequence: random access. A Hugging Face
+            ``IterableDataset``: a stream.
+        name: What progress, origins and errors call it. Left out, the name it has in `interleave`, else "data".
+
+    Raises:
+        TypeError: If it is none of these.
+        ValueError: If it is a shuffled ``IterableDataset``, which cannot resume.
+
+    >>> import midstream as ms
+    >>> ms.from_dataset(["a", "b"], name="letters").rows([1])
+    ['b']
+    """
+    if name is not None and (not isinstance(name, str) or not name or "|" in name):
+        raise ValueError(f"the name of a source is a string without '|'; found {name!r}")
+    if isinstance(data, Dataset):
+        raise TypeError(f"this already is a midstream dataset; use it as it is:\n{data!r}")
+    import datasets
+
+    if isinstance(data, datasets.Dataset):
+        return ArrowSource(data, name)
+    if isinstance(data, datasets.IterableDataset):
+        return IterableSource(data, name)
+    if isinstance(data, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        raise TypeError(f"this is a dict of splits; choose one, like data[{next(iter(data), 'train')!r}]")
+    if isinstance(data, (dict, set, frozenset)):
+        raise TypeError(f"a source has rows by number; found {type(data).__name__}")
+    if isinstance(data, Sequence) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        return SequenceSource(data, name)
+    if hasattr(data, "__iter__"):
+        raise TypeError(
+            f"{type(data).__name__} can only be iterated, and an iterator cannot be rewound. Give a callable that returns a "
+            f"fresh one: midstream.from_iterable(lambda: ..., name=...)"
+        )
+    raise TypeError(f"from_dataset takes a Hugging Face dataset, a map-style dataset or a sequence; found {type(data).__name__}")

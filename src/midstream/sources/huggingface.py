@@ -1,0 +1,143 @@
+"""Hugging Face ``datasets.IterableDataset`` as a source of rows whose position we own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator as Iter
+from dataclasses import dataclass
+from typing import Any
+
+import torch.utils.data._utils.worker as torch_worker
+
+from midstream._state import State, copy_plain
+from midstream.core import Dataset, Iterator, Lane, Place
+from midstream.sources.iterable import ShardIterator, Shards
+
+_EVERY = 256
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class IterableSource(Dataset):
+    """Rows of a Hugging Face ``IterableDataset``, shard by shard.
+
+    Its own state is taken every 256 rows of a shard, and the rows since are counted here, because its ``state_dict`` is
+    not what was loaded until a row was read. Its ``shuffle`` loses and repeats rows when resumed, so it is refused.
+
+    State: ``[shard, rows read, last row that raised, rows at its own last state, that state]``.
+    Resume: reads at most 256 rows again, and what its own ``load_state_dict`` reads.
+    """
+
+    data: Any
+    name: str | None = None
+    kind = "from_dataset"
+
+    def __post_init__(self) -> None:
+        shuffling = _find_shuffle(self.data._ex_iterable)
+        if shuffling:
+            raise ValueError(
+                f"this IterableDataset is shuffled ({shuffling}), and datasets loses and repeats rows when such a stream "
+                f"is resumed. Give it to from_dataset without .shuffle and shuffle here: "
+                f"from_dataset(data).shuffle(seed, buffer_size=10_000)"
+            )
+
+    @property
+    def random_access(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def infinite(self) -> bool:
+        """Not known, so taken to end."""
+        return False
+
+    @property
+    def _num_shards(self) -> int:
+        return int(self.data.num_shards)
+
+    def spec_fields(self) -> dict[str, State]:
+        """Columns, where they are known, and shards."""
+        columns = self.data.column_names
+        return {
+            "data": "datasets.IterableDataset",
+            "columns": None if columns is None else list(columns),
+            "num_shards": self._num_shards,
+        }
+
+    def summary(self) -> str:
+        """Number of shards."""
+        return f"{self.kind}(datasets.IterableDataset, {self._num_shards} shards)"
+
+    def full_lanes(self, num_lanes: int, block: int) -> tuple[int, str]:
+        """One for each shard."""
+        return min(num_lanes, self._num_shards), f"the IterableDataset has {self._num_shards} shards"
+
+    def max_lanes(self) -> tuple[int, str] | None:
+        """As many as there are shards."""
+        return self._num_shards, (
+            f"source {self.name or 'data'!r} is an IterableDataset of {self._num_shards} shards. Use fewer workers, or give "
+            f"it more shards (to_iterable_dataset(num_shards=n), or .reshard())"
+        )
+
+    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+        return ShardIterator(_HubShards(self.data), at, lane, pass_, self._num_shards, False)
+
+
+class _HubShards(Shards):
+    every = _EVERY
+    function = "IterableDataset.__iter__"
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+        self.shard: Any = None
+
+    def open(self, shard: int, state: State) -> Iter[Any]:
+        self.shard = self.data.shard(num_shards=self.data.num_shards, index=shard, contiguous=False)
+        if state is not None:
+            self.shard.load_state_dict(copy_plain(state))
+        return _OutsideWorker(iter(self.shard))
+
+    def state(self) -> State:
+        return copy_plain(self.shard.state_dict())
+
+
+class _OutsideWorker:
+    """Starts a Hugging Face stream as if this were no torch worker: there it would shard itself once more."""
+
+    def __init__(self, rows: Iter[Any]) -> None:
+        self.rows, self.started = rows, False
+
+    def __iter__(self) -> _OutsideWorker:
+        return self
+
+    def __next__(self) -> Any:
+        if self.started:
+            return next(self.rows)
+        with _no_worker_info():
+            row = next(self.rows)
+        self.started = True
+        return row
+
+
+@contextlib.contextmanager
+def _no_worker_info() -> Iter[None]:
+    info = torch_worker._worker_info
+    torch_worker._worker_info = None
+    try:
+        yield
+    finally:
+        torch_worker._worker_info = info
+
+
+def _find_shuffle(stream: Any, depth: int = 0) -> str:
+    """The class name of the first shuffling step of a Hugging Face stream, or ""."""
+    if stream is None or depth > 64:
+        return ""
+    name = type(stream).__name__
+    if "Shuffle" in name:
+        return name
+    inner = [getattr(stream, "ex_iterable", None), *(getattr(stream, "ex_iterables", None) or [])]
+    for step in inner:
+        found = _find_shuffle(step, depth + 1)
+        if found:
+            return found
+    return ""

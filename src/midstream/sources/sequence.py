@@ -1,0 +1,80 @@
+"""Sequences and map-style torch datasets: anything with ``__len__`` and ``__getitem__``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from midstream._state import State
+from midstream.core import I64, U64, Dataset, Failure, Hole, Place, Rows
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SequenceSource(Dataset):
+    """Rows of a sequence or of a map-style dataset, read with ``__getitems__`` where it has one.
+
+    A row whose ``__getitem__`` raises is one lost sample, reported with its row number.
+
+    State: none but the position.
+    Resume: reads nothing again.
+    """
+
+    data: Any
+    name: str | None = None
+    kind = "from_dataset"
+    _by_value = ("data",)
+
+    @property
+    def infinite(self) -> bool:
+        """Never."""
+        return False
+
+    def _length(self) -> int | None:
+        return len(self.data)
+
+    def spec_fields(self) -> dict[str, State]:
+        """Kind of data and number of rows."""
+        return {"data": type(self.data).__name__, "length": self.length()}
+
+    def summary(self) -> str:
+        """Kind of data and number of rows."""
+        return f"{self.kind}({type(self.data).__name__}, {self.length():,} rows)"
+
+    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+        origins = row_origins(at.source, passes, positions)
+        index = positions.tolist()
+        together = getattr(self.data, "__getitems__", None)
+        samples: list[Any] | None = None
+        if callable(together):
+            try:
+                samples = list(together(index))
+            except Exception:
+                samples = None  # one row at a time tells which one it was
+            if samples is not None and len(samples) != len(index):
+                raise ValueError(
+                    f"{at.path}: __getitems__ of {type(self.data).__name__} returned {len(samples)} rows for {len(index)}"
+                )
+        if samples is None:
+            get, samples = self.data.__getitem__, []
+            for row in index:
+                try:
+                    samples.append(get(row))
+                except Exception as error:
+                    samples.append(row_failure(at, self.data, origins[len(samples)], error))
+        return Rows(samples, origins)
+
+
+def row_origins(source: int, passes: I64, rows: I64) -> I64:
+    """Origins of rows of a source: int64, shape [k, 4]."""
+    origins = np.zeros((len(rows), 4), dtype=np.int64)
+    origins[:, 0], origins[:, 1], origins[:, 2] = source, passes, rows
+    return origins
+
+
+def row_failure(at: Place, data: Any, origin: I64, error: Exception) -> Hole:
+    """The hole of a row that could not be read."""
+    if isinstance(error, StopIteration):
+        error = RuntimeError(f"reading a row raised StopIteration({error})")
+    return Hole((Failure(at.path, at.origin(origin.tolist()), f"{type(data).__qualname__}.__getitem__", error),))
