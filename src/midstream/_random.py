@@ -131,7 +131,9 @@ def permute(positions: I64, length: int, seed: int, keys: U64) -> I64:
     limit = _U(length)
     outside = np.flatnonzero(values >= limit)
     while outside.size:
-        walked = _feistel(values[outside], [key if key.size == 1 else key[outside] for key in rounds], high_bits, low_bits)
+        walked = _feistel(
+            values[outside], [key if key.size == 1 else key[outside] for key in rounds], high_bits, low_bits
+        )
         values[outside] = walked
         outside = outside[walked >= limit]
     return values.astype(np.int64)

@@ -74,7 +74,9 @@ def parse(state: Any) -> Canonical:
         CheckpointError: If it is not one, or of an unknown version.
     """
     if not isinstance(state, dict):
-        raise CheckpointError(f"a loader's state is a dict (or a list of the dicts of all ranks); found {type(state).__name__}")
+        raise CheckpointError(
+            f"a loader's state is a dict (or a list of the dicts of all ranks); found {type(state).__name__}"
+        )
     if "midstream" not in state:
         raise CheckpointError(
             f"this is no midstream state: the key 'midstream' is missing; found {sorted(map(str, state))[:12]}"
@@ -85,7 +87,9 @@ def parse(state: Any) -> Canonical:
         if key not in state:
             raise CheckpointError(f"this state is incomplete: the key {key!r} is missing")
         if type(state[key]) is not kind:
-            raise CheckpointError(f"this state is damaged: {key!r} is a {kind.__name__}; found {type(state[key]).__name__}")
+            raise CheckpointError(
+                f"this state is damaged: {key!r} is a {kind.__name__}; found {type(state[key]).__name__}"
+            )
         if kind is int and not 0 <= state[key] < 1 << 62:
             raise CheckpointError(f"this state is damaged: {key!r} is not negative and below 2**62; found {state[key]}")
     num_lanes = state["num_lanes"]
@@ -93,7 +97,9 @@ def parse(state: Any) -> Canonical:
         raise CheckpointError(f"this state is damaged: num_lanes is in [1, 2**24]; found {num_lanes}")
     for key, value in state["lanes"].items():
         if type(key) is not str or not key.isdecimal() or not key.isascii() or not 0 <= int(key) < num_lanes:
-            raise CheckpointError(f"this state is damaged: lanes are numbered '0000' to '{num_lanes - 1:04d}'; found {key!r:.40}")
+            raise CheckpointError(
+                f"this state is damaged: lanes are numbered '0000' to '{num_lanes - 1:04d}'; found {key!r:.40}"
+            )
         if type(value) is not str:
             raise CheckpointError(f"this state is damaged: lane {key} is a string; found {type(value).__name__}")
     try:
@@ -101,7 +107,9 @@ def parse(state: Any) -> Canonical:
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"this state is damaged: its spec is not plain data ({error})") from None
     if found != state["fingerprint"]:
-        raise CheckpointError(f"this state is damaged: its spec has the fingerprint {found}, not {state['fingerprint']!r:.40}")
+        raise CheckpointError(
+            f"this state is damaged: its spec has the fingerprint {found}, not {state['fingerprint']!r:.40}"
+        )
     return Canonical(state)
 
 

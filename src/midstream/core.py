@@ -408,7 +408,9 @@ def check_limits(events: Mapping[str, int], limits: Mapping[str, int]) -> None:
         TooManyErrors: If a node is over its limit.
     """
     for path, limit in limits.items():
-        failed = {key: count for key, count in events.items() if key.startswith("failed ") and key.split("|")[1] == path}
+        failed = {
+            key: count for key, count in events.items() if key.startswith("failed ") and key.split("|")[1] == path
+        }
         if sum(failed.values()) > limit:
             kinds = [f"{count} x {key.split('|')[0].removeprefix('failed ')}" for key, count in sorted(failed.items())]
             raise TooManyErrors(
@@ -545,7 +547,7 @@ class Cursor(Iterator):
     def _fill(self) -> None:
         first = self.first + len(self.items)
         numbers = np.arange(first, first + self.chunk, dtype=np.int64)
-        if self.lane.num_lanes > 1:
+        if self.lane.num_lanes > 1 or self.lane.index:
             blocks, inside = np.divmod(numbers, self.block)
             positions = (blocks * self.lane.num_lanes + self.lane.index) * self.block + inside
         else:
@@ -1248,11 +1250,15 @@ _RUN_KEYS = {
 
 def check_run_state(dataset: Dataset, state: State) -> None:
     """Refuse what is not a state of this dataset."""
-    if not isinstance(state, dict) or "state" not in state or any(
-        not isinstance(state.get(key), kind) for key, kind in _RUN_KEYS.items()
+    if (
+        not isinstance(state, dict)
+        or "state" not in state
+        or any(not isinstance(state.get(key), kind) for key, kind in _RUN_KEYS.items())
     ):
         found = sorted(state) if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"not a state of a midstream dataset: expected {sorted([*_RUN_KEYS, 'state'])}, found {found}")
+        raise CheckpointError(
+            f"not a state of a midstream dataset: expected {sorted([*_RUN_KEYS, 'state'])}, found {found}"
+        )
     if state["midstream"] != FORMAT:
         raise CheckpointError(f"this state has format {state['midstream']}; this midstream reads format {FORMAT}")
     if state["fingerprint"] != dataset.fingerprint:
@@ -1260,5 +1266,3 @@ def check_run_state(dataset: Dataset, state: State) -> None:
             f"this state was written by another pipeline (fingerprint {state['fingerprint']}, here "
             f"{dataset.fingerprint}). This pipeline is:\n{dataset!r}"
         )
-
-

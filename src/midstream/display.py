@@ -47,7 +47,9 @@ def _face(node: Dataset) -> str:
 def progress_html(progress: Progress) -> str:
     """A progress table."""
     header, *rows = progress.rows()
-    head = "".join(f"<th style='text-align:{'left' if i == 0 else 'right'}'>{escape(c)}</th>" for i, c in enumerate(header))
+    head = "".join(
+        f"<th style='text-align:{'left' if i == 0 else 'right'}'>{escape(c)}</th>" for i, c in enumerate(header)
+    )
     body = "".join(
         "<tr>"
         + "".join(f"<td style='text-align:{'left' if i == 0 else 'right'}'>{escape(c)}</td>" for i, c in enumerate(row))

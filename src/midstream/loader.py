@@ -1,528 +1,54 @@
 """The DataLoader: lanes run in torchdata's worker processes, and the main process owns position and epoch.
 
-    worker     _Reader        runs its lanes; each turn makes one envelope: batch number, lane, and what came out
-    main       _Epoch         position, lane states, counts, and an undo log of the last 1,024 batches
-               _LoaderIterator  takes envelopes apart: publish the state, then hand out the batch or raise
+    readers.py    in the worker: runs its lanes; each turn makes one envelope
+    position.py   in the main process: batches, lane states, counts, and an undo log
+    here          `_LoaderIterator` takes envelopes apart: publish the state, then hand out the batch or raise;
+                  `DataLoader` has the rules of arguments, topology, epochs and loading
 
-The only file that knows torchdata exists. It is long because the rules of epochs, loading and undoing have to be read
-together.
+The only file that knows torchdata exists. It is long because those rules have to be read together.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import pickle
-import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator as Iter, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from midstream._state import State, encode
+from midstream._state import State
 from midstream.checkpoint import Canonical, diff_specs, merge_states, parse
-from midstream.core import (
-    FORMAT,
-    I64,
-    Cursor,
-    Dataset,
-    Delivery,
-    Failure,
-    Hole,
-    Lane,
-    Ledger,
-    Place,
-    as_origin_array,
-    bind,
-    check_limits,
-    epoch_key,
-)
+from midstream.core import Dataset, check_limits
 from midstream.errors import CheckpointError, MidstreamError, Origin, WorkerError, bullet_list
-from midstream.lanes import Topology, batches_of_rank, choose_lanes, current_topology, first_batch, slots
+from midstream.lanes import Topology, batches_of_rank, choose_lanes, current_topology, slots
 from midstream.nodes.batch import collate
+from midstream.position import Facts, Position, Tally
 from midstream.progress import Progress, progress
+from midstream.readers import ERROR, FATAL, NOTHING, Out, Runner, identity
 from midstream.sources import from_dataset
 
 __all__ = ["DataLoader"]
 
 log = logging.getLogger("midstream")
 
-_LOG_BATCHES = 1024
-_LOG_BYTES = 64 << 20
-_ERRORS_A_TURN = 64
-
-_BATCH, _ERROR, _FATAL, _NOTHING = range(4)
-
-
-class _Out(NamedTuple):
-    """One thing that a turn made.
-
-    Attributes:
-        kind: A batch, a failure to raise, an error that ends the run, or nothing (counts and states only).
-        payload: The batch, the `Failure`, or the error.
-        origins: int64 [m, 4], or None.
-        final: Whether the turn's batch number is done with after this.
-        state: Streams: the lane's state as canonical JSON, or None when it did not change.
-        notes: Events, notices and limits from the lane's ledger, or None.
-    """
-
-    kind: int
-    payload: Any = None
-    origins: I64 | None = None
-    final: bool = False
-    state: str | None = None
-    notes: tuple[dict[str, int], list[tuple[str, str]], dict[str, int]] | None = None
-
-
-def _take_notes(ledger: Ledger) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]] | None:
-    return ledger.take() if ledger.events or ledger.notices else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In the worker
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Plan(NamedTuple):
-    """Where a run continues.
-
-    Attributes:
-        start: The first batch not delivered yet, over all ranks (random access).
-        turns: Batches this rank makes from there; None: as many as there are.
-        told: Errors already raised, by batch number.
-        lanes: Streams: the decoded lane states by number.
-    """
-
-    start: int
-    turns: int | None
-    told: dict[int, int]
-    lanes: dict[int, Any]
-
-
-class _Runner(IterableDataset[Any]):
-    """What a loader's worker processes iterate: the pipeline at one topology.
-
-    ``shared`` holds epoch and generation where workers live on: a plan is for one generation only, so that a worker that
-    was forked with one does not follow it again in the next epoch.
-    """
-
-    def __init__(
-        self, dataset: Dataset, topology: Topology, lanes: int, epoch: int, plan: _Plan, next_turns: int | None
-    ) -> None:
-        self.dataset, self.topology, self.lanes = dataset, topology, lanes
-        self.epoch, self.generation, self.plan, self.next_turns = epoch, 0, plan, next_turns
-        self.shared: torch.Tensor | None = None
-
-    def __iter__(self) -> Iter[Any]:
-        worker = get_worker_info()
-        epoch, plan = self.epoch, self.plan
-        if self.shared is not None:
-            epoch, generation = self.shared.tolist()
-            if generation != self.generation:
-                plan = _Plan(0, self.next_turns, {}, {})
-        index = worker.id if worker is not None else 0
-        if self.dataset.random_access:
-            return _RandomReader(self, index, epoch, plan)
-        return _StreamReader(self, index, epoch, plan)
-
-
-class _RandomReader:
-    """Makes every W-th batch of its rank, wherever the run continues."""
-
-    def __init__(self, runner: _Runner, worker: int, epoch: int, plan: _Plan) -> None:
-        topology = runner.topology
-        self.stride = topology.world_size * topology.readers
-        self.batch = first_batch(plan.start, topology.rank, topology.world_size) + worker * topology.world_size
-        self.turn, self.readers, self.turns, self.told = worker, topology.readers, plan.turns, plan.told
-        self.place = bind(runner.dataset)
-        self.ledger = Ledger()
-        lane = Lane(self.batch, self.stride, 1, self.ledger)
-        self.cursor = Cursor(self.place, lane, int(epoch_key(epoch)[0]), epoch)
-        self.broken: _Out | None = None
-
-    def __iter__(self) -> _RandomReader:
-        return self
-
-    def __next__(self) -> tuple[int, int, list[_Out]]:
-        if self.turns is not None and self.turn >= self.turns:
-            raise StopIteration
-        number = self.batch
-        outs = [self.broken] if self.broken is not None else self._make(self.told.get(number, 0))
-        self.turn += self.readers
-        self.batch += self.stride
-        return number, -1, outs
-
-    def _make(self, told: int) -> list[_Out]:
-        cursor = self.cursor
-        before = cursor.number
-        outs: list[_Out] = []
-        errors = 0
-        while True:
-            try:
-                sample, origins = next(cursor)
-            except StopIteration:
-                return [*outs, _Out(_NOTHING, final=True)]
-            except Exception as error:
-                self.broken = _fatal(error)
-                return [*outs, self.broken]
-            done = cursor.number > before
-            if type(sample) is not Hole:
-                origins = as_origin_array(origins)
-                return [*outs, _Out(_BATCH, sample, origins, True, None, _take_notes(self.ledger))]
-            failure = sample.errors[0]
-            if failure.quiet:
-                self.ledger.failed(failure, _source_of(self.place, failure))
-                if done:
-                    return [*outs, _Out(_NOTHING, None, None, True, None, _take_notes(self.ledger))]
-                continue
-            errors += 1
-            if errors > told:
-                outs.append(_Out(_ERROR, failure, None, done, None, _take_notes(self.ledger)))
-            elif done:
-                outs.append(_Out(_NOTHING, None, None, True, None, _take_notes(self.ledger)))
-            if done:
-                return outs
-
-
-class _LaneRun:
-    """A stream lane in its worker."""
-
-    __slots__ = ("delivery", "done", "index", "lane", "rounds")
-
-    def __init__(self, place: Place, index: int, num_lanes: int, epoch: int, state: Any) -> None:
-        self.index, self.lane = index, Lane(index, num_lanes, 1, Ledger())
-        self.delivery = Delivery(place, self.lane, int(epoch_key(epoch)[0]), epoch)
-        self.rounds, self.done = 0, False
-        if state is not None:
-            self.rounds, self.done = state["rounds"], state["done"]
-            self.lane.ledger.marks = state["marks"]
-            self.delivery.iterator.load(state["state"])
-
-    def state(self) -> str:
-        """The lane's part of the checkpoint, as canonical JSON."""
-        return encode(
-            {
-                "rounds": self.rounds,
-                "done": self.done,
-                "state": None if self.done else self.delivery.iterator.snapshot(),
-                "marks": {} if self.done else self.lane.ledger.marks,
-            }
-        )
-
-
-class _StreamReader:
-    """Runs this worker's lanes in turn, one batch each."""
-
-    def __init__(self, runner: _Runner, worker: int, epoch: int, plan: _Plan) -> None:
-        place = bind(runner.dataset)
-        self.place = place
-        self.lanes = runner.lanes
-        mine = slots(runner.topology, runner.lanes, worker)
-        self.runs = [
-            None if index < 0 else _LaneRun(place, index, runner.lanes, epoch, plan.lanes.get(index)) for index in mine
-        ]
-        # All lanes of the rank count, not only this worker's: the turns of all workers start in the same round.
-        rank_lanes = range(runner.topology.rank, runner.lanes, runner.topology.world_size)
-        states = [plan.lanes.get(index) for index in rank_lanes]
-        live = [0 if state is None else state["rounds"] for state in states if state is None or not state["done"]]
-        self.round = min(live, default=0)
-        self.slot = 0
-
-    def __iter__(self) -> _StreamReader:
-        return self
-
-    def __next__(self) -> tuple[int, int, list[_Out]]:
-        if all(run is None or run.done for run in self.runs):
-            raise StopIteration
-        run = self.runs[self.slot]
-        round_ = self.round
-        self.slot += 1
-        if self.slot == len(self.runs):
-            self.slot, self.round = 0, round_ + 1
-        if run is None or run.done or run.rounds > round_:
-            return -1, -1, []
-        return run.rounds * self.lanes + run.index, run.index, self._make(run)
-
-    def _make(self, run: _LaneRun) -> list[_Out]:
-        outs: list[_Out] = []
-        ledger = run.lane.ledger
-        while len(outs) < _ERRORS_A_TURN:
-            try:
-                sample, origins = run.delivery.next()
-            except StopIteration:
-                run.done = True
-                return [*outs, _Out(_NOTHING, None, None, True, run.state(), _take_notes(ledger))]
-            except Exception as error:
-                return [*outs, _fatal(error)]
-            if type(sample) is not Failure:
-                run.rounds += 1
-                origins = as_origin_array(origins)
-                return [*outs, _Out(_BATCH, sample, origins, True, run.state(), _take_notes(ledger))]
-            outs.append(_Out(_ERROR, sample, None, False, run.state(), _take_notes(ledger)))
-        return outs
-
-
-def _source_of(place: Place, failure: Failure) -> int:
-    return place.names.index(failure.origin.source) if failure.origin is not None else -1
-
-
-def _fatal(error: Exception) -> _Out:
-    """An error that is no sample's: shipped whole where it can be, else as text."""
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    try:
-        data = pickle.dumps(error)
-        pickle.loads(data)
-    except Exception:
-        data = b""
-    return _Out(_FATAL, (f"{type(error).__name__}: {error}", text, data))
-
-
-def _identity(item: Any) -> Any:
-    return item
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In the main process
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Tally:
-    """Counts of one lane (random access: of one rank), over the whole run."""
-
-    __slots__ = ("events", "rows", "samples")
-
-    def __init__(self, num_sources: int, lane: Mapping[str, Any] | None = None) -> None:
-        self.samples = np.zeros(num_sources, dtype=np.int64)
-        self.rows = np.zeros(num_sources, dtype=np.int64)
-        self.events: dict[str, int] = {}
-        if lane is not None:
-            known = min(num_sources, len(lane["samples"]), len(lane["rows"]))
-            self.samples[:known], self.rows[:known] = lane["samples"][:known], lane["rows"][:known]
-            self.events = dict(lane["events"])
-
-    def add(self, origins: I64 | None, events: Mapping[str, int] | None, sign: int = 1) -> None:
-        """Count (or, with sign -1, uncount) a batch and what was dropped on the way to it."""
-        if origins is not None and len(origins):
-            size = len(self.samples)
-            self.samples += sign * np.bincount(origins[:, 0], minlength=size)
-            self.rows += sign * np.bincount(origins[origins[:, 3] == 0, 0], minlength=size)
-        for key, count in (events or {}).items():
-            value = self.events.get(key, 0) + sign * count
-            if value:
-                self.events[key] = value
-            else:
-                self.events.pop(key, None)
-
-    def copy(self) -> _Tally:
-        """An independent copy."""
-        other = copy.copy(self)
-        other.samples, other.rows, other.events = self.samples.copy(), self.rows.copy(), dict(self.events)
-        return other
-
-
-class _Entry(NamedTuple):
-    """How to undo one delivery: what was there before it, and what it counted."""
-
-    step: int
-    is_batch: bool
-    passed: int
-    told: tuple[int, int] | None
-    lane: int
-    state: str | None
-    origins: I64 | None
-    events: dict[str, int] | None
-
-
-class _Epoch:
-    """The position of a run within one epoch, on one rank.
-
-    A delivery first appends to ``log`` how to undo it, then changes the fields, and last of all ``steps``: a signal
-    handler that asks for the state at any point between gets the state before.
-    """
-
-    def __init__(
-        self,
-        loader: DataLoader,
-        topology: Topology,
-        num_lanes: int,
-        epoch: int,
-        canonical: Canonical | None = None,
-        tallies: dict[int, _Tally] | None = None,
-    ) -> None:
-        self.loader, self.topology, self.num_lanes, self.epoch = loader, topology, num_lanes, epoch
-        self.random = loader._pipeline.random_access
-        self.num_sources = len(loader._place.names)
-        self.own = range(topology.rank, num_lanes, topology.world_size)
-        self.start = canonical.batches if canonical is not None else 0
-        self.steps = self.first_step = canonical.steps_done if canonical is not None else 0
-        self.passed = 0  # batch numbers this rank is done with since `start`
-        self.told: tuple[int, int] | None = None
-        self.told_before: dict[int, int] = {}
-        self.states: dict[int, str] = {}
-        self.tallies: dict[int, _Tally] = tallies if tallies is not None else {}
-        self.decoded: dict[int, Any] = {}
-        if canonical is not None:
-            for index, lane in canonical.lanes.items():
-                if lane is None:
-                    continue
-                if lane.get("told") is not None:
-                    self.told_before[lane["told"][0]] = lane["told"][1]
-                if index not in self.own:
-                    continue
-                self.tallies[index] = _Tally(self.num_sources, lane)
-                if lane.get("lane") is not None:
-                    self.states[index], self.decoded[index] = encode(lane["lane"]), lane["lane"]
-        mine = self.told_before.get(first_batch(self.start, topology.rank, topology.world_size))
-        if mine:
-            self.told = (first_batch(self.start, topology.rank, topology.world_size), mine)
-        self.turns = loader._turns(topology, self.start)
-        self.complete = False
-        self.log: deque[_Entry] = deque()
-        self.log_bytes = 0
-
-    def plan(self) -> _Plan:
-        """Where workers continue."""
-        return _Plan(self.start, self.turns, self.told_before, self.decoded)
-
-    def apply(self, number: int, lane: int, out: _Out) -> None:
-        """Count one thing that came out, and move on."""
-        key = lane if lane >= 0 else self.topology.rank
-        events = out.notes[0] if out.notes is not None else None
-        if out.kind == _ERROR:
-            source = _source_of(self.loader._place, out.payload)
-            events = dict(events or {})
-            name = f"failed {out.payload.error_type}|{out.payload.node}|{source}"
-            events[name] = events.get(name, 0) + 1
-        tally = self.tallies.get(key)
-        if tally is None:
-            tally = self.tallies[key] = _Tally(self.num_sources)
-        is_batch = out.kind == _BATCH
-        entry = _Entry(self.steps, is_batch, self.passed, self.told, key, self.states.get(key), out.origins, events)
-        self.log.append(entry)
-        self.log_bytes += out.origins.nbytes if out.origins is not None else 0
-        tally.add(out.origins, events)
-        if out.state is not None:
-            self.states[key] = out.state
-        if lane < 0:
-            if out.final:
-                self.told = None
-            elif out.kind == _ERROR:
-                known = self.told[1] if self.told is not None and self.told[0] == number else 0
-                self.told = (number, known + 1)
-        if out.final:
-            self.passed += 1
-        if is_batch:
-            self.steps += 1
-        while len(self.log) > _LOG_BATCHES or (self.log_bytes > _LOG_BYTES and len(self.log) > 64):
-            old = self.log.popleft()
-            self.log_bytes -= old.origins.nbytes if old.origins is not None else 0
-        if self.turns is not None and self.passed >= self.turns:
-            self.complete = True
-
-    def totals(self) -> dict[str, int]:
-        """All events counted so far on this rank."""
-        events: dict[str, int] = {}
-        for tally in self.tallies.values():
-            for key, count in tally.events.items():
-                events[key] = events.get(key, 0) + count
-        return events
-
-    def state_at(self, step: int | None) -> State:
-        """The state after batch ``step`` of this epoch, or now."""
-        steps, complete = self.steps, self.complete
-        if step is not None and step != steps:
-            oldest = min((entry.step for entry in self.log), default=steps)
-            if not oldest <= step <= steps:
-                raise ValueError(
-                    f"the state after batch {step} of epoch {self.epoch} is not kept; there are those after batch {oldest} "
-                    f"to {steps}"
-                )
-        if complete and step in (None, steps):
-            lanes = {index: (None, tally) for index, tally in self.tallies.items()}
-            return self._render(self.epoch + 1, 0, 0, lanes, None)
-        passed, told, states = self.passed, self.told, dict(self.states)
-        undone: dict[int, _Tally] = {}
-        for entry in reversed(self.log):
-            if step is None or step == steps or entry.step < step:
-                break
-            passed, told = entry.passed, entry.told
-            if entry.state is None:
-                states.pop(entry.lane, None)
-            else:
-                states[entry.lane] = entry.state
-            if entry.lane not in undone:
-                undone[entry.lane] = self.tallies[entry.lane].copy()
-            undone[entry.lane].add(entry.origins, entry.events, -1)
-        done = steps if step is None else step
-        lanes = {index: (states.get(index), undone.get(index) or tally) for index, tally in self.tallies.items()}
-        for index, text in states.items():
-            lanes.setdefault(index, (text, _Tally(self.num_sources)))
-        return self._render(self.epoch, passed, done, lanes, told)
-
-    def _render(
-        self,
-        epoch: int,
-        passed: int,
-        steps: int,
-        lanes: Mapping[int, tuple[str | None, _Tally]],
-        told: tuple[int, int] | None,
-    ) -> State:
-        fresh = epoch != self.epoch
-        leaves = {}
-        for index in self.own:
-            text, tally = lanes.get(index, (None, None))
-            is_told = told is not None and index == self.topology.rank
-            if text is None and not is_told and (tally is None or not (tally.samples.any() or tally.events)):
-                leaves[f"{index:04d}"] = ""
-                continue
-            tally = tally or _Tally(self.num_sources)
-            leaf: dict[str, State] = {
-                "samples": tally.samples.tolist(),
-                "rows": tally.rows.tolist(),
-                "events": tally.events,
-            }
-            if is_told and told is not None:
-                leaf["told"] = list(told)
-            body = encode(leaf)
-            leaves[f"{index:04d}"] = body if text is None else f'{body[:-1]},"lane":{text}}}'
-        spec = self.loader._spec
-        return {
-            "midstream": FORMAT,
-            "fingerprint": self.loader._pipeline.fingerprint,
-            "spec": copy.deepcopy(spec),
-            "epoch": epoch,
-            "batches": 0 if fresh else self.start + passed * self.topology.world_size,
-            "steps_done": steps,
-            "num_lanes": self.num_lanes,
-            "lanes": leaves,
-        }
-
-    def trace(self, step: int | None) -> list[Origin]:
-        """Origins of the samples of batch number ``step`` (from 1), or of the last one."""
-        wanted = self.steps if step is None else step
-        for entry in reversed(self.log):
-            if entry.is_batch and entry.step == wanted - 1:
-                assert entry.origins is not None
-                names = self.loader._place.names
-                return [Origin(names[s], p, r, part) for s, p, r, part in entry.origins.tolist()]
-        kept = [entry.step + 1 for entry in self.log if entry.is_batch]
-        span = f"{kept[0]} to {kept[-1]}" if kept else "none yet"
-        raise ValueError(f"batch {wanted} of epoch {self.epoch} is not kept; kept are {span}")
-
 
 class _LoaderIterator:
     """One pass over the loader."""
 
-    def __init__(self, loader: DataLoader, epoch: _Epoch, inner: Iter[Any]) -> None:
+    def __init__(self, loader: DataLoader, epoch: Position, inner: Iter[Any]) -> None:
         self._loader, self._epoch, self._inner = loader, epoch, inner
-        self._ready: deque[tuple[int, int, _Out]] = deque()
+        self._token = loader._active = object()
+        self._ready: deque[tuple[int, int, Out]] = deque()
         self._loud = 0  # how many of `_ready` are handed out or raised
         self._hold = epoch.turns is None and not loader._pipeline.infinite
         self._ended = False
@@ -536,7 +62,7 @@ class _LoaderIterator:
 
     def __next__(self) -> Any:
         epoch = self._epoch
-        if self._loader._active is not self:
+        if self._loader._active is not self._token:
             raise RuntimeError(
                 "this iterator was left behind: the loader was iterated again, closed, or a state was loaded after it was "
                 "made. Use the newest one."
@@ -560,18 +86,18 @@ class _LoaderIterator:
             number, lane, out = self._ready.popleft()
             if out.notes is not None:
                 self._tell(out)
-            if out.kind == _FATAL:
+            if out.kind == FATAL:
                 self._broken = self._rebuild(out.payload)
                 raise self._broken
             epoch.apply(number, lane, out)
             if out.notes is not None and out.notes[2]:
                 self._limits(out.notes[2])
-            if out.kind == _NOTHING:
+            if out.kind == NOTHING:
                 continue
             self._loud -= 1
             if self._ended and not self._loud:
                 self._finish()
-            if out.kind == _ERROR:
+            if out.kind == ERROR:
                 raise out.payload.error()
             return out.payload
         self._finish()
@@ -582,8 +108,8 @@ class _LoaderIterator:
         while self._loud < loud and not self._ended:
             number, lane, outs = next(self._inner)
             for out in outs:
-                self._ready.append((number, lane, _Out(*out)))
-                self._loud += out[0] != _NOTHING
+                self._ready.append((number, lane, Out(*out)))
+                self._loud += out[0] != NOTHING
 
     def _finish(self) -> None:
         """Nothing more will come: count what is left and close the epoch."""
@@ -602,7 +128,7 @@ class _LoaderIterator:
                 while True:
                     next(self._inner)
 
-    def _tell(self, out: _Out) -> None:
+    def _tell(self, out: Out) -> None:
         assert out.notes is not None
         for key, text in out.notes[1]:
             if key not in self._loader._noticed:
@@ -724,7 +250,7 @@ class DataLoader(StatefulDataLoader):
         }
         own = {"lanes": lanes, "rank": rank, "world_size": world_size, "remainder": remainder, "shuffle": shuffle}
         self._foreign = not _ours(dataset, sampler, batch_sampler, generator)
-        self._active: _LoaderIterator | None = None
+        self._active: object = None  # the token of the iterator in use; the iterator itself would make a cycle
         if self._foreign:
             with _quiet_vital():
                 super().__init__(
@@ -765,20 +291,23 @@ class DataLoader(StatefulDataLoader):
         self._next_epoch = 0
         self._loaded: tuple[Canonical, dict[str, Any]] | None = None
         self._ever_loaded = False
-        self._current: _Epoch | None = None
-        self._runner: _Runner | None = None
+        self._current: Position | None = None
+        self._runner: Runner | None = None
         self._warned_restart = False
 
     def _set_pipeline(self, pipeline: Dataset) -> None:
-        self._pipeline = pipeline
-        self._place = bind(pipeline)
-        self._spec_made: dict[str, Any] | None = None
+        self._pipeline, self._facts = pipeline, Facts(pipeline)
 
-    @property
-    def _spec(self) -> dict[str, Any]:
-        if self._spec_made is None:
-            self._spec_made = self._pipeline.spec()
-        return self._spec_made
+    def _epoch_from(
+        self, topology: Topology, num_lanes: int, epoch: int, tallies: dict[int, Tally] | None = None
+    ) -> Position:
+        """The position at the start of an epoch."""
+        return Position(self._facts, topology, num_lanes, epoch, self._turns(topology, 0), None, tallies)
+
+    def _epoch_at(self, topology: Topology, canonical: Canonical) -> Position:
+        """The position of a checked state."""
+        turns = self._turns(topology, canonical.batches)
+        return Position(self._facts, topology, canonical.num_lanes, canonical.epoch, turns, canonical)
 
     # -- topology -----------------------------------------------------------------------------------------------------
 
@@ -815,7 +344,11 @@ class DataLoader(StatefulDataLoader):
         limit = self._pipeline.max_lanes()
         most = -(-num_lanes // ranks)
         if readers > most:
-            why = limit[1] if limit is not None else f"lanes={num_lanes} was asked for. Give more lanes or use fewer workers"
+            why = (
+                limit[1]
+                if limit is not None
+                else f"lanes={num_lanes} was asked for. Give more lanes or use fewer workers"
+            )
             raise ValueError(
                 f"{topology} cannot be served: there are {num_lanes} lanes, at most {most} for each rank, and a worker "
                 f"without a lane would never get data; {why}."
@@ -831,7 +364,7 @@ class DataLoader(StatefulDataLoader):
 
     def _sources_in_words(self) -> str:
         parts = []
-        for place in self._place.walk():
+        for place in self._facts.place.walk():
             if place.source >= 0:
                 parts.append(f"{place.names[place.source]}: {place.node.summary()}")
         return "; ".join(parts)
@@ -864,6 +397,8 @@ class DataLoader(StatefulDataLoader):
         if self._foreign:
             return super().__iter__()
         topology = self._topology()
+        if self._seed_from_torch and topology.world_size > 1 and not self._ever_loaded:
+            self._agree_on_seed()
         epoch, reuse = self._begin(topology)
         self._check_topology(topology, epoch.num_lanes)
         runner = self._runner
@@ -871,7 +406,9 @@ class DataLoader(StatefulDataLoader):
             runner.epoch = epoch.epoch
         else:
             super().load_state_dict({})
-            runner = _Runner(self._pipeline, topology, epoch.num_lanes, epoch.epoch, epoch.plan(), self._turns(topology, 0))
+            runner = Runner(
+                self._pipeline, topology, epoch.num_lanes, epoch.epoch, epoch.plan(), self._turns(topology, 0)
+            )
             if self.persistent_workers and self.num_workers > 0:
                 runner.shared = torch.zeros(2, dtype=torch.int64).share_memory_()
             self._runner = runner
@@ -884,26 +421,37 @@ class DataLoader(StatefulDataLoader):
             inner = super().__iter__()
         self._current, self._loaded = epoch, None
         self._next_epoch = epoch.epoch
-        self._active = _LoaderIterator(self, epoch, inner)
-        return self._active
+        return _LoaderIterator(self, epoch, inner)
 
-    def _begin(self, topology: Topology) -> tuple[_Epoch, bool]:
+    def _agree_on_seed(self) -> None:
+        """torch's seed may differ between ranks, and then each would shuffle in its own order: rank 0's is taken."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise ValueError(
+                "shuffle=True takes its seed from torch, and several ranks cannot agree on one without torch.distributed. "
+                "Shuffle with a seed of your own: DataLoader(midstream.from_dataset(data).shuffle(seed), ...)"
+            )
+        seed = [_shuffle_seed(self._pipeline)]
+        torch.distributed.broadcast_object_list(seed, src=0)
+        if seed[0] != _shuffle_seed(self._pipeline):
+            self._set_pipeline(_with_seed(self._pipeline, seed[0]))
+        self._seed_from_torch = False  # agreed once
+
+    def _begin(self, topology: Topology) -> tuple[Position, bool]:
         """The epoch to iterate, and whether living workers may go on with it from its start."""
         current = self._current
         alive = self.persistent_workers and self.num_workers > 0 and self._iterator is not None
         if self._loaded is not None:
             canonical = self._loaded[0]
-            return _Epoch(self, topology, canonical.num_lanes, canonical.epoch, canonical), False
+            return self._epoch_at(topology, canonical), False
         if current is None:
-            return _Epoch(self, topology, self._num_lanes(topology), self._next_epoch), False
+            return self._epoch_from(topology, self._num_lanes(topology), self._next_epoch), False
         same = alive and self._runner is not None and self._runner.topology == topology
         if current.complete:
             following = current.epoch + 1 if self._next_epoch == current.epoch else self._next_epoch
-            return _Epoch(self, topology, current.num_lanes, following, tallies=current.tallies), same
+            return self._epoch_from(topology, current.num_lanes, following, current.tallies), same
         if self._next_epoch == current.epoch:
             if self._pipeline.infinite or (self._pipeline.random_access and self._pipeline.length() is None):
-                canonical = parse(current.state_at(None))
-                return _Epoch(self, topology, current.num_lanes, current.epoch, canonical), False
+                return self._epoch_at(topology, parse(current.state_at(None))), False
             if current.steps > 0 and not self._warned_restart:
                 self._warned_restart = True
                 warnings.warn(
@@ -913,14 +461,14 @@ class DataLoader(StatefulDataLoader):
                     UserWarning,
                     stacklevel=4,
                 )
-        return _Epoch(self, topology, current.num_lanes, self._next_epoch, tallies=current.tallies), same
+        return self._epoch_from(topology, current.num_lanes, self._next_epoch, current.tallies), same
 
     @contextlib.contextmanager
-    def _engine(self, runner: _Runner) -> Iter[None]:
+    def _engine(self, runner: Runner) -> Iter[None]:
         """What torchdata sees while it builds its iterator: our runner, one envelope at a time, nothing global drawn."""
         inside = {
             "dataset": runner,
-            "collate_fn": _identity,
+            "collate_fn": identity,
             "batch_size": None,
             "drop_last": False,
             "snapshot_every_n_steps": 0,  # our envelopes carry the state; torchdata's would cost and hold nothing
@@ -984,8 +532,8 @@ class DataLoader(StatefulDataLoader):
             return
         if self._current is not None and epoch == self._current.epoch:
             # Again an epoch that is complete: forget that it is.
-            self._current = _Epoch(
-                self, self._current.topology, self._current.num_lanes, epoch, tallies=self._current.tallies
+            self._current = self._epoch_from(
+                self._current.topology, self._current.num_lanes, epoch, self._current.tallies
             )
         self._next_epoch = epoch
 
@@ -1007,7 +555,7 @@ class DataLoader(StatefulDataLoader):
         if current is None or (self._next_epoch not in (current.epoch, current.epoch + current.complete)):
             topology = self._topology()
             tallies = current.tallies if current is not None else None
-            current = _Epoch(self, topology, self._num_lanes(topology), self._next_epoch, tallies=tallies)
+            current = self._epoch_from(topology, self._num_lanes(topology), self._next_epoch, tallies)
         return current.state_at(None)  # type: ignore[no-any-return]
 
     def state_at(self, step: int) -> dict[str, Any]:
@@ -1023,7 +571,9 @@ class DataLoader(StatefulDataLoader):
         if self._current is None or self._loaded is not None:
             state = self.state_dict()
             if step != state["steps_done"]:
-                raise ValueError(f"nothing was handed out yet, so there is only the state after batch {state['steps_done']}")
+                raise ValueError(
+                    f"nothing was handed out yet, so there is only the state after batch {state['steps_done']}"
+                )
             return state
         return self._current.state_at(step)  # type: ignore[no-any-return]
 
@@ -1046,7 +596,7 @@ class DataLoader(StatefulDataLoader):
         canonical = parse(merged)
         pipeline = self._pipeline
         if canonical.fingerprint != pipeline.fingerprint and self._seed_from_torch:
-            pipeline = _with_seed(pipeline, canonical.spec)
+            pipeline = _with_seed(pipeline, _spec_seed(canonical.spec))
         if canonical.fingerprint != pipeline.fingerprint:
             raise CheckpointError(
                 f"this state was saved by another pipeline (saved → here):"
@@ -1116,7 +666,13 @@ def _ours(dataset: Any, sampler: Any, batch_sampler: Any, generator: Any) -> boo
     if isinstance(dataset, Dataset):
         return True
     mapped = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, dict)
-    if mapped and not isinstance(dataset, IterableDataset) and sampler is None and batch_sampler is None and generator is None:
+    if (
+        mapped
+        and not isinstance(dataset, IterableDataset)
+        and sampler is None
+        and batch_sampler is None
+        and generator is None
+    ):
         return True
     what = type(dataset).__name__ if not mapped else "a sampler, batch_sampler or generator"
     log.warning(
@@ -1149,9 +705,13 @@ def _pipeline(
                 f"take the .batch out of the pipeline"
             )
         if drop_last:
-            raise ValueError(f"the pipeline already ends in .batch({rows}); give drop_last there: .batch({rows}, drop_last=True)")
+            raise ValueError(
+                f"the pipeline already ends in .batch({rows}); give drop_last there: .batch({rows}, drop_last=True)"
+            )
         if collate_fn is not None:
-            raise ValueError(f"the pipeline already ends in .batch({rows}); give collate_fn there: .batch({rows}, collate_fn=...)")
+            raise ValueError(
+                f"the pipeline already ends in .batch({rows}); give collate_fn there: .batch({rows}, collate_fn=...)"
+            )
         return source, rows, False, None, False
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size is an integer of at least 1, or None; found {batch_size!r}")
@@ -1161,21 +721,38 @@ def _pipeline(
             raise ValueError("drop_last goes with a batch_size")
         return pipeline if collate_fn is None else pipeline.map(collate_fn), None, False, collate_fn, bool(shuffle)
     collate_fn = collate_fn or collate
-    return pipeline.batch(batch_size, drop_last=drop_last, collate_fn=collate_fn), batch_size, drop_last, collate_fn, bool(shuffle)
+    return (
+        pipeline.batch(batch_size, drop_last=drop_last, collate_fn=collate_fn),
+        batch_size,
+        drop_last,
+        collate_fn,
+        bool(shuffle),
+    )
 
 
-def _with_seed(pipeline: Dataset, spec: State) -> Dataset:
-    """The pipeline with the shuffle seed of a checkpoint, where torch's seed had been taken."""
-    import dataclasses
+def _shuffle_seed(pipeline: Dataset) -> int:
+    """The seed of the shuffle that ``shuffle=True`` put on top (or below the batch)."""
+    node = pipeline
+    while node.kind != "shuffle":
+        node = node.inputs()[""]
+    return int(node.seed)  # type: ignore[attr-defined]
 
-    if pipeline.kind == "shuffle":
-        seed = spec.get("seed")
-        return dataclasses.replace(pipeline, seed=seed) if type(seed) is int else pipeline  # type: ignore[type-var]
-    child = pipeline.inputs().get("")
-    below = spec.get("inputs", {}).get("")
-    if child is None or not isinstance(below, dict):
+
+def _spec_seed(spec: State) -> Any:
+    """The same, of a checkpoint's spec; None where there is no such shuffle."""
+    while isinstance(spec, dict) and spec.get("node") != "shuffle":
+        inputs = spec.get("inputs")
+        spec = inputs.get("") if isinstance(inputs, dict) else None
+    return spec.get("seed") if isinstance(spec, dict) else None
+
+
+def _with_seed(pipeline: Dataset, seed: Any) -> Dataset:
+    """The pipeline with another seed in that shuffle."""
+    if type(seed) is not int:
         return pipeline
-    return dataclasses.replace(pipeline, source=_with_seed(child, below))  # type: ignore[type-var]
+    if pipeline.kind == "shuffle":
+        return dataclasses.replace(pipeline, seed=seed)  # type: ignore[type-var]
+    return dataclasses.replace(pipeline, source=_with_seed(pipeline.inputs()[""], seed))  # type: ignore[type-var]
 
 
 @contextlib.contextmanager
@@ -1184,5 +761,3 @@ def _quiet_vital() -> Iter[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*set_vital.*")
         yield
-
-

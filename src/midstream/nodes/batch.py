@@ -276,9 +276,7 @@ def _ragged(samples: list[Any], where: str) -> ValueError:
     )
 
 
-def pad(
-    samples: list[Any] | None = None, *, value: float | Mapping[str, float] = 0, multiple: int = 1
-) -> Any:
+def pad(samples: list[Any] | None = None, *, value: float | Mapping[str, float] = 0, multiple: int = 1) -> Any:
     """A collate function that pads sequences to the longest in the batch, or on to a multiple.
 
     Args:
@@ -336,5 +334,3 @@ def _pad_column(column: Sequence[Any], value: float, multiple: int) -> tuple[tor
     for index, array in enumerate(arrays):
         out[index, : len(array)] = array
     return torch.from_numpy(out), torch.from_numpy(lengths)
-
-

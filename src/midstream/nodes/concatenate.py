@@ -46,7 +46,9 @@ class Concatenate(Dataset):
             require_dataset(dataset, "concatenate")
         for index, dataset in enumerate(self.datasets[:-1]):
             if dataset.infinite:
-                raise ValueError(f"dataset {index} of concatenate never ends, so what follows is never read:\n{dataset!r}")
+                raise ValueError(
+                    f"dataset {index} of concatenate never ends, so what follows is never read:\n{dataset!r}"
+                )
         bind(self)
 
     def inputs(self) -> dict[str, Dataset]:

@@ -284,5 +284,3 @@ def _owned(sample: Any) -> Any:
     if type(sample) is dict:
         return {key: _owned(value) for key, value in sample.items()}
     return sample
-
-

@@ -65,4 +65,6 @@ def from_dataset(data: Any, *, name: str | None = None) -> Dataset:
             f"{type(data).__name__} can only be iterated, and an iterator cannot be rewound. Give a callable that returns a "
             f"fresh one: midstream.from_iterable(lambda: ..., name=...)"
         )
-    raise TypeError(f"from_dataset takes a Hugging Face dataset, a map-style dataset or a sequence; found {type(data).__name__}")
+    raise TypeError(
+        f"from_dataset takes a Hugging Face dataset, a map-style dataset or a sequence; found {type(data).__name__}"
+    )

@@ -176,7 +176,9 @@ class ShardIterator(Iterator):
             rows = self.rows = self.shards.open(self.shard, self.safe)
         except Exception as error:
             self.rows = None
-            raise SourceError(f"{self.at.path}: shard {self.shard} cannot be opened: {type(error).__name__}: {error}") from error
+            raise SourceError(
+                f"{self.at.path}: shard {self.shard} cannot be opened: {type(error).__name__}: {error}"
+            ) from error
         row = self.safe_row
         while row < target:
             try:

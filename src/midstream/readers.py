@@ -1,0 +1,265 @@
+"""What runs in a loader's worker processes (or in the main process without workers): lanes, one envelope a turn.
+
+An envelope is ``(batch number, lane, what came out)``. What comes out of a turn is at most one batch, and before it the
+failures met on the way, each with the state after it, so that the main process can publish state and hand out in step.
+"""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import traceback
+from collections.abc import Iterator as Iter
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from midstream._state import encode
+from midstream.core import (
+    I64,
+    Cursor,
+    Dataset,
+    Delivery,
+    Failure,
+    Hole,
+    Lane,
+    Ledger,
+    Place,
+    as_origin_array,
+    bind,
+    epoch_key,
+)
+from midstream.lanes import Topology, first_batch, slots
+
+__all__ = ["BATCH", "ERROR", "FATAL", "NOTHING", "Out", "Plan", "Runner", "identity", "source_of"]
+
+_ERRORS_A_TURN = 64
+
+BATCH, ERROR, FATAL, NOTHING = range(4)
+
+
+class Out(NamedTuple):
+    """One thing that a turn made.
+
+    Attributes:
+        kind: A batch, a failure to raise, an error that ends the run, or nothing (counts and states only).
+        payload: The batch, the `Failure`, or the error.
+        origins: int64 [m, 4], or None.
+        final: Whether the turn's batch number is done with after this.
+        state: Streams: the lane's state as canonical JSON, or None when it did not change.
+        notes: Events, notices and limits from the lane's ledger, or None.
+    """
+
+    kind: int
+    payload: Any = None
+    origins: I64 | None = None
+    final: bool = False
+    state: str | None = None
+    notes: tuple[dict[str, int], list[tuple[str, str]], dict[str, int]] | None = None
+
+
+def _take_notes(ledger: Ledger) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]] | None:
+    return ledger.take() if ledger.events or ledger.notices else None
+
+
+class Plan(NamedTuple):
+    """Where a run continues.
+
+    Attributes:
+        start: The first batch not delivered yet, over all ranks (random access).
+        turns: Batches this rank makes from there; None: as many as there are.
+        told: Errors already raised, by batch number.
+        lanes: Streams: the decoded lane states by number.
+    """
+
+    start: int
+    turns: int | None
+    told: dict[int, int]
+    lanes: dict[int, Any]
+
+
+class Runner(IterableDataset[Any]):
+    """What a loader's worker processes iterate: the pipeline at one topology.
+
+    ``shared`` holds epoch and generation where workers live on: a plan is for one generation only, so that a worker that
+    was forked with one does not follow it again in the next epoch.
+    """
+
+    def __init__(
+        self, dataset: Dataset, topology: Topology, lanes: int, epoch: int, plan: Plan, next_turns: int | None
+    ) -> None:
+        self.dataset, self.topology, self.lanes = dataset, topology, lanes
+        self.epoch, self.generation, self.plan, self.next_turns = epoch, 0, plan, next_turns
+        self.shared: torch.Tensor | None = None
+        self.frozen = False
+
+    def __iter__(self) -> Iter[Any]:
+        worker = get_worker_info()
+        if worker is not None and not self.frozen:
+            gc.freeze()  # what a fork inherited: collecting it here would run the parent's destructors and copy its pages
+            self.frozen = True
+        epoch, plan = self.epoch, self.plan
+        if self.shared is not None:
+            epoch, generation = self.shared.tolist()
+            if generation != self.generation:
+                plan = Plan(0, self.next_turns, {}, {})
+        index = worker.id if worker is not None else 0
+        if self.dataset.random_access:
+            return _RandomReader(self, index, epoch, plan)
+        return _StreamReader(self, index, epoch, plan)
+
+
+class _RandomReader:
+    """Makes every W-th batch of its rank, wherever the run continues."""
+
+    def __init__(self, runner: Runner, worker: int, epoch: int, plan: Plan) -> None:
+        topology = runner.topology
+        self.stride = topology.world_size * topology.readers
+        self.batch = first_batch(plan.start, topology.rank, topology.world_size) + worker * topology.world_size
+        self.turn, self.readers, self.turns, self.told = worker, topology.readers, plan.turns, plan.told
+        self.place = bind(runner.dataset)
+        self.ledger = Ledger()
+        lane = Lane(self.batch, self.stride, 1, self.ledger)
+        self.cursor = Cursor(self.place, lane, int(epoch_key(epoch)[0]), epoch)
+        self.broken: Out | None = None
+
+    def __iter__(self) -> _RandomReader:
+        return self
+
+    def __next__(self) -> tuple[int, int, list[Out]]:
+        if self.turns is not None and self.turn >= self.turns:
+            raise StopIteration
+        number = self.batch
+        outs = [self.broken] if self.broken is not None else self._make(self.told.get(number, 0))
+        self.turn += self.readers
+        self.batch += self.stride
+        return number, -1, outs
+
+    def _make(self, told: int) -> list[Out]:
+        cursor = self.cursor
+        before = cursor.number
+        outs: list[Out] = []
+        errors = 0
+        while True:
+            try:
+                sample, origins = next(cursor)
+            except StopIteration:
+                return [*outs, Out(NOTHING, final=True)]
+            except Exception as error:
+                self.broken = _fatal(error)
+                return [*outs, self.broken]
+            done = cursor.number > before
+            if type(sample) is not Hole:
+                origins = as_origin_array(origins)
+                return [*outs, Out(BATCH, sample, origins, True, None, _take_notes(self.ledger))]
+            failure = sample.errors[0]
+            if failure.quiet:
+                self.ledger.failed(failure, source_of(self.place, failure))
+                if done:
+                    return [*outs, Out(NOTHING, None, None, True, None, _take_notes(self.ledger))]
+                continue
+            errors += 1
+            if errors > told:
+                outs.append(Out(ERROR, failure, None, done, None, _take_notes(self.ledger)))
+            elif done:
+                outs.append(Out(NOTHING, None, None, True, None, _take_notes(self.ledger)))
+            if done:
+                return outs
+
+
+class _LaneRun:
+    """A stream lane in its worker."""
+
+    __slots__ = ("delivery", "done", "index", "lane", "rounds")
+
+    def __init__(self, place: Place, index: int, num_lanes: int, epoch: int, state: Any) -> None:
+        self.index, self.lane = index, Lane(index, num_lanes, 1, Ledger())
+        self.delivery = Delivery(place, self.lane, int(epoch_key(epoch)[0]), epoch)
+        self.rounds, self.done = 0, False
+        if state is not None:
+            self.rounds, self.done = state["rounds"], state["done"]
+            self.lane.ledger.marks = state["marks"]
+            self.delivery.iterator.load(state["state"])
+
+    def state(self) -> str:
+        """The lane's part of the checkpoint, as canonical JSON."""
+        return encode(
+            {
+                "rounds": self.rounds,
+                "done": self.done,
+                "state": None if self.done else self.delivery.iterator.snapshot(),
+                "marks": {} if self.done else self.lane.ledger.marks,
+            }
+        )
+
+
+class _StreamReader:
+    """Runs this worker's lanes in turn, one batch each."""
+
+    def __init__(self, runner: Runner, worker: int, epoch: int, plan: Plan) -> None:
+        place = bind(runner.dataset)
+        self.place = place
+        self.lanes = runner.lanes
+        mine = slots(runner.topology, runner.lanes, worker)
+        self.runs = [
+            None if index < 0 else _LaneRun(place, index, runner.lanes, epoch, plan.lanes.get(index)) for index in mine
+        ]
+        # All lanes of the rank count, not only this worker's: the turns of all workers start in the same round.
+        rank_lanes = range(runner.topology.rank, runner.lanes, runner.topology.world_size)
+        states = [plan.lanes.get(index) for index in rank_lanes]
+        live = [0 if state is None else state["rounds"] for state in states if state is None or not state["done"]]
+        self.round = min(live, default=0)
+        self.slot = 0
+
+    def __iter__(self) -> _StreamReader:
+        return self
+
+    def __next__(self) -> tuple[int, int, list[Out]]:
+        if all(run is None or run.done for run in self.runs):
+            raise StopIteration
+        run = self.runs[self.slot]
+        round_ = self.round
+        self.slot += 1
+        if self.slot == len(self.runs):
+            self.slot, self.round = 0, round_ + 1
+        if run is None or run.done or run.rounds > round_:
+            return -1, -1, []
+        return run.rounds * self.lanes + run.index, run.index, self._make(run)
+
+    def _make(self, run: _LaneRun) -> list[Out]:
+        outs: list[Out] = []
+        ledger = run.lane.ledger
+        while len(outs) < _ERRORS_A_TURN:
+            try:
+                sample, origins = run.delivery.next()
+            except StopIteration:
+                run.done = True
+                return [*outs, Out(NOTHING, None, None, True, run.state(), _take_notes(ledger))]
+            except Exception as error:
+                return [*outs, _fatal(error)]
+            if type(sample) is not Failure:
+                run.rounds += 1
+                origins = as_origin_array(origins)
+                return [*outs, Out(BATCH, sample, origins, True, run.state(), _take_notes(ledger))]
+            outs.append(Out(ERROR, sample, None, False, run.state(), _take_notes(ledger)))
+        return outs
+
+
+def source_of(place: Place, failure: Failure) -> int:
+    return place.names.index(failure.origin.source) if failure.origin is not None else -1
+
+
+def _fatal(error: Exception) -> Out:
+    """An error that is no sample's: shipped whole where it can be, else as text."""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+    except Exception:
+        data = b""
+    return Out(FATAL, (f"{type(error).__name__}: {error}", text, data))
+
+
+def identity(item: Any) -> Any:
+    return item
