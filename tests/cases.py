@@ -139,7 +139,9 @@ def jsonl_gz(k: int, n: int, shards: int) -> list[str]:
     paths = [folder() / f"{k}-{n}-{shard}.jsonl.gz" for shard in range(shards)]
     for shard, path in enumerate(paths):
         if not path.exists():
-            path.write_bytes(gzip.compress("".join(json.dumps({"id": r}) + "\n" for r in ids(k, n)[shard::shards]).encode()))
+            path.write_bytes(
+                gzip.compress("".join(json.dumps({"id": r}) + "\n" for r in ids(k, n)[shard::shards]).encode())
+            )
     return list(map(str, paths))
 
 
@@ -234,7 +236,9 @@ def stream_mix(bomb: frozenset[int], **options: Any) -> Dataset:
 
 
 def everything(bomb: frozenset[int]) -> Dataset:
-    inner = ms.interleave({"b": numbers(1, 50, bomb), "c": numbers(2, 40, bomb).filter(not_third)}, {"b": 1, "c": 2}, seed=4)
+    inner = ms.interleave(
+        {"b": numbers(1, 50, bomb), "c": numbers(2, 40, bomb).filter(not_third)}, {"b": 1, "c": 2}, seed=4
+    )
     return (
         ms.interleave({"a": numbers(0, 80, bomb).shuffle(3).map(to_dict), "rest": inner}, {"a": 3, "rest": 2}, seed=5)
         .map(with_noise, with_rng=True)
@@ -342,12 +346,23 @@ CASES: dict[str, Case] = {
     "batch stream drop_last": Case(
         lambda b: numbers(0, 90, b).filter(is_odd).batch(4, drop_last=True), DATA, shifts=True
     ),
-    "batch pad": Case(lambda b: numbers(0, 60, b).map(ragged).batch(4, collate_fn=ms.pad(multiple=4)), DATA, epoch=ids(0, 60)),
-    "batch of batches": Case(lambda b: numbers(0, 60, b).batch(3, collate_fn=list).filter(bool_of).batch(2, collate_fn=list), DATA, epoch=ids(0, 60)),
+    "batch pad": Case(
+        lambda b: numbers(0, 60, b).map(ragged).batch(4, collate_fn=ms.pad(multiple=4)), DATA, epoch=ids(0, 60)
+    ),
+    "batch of batches": Case(
+        lambda b: numbers(0, 60, b).batch(3, collate_fn=list).filter(bool_of).batch(2, collate_fn=list),
+        DATA,
+        epoch=ids(0, 60),
+    ),
     # compositions
-    "mix of shuffled and filtered, buffered": Case(lambda b: stream_mix(b).shuffle(3, buffer_size=25).batch(4), TWO, 90, shifts=True),
+    "mix of shuffled and filtered, buffered": Case(
+        lambda b: stream_mix(b).shuffle(3, buffer_size=25).batch(4), TWO, 90, shifts=True
+    ),
     "two buffered shuffles": Case(
-        lambda b: numbers(0, 90, b).shuffle(1, buffer_size=20).flat_map(copies).shuffle(2, buffer_size=16), DATA, 80, shifts=True
+        lambda b: numbers(0, 90, b).shuffle(1, buffer_size=20).flat_map(copies).shuffle(2, buffer_size=16),
+        DATA,
+        80,
+        shifts=True,
     ),
     "everything": Case(everything, {"a": 0, "rest/b": 1, "rest/c": 2}, 200, shifts=True),
 }

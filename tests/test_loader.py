@@ -133,9 +133,7 @@ def test_cut_anywhere_and_resumed_with_one_to_four_workers(row: str) -> None:
     assert chain(ds, [(1, step), (3, step), (4, 1), (2, step), (3, 2), (1, None)]) == expected
 
 
-@pytest.mark.parametrize(
-    ("workers", "persistent"), [(0, False), (1, False), (2, False), (1, True), (2, True)], ids=str
-)
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (1, False), (2, False), (1, True), (2, True)], ids=str)
 @pytest.mark.parametrize("row", ["interleave", "interleave streams"])
 def test_three_epochs_with_a_save_at_every_step(row: str, workers: int, persistent: bool) -> None:
     ds = build(row)
@@ -386,7 +384,9 @@ def test_ranks_together_make_the_same_global_order(row: str, world_size: int) ->
         assert found == expected
     else:
         assert sorted(map(json.dumps, found)) == sorted(map(json.dumps, expected))  # lanes drain at different times
-        prefix = next(i for i, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]) if found != expected else None
+        prefix = (
+            next(i for i, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]) if found != expected else None
+        )
         assert prefix is None or prefix > world_size
 
 
@@ -537,7 +537,9 @@ def test_loader_is_what_trainers_look_for() -> None:
         ({"in_order": False}, "in_order"),
     ],
 )
-def test_arguments_that_contradict_the_pipeline_are_errors_that_give_the_fix(options: dict[str, Any], match: str) -> None:
+def test_arguments_that_contradict_the_pipeline_are_errors_that_give_the_fix(
+    options: dict[str, Any], match: str
+) -> None:
     with pytest.raises(ValueError, match=match):
         ms.DataLoader(numbers(0, 20).batch(4), **options)
 

@@ -17,14 +17,12 @@ This file is the longest in the package: both faces, and every rule that all nod
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import pickle
 import time
-import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Literal
 
 import dill
 import numpy as np
@@ -33,29 +31,31 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._random import fold, salt
 from midstream._state import MISSING, State, copy_plain, fingerprint
-from midstream.errors import CheckpointError, Origin, ReplayDiverged, SampleError, TooManyErrors, bullet_list
+from midstream.errors import CheckpointError, Origin, ReplayDiverged
+from midstream.failures import Failure, Hole, Ledger, check_limits
 
 __all__ = [
+    "FORMAT",
+    "I64",
+    "U64",
     "Cursor",
     "Dataset",
-    "Failure",
-    "Hole",
+    "Delivery",
     "Item",
     "Iterator",
     "Lane",
-    "Ledger",
     "OnError",
+    "Origins",
     "Place",
     "Rows",
     "Run",
+    "SafePoint",
+    "as_origin_array",
     "bind",
-    "describe_callable",
     "epoch_key",
     "join_origins",
-    "require_callable",
-    "require_choice",
+    "pick",
     "require_dataset",
-    "require_int",
 ]
 
 FORMAT = 1
@@ -67,118 +67,6 @@ Origins = Any
 """Origins of one sample: a tuple (source, pass, row, part), or an int64 array [m, 4] for a sample made of several."""
 Item = tuple[Any, Origins]
 OnError = Literal["raise", "skip", "refill"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What goes wrong with one sample
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def describe_callable(fn: Any) -> str:
-    """``name @ file:line`` of a callable, as far as it can be known.
-
-    >>> def tokenize(x): return x
-    >>> describe_callable(tokenize).startswith("tokenize @ ")
-    True
-    """
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    inner = getattr(fn, "__func__", fn)
-    code = getattr(inner, "__code__", None)
-    if code is None:
-        code = getattr(getattr(type(fn), "__call__", None), "__code__", None)
-    name = callable_name(fn)
-    return f"{name} @ {code.co_filename}:{code.co_firstlineno}" if code is not None else name
-
-
-def callable_name(fn: Any) -> str:
-    """The qualified name of a callable: what a checkpoint remembers of it."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
-    return str(name).replace("<locals>.", "")
-
-
-class Failure:
-    """What is known of a sample that user code raised on. Picklable whatever was raised.
-
-    Attributes:
-        node: Path of the node.
-        origin: Where the sample came from; None when a whole batch failed.
-        quiet: Counted (``on_error="skip"``) instead of raised.
-        limit: ``max_errors`` of the node, or None.
-    """
-
-    __slots__ = ("error_type", "exception", "function", "limit", "message", "node", "origin", "quiet", "traceback")
-
-    def __init__(
-        self,
-        node: str,
-        origin: Origin | None,
-        function: str,
-        error: BaseException,
-        *,
-        quiet: bool = False,
-        limit: int | None = None,
-    ) -> None:
-        self.node, self.origin, self.function, self.quiet, self.limit = node, origin, function, quiet, limit
-        self.error_type = type(error).__qualname__
-        self.message = str(error)
-        # The first frame is ours: the call of the user's function.
-        self.traceback = "" if quiet else "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        self.exception = b"" if quiet else _pickle_exception(error)
-
-    def error(self) -> SampleError:
-        """The exception to raise for it, with the original as its cause where that could be carried over."""
-        place = f"on {self.origin}" if self.origin is not None else "on a whole batch"
-        message = (
-            f"{self.node} raised {self.error_type} {place}: {self.message}\n"
-            f"  node:      {self.node}\n"
-            f"  sample:    {self.origin if self.origin is not None else 'all of one batch'}\n"
-            f"  function:  {self.function}\n"
-            f"  What next: the next next() goes on with the sample after it. To skip and count such samples, give "
-            f'the node on_error="skip".\n'
-            f"  Original traceback:\n{_indent(self.traceback)}"
-        )
-        error = SampleError(message)
-        error.node, error.origin, error.function = self.node, self.origin, self.function
-        error.error_type, error.original_message = self.error_type, self.message
-        error.original_traceback = self.traceback
-        if self.exception:
-            try:
-                error.__cause__ = pickle.loads(self.exception)
-            except Exception:
-                pass  # a type that only the worker could import; the text has it all
-        return error
-
-
-def _indent(text: str) -> str:
-    return "".join(f"    {line}\n" for line in text.splitlines())
-
-
-def _pickle_exception(error: BaseException) -> bytes:
-    """The exception as bytes, or nothing where it would not survive (a constructor with two arguments, say)."""
-    try:
-        data = pickle.dumps(error)
-        if type(pickle.loads(data)) is type(error):
-            return data
-    except Exception:
-        pass
-    return b""
-
-
-class Hole:
-    """Stands in a sample's place when user code failed on it, or on part of it.
-
-    Attributes:
-        errors: What failed, one or more.
-        rest: The sample that is left (a shorter batch), or `MISSING`.
-    """
-
-    __slots__ = ("errors", "rest")
-
-    def __init__(self, errors: tuple[Failure, ...], rest: Any = MISSING) -> None:
-        self.errors, self.rest = errors, rest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,69 +245,8 @@ def bind(root: Dataset) -> Place:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Ledger:
-    """What one lane lost or dropped, counted once however often it is replayed.
-
-    Attributes:
-        marks: For each node that drops samples the highest (pass, input number) it has counted.
-        events: Counts since the last delivery, keyed ``kind|path|source index``.
-        notices: (key, text) of warnings for the user, to be given once.
-        limits: ``max_errors`` of the nodes that failed.
-    """
-
-    __slots__ = ("events", "limits", "marks", "notices")
-
-    def __init__(self) -> None:
-        self.marks: dict[str, list[int]] = {}
-        self.events: dict[str, int] = {}
-        self.notices: list[tuple[str, str]] = []
-        self.limits: dict[str, int] = {}
-
-    def dropped(self, kind: str, path: str, source: int, pass_: int, number: int, count: int = 1) -> None:
-        """Count what node ``path`` dropped on its input ``number`` of pass ``pass_``, unless a replay did already."""
-        mark = [pass_, number]
-        if self.marks.get(path, [-1, -1]) < mark:
-            self.marks[path] = mark
-            key = f"{kind}|{path}|{source}"
-            self.events[key] = self.events.get(key, 0) + count
-
-    def failed(self, failure: Failure, source: int) -> None:
-        """Count a skipped sample. It is met once: failures pass every buffer at once and replays swallow them."""
-        key = f"failed {failure.error_type}|{failure.node}|{source}"
-        self.events[key] = self.events.get(key, 0) + 1
-        if failure.limit is not None:
-            self.limits[failure.node] = failure.limit
-
-    def notice(self, key: str, text: str) -> None:
-        """Leave a warning for the user."""
-        self.notices.append((key, text))
-
-    def take(self) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
-        """Events, notices and limits since the last call."""
-        taken = (self.events, self.notices, self.limits)
-        self.events, self.notices, self.limits = {}, [], {}
-        return taken
-
-
-def check_limits(events: Mapping[str, int], limits: Mapping[str, int]) -> None:
-    """Compare the failures counted so far with every node's ``max_errors``.
-
-    Raises:
-        TooManyErrors: If a node is over its limit.
-    """
-    for path, limit in limits.items():
-        failed = {
-            key: count for key, count in events.items() if key.startswith("failed ") and key.split("|")[1] == path
-        }
-        if sum(failed.values()) > limit:
-            kinds = [f"{count} x {key.split('|')[0].removeprefix('failed ')}" for key, count in sorted(failed.items())]
-            raise TooManyErrors(
-                f"{path} skipped {sum(failed.values())} samples, more than max_errors={limit}:{bullet_list(kinds)}\n"
-                f"Look at one of them with on_error='raise', or raise max_errors."
-            )
-
-
-class Lane(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Lane:
     """One of the logical sub-streams into which a run is divided.
 
     Attributes:
@@ -436,7 +263,7 @@ class Lane(NamedTuple):
 
     def widen(self, factor: int) -> Lane:
         """The lane as seen below a node that takes ``factor`` inputs for one output."""
-        return self._replace(block=self.block * factor)
+        return dataclasses.replace(self, block=self.block * factor)
 
     def share(self, count: int) -> int:
         """How many of ``count`` things are this lane's."""
@@ -722,7 +549,8 @@ class Dataset(IterableDataset[Any]):
         if known is None:
             known = (self._length(),)
             self._set("_known_length", known)
-        return known[0]  # type: ignore[no-any-return]
+        length: int | None = known[0]
+        return length
 
     # -- identity -----------------------------------------------------------------------------------------------------
 
@@ -797,7 +625,7 @@ class Dataset(IterableDataset[Any]):
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        names = {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        names = {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type,unused-ignore]
         kept = {key: value for key, value in self.__dict__.items() if key in names or key in self._kept_slots}
         for key, value in kept.items():
             if key in self._by_value or (callable(value) and not isinstance(value, (type, Dataset))):
@@ -1062,26 +890,6 @@ def require_dataset(value: Any, where: str) -> None:
             f"{where} takes midstream datasets; found {type(value).__name__}. Wrap data with midstream.from_dataset(data), "
             f"a stream with midstream.from_iterable(make, name=...)."
         )
-
-
-def require_int(value: Any, name: str, minimum: int, where: str) -> None:
-    """Refuse what is not an integer of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{where}: {name} is an integer; found {value!r}")
-    if value < minimum:
-        raise ValueError(f"{where}: {name} is at least {minimum}; found {value}")
-
-
-def require_callable(value: Any, where: str) -> None:
-    """Refuse what cannot be called."""
-    if not callable(value):
-        raise TypeError(f"{where} takes a callable; found {type(value).__name__}")
-
-
-def require_choice(value: Any, name: str, choices: Sequence[str], where: str) -> None:
-    """Refuse what is not one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{where}: {name} is one of {', '.join(map(repr, choices))}; found {value!r}")
 
 
 def _spec(place: Place) -> dict[str, State]:

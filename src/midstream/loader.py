@@ -17,7 +17,8 @@ import logging
 import pickle
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator as Iter, Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Iterator as Iter
 from typing import Any, Literal
 
 import numpy as np
@@ -28,8 +29,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from midstream._state import State
 from midstream.checkpoint import Canonical, diff_specs, merge_states, parse
-from midstream.core import Dataset, check_limits
+from midstream.core import Dataset
 from midstream.errors import CheckpointError, MidstreamError, Origin, WorkerError, bullet_list
+from midstream.failures import check_limits
 from midstream.lanes import Topology, batches_of_rank, choose_lanes, current_topology, slots
 from midstream.nodes.batch import collate
 from midstream.position import Facts, Position, Tally
@@ -167,7 +169,7 @@ class _LoaderIterator:
         return error
 
 
-class DataLoader(StatefulDataLoader):
+class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     """A drop-in ``torch.utils.data.DataLoader`` that resumes mid-stream, exactly.
 
     Takes a midstream dataset, or map-style data as torch does. The sequence of batches depends on the dataset, its seed,
@@ -378,7 +380,7 @@ class DataLoader(StatefulDataLoader):
             TypeError: If only reading tells, or there is no end.
         """
         if self._foreign:
-            return super().__len__()
+            return int(super().__len__())
         topology = self._topology()
         current = self._current
         if current is not None and current.turns is not None and not current.complete:
@@ -410,7 +412,7 @@ class DataLoader(StatefulDataLoader):
                 self._pipeline, topology, epoch.num_lanes, epoch.epoch, epoch.plan(), self._turns(topology, 0)
             )
             if self.persistent_workers and self.num_workers > 0:
-                runner.shared = torch.zeros(2, dtype=torch.int64).share_memory_()
+                runner.shared = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
             self._runner = runner
         if runner.shared is not None:
             runner.shared[0] = epoch.epoch
@@ -483,7 +485,8 @@ class DataLoader(StatefulDataLoader):
 
     def close(self) -> None:
         """Shut the workers down. The position stays; iterating again starts new ones."""
-        iterator, self._iterator = self._iterator, None
+        iterator: Any = self._iterator
+        self._iterator: Any = None
         self._active = None
         if iterator is not None and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
@@ -509,7 +512,7 @@ class DataLoader(StatefulDataLoader):
         """
         if self._foreign:
             for part in (self.sampler, getattr(self.batch_sampler, "sampler", None), self.dataset):
-                if hasattr(part, "set_epoch"):
+                if part is not None and hasattr(part, "set_epoch"):
                     part.set_epoch(epoch)
             return
         if isinstance(epoch, bool) or not isinstance(epoch, (int, np.integer)) or epoch < 0:

@@ -189,7 +189,7 @@ class Position:
                     f"to {steps}"
                 )
         if complete and step in (None, steps):
-            lanes = {index: (None, tally) for index, tally in self.tallies.items()}
+            lanes: dict[int, tuple[str | None, Tally]] = {index: (None, tally) for index, tally in self.tallies.items()}
             return self._render(self.epoch + 1, 0, 0, lanes, None)
         passed, told, states = self.passed, self.told, dict(self.states)
         undone: dict[int, Tally] = {}

@@ -16,20 +16,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._state import encode
-from midstream.core import (
-    I64,
-    Cursor,
-    Dataset,
-    Delivery,
-    Failure,
-    Hole,
-    Lane,
-    Ledger,
-    Place,
-    as_origin_array,
-    bind,
-    epoch_key,
-)
+from midstream.core import I64, Cursor, Dataset, Delivery, Lane, Place, as_origin_array, bind, epoch_key
+from midstream.failures import Failure, Hole, Ledger
 from midstream.lanes import Topology, first_batch, slots
 
 __all__ = ["BATCH", "ERROR", "FATAL", "NOTHING", "Out", "Plan", "Runner", "identity", "source_of"]

@@ -11,27 +11,11 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
+from midstream._check import require_callable, require_int
 from midstream._state import MISSING, State
-from midstream.core import (
-    I64,
-    U64,
-    Dataset,
-    Failure,
-    Hole,
-    Item,
-    Iterator,
-    Lane,
-    Place,
-    Rows,
-    callable_name,
-    describe_callable,
-    join_origins,
-    pick,
-    require_callable,
-    require_dataset,
-    require_int,
-)
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, join_origins, pick, require_dataset
 from midstream.errors import ReplayDiverged
+from midstream.failures import Failure, Hole, callable_name, describe_callable
 
 
 @dataclass(frozen=True, eq=False, repr=False)

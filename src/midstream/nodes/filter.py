@@ -6,22 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from midstream._check import require_callable, require_choice
 from midstream._state import State
-from midstream.core import (
-    Dataset,
-    Hole,
-    Item,
-    Iterator,
-    Lane,
-    Place,
-    as_origin_array,
-    callable_name,
-    describe_callable,
-    require_callable,
-    require_choice,
-    require_dataset,
-)
+from midstream.core import Dataset, Item, Iterator, Lane, Place, as_origin_array, require_dataset
 from midstream.errors import SourceError
+from midstream.failures import Hole, callable_name, describe_callable
 from midstream.nodes.map import Call, require_limit
 
 _LOOK_AT = 1_000

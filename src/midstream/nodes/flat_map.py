@@ -6,23 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from midstream._check import require_callable, require_choice
 from midstream._state import State
-from midstream.core import (
-    Dataset,
-    Hole,
-    Item,
-    Iterator,
-    Lane,
-    Origins,
-    Place,
-    SafePoint,
-    as_origin_array,
-    callable_name,
-    require_callable,
-    require_choice,
-    require_dataset,
-)
+from midstream.core import Dataset, Item, Iterator, Lane, Origins, Place, SafePoint, as_origin_array, require_dataset
 from midstream.errors import ReplayDiverged
+from midstream.failures import Hole, callable_name
 from midstream.nodes.map import Call, require_limit
 
 _EVERY = 16
@@ -113,10 +101,11 @@ class _FlatMapIterator(Iterator):
         if state["part"]:
             try:
                 sample, self.origins = self.source.next()
-                parts = sample if type(sample) is Hole else self.call(sample, self.origins)
+                parts: Any = sample if type(sample) is Hole else self.call(sample, self.origins)
             except StopIteration:
                 parts = []
-            found = 0 if type(parts) is Hole else len(parts)
+            parts = [] if isinstance(parts, Hole) else parts
+            found = len(parts)
             if found <= state["part"]:
                 raise ReplayDiverged(
                     f"{self.at.path}: the row in progress ({self.origins}) had more than {state['part']} parts when the "
@@ -138,7 +127,7 @@ def _collect(fn: Callable[[Any], Iterable[Any]], sample: Any) -> list[Any]:
 def _part_origin(origins: Origins, part: int) -> Origins:
     """A flat_map above another one numbers (outer part, inner part) in one integer."""
     if type(origins) is tuple:
-        return origins[:3] + (origins[3] * _PARTS + part,)
+        return (*origins[:3], origins[3] * _PARTS + part)
     moved = origins.copy()
     moved[:, 3] = moved[:, 3] * _PARTS + part
     return moved

@@ -11,23 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from midstream._check import require_choice, require_int
 from midstream._random import draw, fold, fold_array, pass_key, salt
 from midstream._state import State
-from midstream.core import (
-    I64,
-    U64,
-    Dataset,
-    Item,
-    Iterator,
-    Lane,
-    Place,
-    Rows,
-    bind,
-    pick,
-    require_choice,
-    require_dataset,
-    require_int,
-)
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, bind, pick, require_dataset
 
 StoppingStrategy = Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"]
 _STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")

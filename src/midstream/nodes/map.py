@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator as Iter
+from collections.abc import Callable
+from collections.abc import Iterator as Iter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from midstream._check import require_callable, require_choice, require_int
 from midstream._random import fold, generator
 from midstream._state import MISSING, State
 from midstream.core import (
     I64,
     U64,
     Dataset,
-    Failure,
-    Hole,
     Item,
     Iterator,
     Lane,
@@ -27,13 +27,9 @@ from midstream.core import (
     Place,
     Rows,
     as_origin_array,
-    callable_name,
-    describe_callable,
-    require_callable,
-    require_choice,
     require_dataset,
-    require_int,
 )
+from midstream.failures import Failure, Hole, callable_name, describe_callable
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -207,7 +203,7 @@ def isolated_rng(key: int) -> Iter[None]:
     """Global torch, numpy and random generators seeded by ``key`` inside, as they were after."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
-        torch.random.default_generator.manual_seed(key >> 1)
+        torch.default_generator.manual_seed(key >> 1)
         np.random.seed(key & 0xFFFFFFFF)
         random.seed(key)
         yield

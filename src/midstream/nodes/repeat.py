@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from midstream._check import require_int
 from midstream._random import pass_key
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, require_dataset, require_int
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, require_dataset
 
 _ENDLESS = 1 << 24  # passes of an endless repeat inside one outer pass, for numbering
 

@@ -9,23 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from midstream._check import require_int
 from midstream._random import fold, fold_array, permute, uniform32
 from midstream._state import State
-from midstream.core import (
-    I64,
-    U64,
-    Dataset,
-    Hole,
-    Item,
-    Iterator,
-    Lane,
-    Origins,
-    Place,
-    Rows,
-    as_origin_array,
-    require_int,
-)
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Origins, Place, Rows, as_origin_array
 from midstream.errors import ReplayDiverged
+from midstream.failures import Hole
 
 
 @dataclass(frozen=True, eq=False, repr=False)

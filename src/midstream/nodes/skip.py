@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from midstream._check import require_int
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, require_dataset, require_int
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, require_dataset
 from midstream.nodes.take import cut_blocks
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from midstream._check import require_int
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, require_dataset, require_int
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, require_dataset
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -201,13 +201,13 @@ def _open_numbers(chunk: pa.Array) -> Callable[[I64], list[Any]]:
             value if good else None for value, good in zip(values[rows].tolist(), valid[rows].tolist())
         ]
     values = chunk.to_numpy(zero_copy_only=False)
-    return lambda rows: values[rows].tolist()  # type: ignore[no-any-return]
+    return lambda rows: values[rows].tolist()
 
 
 def _open_strings(chunk: pa.Array) -> Callable[[int], str | None]:
     buffers = chunk.buffers()
     dtype = np.int64 if pa.types.is_large_string(chunk.type) else np.int32
-    offsets = np.frombuffer(buffers[1], dtype=dtype)[chunk.offset : chunk.offset + len(chunk) + 1]
+    offsets: Any = np.frombuffer(buffers[1], dtype=dtype)[chunk.offset : chunk.offset + len(chunk) + 1]
     ends = memoryview(offsets)
     data = memoryview(buffers[2] if buffers[2] is not None else b"")
     if not chunk.null_count:
@@ -229,7 +229,8 @@ def _open_lists(chunk: pa.Array) -> Callable[[int], Any]:
             start = (offset + row) * size
             return flat[start : start + size]
     else:
-        ends = memoryview(chunk.offsets.to_numpy())
+        offsets: Any = chunk.offsets.to_numpy()
+        ends = memoryview(offsets)
 
         def get(row: int) -> Any:
             return flat[ends[row] : ends[row + 1]]

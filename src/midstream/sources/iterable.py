@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator as Iter
+from collections.abc import Callable, Iterable
+from collections.abc import Iterator as Iter
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from midstream._check import require_callable, require_choice, require_int
 from midstream._state import State
-from midstream.core import (
-    Dataset,
-    Failure,
-    Hole,
-    Item,
-    Iterator,
-    Lane,
-    Place,
-    callable_name,
-    describe_callable,
-    require_callable,
-    require_choice,
-    require_int,
-)
+from midstream.core import Dataset, Item, Iterator, Lane, Place
 from midstream.errors import ReplayDiverged, SourceError
+from midstream.failures import Failure, Hole, callable_name, describe_callable
 
 
 def from_iterable(

@@ -1,4 +1,5 @@
 """Placeholder while this is written."""
+
 from midstream.core import Dataset
 
 

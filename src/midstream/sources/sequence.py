@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Failure, Hole, Place, Rows
+from midstream.core import I64, U64, Dataset, Place, Rows
+from midstream.failures import Failure, Hole
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,0 +1,30 @@
+"""Refusals of wrong arguments, worded alike everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["require_callable", "require_choice", "require_int"]
+
+
+def require_int(value: Any, name: str, minimum: int, where: str) -> None:
+    """Refuse what is not an integer of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{where}: {name} is an integer; found {value!r}")
+    if value < minimum:
+        raise ValueError(f"{where}: {name} is at least {minimum}; found {value}")
+
+
+def require_callable(value: Any, where: str) -> None:
+    """Refuse what cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{where} takes a callable; found {type(value).__name__}")
+
+
+def require_choice(value: Any, name: str, choices: Sequence[str], where: str) -> None:
+    """Refuse what is not one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{where}: {name} is one of {', '.join(map(repr, choices))}; found {value!r}")
