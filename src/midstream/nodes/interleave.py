@@ -55,7 +55,7 @@ def interleave(
     >>> import midstream as ms
     >>> mix = ms.interleave({"a": ms.from_dataset([0] * 70), "b": ms.from_dataset([1] * 30)}, {"a": 7, "b": 3})
     >>> len(mix), sum(list(mix)[:50])
-    (100, 15)
+    (98, 15)
     """
     if not isinstance(datasets, Mapping):
         raise TypeError(

@@ -95,6 +95,8 @@ class Shards:
     """What a `ShardIterator` reads: shards by number."""
 
     function = ""
+    survives = False
+    """Whether a shard certainly goes on after a row that raised. A generator does not, and what it wraps is not known."""
     every = 0
     """Rows between two states of a shard; 0 where a shard has none and is read again from its start."""
 
@@ -147,10 +149,12 @@ class ShardIterator(Iterator):
             try:
                 sample = next(self.rows)
             except StopIteration:
-                if self.raised_at == self.row - 1 >= 0:
+                if self.raised_at == self.row - 1 >= 0 and not self.shards.survives:
                     self._dead()
                 self._start(self.shard + self.step)
                 continue
+            except SourceError:
+                raise  # not of one row: what was to be read cannot be
             except Exception as error:
                 return self._failed(error)
             row = self.row
@@ -174,7 +178,7 @@ class ShardIterator(Iterator):
             try:
                 next(rows)
             except StopIteration:
-                if last_raised >= 0:
+                if last_raised >= 0 and not self.shards.survives:
                     self._dead()
                 self.rows = None
                 raise ReplayDiverged(
