@@ -61,7 +61,7 @@ def fold(*values: int) -> int:
     """
     result = 0
     for value in values:
-        result = mix(result * _GOLDEN + (value & _MASK) + _GOLDEN)
+        result = mix(result * _GOLDEN + (int(value) & _MASK) + _GOLDEN)
     return result
 
 

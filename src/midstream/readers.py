@@ -235,6 +235,7 @@ class _StreamReader:
 
 
 def source_of(place: Place, failure: Failure) -> int:
+    """Index of the source a failed sample came from; -1 for a whole batch."""
     return place.names.index(failure.origin.source) if failure.origin is not None else -1
 
 
@@ -250,4 +251,5 @@ def _fatal(error: Exception) -> Out:
 
 
 def identity(item: Any) -> Any:
+    """The collate function of envelopes."""
     return item
