@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,14 +49,14 @@ def from_dataset(data: Any, *, name: str | None = None) -> Dataset:
         raise ValueError(f"the name of a source is a string without '|'; found {name!r}")
     if isinstance(data, Dataset):
         raise TypeError(f"this already is a midstream dataset; use it as it is:\n{data!r}")
-    import datasets
-
-    if isinstance(data, datasets.Dataset):
-        return ArrowSource(data, name)
-    if isinstance(data, datasets.IterableDataset):
-        return IterableSource(data, name)
-    if isinstance(data, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-        raise TypeError(f"this is a dict of splits; choose one, like data[{next(iter(data), 'train')!r}]")
+    datasets = sys.modules.get("datasets")  # who has one of its objects has imported it; importing it takes a second
+    if datasets is not None:
+        if isinstance(data, datasets.Dataset):
+            return ArrowSource(data, name)
+        if isinstance(data, datasets.IterableDataset):
+            return IterableSource(data, name)
+        if isinstance(data, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+            raise TypeError(f"this is a dict of splits; choose one, like data[{next(iter(data), 'train')!r}]")
     if isinstance(data, (dict, set, frozenset)):
         raise TypeError(f"a source has rows by number; found {type(data).__name__}")
     if isinstance(data, Sequence) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):

@@ -1,221 +1,504 @@
-"""Parquet files: random access by row group, without reading any data up front."""
+"""Parquet files: random access by row group, with nothing but footers read up front.
+
+Also here, because every source of files needs it: `list_files`, which turns paths, patterns and URLs into files, and
+`OpenFiles`, which keeps few of them open.
+"""
 
 from __future__ import annotations
 
-import threading
+import glob
+import logging
+import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import fsspec
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
+from torch.utils.data import get_worker_info
 
-from midstream._state import State
+from midstream._state import State, fingerprint
 from midstream.core import I64, U64, Dataset, Place, Rows
-from midstream.errors import SourceError
-from midstream.sources._files import PathLike, as_paths, is_local, open_file, resolve
+from midstream.errors import SourceError, bullet_list
+from midstream.failures import Failure, Hole
 from midstream.sources.arrow import TableReader
 from midstream.sources.sequence import row_origins
 
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
 CACHE_BYTES = 256 << 20
-"""Most bytes of decoded row groups that a process keeps for one source (and never less than one group)."""
-_OPEN_FILES = 32
+"""Bytes of decoded row groups kept per source and process. At least one group is kept, however large."""
+
+MAX_OPEN_FILES = 32
+"""Files kept open per source and process."""
+
+_LOG = logging.getLogger(__name__)
 
 
-def read_parquet(
-    paths: PathLike | Sequence[PathLike], *, columns: Sequence[str] | None = None, name: str | None = None
-) -> Dataset:
-    """Rows of parquet files.
+def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None, name: str | None = None) -> Dataset:
+    """Read parquet files, with random access and without loading them.
 
     Args:
-        paths: A path, glob (``"data/*.parquet"``, sorted) or fsspec URL, or a list of them, read in this order.
-        columns: Which columns, in this order; all when left out.
-        name: What progress, origins and errors call the source.
+        paths: A path, a pattern (``data/*.parquet``, ``**`` for folders below; matches are sorted), a URL that fsspec
+            knows (``s3://...``, patterns too), or a list of these, read in the order given.
+        columns: The columns to read, which also is the order of a sample's keys; None for all of the first file's.
+        name: What progress, origins and errors call it. Left out, the name it has in `interleave`, else "data".
 
-    The footers tell how many rows there are; data is read by whole row groups, so reading one row costs its group.
-    ``.shuffle(seed)`` knows that and mixes windows of 16 groups. Decoded groups are kept within 256 MiB per process.
+    Returns:
+        A random-access dataset. A sample is a dict of a row's columns: numeric lists as read-only numpy views of the
+        stored dtype (copy one to keep it for long: a view keeps its column of the row group in memory), numbers, strings
+        and nested values as Python objects.
 
-    Raises (when first read):
-        FileNotFoundError: If a path or glob matches nothing.
-        ValueError: If the files differ in schema, or a column is not there.
+    Nothing is opened here. The first use (``len``, ``print``, iteration) lists the files and reads their footers; which
+    files there are is settled then, for this dataset and every worker process. Rows are decoded a row group at a time,
+    and ``.shuffle()`` mixes windows of groups, so that reading in shuffled order decodes each about once per process. The
+    groups of a window (16, see ``window_blocks``) should fit in `CACHE_BYTES`: write files with ``row_group_size`` of some
+    thousand rows.
 
-    >>> import tempfile, pathlib, pyarrow as pa, pyarrow.parquet as pq, midstream as ms
+    Raises:
+        TypeError, ValueError: If an argument is not one of these. On first use: if the files do not have the same columns,
+            or lack one of ``columns``.
+        FileNotFoundError: On first use, if a path or pattern matches nothing.
+        SourceError: On reading, if a file is damaged, or is not what it was on first use.
+
+    >>> import tempfile
+    >>> import midstream as ms, pyarrow as pa, pyarrow.parquet as pq
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = pathlib.Path(folder, "a.parquet")
-    ...     pq.write_table(pa.table({"x": [1, 2, 3]}), path, row_group_size=2)
-    ...     list(ms.read_parquet(path))
-    [{'x': 1}, {'x': 2}, {'x': 3}]
+    ...     pq.write_table(pa.table({"id": [1, 2, 3], "text": ["a", "b", "c"]}), f"{folder}/x.parquet", row_group_size=2)
+    ...     ds = ms.read_parquet(f"{folder}/*.parquet", columns=["text"], name="letters")
+    ...     print(ds)
+    ...     print(ds.rows([2, 0]))
+    letters: read_parquet([text], 3 rows in 2 row groups of 1 file)
+    [{'text': 'c'}, {'text': 'a'}]
     """
-    if columns is not None and (isinstance(columns, str) or not all(isinstance(column, str) for column in columns)):
-        raise TypeError(f"read_parquet: columns is a list of names; found {columns!r}")
-    return ParquetSource(as_paths(paths, "read_parquet"), None if columns is None else tuple(columns), name)
+    require_name(name)
+    if columns is not None:
+        if isinstance(columns, str) or not isinstance(columns, Sequence) or not all(isinstance(c, str) for c in columns):
+            raise TypeError(f"read_parquet: columns is a list of names, like columns=['text']; found {columns!r}")
+        if not columns or len(set(columns)) < len(columns):
+            raise ValueError(f"read_parquet: columns is one name or more, each once; found {list(columns)}")
+    return ParquetSource(plain_paths(paths, "read_parquet"), None if columns is None else tuple(columns), name)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ParquetSource(Dataset):
-    """Rows of parquet files, by row group.
+    """Rows of parquet files, numbered through the files in order.
+
+    Decoded row groups are kept, least recently used first out, up to `CACHE_BYTES` per process; files are opened when a
+    group of theirs is first needed, at most `MAX_OPEN_FILES` at a time. The list of files and the sizes of their row
+    groups are read once and travel to the workers (16 bytes a group and the paths); nothing that is open does.
 
     State: none but the position.
-    Resume: reads the row group of the next row.
+    Resume: decodes the row groups it stands in again; reads no other row again.
     """
 
     paths: tuple[str, ...]
     columns: tuple[str, ...] | None = None
     name: str | None = None
     kind = "read_parquet"
-    _kept_slots = ("_waiting", "_epoch", "_index_made")
+    _kept_slots = (*Dataset._kept_slots, "_groups")
 
     @property
     def infinite(self) -> bool:
         """Never."""
         return False
 
+    def _index(self) -> _Index:
+        """Files and row groups: read on first use, then kept, pickled too."""
+        index: _Index | None = self.__dict__.get("_groups")
+        if index is None:
+            index = _read_index(self.paths, self.columns)
+            self._set("_groups", index)
+        return index
+
     def _length(self) -> int | None:
-        return int(self._index().starts[-1])
+        return int(self._index().sizes.sum())
 
     def block_sizes(self) -> I64 | None:
-        """Rows of each row group."""
-        return np.diff(self._index().starts)
+        """Rows of each row group, int64; groups without rows are left out."""
+        return self._index().sizes
 
     def spec_fields(self) -> dict[str, State]:
-        """Columns, number of files and rows; no paths, which may move."""
+        """Columns, and how many rows, files and row groups; no paths, so that data may move.
+
+        The order of a shuffle depends on the sizes of the row groups, so their hash is here too.
+        """
         index = self._index()
-        return {"columns": list(index.columns), "files": len(index.files), "length": self.length()}
+        return {
+            "columns": list(index.columns),
+            "length": self.length(),
+            "num_files": len(index.files),
+            "num_row_groups": len(index.sizes),
+            "row_groups": fingerprint(index.sizes.tolist()),
+        }
 
     def summary(self) -> str:
-        """Number of files, groups and rows."""
+        """Columns, and number of rows, row groups and files."""
         index = self._index()
-        return f"{self.kind}({len(index.files)} files, {len(index.starts) - 1} row groups, {self.length():,} rows)"
-
-    def _index(self) -> _Index:
-        """Row groups of all files, read from the footers once and pickled along: a few bytes for each."""
-        index: _Index | None = self.__dict__.get("_index_made")
-        if index is None:
-            index = _read_index(resolve(self.paths, "read_parquet"), self.columns)
-            self._set("_index_made", index)
-        return index
+        return (
+            f"{self.kind}([{', '.join(index.columns)}], {self.length():,} rows in {count(len(index.sizes), 'row group')} of "
+            f"{count(len(index.files), 'file')})"
+        )
 
     def _open(self) -> _Groups:
         return _Groups(self._index())
 
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+        origins = row_origins(at.source, passes, positions)
         groups: _Groups = self._handle()
-        starts = groups.index.starts
-        number = np.searchsorted(starts, positions, side="right") - 1
+        numbers = np.searchsorted(groups.starts, positions, side="right") - 1
+        inside = positions - groups.starts[numbers]
         samples: list[Any] = [None] * len(positions)
-        for group in np.unique(number).tolist():
-            here = np.flatnonzero(number == group)
-            rows = groups.get(group, at.path).rows(positions[here] - starts[group])
-            for place, row in zip(here.tolist(), rows):
-                samples[place] = row
-        return Rows(samples, row_origins(at.source, passes, positions))
+        read: dict[int, list[int]] = {}
+
+        def release(number: int) -> None:
+            # Views of a group that leaves the cache would keep it in memory all the same, group after group.
+            for place in read.pop(number, ()):
+                samples[place] = _without_views(samples[place])
+
+        for number in groups.cached_first(np.unique(numbers).tolist()):
+            here = np.flatnonzero(numbers == number)
+            reader = groups.reader(number, len(here), release)
+            try:
+                found: list[Any] = reader.rows(inside[here])
+            except Exception:  # one row at a time tells which one it was (bytes that are no text, say)
+                found = []
+                for row, place in zip(inside[here], here.tolist()):
+                    try:
+                        found.append(reader.rows(row.reshape(1))[0])
+                    except Exception as error:
+                        where = f"{groups.place_of(number)}, row {row}"
+                        found.append(Hole((Failure(at.path, at.origin(origins[place].tolist()), where, error),)))
+            read[number] = here.tolist()
+            for place, sample in zip(read[number], found):
+                samples[place] = sample
+        return Rows(samples, origins)
 
 
-class _Index(NamedTuple):
-    """Where the rows are.
+def _without_views(sample: Any) -> Any:
+    """The sample with arrays of its own."""
+    if type(sample) is not dict:
+        return sample
+    return {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in sample.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Footers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What the footers say. Row groups without rows are left out.
 
     Attributes:
-        files: Paths or URLs.
-        columns: What is read, in this order.
-        starts: int64, shape [groups + 1]: the first row of each row group that has any, and the end.
-        where: int64, shape [groups, 2]: its file and its number there.
+        files: In order.
+        columns: Names, in the order of a sample's keys.
+        sizes: Rows of each group, int64, shape [g].
+        file_of: Number of each group's file, int32, shape [g].
+        number_in_file: Number of each group in its file, int32, shape [g].
     """
 
-    files: list[str]
+    files: list[File]
     columns: list[str]
-    starts: I64
-    where: I64
+    sizes: I64
+    file_of: npt.NDArray[np.int32]
+    number_in_file: npt.NDArray[np.int32]
 
 
-def _read_index(files: list[str], columns: tuple[str, ...] | None) -> _Index:
-    sizes: list[int] = []
-    where: list[tuple[int, int]] = []
-    first: Any = None
-    for number, path in enumerate(files):
-        with _open_parquet(path) as file:
-            schema = file.schema_arrow.remove_metadata()
-            if first is None:
-                first = schema
-            elif not schema.equals(first):
-                raise ValueError(
-                    f"read_parquet: files differ in schema; {files[0]} has {_columns(first)}, {path} has {_columns(schema)}. "
-                    f"Read them as two sources and concatenate or interleave those."
-                )
-            for group in range(file.metadata.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if rows:
-                    sizes.append(rows)
-                    where.append((number, group))
-    missing = [column for column in columns or () if column not in first.names]
-    if missing:
-        raise ValueError(f"read_parquet: there is no column {missing[0]!r}; expected one of {first.names}")
-    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    chosen = list(columns) if columns is not None else list(first.names)
-    return _Index(files, chosen, starts, np.array(where, dtype=np.int64).reshape(-1, 2))
+class _Footer(NamedTuple):
+    sizes: list[int]
+    types: dict[str, str]
 
 
-def _columns(schema: Any) -> str:
-    return ", ".join(f"{field.name}: {field.type}" for field in schema)
+def _read_index(paths: tuple[str, ...], columns: tuple[str, ...] | None) -> _Index:
+    files = list_files(paths, "read_parquet")
+    # Each footer is a few round trips on an object store, so many are asked for at once.
+    with ThreadPoolExecutor(min(16, len(files))) as pool:
+        footers = list(pool.map(_read_footer, files))
+    names = list(footers[0].types) if columns is None else list(columns)
+    _check_columns(files, footers, names, everything=columns is None)
+    sizes = np.array([size for footer in footers for size in footer.sizes], dtype=np.int64)
+    counts = [len(footer.sizes) for footer in footers]
+    file_of = np.repeat(np.arange(len(files), dtype=np.int32), counts)
+    number_in_file = np.array([number for many in counts for number in range(many)], dtype=np.int32)
+    full = sizes > 0
+    return _Index(files, names, sizes[full], file_of[full], number_in_file[full])
 
 
-def _open_parquet(path: str) -> Any:
+def _read_footer(file: File) -> _Footer:
     try:
-        return pq.ParquetFile(path if is_local(path) else open_file(path, "read_parquet"))
-    except SourceError:
-        raise
+        with _open_parquet(file) as parquet:
+            footer, schema = parquet.metadata, parquet.schema_arrow
     except Exception as error:
-        raise SourceError(f"read_parquet: {path} cannot be read as parquet: {type(error).__name__}: {error}") from error
+        raise SourceError(
+            f"read_parquet: the footer of {file} cannot be read: {type(error).__name__}: {error}. Is it a complete parquet "
+            f"file?"
+        ) from error
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError(f"read_parquet: {file} has two columns of the same name: {schema.names}")
+    sizes = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+    return _Footer(sizes, {field.name: _type_name(field.type) for field in schema})
+
+
+def _type_name(type_: pa.DataType) -> str:
+    """What a type looks like in a sample: how a writer chose to lay it out in memory makes no difference there."""
+    types = pa.types
+    if types.is_dictionary(type_):
+        return _type_name(type_.value_type)
+    if types.is_list(type_) or types.is_large_list(type_):
+        return f"list<{_type_name(type_.value_type)}>"
+    if types.is_struct(type_):
+        return f"struct<{', '.join(f'{field.name}: {_type_name(field.type)}' for field in type_)}>"
+    return str(type_).removeprefix("large_").removesuffix("_view")
+
+
+def _check_columns(files: list[File], footers: list[_Footer], names: list[str], everything: bool) -> None:
+    """Refuse files that do not have the same columns.
+
+    Raises:
+        ValueError: Naming both files and the columns.
+    """
+    first = footers[0].types
+    missing = [name for name in names if name not in first]
+    if missing:
+        raise ValueError(f"read_parquet: {files[0]} has no column {missing[0]!r}. It has: {', '.join(first)}")
+    for file, (_, types) in zip(files[1:], footers[1:]):
+        compared = [*names, *(name for name in types if everything and name not in first)]
+        differing = [
+            f"{name!r}: {first.get(name, 'absent')} in the first, {types.get(name, 'absent')} in the second"
+            for name in compared
+            if first.get(name) != types.get(name)
+        ]
+        if differing:
+            shared = [name for name in names if first[name] == types.get(name)]
+            raise ValueError(
+                f"read_parquet: the columns of\n  {files[0]}\n  {file}\ndiffer:{bullet_list(differing)}\nRead what they share "
+                f"with columns={shared}, or make them two sources, bring their samples to one form with .map, and join them "
+                f"with midstream.concatenate."
+            )
+
+
+def _open_parquet(file: File) -> pq.ParquetFile:
+    # Remote reads are gathered into few large ones. Checksums are verified where the writer left some.
+    remote = bool(file.url)
+    source = file.open() if remote else file.path
+    return pq.ParquetFile(source, pre_buffer=remote, page_checksum_verification=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Row groups
+# ---------------------------------------------------------------------------------------------------------------------
+
+_WATCH = 256
+_WASTE = 64
 
 
 class _Groups:
-    """Open files and decoded row groups of this process, each within a bound; the oldest used go first."""
+    """Decoded row groups of one process."""
 
     def __init__(self, index: _Index) -> None:
         self.index = index
-        self.files: OrderedDict[int, Any] = OrderedDict()
-        self.readers: OrderedDict[int, tuple[TableReader, int]] = OrderedDict()
-        self.bytes = 0
-        self.decoded = 0
-        self.lock = threading.Lock()
+        self.starts: I64 = np.concatenate([[0], np.cumsum(index.sizes)]).astype(np.int64)
+        self.files: OpenFiles[pq.ParquetFile] = OpenFiles(lambda number: _open_parquet(index.files[number]))
+        self.cache: OrderedDict[int, tuple[TableReader, int]] = OrderedDict()
+        self.num_bytes = 0
+        self.decodes = self.rows_decoded = self.rows_used = 0
 
-    def get(self, group: int, path: str) -> TableReader:
-        """The reader of a row group."""
-        with self.lock:
-            known = self.readers.get(group)
-            if known is not None:
-                self.readers.move_to_end(group)
-                return known[0]
-            number, inside = self.index.where[group].tolist()
-            try:
-                table = self._file(number).read_row_group(inside, columns=self.index.columns)
-            except SourceError:
-                raise
-            except Exception as error:
-                raise SourceError(
-                    f"{path}: row group {inside} of {self.index.files[number]} cannot be read: {type(error).__name__}: "
-                    f"{error}. Has the file changed, or was it cut off?"
-                ) from error
-            expected = int(self.index.starts[group + 1] - self.index.starts[group])
-            if table.num_rows != expected:
-                raise SourceError(
-                    f"{path}: row group {inside} of {self.index.files[number]} has {table.num_rows} rows, and had {expected} "
-                    f"when its footer was read; the file was changed while it is in use."
-                )
-            reader = TableReader(table.select(self.index.columns))
-            self.readers[group] = (reader, table.nbytes)
-            self.bytes += table.nbytes
-            self.decoded += 1
-            while self.bytes > CACHE_BYTES and len(self.readers) > 1:
-                self.bytes -= self.readers.popitem(last=False)[1][1]
-            return reader
+    def cached_first(self, numbers: list[int]) -> list[int]:
+        """The same groups, those at hand first: otherwise a new one could push out one that is needed next."""
+        return sorted(numbers, key=lambda number: number not in self.cache)
 
-    def _file(self, number: int) -> Any:
+    def reader(self, number: int, rows: int, release: Callable[[int], None]) -> TableReader:
+        """The reader of a group, from which ``rows`` rows will be taken; ``release`` hears which groups are dropped."""
+        self.rows_used += rows
+        if number in self.cache:
+            self.cache.move_to_end(number)
+            return self.cache[number][0]
+        table = self._decode(number)
+        reader, size = TableReader(table), table.get_total_buffer_size()
+        self.cache[number] = reader, size
+        self.num_bytes += size
+        while self.num_bytes > CACHE_BYTES and len(self.cache) > 1:
+            oldest, (_, freed) = self.cache.popitem(last=False)
+            self.num_bytes -= freed
+            release(oldest)
+        self._watch(number)
+        return reader
+
+    def place_of(self, number: int) -> str:
+        """A group in words."""
+        return f"{self.index.files[self.index.file_of[number]]}, row group {self.index.number_in_file[number]}"
+
+    def _decode(self, number: int) -> pa.Table:
+        index = self.index
+        try:
+            parquet = self.files.get(int(index.file_of[number]))
+            # In a worker the other cores belong to the other workers.
+            threads = get_worker_info() is None
+            table = parquet.read_row_group(
+                int(index.number_in_file[number]), columns=index.columns, use_threads=threads
+            ).select(index.columns)
+        except Exception as error:
+            raise SourceError(
+                f"{self.place_of(number)} cannot be read: {type(error).__name__}: {error}. Restore the file, or leave it out "
+                f"of the paths and start a new run: a checkpoint counts its rows."
+            ) from error
+        if table.num_rows != index.sizes[number]:
+            raise SourceError(
+                f"{self.place_of(number)} has {table.num_rows} rows, and had {index.sizes[number]} when this dataset was "
+                f"first used: the file was replaced. Make the dataset again with read_parquet, and start a new run."
+            )
+        return table
+
+    def _watch(self, number: int) -> None:
+        """Say it once when most of the decoding is thrown away."""
+        self.decodes += 1
+        self.rows_decoded += int(self.index.sizes[number])
+        if self.decodes == _WATCH and self.rows_used * _WASTE < self.rows_decoded and self.num_bytes * 2 > CACHE_BYTES:
+            _LOG.warning(
+                "read_parquet: of every %d rows decoded one is used, because row groups are dropped from the cache (%d MiB, "
+                "midstream.sources.parquet.CACHE_BYTES) and decoded again: one like %s takes %d MiB. Use "
+                ".shuffle(window_blocks=k) with k groups that fit, read fewer columns, or write the files with a smaller "
+                "row_group_size.",
+                self.rows_decoded // max(1, self.rows_used),
+                CACHE_BYTES >> 20,
+                self.place_of(number),
+                self.cache[number][1] >> 20,
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class File(NamedTuple):
+    """A file that was found.
+
+    Attributes:
+        path: Absolute, or in terms of its own file system.
+        url: For a remote file the URL or pattern it was found by, which names the file system; "" for a local one.
+    """
+
+    path: str
+    url: str = ""
+
+    def __str__(self) -> str:
+        if not self.url or "://" in self.path:
+            return self.path
+        return f"{self.url.split('://')[0]}://{self.path.lstrip('/')}"
+
+    def open(self) -> Any:
+        """A remote file, opened for reading bytes."""
+        # Asked for anew each time: fsspec keeps file systems itself, and makes new ones in a forked process.
+        return fsspec.core.url_to_fs(self.url)[0].open(self.path, "rb")
+
+
+class Closable(Protocol):
+    """What `OpenFiles` holds."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
+F = TypeVar("F", bound=Closable)
+
+
+class OpenFiles(Generic[F]):
+    """Files by number, opened as they are needed; the ones used last, at most `MAX_OPEN_FILES`, stay open."""
+
+    def __init__(self, open_file: Callable[[int], F]) -> None:
+        self.open_file = open_file
+        self.files: OrderedDict[int, F] = OrderedDict()
+
+    def get(self, number: int) -> F:
+        """An open file."""
         file = self.files.get(number)
         if file is None:
-            file = self.files[number] = _open_parquet(self.index.files[number])
-            if len(self.files) > _OPEN_FILES:
+            while len(self.files) >= MAX_OPEN_FILES:
                 self.files.popitem(last=False)[1].close()
+            file = self.files[number] = self.open_file(number)
         else:
             self.files.move_to_end(number)
         return file
+
+
+def require_name(name: str | None) -> None:
+    """Refuse what cannot name a source."""
+    if name is not None and (not isinstance(name, str) or not name or "|" in name):
+        raise ValueError(f"the name of a source is a string without '|'; found {name!r}")
+
+
+def plain_paths(paths: Paths, where: str) -> tuple[str, ...]:
+    """Paths, patterns and URLs as strings. Looks at no file."""
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    if not isinstance(paths, Sequence) or not all(isinstance(path, (str, os.PathLike)) for path in paths):
+        raise TypeError(
+            f"{where} takes a path, a pattern like 'data/*', a URL, or a list of these; found {paths!r:.200}. (A set or a "
+            f"generator has no order of its own: give sorted(...).)"
+        )
+    plain = tuple(os.fspath(path) for path in paths)
+    if not plain or not all(isinstance(path, str) and path for path in plain):
+        raise ValueError(f"{where} takes one path or more, none of them empty; found {list(plain)}")
+    return plain
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL that fsspec opens; ``file://`` is local."""
+    return "://" in path and not path.startswith(("file://", "local://"))
+
+
+def list_files(paths: tuple[str, ...], where: str) -> list[File]:
+    """The files that paths, patterns and URLs stand for: in the order given, the matches of a pattern sorted.
+
+    Raises:
+        FileNotFoundError: If one of them matches nothing.
+        IsADirectoryError: If one of them is a folder.
+        ValueError: If a file is matched twice.
+    """
+    files: list[File] = []
+    for path in paths:
+        found = _list_remote(path) if is_remote(path) else _list_local(path, where)
+        if not found:
+            pattern = "no file matches the pattern" if glob.has_magic(path) else "there is no file"
+            raise FileNotFoundError(f"{where}: {pattern} {path!r} (in {os.getcwd()!r})")
+        files.extend(found)
+    seen: set[str] = set()
+    for name in map(str, files):
+        if name in seen:
+            raise ValueError(
+                f"{where}: {name} is matched twice by {list(paths)}, so its rows would be there twice. Name it once; to see "
+                f"data more often use .repeat, or midstream.interleave with weights"
+            )
+        seen.add(name)
+    return files
+
+
+def _list_local(path: str, where: str) -> list[File]:
+    if "://" in path:
+        path = fsspec.core.strip_protocol(path)
+    path = os.path.abspath(os.path.expanduser(path))
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{where}: {path!r} is a folder. Give a pattern, like {os.path.join(path, '*')!r}")
+    if os.path.exists(path):  # before it is taken for a pattern: a name may contain brackets
+        return [File(path)]
+    return [File(match) for match in sorted(glob.glob(path, recursive=True)) if os.path.isfile(match)]
+
+
+def _list_remote(url: str) -> list[File]:
+    system, path = fsspec.core.url_to_fs(url)
+    if system.exists(path):  # before it is taken for a pattern: a URL may contain a question mark
+        return [File(path, url)]
+    return [File(match, url) for match in sorted(system.glob(path))] if glob.has_magic(path) else []
+
+
+def count(number: int, noun: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,138 @@
+"""The command line. Needs the extra ``cli`` (typer and rich); nothing else in the package does."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Entry point of the ``midstream`` command."""
+    try:
+        import rich  # noqa: F401
+        import typer  # noqa: F401
+    except ImportError as error:
+        print(f"the command line needs {error.name}: pip install 'midstream[cli]'", file=sys.stderr)
+        raise SystemExit(2) from None
+    _app()()
+
+
+def _app() -> Any:
+    import typer
+
+    app = typer.Typer(
+        name="midstream",
+        help="A stateful PyTorch data pipeline that resumes mid-stream, exactly.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    def version(wanted: bool) -> None:
+        if wanted:
+            import midstream
+
+            typer.echo(f"midstream {midstream.__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def _root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version and exit.")
+        ] = False,
+    ) -> None:
+        """A stateful PyTorch data pipeline that resumes mid-stream, exactly."""
+
+    @app.command()
+    def demo(
+        steps: Annotated[int, typer.Option(min=30, help="Training steps of a whole run.")] = 240,
+        workers: Annotated[int, typer.Option(min=0, help="Worker processes of the first two runs.")] = 2,
+        resume_workers: Annotated[int, typer.Option(min=0, help="Worker processes of the resumed run.")] = 1,
+        seed: Annotated[int | None, typer.Option(help="Chooses the step of the kill. [default: random]")] = None,
+        kill_at: Annotated[int | None, typer.Option(min=1, help="Kill at this step.")] = None,
+        every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 20,
+        keep: Annotated[Path | None, typer.Option(help="Keep ledgers and checkpoint in this folder.")] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON, and nothing else.")] = False,
+    ) -> None:
+        """Kill a real training job, resume it, and compare it bit for bit.
+
+        Trains a small language model on text that is on this machine:
+        the standard library's sources and Python's help texts, mixed 7:3,
+        shuffled, filtered, cut and padded. One run is left alone. One is
+        killed by SIGKILL at a random step inside an epoch. One goes on from
+        the last checkpoint with another number of workers. Every sample must
+        come in the same order, and every loss be the same to the last bit.
+
+        Exit status: 0 exact, 1 not, 2 it could not run.
+        """
+        try:
+            verdict = _show_demo(
+                as_json,
+                steps=steps,
+                workers=workers,
+                resume_workers=resume_workers,
+                seed=seed,
+                kill_at=kill_at,
+                every=every,
+                folder=keep,
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            typer.echo(f"the demonstration could not run: {error}", err=True)
+            raise typer.Exit(2) from None
+        raise typer.Exit(0 if verdict.exact else 1)
+
+    return app
+
+
+_TITLES = {"whole": "left alone", "killed": "to be killed", "resumed": "resumed"}
+
+
+def _show_demo(as_json: bool, **options: Any) -> Any:
+    """Run the demonstration and show it; returns the verdict."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from midstream.demo import Told, Verdict, run
+
+    console = Console(quiet=as_json, highlight=False, soft_wrap=True)
+    columns = (
+        TextColumn("{task.description:>13}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    bars: dict[str, Any] = {}
+    verdict: Verdict | None = None
+    # Without a terminal a bar would be noise: only the lines are printed.
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as live:
+        for told in run(**options):
+            if isinstance(told, Verdict):
+                verdict = told
+            elif told.line:
+                live.console.print(told.line, markup=False)
+                for bar in bars.values():
+                    live.update(bar, visible=False)
+            elif isinstance(told, Told):
+                if told.run not in bars:
+                    bars[told.run] = live.add_task(_TITLES[told.run], total=options["steps"], loss="")
+                live.update(bars[told.run], completed=told.step, loss=f"loss {told.loss:.3f}")
+    assert verdict is not None
+    if as_json:
+        print(json.dumps(asdict(verdict)))
+        return verdict
+    for line in verdict.differences:
+        console.print(f"  {line}", markup=False)
+    rolled = f"{verdict.rolled_back} steps after the checkpoint were rolled back with the weights and trained again"
+    if verdict.exact:
+        console.print(
+            f"[bold green]EXACT[/]: {verdict.samples:,} samples in {verdict.steps} steps came in the same order, and every "
+            f"loss is the same bit for bit; {rolled}."
+        )
+    else:
+        console.print(f"[bold red]NOT EXACT[/]: the resumed run differs from the uninterrupted one; {rolled}.")
+    return verdict
