@@ -3,13 +3,14 @@
 Nothing here has state and nothing touches a global generator. All arithmetic is modulo 2**64. The values are frozen by
 tests/golden: an order, once released, never changes within a format version.
 
-The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014); the permutation is a keyed Feistel network
-with cycle walking (Black and Rogaway 2002).
+The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014); the permutation is a keyed generalised
+Feistel network with cycle walking (Black and Rogaway 2002).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ _U = np.uint64
 _GOLDEN_U, _M1_U, _M2_U = _U(_GOLDEN), _U(_M1), _U(_M2)
 _S30, _S27, _S31, _S32, _S64 = _U(30), _U(27), _U(31), _U(32), 64
 _ROUNDS = 6
-_MIN_BITS = 6
+_SMALL = 256
 
 
 def mix(value: int) -> int:
@@ -109,8 +110,9 @@ def generator(*key: int) -> np.random.Generator:
 def permute(positions: I64, length: int, seed: int, keys: U64) -> I64:
     """Where a random permutation of [0, length) sends ``positions``: O(1) memory for any length.
 
-    A six-round Feistel network over the smallest even split of at least 2**6 values, walked along its cycles until it
-    lands inside the range (fewer than two rounds of walking on average, more below 64 rows).
+    Up to 256 rows the permutation is drawn whole, by sorting hashes. Beyond, it is a six-round Feistel network over pairs
+    (high, low) with about as many values each, as few as hold the range, walked along its cycles on the rare occasion that
+    it lands outside.
 
     Args:
         positions: int64, shape [k], each in [0, length).
@@ -121,33 +123,49 @@ def permute(positions: I64, length: int, seed: int, keys: U64) -> I64:
     Returns:
         int64, shape [k].
     """
-    if length <= 1:
-        return np.zeros_like(positions)
-    bits = max((length - 1).bit_length(), _MIN_BITS)
-    low_bits = bits // 2
-    high_bits = bits - low_bits
-    rounds = [fold_array(fold(seed, index), keys) for index in range(_ROUNDS)]
-    values = _feistel(positions.astype(np.uint64), rounds, high_bits, low_bits)
+    if length <= _SMALL:
+        return _permute_small(positions, length, seed, keys)
+    high_size = math.isqrt(length - 1) + 1
+    low_size = -(-length // high_size)
+    if keys.size == 1:
+        base = mix(fold(seed) * _GOLDEN + int(keys[0]) + _GOLDEN)
+        rounds: list[Any] = [_U(mix(base + index * _GOLDEN)) for index in range(_ROUNDS)]
+    else:
+        bases = fold_array(fold(seed), keys)
+        rounds = [mix_array(bases + _U(index * _GOLDEN & _MASK)) for index in range(_ROUNDS)]
+    values = _feistel(positions.astype(np.uint64), rounds, high_size, low_size)
     limit = _U(length)
     outside = np.flatnonzero(values >= limit)
     while outside.size:
-        walked = _feistel(
-            values[outside], [key if key.size == 1 else key[outside] for key in rounds], high_bits, low_bits
-        )
+        inner = rounds if keys.size == 1 else [key[outside] for key in rounds]
+        walked = _feistel(values[outside], inner, high_size, low_size)
         values[outside] = walked
         outside = outside[walked >= limit]
     return values.astype(np.int64)
 
 
-def _feistel(values: U64, rounds: list[U64], high_bits: int, low_bits: int) -> U64:
-    """One pass of the network. The halves swap widths every round, so an odd number of bits works too."""
-    high = values >> _U(low_bits)
-    low = values & _U((1 << low_bits) - 1)
+def _permute_small(positions: I64, length: int, seed: int, keys: U64) -> I64:
+    """All permutations that are asked for, whole: one row of ``length`` hashes for each key."""
+    distinct, which = np.unique(keys, return_inverse=True)
+    bases = fold_array(fold(seed), distinct)
+    order = np.argsort(fold_array(bases[:, None], np.arange(length, dtype=np.uint64)[None, :]), axis=1, kind="stable")
+    return np.asarray(order[which.reshape(-1) if keys.size > 1 else 0, positions], dtype=np.int64)
+
+
+def _feistel(values: U64, rounds: list[Any], high_size: int, low_size: int) -> U64:
+    """One pass of the network over pairs in [0, high_size) x [0, low_size); each round adds a hash of one to the other."""
+    low_count = _U(low_size)
+    high, low = np.divmod(values, low_count)
+    size, other = _U(high_size), low_count
     for key in rounds:
         hashed = (low ^ key) * _M1_U
         hashed ^= hashed >> _S32
         hashed *= _M2_U
-        high ^= hashed >> _U(64 - high_bits)
-        high, low = low, high
-        high_bits, low_bits = low_bits, high_bits
-    return (high << _U(low_bits)) | low
+        hashed >>= _S32
+        hashed *= size
+        hashed >>= _S32  # uniform in [0, size), without a division
+        high += hashed
+        np.subtract(high, size, out=high, where=high >= size)
+        high, low, size, other = low, high, other, size
+    result: U64 = high * low_count + low
+    return result

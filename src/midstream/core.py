@@ -342,12 +342,21 @@ class Cursor(Iterator):
         self.items: list[Item] = []
         self.at = 0
         self.told = 0
-        self.chunk = 1
+        self.chunk = min(lane.block, _MAX_CHUNK)  # what takes rows by blocks needs a whole one at once
 
     @property
     def number(self) -> int:
         """Rows of this lane delivered."""
         return self.first + self.at
+
+    def __next__(self) -> Item:
+        at, items = self.at, self.items
+        if self._loaded is None and at < len(items):  # the hot path of every pipeline
+            item = items[at]
+            if type(item[0]) is not Hole:
+                self.at = at + 1
+                return item
+        return super().__next__()
 
     def _next(self) -> Item:
         at = self.at
@@ -958,7 +967,8 @@ class Run:
 
     def __init__(self, dataset: Dataset, index: int, num_lanes: int, epoch: int) -> None:
         self._dataset = dataset
-        self._lane = Lane(index, num_lanes, 1, Ledger())
+        self._ledger = Ledger()
+        self._lane = Lane(index, num_lanes, 1, self._ledger)
         self._place = bind(dataset)
         self._epoch = epoch
         self._events: dict[str, int] = {}
@@ -972,17 +982,15 @@ class Run:
         return self
 
     def __next__(self) -> Any:
-        delivery = self._delivery or self._start()
         if self._done:
             raise StopIteration
         try:
-            sample, _ = delivery.next()
+            sample = (self._delivery or self._start()).next()[0]
         except StopIteration:
             self._done = True
             self._count()
             raise
-        ledger = self._lane.ledger
-        if ledger.events or ledger.notices:
+        if self._ledger.events or self._ledger.notices:
             self._count()
         if type(sample) is Failure:
             raise sample.error()
@@ -992,13 +1000,13 @@ class Run:
         delivery = Delivery(self._place, self._lane, int(epoch_key(self._epoch)[0]), self._epoch)
         if self._waiting is not None:
             delivery.iterator.load(self._waiting["state"])
-            self._lane.ledger.marks = copy_plain(self._waiting["marks"])
+            self._ledger.marks = copy_plain(self._waiting["marks"])
             self._waiting = None
         self._delivery = delivery
         return delivery
 
     def _count(self) -> None:
-        events, notices, limits = self._lane.ledger.take()
+        events, notices, limits = self._ledger.take()
         for key, count in events.items():
             self._events[key] = self._events.get(key, 0) + count
         for key, text in notices:
@@ -1021,7 +1029,7 @@ class Run:
                 "lane": [self._lane.index, self._lane.num_lanes],
                 "done": self._done,
                 "state": delivery.iterator.snapshot(),
-                "marks": self._lane.ledger.marks,
+                "marks": self._ledger.marks,
                 "events": self._events,
             }
         )

@@ -150,10 +150,10 @@ def train(job: Job) -> None:
                     loaded_at = 0.0
                 loss = model.loss(batch)
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 step += 1
-                write(step=step, epoch=epoch, loss=loss.item().hex(), origins=loader.trace())
+                write(step=step, epoch=epoch, loss=float(loss).hex(), origins=loader.trace())
                 if job.every and step % job.every == 0:
                     state = loader.state_dict()
                     save(
@@ -286,7 +286,7 @@ def choose_kill(steps: list[dict[str, Any]], every: int, seed: int) -> int:
         raise ValueError(
             f"there is no step inside an epoch after the first checkpoint; give more than {len(steps)} steps"
         )
-    return random.Random(seed).choice(inside)
+    return int(random.Random(seed).choice(inside))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -75,14 +76,13 @@ class Facts:
     def __init__(self, pipeline: Dataset) -> None:
         self.pipeline, self.place = pipeline, bind(pipeline)
         self.names = self.place.names
-        self._spec: dict[str, Any] | None = None
+        self._spec: bytes | None = None
 
-    @property
     def spec(self) -> dict[str, Any]:
-        """The pipeline as data, made once."""
+        """The pipeline as data, fresh each time: made once, and copied by way of bytes, which is fastest."""
         if self._spec is None:
-            self._spec = self.pipeline.spec()
-        return self._spec
+            self._spec = pickle.dumps(self.pipeline.spec())
+        return pickle.loads(self._spec)  # type: ignore[no-any-return]
 
 
 class Position:
@@ -239,7 +239,7 @@ class Position:
         return {
             "midstream": FORMAT,
             "fingerprint": self.facts.pipeline.fingerprint,
-            "spec": copy.deepcopy(self.facts.spec),
+            "spec": self.facts.spec(),
             "epoch": epoch,
             "batches": 0 if fresh else self.start + passed * self.topology.world_size,
             "steps_done": steps,

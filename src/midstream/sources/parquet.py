@@ -78,7 +78,8 @@ def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None, name: st
     """
     require_name(name)
     if columns is not None:
-        if isinstance(columns, str) or not isinstance(columns, Sequence) or not all(isinstance(c, str) for c in columns):
+        listed = isinstance(columns, Sequence) and not isinstance(columns, str)
+        if not listed or not all(isinstance(column, str) for column in columns):
             raise TypeError(f"read_parquet: columns is a list of names, like columns=['text']; found {columns!r}")
         if not columns or len(set(columns)) < len(columns):
             raise ValueError(f"read_parquet: columns is one name or more, each once; found {list(columns)}")
@@ -295,8 +296,8 @@ def _open_parquet(file: File) -> pq.ParquetFile:
 # Row groups
 # ---------------------------------------------------------------------------------------------------------------------
 
-_WATCH = 256
-_WASTE = 64
+_WATCH = 64
+_WASTE = 16
 
 
 class _Groups:
@@ -308,7 +309,10 @@ class _Groups:
         self.files: OpenFiles[pq.ParquetFile] = OpenFiles(lambda number: _open_parquet(index.files[number]))
         self.cache: OrderedDict[int, tuple[TableReader, int]] = OrderedDict()
         self.num_bytes = 0
-        self.decodes = self.rows_decoded = self.rows_used = 0
+        self.decodes = 0
+        self.decoded_at: dict[int, int] = {}
+        self.rows_decoded = self.rows_used = self.again = 0  # since decodes was last a multiple of _WATCH
+        self.warned = False
 
     def cached_first(self, numbers: list[int]) -> list[int]:
         """The same groups, those at hand first: otherwise a new one could push out one that is needed next."""
@@ -357,20 +361,26 @@ class _Groups:
         return table
 
     def _watch(self, number: int) -> None:
-        """Say it once when most of the decoding is thrown away."""
+        """Say it once when the same groups are decoded again and again for a few rows each."""
         self.decodes += 1
         self.rows_decoded += int(self.index.sizes[number])
-        if self.decodes == _WATCH and self.rows_used * _WASTE < self.rows_decoded and self.num_bytes * 2 > CACHE_BYTES:
+        self.again += self.decodes - self.decoded_at.get(number, -_WATCH) < _WATCH
+        self.decoded_at[number] = self.decodes
+        if self.decodes % _WATCH:
+            return
+        if not self.warned and self.again > _WATCH // 2 and self.rows_used * _WASTE < self.rows_decoded:
+            self.warned = True
             _LOG.warning(
-                "read_parquet: of every %d rows decoded one is used, because row groups are dropped from the cache (%d MiB, "
-                "midstream.sources.parquet.CACHE_BYTES) and decoded again: one like %s takes %d MiB. Use "
+                "read_parquet: of %d rows decoded only one is used, because row groups are dropped from the cache (%d MiB, "
+                "midstream.sources.parquet.CACHE_BYTES) and soon decoded again: %s takes %.0f MiB. Use "
                 ".shuffle(window_blocks=k) with k groups that fit, read fewer columns, or write the files with a smaller "
                 "row_group_size.",
                 self.rows_decoded // max(1, self.rows_used),
                 CACHE_BYTES >> 20,
                 self.place_of(number),
-                self.cache[number][1] >> 20,
+                self.cache[number][1] / (1 << 20),
             )
+        self.rows_decoded = self.rows_used = self.again = 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

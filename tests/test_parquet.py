@@ -1,0 +1,417 @@
+"""read_parquet: what is read, how much of it at a time, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import midstream as ms
+import midstream.sources.parquet as parquet
+from midstream.sources.parquet import ParquetSource
+
+GROUP = 5
+
+
+def write(path: Path | str, ids: range, group: int = GROUP, **columns: Any) -> None:
+    table = pa.table({"id": pa.array(ids, pa.int64()), **columns})
+    pq.write_table(table, path, row_group_size=group)
+
+
+def make_files(folder: Path, num_files: int = 3, rows: int = 12) -> Path:
+    """num_files files of ``rows`` rows in groups of 5, 5 and 2; ids count through the files in the order of their names."""
+    for number in range(num_files):
+        ids = range(number * rows, (number + 1) * rows)
+        write(
+            folder / f"part-{number}.parquet", ids, tokens=pa.array([np.arange(i, i + 4, dtype=np.int32) for i in ids])
+        )
+    return folder
+
+
+def ids(samples: Any) -> list[int]:
+    return [sample["id"] for sample in samples]
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the row groups decoded so far."""
+    numbers: list[int] = []
+    decode = parquet._Groups._decode
+    monkeypatch.setattr(parquet._Groups, "_decode", lambda self, number: numbers.append(number) or decode(self, number))
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is read
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pattern_is_sorted_and_a_list_keeps_its_order(tmp_path: Path) -> None:
+    make_files(tmp_path)
+    assert ids(ms.read_parquet(f"{tmp_path}/*.parquet")) == list(range(36))
+    paths = [tmp_path / "part-2.parquet", str(tmp_path / "part-0.parquet")]
+    assert ids(ms.read_parquet(paths)) == [*range(24, 36), *range(12)]
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    shutil.copy(tmp_path / "part-1.parquet", tmp_path / "deep" / "er" / "x.parquet")
+    assert ids(ms.read_parquet(tmp_path / "deep" / "**" / "*.parquet")) == list(range(12, 24))
+    assert ids(ms.read_parquet(f"file://{tmp_path}/part-1.parquet")) == list(range(12, 24))
+
+
+def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path: Path) -> None:
+    write(tmp_path / "a[0].parquet", range(3))
+    assert ids(ms.read_parquet(tmp_path / "a[0].parquet")) == [0, 1, 2]
+
+
+def test_values_come_back_as_written_in_any_order(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "int": pa.array([1, None, 3, 4, 5, 6, 7], pa.int32()),
+            "float": pa.array([0.5, 1.5, None, float("inf"), -1.0, 0.0, 2.0]),
+            "bool": pa.array([True, False, None, True, True, False, False]),
+            "text": ["a", None, "", "naïve 🦜", "x" * 100, "b", "c"],
+            "large": pa.array(["p", "q", None, "r", "s", "t", ""], pa.large_string()),
+            "bytes": [b"\x00\xff", b"", None, b"1", b"2", b"3", b"4"],
+            "category": pa.array(["u", "v", "u", None, "v", "u", "v"]).dictionary_encode(),
+            "list": pa.array([[1, 2], [], None, [3], [4, 5, 6], [7], [8]], pa.list_(pa.int16())),
+            "holes": [[1, None], [None], [], None, [2], [3], [4]],
+            "fixed": pa.array([[i, i + 1] for i in range(7)], pa.list_(pa.float32(), 2)),
+            "nested": [{"a": [{"b": i}], "c": None if i % 2 else str(i)} for i in range(7)],
+            "words": [["to", "be"], [], None, ["or"], [None], ["not"], ["x"]],
+            "when": pa.array([0, 1, 2, 3, None, 5, 6], pa.timestamp("ms")),
+        }
+    )
+    pq.write_table(table.slice(0, 4), tmp_path / "0.parquet", row_group_size=3)
+    pq.write_table(table.slice(4), tmp_path / "1.parquet", row_group_size=2)
+    ds = ms.read_parquet(f"{tmp_path}/*.parquet")
+    order = [6, 0, 3, 3, 1, 5, 2, 4, 0]
+    expected = table.to_pylist()
+    for row, sample in zip(order, ds.rows(order)):
+        plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in sample.items()}
+        assert plain == expected[row]
+    sample = ds.rows([0])[0]
+    assert sample["list"].dtype == np.int16
+    assert sample["fixed"].dtype == np.float32
+    assert not sample["list"].flags.writeable
+
+
+def test_columns_choose_what_is_read_and_the_order_of_keys(tmp_path: Path) -> None:
+    for number in range(2):
+        write(tmp_path / f"{number}.parquet", range(4), a=["x"] * 4, **{"a.b": [1] * 4})
+    ds = ms.read_parquet(f"{tmp_path}/*.parquet", columns=["a", "id"])
+    assert list(ds.rows([5])[0].items()) == [("a", "x"), ("id", 1)]
+    assert list(ms.read_parquet(f"{tmp_path}/*.parquet").rows([0])[0]) == ["id", "a", "a.b"]
+    decoded_bytes = [
+        sum(size for _, size in each._handle().cache.values())
+        for each in (ms.read_parquet(f"{tmp_path}/0.parquet", columns=["id"]), ms.read_parquet(f"{tmp_path}/0.parquet"))
+        if each.rows([0])
+    ]
+    assert decoded_bytes[0] < decoded_bytes[1]
+
+
+def test_columns_in_another_order_or_memory_layout_are_the_same_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": [1], "b": ["x"]}), tmp_path / "0.parquet")
+    other = pa.table({"b": pa.array(["y"], pa.large_string()), "a": [2]})
+    pq.write_table(other, tmp_path / "1.parquet")
+    samples = list(ms.read_parquet(f"{tmp_path}/*.parquet"))
+    assert samples == [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
+    assert list(samples[1]) == ["a", "b"]
+
+
+def test_files_and_groups_without_rows_take_no_position(tmp_path: Path) -> None:
+    write(tmp_path / "0.parquet", range(0))
+    write(tmp_path / "1.parquet", range(3), group=2)
+    with pq.ParquetWriter(tmp_path / "2.parquet", pa.schema({"id": pa.int64()})) as writer:
+        for chunk in ([3, 4], [], [5]):
+            writer.write_table(pa.table({"id": pa.array(chunk, pa.int64())}))
+    write(tmp_path / "3.parquet", range(0))
+    ds = ms.read_parquet(f"{tmp_path}/*.parquet")
+    assert ds.block_sizes().tolist() == [2, 1, 2, 1]
+    assert ids(ds) == list(range(6))
+    assert sorted(ids(ds.shuffle(1, window_blocks=2))) == list(range(6))
+    empty = ms.read_parquet(tmp_path / "0.parquet")
+    assert (len(empty), list(empty), list(empty.shuffle(1))) == (0, [], [])
+
+
+def test_fsspec_urls_and_their_patterns_are_read(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    make_files(tmp_path)
+    memory.put(f"{tmp_path}/part-*.parquet", "/midstream-parquet/")
+    assert ids(ms.read_parquet("memory://midstream-parquet/*.parquet").shuffle(3, window_blocks=1).take(36)) == ids(
+        ms.read_parquet(f"{tmp_path}/*.parquet").shuffle(3, window_blocks=1)
+    )
+    one = ms.read_parquet("memory://midstream-parquet/part-1.parquet")
+    assert ids(one) == list(range(12, 24))
+    with pytest.raises(FileNotFoundError, match="memory://midstream-parquet/none"):
+        len(ms.read_parquet("memory://midstream-parquet/none-*.parquet"))
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        len(ms.read_parquet("memory://midstream-parquet/none.parquet"))
+    memory.rm("/midstream-parquet", recursive=True)
+    with pytest.raises(ms.SourceError, match="memory://midstream-parquet/part-1.parquet, row group 0"):
+        pickle.loads(pickle.dumps(one)).rows([0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How much is read
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_description_opens_nothing_and_its_length_decodes_nothing(tmp_path: Path, decoded: list[int]) -> None:
+    ds = ms.read_parquet(f"{tmp_path}/*.parquet").shuffle(1).map(dict).batch(2)
+    make_files(tmp_path)
+    assert len(ds) == 18
+    assert "read_parquet([id, tokens], 36 rows in 9 row groups of 3 files)" in repr(ds)
+    assert ds.state_dict()["fingerprint"] == ds.fingerprint
+    assert decoded == []
+
+
+def test_rows_decode_only_the_groups_they_lie_in_each_once(tmp_path: Path, decoded: list[int]) -> None:
+    ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
+    assert ids(ds.rows([35, 4, 0, 34, 12, 4])) == [35, 4, 0, 34, 12, 4]
+    assert sorted(decoded) == [0, 3, 8]
+    assert ids(ds.rows([1, 13])) == [1, 13]
+    assert len(decoded) == 3
+
+
+def test_a_window_shuffle_visits_every_row_once_and_few_groups_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[int]
+) -> None:
+    ds = ms.read_parquet(f"{make_files(tmp_path, 8, 25)}/*.parquet")
+    shuffled = ds.shuffle(5, window_blocks=4)
+    order = [ids(shuffled.rows([position]))[0] for position in range(200)]
+    assert sorted(order) == list(range(200))
+    assert order != list(range(200))
+    for window in range(10):  # 4 groups of 5 rows
+        assert len({row // GROUP for row in order[20 * window : 20 * window + 20]}) == 4
+    decoded.clear()
+    group_bytes = ds._handle().num_bytes // 40
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 5 * group_bytes)
+    ds = pickle.loads(pickle.dumps(ds))
+    shuffled = ds.shuffle(5, window_blocks=4)
+    assert [ids(shuffled.rows([position]))[0] for position in range(200)] == order
+    assert len(decoded) == 40  # once each, though only a window fits
+
+
+def test_decoded_groups_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = f"{make_files(tmp_path, 4, 50)}/*.parquet"
+    probe = ms.read_parquet(path)
+    probe.rows([0])
+    group_bytes = probe._handle().num_bytes
+    assert group_bytes >= GROUP * (8 + 16)
+    for bound in (0, group_bytes, 3 * group_bytes + 1):
+        monkeypatch.setattr(parquet, "CACHE_BYTES", bound)
+        ds = ms.read_parquet(path)
+        groups = ds._handle()
+        for row in np.random.default_rng(0).permutation(200)[:60]:
+            assert ids(ds.rows([row])) == [row]
+            assert len(groups.cache) == max(1, bound // group_bytes)
+            assert groups.num_bytes == sum(size for _, size in groups.cache.values())
+
+
+def test_one_request_over_many_groups_pins_no_more_than_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 0)
+    ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
+    order = np.random.default_rng(1).permutation(36)
+    samples = ds.rows(order)
+    assert [sample["tokens"].tolist() for sample in samples] == [list(range(i, i + 4)) for i in order]
+    views = {sample["id"] for sample in samples if sample["tokens"].base is not None}
+    assert len(ds._handle().cache) == 1
+    assert views <= {34, 35}  # the last group read
+
+
+def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 0)
+    ds = ms.read_parquet(f"{make_files(tmp_path, 5)}/*.parquet")
+    before = len(os.listdir("/proc/self/fd"))
+    for row in (0, 12, 24, 36, 48, 0, 13, 59):
+        assert ids(ds.rows([row])) == [row]
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_groups_decoded_again_and_again_are_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 0)
+    write(tmp_path / "x.parquet", range(400), group=100)
+    ds = ms.read_parquet(tmp_path / "x.parquet")
+    with caplog.at_level(logging.WARNING, logger="midstream"):
+        assert ids(ds) == list(range(400))
+        assert not caplog.records
+        for row in range(200):
+            ds.rows([row * 100 % 399])
+    assert len(caplog.records) == 1
+    assert "window_blocks" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pickle_is_small_holds_nothing_open_and_spares_the_footers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
+    fresh = len(pickle.dumps(ds))
+    assert ids(ds) == list(range(36))
+    data = pickle.dumps(ds)
+    assert fresh < 1000
+    assert len(data) < 5000
+    monkeypatch.setattr(parquet, "_read_footer", None)
+    monkeypatch.setattr(parquet, "list_files", None)
+    copy = pickle.loads(data)
+    assert "_opened" not in copy.__dict__
+    assert copy == ds
+    assert ids(copy) == list(range(36))
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_reads_right_after_its_parent_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 0)
+    ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
+    assert ids(ds.rows([0, 20])) == [0, 20]
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=lambda: theirs.send(ids(ds)))
+    child.start()
+    assert ids(ds) == list(range(36))  # at the same time
+    assert ours.poll(60)
+    assert ours.recv() == list(range(36))
+    child.join()
+    assert child.exitcode == 0
+
+
+def test_a_shuffled_read_resumes_at_every_row(tmp_path: Path) -> None:
+    path = f"{make_files(tmp_path, 2)}/*.parquet"
+    whole = iter(ms.read_parquet(path).shuffle(7, window_blocks=2))
+    states, order = [json.dumps(whole.state_dict())], []
+    for sample in whole:
+        order.append(sample["id"])
+        states.append(json.dumps(whole.state_dict()))
+    assert sorted(order) == list(range(24))
+    for step, state in enumerate(states):
+        resumed = iter(ms.read_parquet(path).shuffle(7, window_blocks=2))
+        resumed.load_state_dict(json.loads(state))
+        assert ids(resumed) == order[step:]
+
+
+def test_a_checkpoint_loads_after_the_data_moved_but_not_with_other_row_groups(tmp_path: Path) -> None:
+    here, there, other = tmp_path / "here", tmp_path / "there", tmp_path / "other"
+    here.mkdir()
+    make_files(here)
+    shutil.copytree(here, there)
+    other.mkdir()
+    for number in range(3):
+        pq.write_table(pq.read_table(here / f"part-{number}.parquet"), other / f"{number}.parquet", row_group_size=6)
+    ds = ms.read_parquet(f"{here}/*.parquet")
+    assert ms.read_parquet(f"{there}/*.parquet") == ds
+    assert ms.read_parquet(f"{other}/*.parquet") != ds  # its shuffle would be another
+    assert ms.read_parquet(f"{here}/*.parquet", columns=["id"]) != ds
+    assert str(tmp_path) not in json.dumps(ds.spec())
+    assert ds.spec()["length"] == 36
+    assert ds.spec()["num_files"] == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot be read
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_arguments_are_refused_at_construction() -> None:
+    for paths in ({"a"}, 3, None, b"a", ["a", 1], (path for path in ["a"])):
+        with pytest.raises(TypeError, match="a path, a pattern"):
+            ms.read_parquet(paths)  # type: ignore[arg-type]
+    for empty in ([], [""], ""):
+        with pytest.raises(ValueError, match="one path or more"):
+            ms.read_parquet(empty)
+    with pytest.raises(TypeError, match=r"columns=\['text'\]"):
+        ms.read_parquet("x", columns="text")
+    for columns in ([], ["a", "a"]):
+        with pytest.raises(ValueError, match="each once"):
+            ms.read_parquet("x", columns=columns)
+    with pytest.raises(ValueError, match="name of a source"):
+        ms.read_parquet("x", name="a|b")
+
+
+def test_what_matches_nothing_is_not_found_on_first_use(tmp_path: Path) -> None:
+    for path, text in ((f"{tmp_path}/*.parquet", "no file matches the pattern"), (tmp_path / "x", "there is no file")):
+        ds = ms.read_parquet(path)
+        assert isinstance(ds, ParquetSource)
+        for use in (len, repr, list):
+            with pytest.raises(FileNotFoundError, match=text):
+                use(ds)
+    with pytest.raises(IsADirectoryError, match="Give a pattern"):
+        len(ms.read_parquet(tmp_path))
+    write(tmp_path / "x.parquet", range(3))
+    with pytest.raises(ValueError, match="matched twice"):
+        len(ms.read_parquet([tmp_path / "x.parquet", f"{tmp_path}/*.parquet"]))
+    assert len(ms.read_parquet(f"{tmp_path}/*.parquet")) == 3
+
+
+def test_files_with_other_columns_are_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "0.parquet", range(3), a=["x"] * 3)
+    write(tmp_path / "1.parquet", range(3), b=["x"] * 3)
+    pattern = f"{tmp_path}/*.parquet"
+    with pytest.raises(ValueError, match="differ") as caught:
+        len(ms.read_parquet(pattern))
+    for part in ("0.parquet", "1.parquet", "'a': string in the first, absent", "'b': absent", "columns=['id']"):
+        assert part in str(caught.value)
+    assert ids(ms.read_parquet(pattern, columns=["id"])) == [0, 1, 2, 0, 1, 2]
+    with pytest.raises(ValueError, match=r"0\.parquet has no column 'c'\. It has: id, a"):
+        len(ms.read_parquet(pattern, columns=["id", "c"]))
+    with pytest.raises(ValueError, match="'a': string in the first, absent in the second"):
+        len(ms.read_parquet(pattern, columns=["a"]))
+    write(tmp_path / "1.parquet", range(3), a=[1] * 3)
+    with pytest.raises(ValueError, match="'a': string in the first, int64 in the second"):
+        len(ms.read_parquet(pattern))
+
+
+def test_a_damaged_footer_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(ms.SourceError, match=r"footer of .*x\.parquet"):
+        len(ms.read_parquet(tmp_path / "x.parquet"))
+
+
+def test_a_damaged_or_vanished_or_replaced_file_names_file_and_row_group(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    table = pa.table({"id": range(10)})
+    pq.write_table(table, path, row_group_size=5, write_page_checksum=True, compression="none", use_dictionary=False)
+    whole = path.read_bytes()
+    ds = ms.read_parquet(path)
+    assert len(ds) == 10
+    at = whole.index(np.int64(7).tobytes())
+    path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+    assert ids(ds.rows([0, 4])) == [0, 4]
+    with pytest.raises(ms.SourceError, match=r"x\.parquet, row group 1 cannot be read"):
+        ds.rows([5])
+    write(path, range(20), group=10)
+    with pytest.raises(ms.SourceError, match=r"row group 0 has 10 rows, and had 5"):
+        pickle.loads(pickle.dumps(ds)).rows([0])
+    path.unlink()
+    with pytest.raises(ms.SourceError, match=r"x\.parquet, row group 0 cannot be read: FileNotFoundError"):
+        pickle.loads(pickle.dumps(ds)).rows([0])
+
+
+def test_text_that_is_no_text_is_one_lost_sample(tmp_path: Path) -> None:
+    raw = pa.array([b"a", b"\xff\xfe", b"c", b"d"])
+    text = pa.StringArray.from_buffers(4, *raw.buffers()[1:])
+    pq.write_table(pa.table({"text": text}), tmp_path / "x.parquet", row_group_size=2)
+    samples = iter(ms.read_parquet(tmp_path / "x.parquet", name="web"))
+    assert next(samples) == {"text": "a"}
+    with pytest.raises(ms.SampleError, match="x.parquet, row group 0, row 1") as caught:
+        next(samples)
+    assert caught.value.origin == ms.Origin("web", 0, 1)
+    assert list(samples) == [{"text": "c"}, {"text": "d"}]
