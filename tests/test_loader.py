@@ -620,3 +620,35 @@ def test_numbers_in_the_global_state_stay_json() -> None:
     next(iter(made))
     json.dumps(made.state_dict())
     json.dumps(ds.state_dict())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_drop_last_leaves_out_is_counted(workers: int) -> None:
+    for ds, count in ((numbers(0, 43), 3), (numbers(0, 83).filter(bool), None)):
+        made = loader(ds, workers, drop_last=True)
+        delivered = sum(len(batch) for _ in range(2) for batch in made)
+        dropped = made.progress().sources["data"].dropped
+        assert dropped == (2 * count if count is not None else 2 * 82 - delivered)
+        made.close()
+    mix = ms.interleave({"web": numbers(0, 43), "code": numbers(1, 43)})
+    made = loader(mix, workers, drop_last=True)
+    delivered = sum(len(batch) for batch in made)
+    assert made.progress().unattributed == {"dropped": len(mix) - delivered}
+    made.close()
+
+
+@pytest.mark.parametrize(("count", "size"), [(100, 100_000), (10_000, 10)])
+def test_a_full_buffer_of_any_samples_leaves_the_state_small(count: int, size: int) -> None:
+    """Three sources, the buffer full, lanes 1 and 12: at most 1 KB a lane and 64 bytes for each source."""
+    parts = {name: ms.from_dataset(range(3 * count)).shuffle(1) for name in "abc"}
+    ds = ms.interleave(parts).map(lambda row: {"id": row, "data": bytes(size)}).filter(lambda row: True)
+    for lanes in (1, 12):
+        made = ms.DataLoader(ds.shuffle(2, buffer_size=count), batch_size=4, lanes=lanes, collate_fn=list)
+        iterator = iter(made)
+        for _ in range(12):
+            next(iterator)
+        state = made.state_dict()
+        assert max(map(len, state["lanes"].values())) <= 1024 + 3 * 64
+        resumed = ms.DataLoader(ds.shuffle(2, buffer_size=count), batch_size=4, lanes=lanes, collate_fn=list)
+        resumed.load_state_dict(state)
+        assert [row["id"] for row in next(iter(resumed))] == [row["id"] for row in next(iterator)]

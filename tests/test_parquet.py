@@ -157,7 +157,7 @@ def test_fsspec_urls_and_their_patterns_are_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         len(ms.read_parquet("memory://midstream-parquet/none.parquet"))
     memory.rm("/midstream-parquet", recursive=True)
-    with pytest.raises(ms.SourceError, match="memory://midstream-parquet/part-1.parquet, row group 0"):
+    with pytest.raises(ms.SourceError, match=r"memory://midstream-parquet/part-1\.parquet, row group 0"):
         pickle.loads(pickle.dumps(one)).rows([0])
 
 
@@ -212,9 +212,11 @@ def test_decoded_groups_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(parquet, "CACHE_BYTES", bound)
         ds = ms.read_parquet(path)
         groups = ds._handle()
+        seen = set()
         for row in np.random.default_rng(0).permutation(200)[:60]:
             assert ids(ds.rows([row])) == [row]
-            assert len(groups.cache) == max(1, bound // group_bytes)
+            seen.add(row // GROUP)
+            assert len(groups.cache) == max(1, min(len(seen), bound // group_bytes))
             assert groups.num_bytes == sum(size for _, size in groups.cache.values())
 
 
@@ -411,7 +413,7 @@ def test_text_that_is_no_text_is_one_lost_sample(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": text}), tmp_path / "x.parquet", row_group_size=2)
     samples = iter(ms.read_parquet(tmp_path / "x.parquet", name="web"))
     assert next(samples) == {"text": "a"}
-    with pytest.raises(ms.SampleError, match="x.parquet, row group 0, row 1") as caught:
+    with pytest.raises(ms.SampleError, match=r"x\.parquet, row group 0, row 1") as caught:
         next(samples)
     assert caught.value.origin == ms.Origin("web", 0, 1)
     assert list(samples) == [{"text": "c"}, {"text": "d"}]

@@ -15,6 +15,7 @@ from midstream.checkpoint import Canonical
 from midstream.core import FORMAT, I64, Dataset, bind
 from midstream.errors import Origin
 from midstream.lanes import Topology, first_batch
+from midstream.nodes.batch import Batch
 from midstream.readers import BATCH, ERROR, Out, Plan, source_of
 
 __all__ = ["Facts", "Position", "Tally"]
@@ -84,6 +85,13 @@ class Facts:
             self._spec = pickle.dumps(self.pipeline.spec())
         return pickle.loads(self._spec)  # type: ignore[no-any-return]
 
+    def dropped_rows(self) -> int:
+        """Rows that a ``.batch(n, drop_last=True)`` at the end of a sized pipeline leaves out each epoch."""
+        node = self.pipeline
+        if not (isinstance(node, Batch) and node.drop_last and node.random_access):
+            return 0
+        return (node.source.length() or 0) % node.batch_size
+
 
 class Position:
     """The position of a run within one epoch, on one rank.
@@ -144,6 +152,8 @@ class Position:
             events = dict(events or {})
             name = f"failed {out.payload.error_type}|{out.payload.node}|{source}"
             events[name] = events.get(name, 0) + 1
+        if out.final and self.turns is not None and self.passed + 1 >= self.turns:
+            events = {**(events or {}), **self._left_over()}
         tally = self.tallies.get(key)
         if tally is None:
             tally = self.tallies[key] = Tally(self.num_sources)
@@ -169,6 +179,11 @@ class Position:
             self.log_bytes -= old.origins.nbytes if old.origins is not None else 0
         if self.turns is not None and self.passed >= self.turns:
             self.complete = True
+
+    def _left_over(self) -> dict[str, int]:
+        """What a sized epoch never delivers: rows of a last batch that ``drop_last`` leaves out, told by rank 0."""
+        rows = self.facts.dropped_rows() if self.topology.rank == 0 else 0
+        return {f"dropped|{self.facts.place.path}|{0 if self.num_sources == 1 else -1}": rows} if rows else {}
 
     def totals(self) -> dict[str, int]:
         """All events counted so far on this rank."""

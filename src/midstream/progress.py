@@ -44,6 +44,8 @@ class Progress:
     epoch: int
     batches: int
     sources: dict[str, SourceProgress] = field(default_factory=dict)
+    unattributed: dict[str, int] = field(default_factory=dict)
+    """Counts that are of no single source: rows of a mix that ``drop_last`` left out, batches that failed as a whole."""
 
     @property
     def samples(self) -> int:
@@ -61,6 +63,7 @@ class Progress:
             flat[f"{name}/failures"] = sum(source.failures.values())
             flat[f"{name}/filtered"] = source.filtered
             flat[f"{name}/dropped"] = source.dropped
+        flat.update({f"unattributed/{kind}": count for kind, count in self.unattributed.items()})
         return flat
 
     def rows(self) -> list[list[str]]:
@@ -90,6 +93,7 @@ class Progress:
             first, *rest = row
             cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:]))
             lines.append(f"  {first.ljust(widths[0])}  {'  '.join(cells)}")
+        lines.extend(f"  of no single source: {count:,} {kind}" for kind, count in self.unattributed.items())
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -128,6 +132,11 @@ def progress(state: State) -> Progress:
             for key, count in lane["events"].items():
                 events[key] = events.get(key, 0) + count
     total = sum(samples)
+    unattributed: dict[str, int] = {}
+    for key, count in sorted(events.items()):
+        kind, _, source = key.split("|")
+        if source == "-1":
+            unattributed[kind] = unattributed.get(kind, 0) + count
     sources: dict[str, SourceProgress] = {}
     for index, name in enumerate(names):
         failures: dict[str, int] = {}
@@ -151,7 +160,7 @@ def progress(state: State) -> Progress:
             dropped=counts["dropped"] + counts["emptied"],
             share=samples[index] / total if total else 0.0,
         )
-    return Progress(canonical.epoch, canonical.batches, sources)
+    return Progress(canonical.epoch, canonical.batches, sources, unattributed)
 
 
 def _lengths(spec: State) -> list[Any]:
