@@ -222,39 +222,80 @@ def _collate(samples: list[Any], where: str) -> Any:
     first = samples[0]
     kind = type(first)
     if kind is np.ndarray and first.dtype.kind in "biufc":
-        try:
-            return torch.from_numpy(np.stack(samples))
-        except (ValueError, TypeError):
-            raise _ragged(samples, where) from None
+        return _stack(samples, where)
     if kind is str or kind is bytes:
         return samples
-    if kind is dict:
-        try:
-            return {key: _collate([sample[key] for sample in samples], f"{where}[{key!r}]") for key in first}
-        except KeyError as error:
-            raise ValueError(
-                f"samples of a batch have different keys: {error} is missing in one of them. Expected {sorted(first)} in "
-                f"all; make them alike with .map before .batch"
-            ) from None
-    if first is None:
+    if isinstance(first, Mapping):
+        _same_keys(samples, where)
+        columns = {key: _collate([sample[key] for sample in samples], f"{where}[{key!r}]") for key in first}
+        return columns if kind is dict else _like(first, columns)
+    if any(sample is None for sample in samples):
         raise ValueError(
-            f"sample{where} is None, and a batch of None has no meaning. Fill or filter missing values before .batch, or "
-            f"give .batch a collate_fn"
+            f"{_place(where)} is None in {sum(sample is None for sample in samples)} of {len(samples)} samples, and a batch "
+            f"of None has no meaning. Fill or filter missing values before .batch, or give .batch a collate_fn"
         )
+    if isinstance(first, (tuple, list)):
+        if any(not isinstance(sample, (tuple, list)) or len(sample) != len(first) for sample in samples):
+            raise _ragged(samples, where)
+        elements = [_collate(list(column), f"{where}[{number}]") for number, column in enumerate(zip(*samples))]
+        if hasattr(first, "_fields"):
+            return kind(*elements)
+        return elements  # torch makes a list of a tuple too
+    if isinstance(first, torch.Tensor) and len({sample.shape for sample in samples}) > 1:
+        raise _ragged(samples, where)
     try:
         return default_collate(samples)
     except Exception as error:
-        if isinstance(first, (list, tuple, torch.Tensor, np.ndarray)):
-            raise _ragged(samples, where) from error
-        raise
+        raise ValueError(
+            f"{_place(where)} cannot be put into a batch: torch's default_collate says {type(error).__name__}: {error}. "
+            f"Convert such values with .map, or give .batch a collate_fn"
+        ) from error
+
+
+def _stack(samples: list[Any], where: str) -> torch.Tensor:
+    """Arrays of one shape, copied once. Mixed dtypes are promoted by torch's rules."""
+    if any(sample is None for sample in samples) or len({np.shape(sample) for sample in samples}) > 1:
+        raise _ragged(samples, where)
+    if len({sample.dtype for sample in samples}) > 1:
+        return torch.stack([torch.from_numpy(np.array(sample)) for sample in samples])
+    return torch.from_numpy(np.stack(samples))
+
+
+def _like(first: Any, columns: dict[Any, Any]) -> Any:
+    """The columns in a mapping of the samples' own type, where that can be made, as torch does."""
+    try:
+        return type(first)(columns)
+    except TypeError:
+        return columns
+
+
+def _same_keys(samples: list[Any], where: str) -> None:
+    keys = samples[0].keys()
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, Mapping) or not keys <= sample.keys():
+            found = sorted(map(str, sample)) if isinstance(sample, Mapping) else type(sample).__name__
+            raise ValueError(
+                f"samples of a batch have different keys{' at ' + _place(where) if where else ''}: expected "
+                f"{sorted(map(str, keys))}, found {found} in sample {number}; make them alike with .map before .batch"
+            )
+
+
+def _place(where: str) -> str:
+    return f"sample{where}"
 
 
 def _ragged(samples: list[Any], where: str) -> ValueError:
-    shapes = [tuple(np.shape(s)) if hasattr(s, "shape") else (len(s),) for s in samples if hasattr(s, "__len__")]
+    missing = sum(sample is None for sample in samples)
+    if missing:
+        return ValueError(
+            f"{_place(where)} is None in {missing} of {len(samples)} samples, and a batch of None has no meaning. Fill or "
+            f"filter missing values before .batch, or give .batch a collate_fn"
+        )
+    shapes = [tuple(s.shape) if hasattr(s, "shape") else (len(s),) for s in samples if hasattr(s, "__len__")]
     distinct = sorted(set(shapes))
     shown = ", ".join(map(str, distinct[:4])) + (", ..." if len(distinct) > 4 else "")
     return ValueError(
-        f"samples of a batch differ in shape{' at sample' + where if where else ''}, so they cannot be stacked: {shown}. "
+        f"samples of a batch differ in shape{' at ' + _place(where) if where else ''}, so they cannot be stacked: {shown}. "
         f"Pad them with .batch(n, collate_fn=midstream.pad), cut them to one length with .map, or give .batch your own "
         f"collate_fn."
     )
@@ -288,13 +329,14 @@ def pad(samples: list[Any] | None = None, *, value: float | Mapping[str, float] 
         return functools.partial(pad, value=value, multiple=multiple)
     if not isinstance(samples[0], Mapping):
         fill = value if not isinstance(value, Mapping) else 0
-        return _pad_column(samples, fill, multiple)
+        return _pad_column(samples, fill, multiple, "a sample")
     batch: dict[str, Any] = {}
+    _same_keys(samples, "")
     for key in samples[0]:
         column = [sample[key] for sample in samples]
         if all(_is_sequence(item) for item in column):
             fill = value.get(key, 0) if isinstance(value, Mapping) else value
-            batch[key], batch[f"{key}_lengths"] = _pad_column(column, fill, multiple)
+            batch[key], batch[f"{key}_lengths"] = _pad_column(column, fill, multiple, _place(f"[{key!r}]"))
         else:
             batch[key] = _collate(column, f"[{key!r}]")
     return batch
@@ -308,13 +350,26 @@ def _is_sequence(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) for item in value)
 
 
-def _pad_column(column: Sequence[Any], value: float, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_column(column: Sequence[Any], value: float, multiple: int, where: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if not all(_is_sequence(item) for item in column):
+        kinds = sorted({type(item).__name__ for item in column})
+        raise TypeError(
+            f"pad: {where} is not a sequence of numbers in every sample; found {', '.join(kinds)}. Pad dicts of sequences or "
+            f"bare sequences; bring other samples into that form with .map"
+        )
     arrays = [np.asarray(item) for item in column]
     filled = [array for array in arrays if array.size] or arrays
+    tails = {array.shape[1:] for array in filled}
+    if len(tails) > 1:
+        raise ValueError(
+            f"pad: {where} differs beyond its first dimension, which is the one that is padded; found shapes "
+            f"{', '.join(map(str, sorted({array.shape for array in filled})[:4]))}"
+        )
     dtype = np.result_type(*{array.dtype for array in filled})
     lengths = np.array([len(array) for array in arrays], dtype=np.int64)
     longest = -(-int(lengths.max()) // multiple) * multiple
-    out = np.full((len(arrays), longest, *filled[0].shape[1:]), value, dtype=dtype)
+    out = np.full((len(arrays), longest, *tails.pop()), value, dtype=dtype)
     for index, array in enumerate(arrays):
-        out[index, : len(array)] = array
+        if len(array):
+            out[index, : len(array)] = array
     return torch.from_numpy(out), torch.from_numpy(lengths)

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from midstream._state import State
 from midstream.core import I64, U64, Dataset, Place, Rows
-from midstream.sources.sequence import row_failure, row_origins
+from midstream.sources.sequence import ReturnedOthers, require_rows, row_failure, row_origins
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,6 +67,9 @@ class ArrowSource(Dataset):
         index = positions.tolist()
         try:
             samples = self.data.__getitems__(index)
+            require_rows(at, self.data, len(samples), len(index))
+        except ReturnedOthers:
+            raise
         except Exception:  # one row at a time tells which one it was
             samples = []
             for row in index:

@@ -40,6 +40,13 @@ class IterableSource(Dataset):
                 f"from_dataset(data).shuffle(seed, buffer_size=10_000)"
             )
 
+        split = getattr(self.data, "_distributed", None)
+        if split is not None and split.world_size > 1:
+            raise ValueError(
+                f"this IterableDataset was split over {split.world_size} ranks by split_dataset_by_node, and lanes would split "
+                f"it once more. Give it unsplit: the DataLoader divides the work over ranks (rank=, world_size=)"
+            )
+
     @property
     def random_access(self) -> bool:
         """Never."""

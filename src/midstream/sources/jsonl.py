@@ -81,8 +81,8 @@ def read_json(paths: Paths, *, name: str | None = None) -> Dataset:
 class JsonSource(Dataset):
     """Lines of JSON files, numbered through the files in order; in a stream, row r of file f is row ``r * files + f``.
 
-    State: random access: none but the position. A stream: ``[file, rows read of it, -1, rows at the last state,
-        [rows, lines, byte]]``, the last being where a multiple of 256 rows had been read.
+    State: random access: none but the position. A stream: ``[file, rows read of it, last row that was no JSON, rows at its
+        last state, [rows, lines, byte]]``; that state is taken every 256 rows and says where in the file they end.
     Resume: random access reads nothing again. A stream parses at most 256 rows again; to get there it seeks in a plain
         file, and reads a compressed one again from its start (without parsing it).
     """
@@ -168,12 +168,13 @@ class JsonSource(Dataset):
                     samples[place] = json.loads(str(line, "utf-8"))
                 except Exception as error:
                     where = lines.place_of(number, start)
-                    samples[place] = _hole(at, origins[place].tolist(), where, line, error)
+                    origin = at.origin(origins[place].tolist())
+                    samples[place] = Hole((Failure(at.path, origin, "json.loads", _not_json(where, line, error)),))
         return Rows(samples, origins)
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         files = [found.file for found in self._found()]
-        return ShardIterator(_JsonShards(files, at, pass_), at, lane, pass_, len(files), False)
+        return ShardIterator(_JsonShards(files), at, lane, pass_, len(files), False)
 
 
 def _codec(path: str) -> str | None:
@@ -184,18 +185,18 @@ def _is_stream(path: str) -> bool:
     return is_remote(path) or _codec(path) is not None
 
 
-def _hole(at: Place, origin: Any, where: str, line: bytes, error: Exception) -> Hole:
-    """The hole of a line that is not JSON."""
+def _not_json(where: str, line: bytes, error: Exception) -> ValueError:
+    """The error of one line. The parser's own counts lines and columns of that line alone."""
     if isinstance(error, json.JSONDecodeError):
-        reason = f"{error.msg} (column {error.colno})"
+        reason = f"{error.msg} (column {min(error.pos, len(error.doc.rstrip())) + 1})"
     else:
         reason = f"{type(error).__name__}: {error}"
     line = line.strip()
     text = line[:80].decode("utf-8", "replace") + ("..." if len(line) > 80 else "")
     hint = " read_json takes one JSON value per line; is this one value over several lines?" if line in _OPENING else ""
-    failure = ValueError(f"{where} is not JSON: {reason}: {text!r}.{hint}")
-    failure.__cause__ = error
-    return Hole((Failure(at.path, at.origin(origin), f"json.loads of {where}", failure),))
+    result = ValueError(f"{where} is not JSON: {reason}: {text!r}.{hint}")
+    result.__cause__ = error
+    return result
 
 
 _OPENING = (b"[", b"{", b"[{", b"]", b"}", b"},", b"}]")
@@ -288,8 +289,8 @@ def _load_index(found: _Found) -> I64:
     path = folder / f"{family}{found.size}-{found.mtime_ns}.npy"
     try:
         return _read_index(path, found)
-    except (OSError, ValueError):
-        pass  # not there, or not what we write
+    except Exception:
+        pass  # not there, or not what we write: numpy has many ways to say so
     offsets = _find_rows(found)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -297,7 +298,7 @@ def _load_index(found: _Found) -> I64:
             stale.unlink(missing_ok=True)
         _write_index(path, offsets)
         return _read_index(path, found)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         _LOG.warning("the index of %s stays in memory: %s. $MIDSTREAM_CACHE names the folder it goes to.", path, error)
         return offsets
 
@@ -390,15 +391,16 @@ def _is_blank(file: io.FileIO, begin: int, end: int) -> bool:
 class _JsonShards(Shards):
     """One shard per file."""
 
-    function = "read_json"
+    function = "json.loads"
+    survives = True
     every = _EVERY
 
-    def __init__(self, files: list[File], at: Place, pass_: int) -> None:
-        self.files, self.at, self.pass_ = files, at, pass_
+    def __init__(self, files: list[File]) -> None:
+        self.files = files
         self.reading: _LineStream | None = None
 
     def open(self, shard: int, state: State) -> Iter[Any]:
-        self.reading = _LineStream(self, shard, state or [0, 0, 0])
+        self.reading = _LineStream(self.files[shard], state or [0, 0, 0])
         return self.reading
 
     def state(self) -> State:
@@ -407,14 +409,14 @@ class _JsonShards(Shards):
 
 
 class _LineStream:
-    """Samples of one file. A line that is not JSON is handed on as a `Hole`, so that nothing has to be raised."""
+    """Samples of one file. No generator: after a line that is not JSON it goes on with the next."""
 
-    def __init__(self, shards: _JsonShards, shard: int, state: list[int]) -> None:
-        self.shards, self.shard = shards, shard
-        self.file = shards.files[shard]
+    def __init__(self, file: File, state: list[int]) -> None:
+        self.file = file
         self.row, self.line, self.byte = state  # rows and lines read, and the byte that comes next (decompressed)
         self.data = self._open()
         self.ended = False
+        self.damage: SourceError | None = None
 
     def _open(self) -> io.BufferedReader:
         raw = self.file.open() if self.file.url else pa.OSFile(self.file.path)
@@ -449,25 +451,25 @@ class _LineStream:
                 raise StopIteration
             if not line.strip(_WHITE):
                 continue
-            row = self.row
-            self.row = row + 1
+            self.row += 1
             try:
                 return json.loads(str(line, "utf-8"))
             except Exception as error:
-                origin = (self.shards.at.source, self.shards.pass_, row * len(self.shards.files) + self.shard, 0)
-                return _hole(self.shards.at, origin, f"{self.file}, line {self.line}", line, error)
+                raise _not_json(f"{self.file}, line {self.line}", line, error) from error
 
     def _read(self) -> bytes:
+        if self.damage is not None:
+            raise self.damage  # asked again, it must not look like the end
         if self.ended:
             return b""
         try:
             line = self.data.readline()
         except Exception as error:
-            self.ended = True
-            raise SourceError(
+            self.damage = SourceError(
                 f"read_json: {self.file} cannot be read beyond line {self.line}: {type(error).__name__}: {error}. Is it "
                 f"complete?"
-            ) from error
+            )
+            raise self.damage from error
         if not self.line:
             self.byte, line = (3, line[3:]) if line.startswith(_BOM) else (0, line)
         if not line:

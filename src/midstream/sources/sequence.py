@@ -53,10 +53,8 @@ class SequenceSource(Dataset):
                 samples = list(together(index))
             except Exception:
                 samples = None  # one row at a time tells which one it was
-            if samples is not None and len(samples) != len(index):
-                raise ValueError(
-                    f"{at.path}: __getitems__ of {type(self.data).__name__} returned {len(samples)} rows for {len(index)}"
-                )
+            if samples is not None:
+                require_rows(at, self.data, len(samples), len(index))
         if samples is None:
             get, samples = self.data.__getitem__, []
             for row in index:
@@ -79,3 +77,16 @@ def row_failure(at: Place, data: Any, origin: I64, error: Exception) -> Hole:
     if isinstance(error, StopIteration):
         error = RuntimeError(f"reading a row raised StopIteration({error})")
     return Hole((Failure(at.path, at.origin(origin.tolist()), f"{type(data).__qualname__}.__getitem__", error),))
+
+
+class ReturnedOthers(ValueError):
+    """A dataset that returns another number of rows than it was asked for: no row could be told from another."""
+
+
+def require_rows(at: Place, data: Any, found: int, expected: int) -> None:
+    """Refuse an answer of another number of rows than was asked for."""
+    if found != expected:
+        raise ReturnedOthers(
+            f"{at.path}: {type(data).__name__} returned {found} rows where {expected} were asked for, so rows could not be told "
+            f"apart. A transform and __getitems__ return one row for each; drop rows with .filter, add some with .flat_map"
+        )
