@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import multiprocessing
 import os
@@ -193,11 +194,13 @@ def test_an_index_that_is_damaged_is_made_again(folder: Path, cache: Path, searc
     assert len(ms.read_json(folder / "0.jsonl")) == 7
     (path,) = cache.iterdir()
     good = path.read_bytes()
-    for bad in (b"", good[:100], b"\x00" * len(good)):
+    other = io.BytesIO()
+    np.save(other, np.arange(8))
+    for bad in (b"", good[:100], b"\x00" * len(good), b"PK\x03\x04", other.getvalue()):
         path.write_bytes(bad)
         assert ids(ms.read_json(folder / "0.jsonl")) == list(range(7))
         assert path.read_bytes() == good
-    assert len(searched) == 4
+    assert len(searched) == 6
 
 
 def test_an_index_that_cannot_be_kept_stays_in_memory(
@@ -372,17 +375,22 @@ def test_a_stream_cut_short_loses_nothing_before_the_cut_and_does_not_end_quietl
 
 
 def test_a_stream_shorter_than_the_checkpoint_is_refused(tmp_path: Path) -> None:
-    path = compress(tmp_path / "x.jsonl.gz", b"1\n" * 600)
-    samples = iter(ms.read_json(path))
-    for _ in range(600):
-        next(samples)
-    state = samples.state_dict()
-    for rows in (513, 100):
-        compress(path, b"1\n" * rows)
-        resumed = iter(ms.read_json(path))
-        resumed.load_state_dict(state)
-        with pytest.raises(ms.MidstreamError, match="changed since"):
-            next(resumed)
+    packed, plain = tmp_path / "x.jsonl.gz", tmp_path / "x.jsonl"
+    for delivered in (513, 600):
+        for paths in ([packed], [plain, packed]):
+            compress(packed, b"1\n" * 600)
+            plain.write_bytes(b"1\n" * 600)
+            samples = iter(ms.read_json(paths))
+            for _ in range(delivered):
+                next(samples)
+            state = samples.state_dict()
+            for rows in (512, 100):
+                compress(packed, b"1\n" * rows)
+                plain.write_bytes(b"1\n" * rows)
+                resumed = iter(ms.read_json(paths))
+                resumed.load_state_dict(state)
+                with pytest.raises(ms.ReplayDiverged, match="changed since"):
+                    next(resumed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -111,12 +111,18 @@ def test_columns_choose_what_is_read_and_the_order_of_keys(tmp_path: Path) -> No
     ds = ms.read_parquet(f"{tmp_path}/*.parquet", columns=["a", "id"])
     assert list(ds.rows([5])[0].items()) == [("a", "x"), ("id", 1)]
     assert list(ms.read_parquet(f"{tmp_path}/*.parquet").rows([0])[0]) == ["id", "a", "a.b"]
-    decoded_bytes = [
-        sum(size for _, size in each._handle().cache.values())
-        for each in (ms.read_parquet(f"{tmp_path}/0.parquet", columns=["id"]), ms.read_parquet(f"{tmp_path}/0.parquet"))
-        if each.rows([0])
-    ]
-    assert decoded_bytes[0] < decoded_bytes[1]
+
+
+def test_columns_that_are_not_asked_for_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    table = pa.table({"id": [1, 2], "id.x": [7, 777_777]})
+    pq.write_table(table, path, write_page_checksum=True, compression="none", use_dictionary=False)
+    whole = path.read_bytes()
+    at = whole.index(np.array([7, 777_777]).tobytes())
+    path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+    assert list(ms.read_parquet(path, columns=["id"])) == [{"id": 1}, {"id": 2}]
+    with pytest.raises(ms.SourceError):
+        list(ms.read_parquet(path))
 
 
 def test_columns_in_another_order_or_memory_layout_are_the_same_columns(tmp_path: Path) -> None:
@@ -220,6 +226,21 @@ def test_decoded_groups_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest
             assert groups.num_bytes == sum(size for _, size in groups.cache.values())
 
 
+def test_the_groups_used_last_are_kept_and_used_before_others_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[int]
+) -> None:
+    write(tmp_path / "x.parquet", range(60), group=10)
+    ds = ms.read_parquet(tmp_path / "x.parquet")
+    ds.rows([0])
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 3 * ds._handle().num_bytes)
+    ds.rows([10]), ds.rows([20]), ds.rows([5]), ds.rows([30]), ds.rows([1])
+    assert decoded == [0, 1, 2, 3]  # 3 pushed out 1, not 0
+    ds.rows([30, 40, 50])
+    decoded.clear()
+    assert ids(ds.rows(range(60))) == list(range(60))
+    assert sorted(decoded) == [0, 1, 2]
+
+
 def test_one_request_over_many_groups_pins_no_more_than_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,7 +338,7 @@ def test_a_checkpoint_loads_after_the_data_moved_but_not_with_other_row_groups(t
     shutil.copytree(here, there)
     other.mkdir()
     for number in range(3):
-        pq.write_table(pq.read_table(here / f"part-{number}.parquet"), other / f"{number}.parquet", row_group_size=6)
+        pq.write_table(pq.read_table(here / f"part-{number}.parquet"), other / f"{number}.parquet", row_group_size=4)
     ds = ms.read_parquet(f"{here}/*.parquet")
     assert ms.read_parquet(f"{there}/*.parquet") == ds
     assert ms.read_parquet(f"{other}/*.parquet") != ds  # its shuffle would be another

@@ -31,7 +31,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._random import fold, salt
 from midstream._state import MISSING, State, copy_plain, fingerprint
-from midstream.errors import CheckpointError, Origin, ReplayDiverged
+from midstream.errors import CheckpointError, Origin, ReplayDiverged, TooManyErrors
 from midstream.failures import Failure, Hole, Ledger, check_limits
 
 __all__ = [
@@ -939,10 +939,12 @@ def tree_lines(place: Place, prefix: str = "") -> list[str]:
 class Delivery:
     """Pulls the deliverable out of a lane: a sample, or a failure to be raised. Quiet failures are counted on the way."""
 
-    __slots__ = ("iterator", "lane", "place")
+    __slots__ = ("iterator", "lane", "place", "skipped")
 
-    def __init__(self, place: Place, lane: Lane, key: int, pass_: int) -> None:
-        self.place, self.lane = place, lane
+    def __init__(
+        self, place: Place, lane: Lane, key: int, pass_: int, skipped: Callable[[], None] | None = None
+    ) -> None:
+        self.place, self.lane, self.skipped = place, lane, skipped
         self.iterator = place.iterate(lane, key, pass_)
 
     def next(self) -> Item:
@@ -956,6 +958,8 @@ class Delivery:
                 return failure, origins
             source = self.place.names.index(failure.origin.source) if failure.origin is not None else -1
             self.lane.ledger.failed(failure, source)
+            if self.skipped is not None:
+                self.skipped()  # may raise, while no sample is in hand that could be lost
 
 
 class Run:
@@ -972,7 +976,7 @@ class Run:
         self._place = bind(dataset)
         self._epoch = epoch
         self._events: dict[str, int] = {}
-        self._limits: dict[str, int] = {}
+        self._over: TooManyErrors | None = None
         self._noticed: set[str] = set()
         self._done = False
         self._waiting: State = None
@@ -982,22 +986,24 @@ class Run:
         return self
 
     def __next__(self) -> Any:
+        if self._ledger.notices:
+            self._tell()  # of what was met on the way to the sample before: no sample is in hand that could be lost
+        if self._over is not None:
+            raise self._over
         if self._done:
             raise StopIteration
         try:
             sample = (self._delivery or self._start()).next()[0]
         except StopIteration:
             self._done = True
-            self._count()
+            self._tell()
             raise
-        if self._ledger.events or self._ledger.notices:
-            self._count()
         if type(sample) is Failure:
             raise sample.error()
         return sample
 
     def _start(self) -> Delivery:
-        delivery = Delivery(self._place, self._lane, int(epoch_key(self._epoch)[0]), self._epoch)
+        delivery = Delivery(self._place, self._lane, int(epoch_key(self._epoch)[0]), self._epoch, self._skipped)
         if self._waiting is not None:
             delivery.iterator.load(self._waiting["state"])
             self._ledger.marks = copy_plain(self._waiting["marks"])
@@ -1005,16 +1011,27 @@ class Run:
         self._delivery = delivery
         return delivery
 
-    def _count(self) -> None:
-        events, notices, limits = self._ledger.take()
-        for key, count in events.items():
-            self._events[key] = self._events.get(key, 0) + count
+    def _tell(self) -> None:
+        notices, self._ledger.notices = self._ledger.notices, []
         for key, text in notices:
             if key not in self._noticed:
                 self._noticed.add(key)
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
-        self._limits.update(limits)
-        check_limits(self._events, self._limits)
+
+    def _skipped(self) -> None:
+        """A sample was skipped: is that one too many?"""
+        try:
+            check_limits(self._counted(), self._ledger.limits)
+        except TooManyErrors as error:
+            self._over = error
+            raise
+
+    def _counted(self) -> dict[str, int]:
+        """Everything dropped and failed so far."""
+        events = dict(self._events)
+        for key, count in self._ledger.events.items():
+            events[key] = events.get(key, 0) + count
+        return events
 
     def state_dict(self) -> State:
         """The state after the last sample returned; plain values, fresh each time."""
@@ -1030,7 +1047,7 @@ class Run:
                 "done": self._done,
                 "state": delivery.iterator.snapshot(),
                 "marks": self._ledger.marks,
-                "events": self._events,
+                "events": self._counted(),
             }
         )
 
@@ -1050,6 +1067,7 @@ class Run:
         self._waiting = copy_plain(state)
         self._epoch, self._done = state["epoch"], state["done"]
         self._events = dict(self._waiting["events"])
+        self._ledger.events, self._over = {}, None
         self._delivery = None
 
 

@@ -63,9 +63,9 @@ class Failure:
     ) -> None:
         self.node, self.origin, self.function, self.quiet, self.limit = node, origin, function, quiet, limit
         self.error_type = type(error).__qualname__
-        self.message = str(error)
+        self.message = _words(error)
         # The first frame is ours: the call of the user's function.
-        self.traceback = "" if quiet else "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        self.traceback = "" if quiet else _traceback(error)
         self.exception = b"" if quiet else _pickle_exception(error)
 
     def error(self) -> SampleError:
@@ -96,11 +96,27 @@ def _indent(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
+def _words(error: BaseException) -> str:
+    """``str(error)``, whatever its author did to it."""
+    try:
+        return str(error)
+    except Exception as second:
+        return f"(its __str__ raised {type(second).__qualname__})"
+
+
+def _traceback(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    except Exception:
+        return "".join(traceback.format_tb(error.__traceback__)) + type(error).__qualname__
+
+
 def _pickle_exception(error: BaseException) -> bytes:
     """The exception as bytes, or nothing where it would not survive (a constructor with two arguments, say)."""
     try:
         data = pickle.dumps(error)
-        if type(pickle.loads(data)) is type(error):
+        copy = pickle.loads(data)
+        if type(copy) is type(error) and str(copy) == str(error):
             return data
     except Exception:
         pass

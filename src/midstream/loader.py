@@ -15,9 +15,10 @@ import copy
 import dataclasses
 import logging
 import pickle
+import signal
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Iterator as Iter
 from typing import Any, Literal
 
@@ -53,6 +54,7 @@ class _LoaderIterator:
         self._ready: deque[tuple[int, int, Out]] = deque()
         self._loud = 0  # how many of `_ready` are handed out or raised
         self._hold = epoch.turns is None and not loader._pipeline.infinite
+        self._late: list[Out] = []
         self._ended = False
         self._broken: BaseException | None = None
 
@@ -70,8 +72,10 @@ class _LoaderIterator:
                 "made. Use the newest one."
             )
         if self._broken is not None:
-            raise self._broken
+            raise self._explain(self._broken)
         if epoch.complete:
+            while self._late:
+                self._tell(self._late.pop())
             self._drain()
             raise StopIteration
         try:
@@ -81,19 +85,20 @@ class _LoaderIterator:
         except StopIteration:
             self._ended = True
         except Exception as error:
-            self._broken = self._explain(error)
+            self._broken = error
             if not self._loud:
-                raise self._broken from error
+                raise self._explain(error) from error
         while self._ready:
-            number, lane, out = self._ready.popleft()
+            # Whatever may raise comes before the delivery is taken and counted, so that nothing is lost with it.
+            number, lane, out = self._ready[0]
             if out.notes is not None:
                 self._tell(out)
+                self._limits(out)
             if out.kind == FATAL:
                 self._broken = self._rebuild(out.payload)
                 raise self._broken
+            self._ready.popleft()
             epoch.apply(number, lane, out)
-            if out.notes is not None and out.notes[2]:
-                self._limits(out.notes[2])
             if out.kind == NOTHING:
                 continue
             self._loud -= 1
@@ -103,7 +108,7 @@ class _LoaderIterator:
                 raise out.payload.error()
             return out.payload
         self._finish()
-        raise StopIteration
+        return self.__next__()  # which ends, after what is left to tell
 
     def _fetch(self, loud: int) -> None:
         """Take envelopes until so many things to hand out are ready."""
@@ -117,9 +122,8 @@ class _LoaderIterator:
         """Nothing more will come: count what is left and close the epoch."""
         while self._ready:
             number, lane, out = self._ready.popleft()
-            if out.notes is not None:
-                self._tell(out)
             self._epoch.apply(number, lane, out)
+            self._late.append(out)  # a warning that someone turned into an error must not cost the batch in hand
         self._epoch.complete = True
 
     def _drain(self) -> None:
@@ -131,15 +135,21 @@ class _LoaderIterator:
                     next(self._inner)
 
     def _tell(self, out: Out) -> None:
-        assert out.notes is not None
-        for key, text in out.notes[1]:
+        for key, text in out.notes[1] if out.notes is not None else ():
             if key not in self._loader._noticed:
                 self._loader._noticed.add(key)
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
 
-    def _limits(self, limits: Mapping[str, int]) -> None:
+    def _limits(self, out: Out) -> None:
+        assert out.notes is not None
+        events, _, limits = out.notes
+        if not limits:
+            return
+        totals = self._epoch.totals()
+        for key, count in events.items():
+            totals[key] = totals.get(key, 0) + count
         try:
-            check_limits(self._epoch.totals(), limits)
+            check_limits(totals, limits)
         except MidstreamError as error:
             self._broken = error
             raise
@@ -159,12 +169,18 @@ class _LoaderIterator:
             f"mending the cause, load a checkpoint or iterate the loader again.\nOriginal traceback:\n{text}"
         )
 
-    def _explain(self, error: Exception) -> BaseException:
-        """What torch raises when a worker died."""
-        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+    def _explain(self, error: BaseException) -> BaseException:
+        """What torch raises when a worker died, with what is known of it; any other error as it is."""
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and not isinstance(error, WorkerError):
+            dead = [
+                f"worker {number} (pid {worker.pid}) {_exit_status(worker.exitcode)}"
+                for number, worker in enumerate(getattr(self._inner, "_workers", []))
+                if worker.exitcode not in (None, 0)
+            ]
             return WorkerError(
-                f"{error}\nThe position stays at the last batch handed out (batch {self._epoch.steps} of epoch "
-                f"{self._epoch.epoch}); iterate the loader's last state again, or load a checkpoint."
+                f"{'; '.join(dead) or error}.\nThe position is after the last batch handed out (batch {self._epoch.steps} of "
+                f"epoch {self._epoch.epoch}). To go on from there: loader.load_state_dict(loader.state_dict()), and iterate "
+                f"again. A worker killed by SIGKILL often ran out of memory; SIGBUS is a full /dev/shm."
             )
         return error
 
@@ -662,6 +678,14 @@ _FOREIGN = (
     "{} is for midstream pipelines; this loader passes its arguments to torchdata's StatefulDataLoader unchanged. Give it a "
     "midstream dataset, or map-style data without sampler and generator."
 )
+
+
+def _exit_status(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit status {code}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"was killed by signal {-code}"
 
 
 def _ours(dataset: Any, sampler: Any, batch_sampler: Any, generator: Any) -> bool:

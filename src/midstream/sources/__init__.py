@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import pyarrow as pa
+from torch.utils.data import IterableDataset
 
 from midstream.core import Dataset
 from midstream.sources.arrow import ArrowSource
@@ -57,8 +60,19 @@ def from_dataset(data: Any, *, name: str | None = None) -> Dataset:
             return IterableSource(data, name)
         if isinstance(data, (datasets.DatasetDict, datasets.IterableDatasetDict)):
             raise TypeError(f"this is a dict of splits; choose one, like data[{next(iter(data), 'train')!r}]")
-    if isinstance(data, (dict, set, frozenset)):
-        raise TypeError(f"a source has rows by number; found {type(data).__name__}")
+    if isinstance(data, (Mapping, set, frozenset)):
+        raise TypeError(f"a source has rows by number; found {type(data).__name__}, which has keys or no order")
+    if isinstance(data, (pa.Table, pa.RecordBatch)):
+        raise TypeError("a pyarrow table has columns by number; give its rows: from_dataset(datasets.Dataset(table))")
+    if hasattr(data, "iloc"):
+        raise TypeError(
+            f"a {type(data).__name__} has columns by name; give its rows: from_dataset(datasets.Dataset.from_pandas(frame))"
+        )
+    if isinstance(data, IterableDataset):
+        raise TypeError(
+            f"{type(data).__name__} is a torch IterableDataset: it can only be iterated, so give it as "
+            f"midstream.from_iterable(lambda: data, name=...)"
+        )
     if isinstance(data, Sequence) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         return SequenceSource(data, name)
     if hasattr(data, "__iter__"):

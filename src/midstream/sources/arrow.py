@@ -6,6 +6,7 @@ without the Hugging Face formatters (50 µs a row); the parquet source reads its
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -221,22 +222,35 @@ def _open_strings(chunk: pa.Array) -> Callable[[int], str | None]:
 
 def _open_lists(chunk: pa.Array) -> Callable[[int], Any]:
     values = chunk.values
-    if values.null_count:
-        return lambda row: chunk[row].as_py()
-    flat = values.to_numpy(zero_copy_only=False)
+    # Straight from the buffer: the stored dtype, zero-copy, and defined (if meaningless) where a value is null.
+    dtype = np.dtype(values.type.to_pandas_dtype())
+    flat = np.frombuffer(values.buffers()[1] or b"", dtype=dtype)[values.offset : values.offset + len(values)]
     flat.flags.writeable = False
+    nulls = np.flatnonzero(~values.is_valid().to_numpy(zero_copy_only=False)).tolist() if values.null_count else []
+
+    def view(start: int, stop: int) -> Any:
+        if nulls and bisect.bisect_left(nulls, start) != bisect.bisect_left(nulls, stop):
+            return values.slice(start, stop - start).to_pylist()
+        return flat[start:stop]
+
     if pa.types.is_fixed_size_list(chunk.type):
         size, offset = chunk.type.list_size, chunk.offset
 
         def get(row: int) -> Any:
             start = (offset + row) * size
-            return flat[start : start + size]
+            return view(start, start + size)
     else:
         offsets: Any = chunk.offsets.to_numpy()
         ends = memoryview(offsets)
 
-        def get(row: int) -> Any:
-            return flat[ends[row] : ends[row + 1]]
+        if nulls:
+
+            def get(row: int) -> Any:
+                return view(ends[row], ends[row + 1])
+        else:
+
+            def get(row: int) -> Any:
+                return flat[ends[row] : ends[row + 1]]
 
     if not chunk.null_count:
         return get

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from midstream._state import State
 from midstream.core import I64, U64, Dataset, Iterator, Lane, Place, Rows
-from midstream.errors import ReplayDiverged, SourceError
+from midstream.errors import SourceError
 from midstream.failures import Failure, Hole
 from midstream.sources.iterable import ShardIterator, Shards
 from midstream.sources.parquet import File, OpenFiles, Paths, count, is_remote, list_files, plain_paths, require_name
@@ -289,22 +289,23 @@ def _load_index(found: _Found) -> I64:
     path = folder / f"{family}{found.size}-{found.mtime_ns}.npy"
     try:
         return _read_index(path, found)
-    except Exception:
-        pass  # not there, or not what we write: numpy has many ways to say so
+    except (OSError, ValueError):
+        pass  # not there, or not what we write
     offsets = _find_rows(found)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(f"{family}*.npy"):
-            stale.unlink(missing_ok=True)
+            if stale != path:  # another process may just have made ours
+                stale.unlink(missing_ok=True)
         _write_index(path, offsets)
         return _read_index(path, found)
-    except Exception as error:
+    except (OSError, ValueError) as error:
         _LOG.warning("the index of %s stays in memory: %s. $MIDSTREAM_CACHE names the folder it goes to.", path, error)
         return offsets
 
 
 def _read_index(path: Path, found: _Found) -> I64:
-    offsets = np.load(path, mmap_mode="r", allow_pickle=False)
+    offsets = np.lib.format.open_memmap(path, mode="r")
     if offsets.dtype != np.int64 or offsets.ndim != 1 or not len(offsets) or offsets[-1] != found.size:
         raise ValueError(f"{path} is not the index of {found.file}")
     return np.asarray(offsets)
@@ -422,24 +423,13 @@ class _LineStream:
         raw = self.file.open() if self.file.url else pa.OSFile(self.file.path)
         codec = _codec(self.file.path)
         if codec is None:
-            raw.seek(0, io.SEEK_END)
-            if self.byte > raw.tell():
-                self._too_short()
             raw.seek(self.byte)
             return io.BufferedReader(raw, 1 << 20)
         data = io.BufferedReader(pa.CompressedInputStream(raw, codec), 1 << 20)
         left = self.byte
-        while left:
-            skipped = len(data.read(min(left, 1 << 20)))
-            if not skipped:
-                self._too_short()
+        while left and (skipped := len(data.read(min(left, 1 << 20)))):
             left -= skipped
-        return data
-
-    def _too_short(self) -> None:
-        raise ReplayDiverged(
-            f"{self.file} ends before byte {self.byte}, where the checkpoint stands; has it changed since that was saved?"
-        )
+        return data  # should the file be shorter now, the rows to be read again are missing, and that is noticed
 
     def __iter__(self) -> _LineStream:
         return self

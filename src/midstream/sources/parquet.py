@@ -478,7 +478,8 @@ def list_files(paths: tuple[str, ...], where: str) -> list[File]:
         found = _list_remote(path) if is_remote(path) else _list_local(path, where)
         if not found:
             pattern = "no file matches the pattern" if glob.has_magic(path) else "there is no file"
-            raise FileNotFoundError(f"{where}: {pattern} {path!r} (in {os.getcwd()!r})")
+            base = "" if is_remote(path) or os.path.isabs(path) else f" in {os.getcwd()!r}"
+            raise FileNotFoundError(f"{where}: {pattern} {path!r}{base}")
         files.extend(found)
     seen: set[str] = set()
     for name in map(str, files):

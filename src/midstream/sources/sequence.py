@@ -87,6 +87,6 @@ def require_rows(at: Place, data: Any, found: int, expected: int) -> None:
     """Refuse an answer of another number of rows than was asked for."""
     if found != expected:
         raise ReturnedOthers(
-            f"{at.path}: {type(data).__name__} returned {found} rows where {expected} were asked for, so rows could not be told "
-            f"apart. A transform and __getitems__ return one row for each; drop rows with .filter, add some with .flat_map"
+            f"{at.path}: {type(data).__name__} returned {found} rows where {expected} were asked for, so rows could not be "
+            f"told apart. A transform and __getitems__ return one row for each; drop rows with .filter, add some with .flat_map"
         )
