@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BASE, CASES, Bomb, Case, Counted, identify, plain
 
 import midstream as ms
 import midstream.nodes
 import midstream.sources
+from cases import BASE, CASES, Case, Counted, identify, plain
 from midstream.core import Dataset, Delivery, Lane, Run, as_origin_array, bind, epoch_key
 from midstream.failures import Failure, Ledger
 
@@ -309,7 +309,7 @@ def test_looking_changes_nothing(row: str) -> None:
         if len(found) in (1, 4, 9):
             repr(ds)
             ds._repr_html_()
-            ds == build(row)  # noqa: B015
+            ds == build(row)
             if ds.random_access:
                 len(ds)
                 ds.rows([0])

@@ -503,7 +503,7 @@ def test_wrong_arguments_are_refused_at_construction() -> None:
         ms.read_json({"a"})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="read_json takes one path or more"):
         ms.read_json([])
-    with pytest.raises(ValueError, match="name of a source"):
+    with pytest.raises(ValueError, match="read_json: a name is a string"):
         ms.read_json("x", name="")
 
 

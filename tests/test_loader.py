@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BASE, CASES, FIVE, identify, numbers, plain
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import midstream as ms
+from cases import BASE, CASES, FIVE, identify, numbers, plain
 from midstream.core import Dataset
 
 ROWS = list(CASES)
@@ -652,3 +652,95 @@ def test_a_full_buffer_of_any_samples_leaves_the_state_small(count: int, size: i
         resumed = ms.DataLoader(ds.shuffle(2, buffer_size=count), batch_size=4, lanes=lanes, collate_fn=list)
         resumed.load_state_dict(state)
         assert [row["id"] for row in next(iter(resumed))] == [row["id"] for row in next(iterator)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("row", ["interleave", "interleave streams", "everything"])
+def test_a_state_taken_in_a_signal_handler_restores_what_follows(row: str, workers: int) -> None:
+    """Trainers save inside signal handlers, which run between any two steps of the interpreter."""
+    import signal
+    import sys
+
+    ds = build(row)
+    expected = whole(ds)
+    made = loader(ds, workers)
+    states: list[tuple[int, Any]] = []
+    handed: list[Any] = []
+
+    def handler(signum: int, frame: Any) -> None:
+        states.append((len(handed), made.state_dict()))
+
+    before = signal.signal(signal.SIGALRM, handler)
+    interval = sys.getswitchinterval()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0007, 0.0007)
+        for batch in made:
+            handed.append(plain(batch))
+            if len(handed) == len(expected):
+                break
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        sys.setswitchinterval(interval)
+        made.close()
+    assert handed == expected
+    assert states
+    for seen, state in states[:: max(1, len(states) // 40)]:
+        resumed = loader(ds)
+        resumed.load_state_dict(json.loads(json.dumps(state)))
+        if state["epoch"] == 1:
+            assert seen >= len(expected) - 1
+            continue
+        # The handler may have run after a batch was counted and before the loop had it in hand.
+        assert state["steps_done"] in (seen, seen + 1)
+        assert [plain(batch) for batch in resumed] == expected[state["steps_done"] :]
+
+
+def test_a_delivery_that_is_interrupted_half_way_is_undone() -> None:
+    """Whatever raises inside ``next()``, at any line (torch's handler for dead workers, say): the state is as before it."""
+    import sys
+
+    for row in ("interleave", "interleave streams"):
+        ds = build(row)
+        expected = whole(ds)
+        interrupted = 0
+        for target in range(1, 400, 2):
+            made = loader(ds)
+            iterator = iter(made)
+            next(iterator)
+            state = made.state_dict()
+            lines = 0
+
+            def trace(frame: Any, event: str, arg: Any) -> Any:
+                nonlocal lines
+                if frame.f_code.co_filename.endswith(("position.py", "loader.py")):
+                    lines += event == "line"
+                    if lines == target:
+                        raise MemoryError("interrupted")
+                    return trace
+                return None
+
+            sys.settrace(trace)
+            try:
+                next(iterator)
+            except MemoryError:
+                interrupted += 1
+            else:
+                break
+            finally:
+                sys.settrace(None)
+            assert made.state_dict() == state, f"interrupted at line {target}"
+            made.load_state_dict(state)
+            assert [plain(batch) for batch in made] == expected[1:]
+        assert interrupted > 12
+
+
+def test_the_log_goes_back_more_than_a_thousand_batches_and_says_when_it_ends() -> None:
+    made = ms.DataLoader(ms.from_dataset(range(3000)).shuffle(1), batch_size=1)
+    states = [made.state_dict()]
+    for _ in made:
+        states.append(made.state_dict())
+    for step in (3000, 2999, 2500, 1976):
+        assert made.state_at(step) == states[step]
+    with pytest.raises(ValueError, match="there are those after batch 1976 to 3000"):
+        made.state_at(1975)

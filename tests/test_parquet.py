@@ -365,7 +365,7 @@ def test_wrong_arguments_are_refused_at_construction() -> None:
     for columns in ([], ["a", "a"]):
         with pytest.raises(ValueError, match="each once"):
             ms.read_parquet("x", columns=columns)
-    with pytest.raises(ValueError, match="name of a source"):
+    with pytest.raises(ValueError, match="read_parquet: a name is a string"):
         ms.read_parquet("x", name="a|b")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["require_callable", "require_choice", "require_int"]
+__all__ = ["require_callable", "require_choice", "require_int", "require_name"]
 
 
 def require_int(value: Any, name: str, minimum: int, where: str) -> None:
@@ -28,3 +28,9 @@ def require_choice(value: Any, name: str, choices: Sequence[str], where: str) ->
     """Refuse what is not one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{where}: {name} is one of {', '.join(map(repr, choices))}; found {value!r}")
+
+
+def require_name(value: Any, where: str) -> None:
+    """Refuse what is no name (None is: the node then takes one from its place)."""
+    if value is not None and (not isinstance(value, str) or not value or "|" in value):
+        raise ValueError(f"{where}: a name is a string without '|'; found {value!r}")

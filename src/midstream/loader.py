@@ -55,8 +55,11 @@ class _LoaderIterator:
         self._loud = 0  # how many of `_ready` are handed out or raised
         self._hold = epoch.turns is None and not loader._pipeline.infinite
         self._late: list[Out] = []
+        self._dead_known = False
         self._ended = False
         self._broken: BaseException | None = None
+        self._settled = False  # whether the call in progress has come to its result
+        self._taken: list[tuple[int, int, Out]] = []  # what the call in progress took of `_ready`
 
     def __iter__(self) -> _LoaderIterator:
         return self
@@ -65,30 +68,53 @@ class _LoaderIterator:
         return len(self._loader)
 
     def __next__(self) -> Any:
-        epoch = self._epoch
         if self._loader._active is not self._token:
             raise RuntimeError(
                 "this iterator was left behind: the loader was iterated again, closed, or a state was loaded after it was "
                 "made. Use the newest one."
             )
-        if self._broken is not None:
-            raise self._explain(self._broken)
+        applied = self._epoch.applied
+        self._settled = False
+        self._taken.clear()
+        try:
+            return self._deliver()
+        except BaseException as error:
+            if self._settled:
+                raise
+            # Torch's handler for dead workers, or Ctrl-C, may raise anywhere: then nothing was handed out.
+            self._epoch.undo_to(applied)
+            self._ready.extendleft(reversed(self._taken))
+            self._loud = sum(out.kind != NOTHING for _, _, out in self._ready)
+            if not isinstance(error, Exception):  # Ctrl-C: an envelope may have been lost on its way here
+                self._broken = RuntimeError(
+                    "reading was interrupted. To go on: loader.load_state_dict(loader.state_dict()), and iterate again"
+                )
+            elif not isinstance(error, StopIteration):
+                explained = self._explain(error)
+                if explained is not error:
+                    self._broken = explained
+                    raise explained from error
+            raise
+
+    def _deliver(self) -> Any:
+        """The next batch, or the next error."""
+        epoch = self._epoch
+        if self._broken is not None and not self._ready:
+            raise self._broken
         if epoch.complete:
             while self._late:
                 self._tell(self._late.pop())
             self._drain()
+            self._settled = True
             raise StopIteration
         try:
-            self._fetch(1)
-            if self._hold:
-                self._fetch(2)
+            if self._broken is None:
+                self._fetch(2 if self._hold else 1)
         except StopIteration:
             self._ended = True
         except Exception as error:
-            self._broken = error
-            if not self._loud:
-                raise self._explain(error) from error
-        while self._ready:
+            self._broken = self._explain(error)
+        while self._loud:
             # Whatever may raise comes before the delivery is taken and counted, so that nothing is lost with it.
             number, lane, out = self._ready[0]
             if out.notes is not None:
@@ -96,19 +122,28 @@ class _LoaderIterator:
                 self._limits(out)
             if out.kind == FATAL:
                 self._broken = self._rebuild(out.payload)
+                self._ready.clear()
+                self._loud = 0
+                self._settled = True
                 raise self._broken
-            self._ready.popleft()
-            epoch.apply(number, lane, out)
-            if out.kind == NOTHING:
+            loud = out.kind != NOTHING
+            epoch.apply(number, lane, out, last=loud and self._ended and self._loud == 1)
+            self._taken.append(self._ready.popleft())
+            self._loud -= loud
+            if not loud:
                 continue
-            self._loud -= 1
             if self._ended and not self._loud:
-                self._finish()
+                self._count_rest()
+            self._settled = True
             if out.kind == ERROR:
                 raise out.payload.error()
             return out.payload
-        self._finish()
-        return self.__next__()  # which ends, after what is left to tell
+        if self._broken is not None:
+            self._settled = True
+            raise self._broken
+        self._count_rest()
+        epoch.complete = True
+        return self._deliver()  # which ends, after what is left to tell
 
     def _fetch(self, loud: int) -> None:
         """Take envelopes until so many things to hand out are ready."""
@@ -118,13 +153,13 @@ class _LoaderIterator:
                 self._ready.append((number, lane, Out(*out)))
                 self._loud += out[0] != NOTHING
 
-    def _finish(self) -> None:
-        """Nothing more will come: count what is left and close the epoch."""
+    def _count_rest(self) -> None:
+        """Nothing more will be handed out: count what was dropped at the end."""
         while self._ready:
-            number, lane, out = self._ready.popleft()
-            self._epoch.apply(number, lane, out)
+            number, lane, out = self._ready[0]
+            self._epoch.apply(number, lane, out, last=True)
+            self._taken.append(self._ready.popleft())
             self._late.append(out)  # a warning that someone turned into an error must not cost the batch in hand
-        self._epoch.complete = True
 
     def _drain(self) -> None:
         """Let the workers end by themselves."""
@@ -171,12 +206,16 @@ class _LoaderIterator:
 
     def _explain(self, error: BaseException) -> BaseException:
         """What torch raises when a worker died, with what is known of it; any other error as it is."""
-        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and not isinstance(error, WorkerError):
-            dead = [
-                f"worker {number} (pid {worker.pid}) {_exit_status(worker.exitcode)}"
-                for number, worker in enumerate(getattr(self._inner, "_workers", []))
-                if worker.exitcode not in (None, 0)
-            ]
+        if isinstance(error, MidstreamError):
+            return error
+        dead = []
+        for number, worker in enumerate(getattr(self._inner, "_workers", [])):
+            # A batch of a dead worker that cannot be received any more may be noticed before the death is.
+            worker.join(0 if self._dead_known else 0.2)
+            if worker.exitcode not in (None, 0):
+                dead.append(f"worker {number} (pid {worker.pid}) {_exit_status(worker.exitcode)}")
+        self._dead_known = True
+        if dead or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error)):
             return WorkerError(
                 f"{'; '.join(dead) or error}.\nThe position is after the last batch handed out (batch {self._epoch.steps} of "
                 f"epoch {self._epoch.epoch}). To go on from there: loader.load_state_dict(loader.state_dict()), and iterate "

@@ -38,37 +38,37 @@ class Tally:
             self.samples[:known], self.rows[:known] = lane["samples"][:known], lane["rows"][:known]
             self.events = dict(lane["events"])
 
-    def add(self, origins: I64 | None, events: Mapping[str, int] | None, sign: int = 1) -> None:
-        """Count (or, with sign -1, uncount) a batch and what was dropped on the way to it."""
+    def plus(self, origins: I64 | None, events: Mapping[str, int] | None) -> Tally:
+        """The counts after a batch, and what was dropped on the way to it. These stay as they are."""
+        other = copy.copy(self)
         if origins is not None and len(origins):
             size = len(self.samples)
-            self.samples += sign * np.bincount(origins[:, 0], minlength=size)
-            self.rows += sign * np.bincount(origins[origins[:, 3] == 0, 0], minlength=size)
-        for key, count in (events or {}).items():
-            value = self.events.get(key, 0) + sign * count
-            if value:
-                self.events[key] = value
-            else:
-                self.events.pop(key, None)
-
-    def copy(self) -> Tally:
-        """An independent copy."""
-        other = copy.copy(self)
-        other.samples, other.rows, other.events = self.samples.copy(), self.rows.copy(), dict(self.events)
+            other.samples = self.samples + np.bincount(origins[:, 0], minlength=size)
+            other.rows = self.rows + np.bincount(origins[origins[:, 3] == 0, 0], minlength=size)
+        if events:
+            other.events = dict(self.events)
+            for key, count in events.items():
+                other.events[key] = other.events.get(key, 0) + count
         return other
 
 
 class Entry(NamedTuple):
-    """How to undo one delivery: what was there before it, and what it counted."""
+    """How to undo one delivery: what was there before it.
 
+    Attributes:
+        number: Counts the deliveries.
+        step: Batches handed out before it.
+        origins: Of the batch, for `Position.trace`; None when it was none.
+    """
+
+    number: int
     step: int
-    is_batch: bool
     passed: int
     told: tuple[int, int] | None
     lane: int
     state: str | None
+    tally: Tally | None
     origins: I64 | None
-    events: dict[str, int] | None
 
 
 class Facts:
@@ -96,8 +96,8 @@ class Facts:
 class Position:
     """The position of a run within one epoch, on one rank.
 
-    A delivery first appends to ``log`` how to undo it, then changes the fields, and last of all ``steps``: a signal
-    handler that asks for the state at any point between gets the state before.
+    A delivery first appends to ``log`` how to undo it, then changes the fields, and last of all ``applied``: whoever asks for
+    the state at any point between, a signal handler say, gets the state before.
     """
 
     def __init__(
@@ -138,13 +138,14 @@ class Position:
         self.complete = False
         self.log: deque[Entry] = deque()
         self.log_bytes = 0
+        self.applied = 0  # number of the last delivery that is done: assigned last
 
     def plan(self) -> Plan:
         """Where workers continue."""
         return Plan(self.start, self.turns, self.told_before, self.decoded)
 
-    def apply(self, number: int, lane: int, out: Out) -> None:
-        """Count one thing that came out, and move on."""
+    def apply(self, number: int, lane: int, out: Out, *, last: bool = False) -> None:
+        """Count one thing that came out, and move on; with ``last`` the epoch is complete after it."""
         key = lane if lane >= 0 else self.topology.rank
         events = out.notes[0] if out.notes is not None else None
         if out.kind == ERROR:
@@ -152,33 +153,41 @@ class Position:
             events = dict(events or {})
             name = f"failed {out.payload.error_type}|{out.payload.node}|{source}"
             events[name] = events.get(name, 0) + 1
-        if out.final and self.turns is not None and self.passed + 1 >= self.turns:
+        last = last or (out.final and self.turns is not None and self.passed + 1 >= self.turns)
+        if last and not self.complete:
             events = {**(events or {}), **self._left_over()}
-        tally = self.tallies.get(key)
-        if tally is None:
-            tally = self.tallies[key] = Tally(self.num_sources)
-        is_batch = out.kind == BATCH
-        entry = Entry(self.steps, is_batch, self.passed, self.told, key, self.states.get(key), out.origins, events)
+        before, state = self.tallies.get(key), self.states.get(key)
+        after = (before or Tally(self.num_sources)).plus(out.origins, events)
+        told = self.told
+        if lane < 0 and out.final:
+            told = None
+        elif lane < 0 and out.kind == ERROR:
+            told = (number, (told[1] if told is not None and told[0] == number else 0) + 1)
+        entry = Entry(self.applied + 1, self.steps, self.passed, self.told, key, state, before, out.origins)
         self.log.append(entry)
-        self.log_bytes += out.origins.nbytes if out.origins is not None else 0
-        tally.add(out.origins, events)
+        self.tallies[key] = after
         if out.state is not None:
             self.states[key] = out.state
-        if lane < 0:
-            if out.final:
-                self.told = None
-            elif out.kind == ERROR:
-                known = self.told[1] if self.told is not None and self.told[0] == number else 0
-                self.told = (number, known + 1)
-        if out.final:
-            self.passed += 1
-        if is_batch:
-            self.steps += 1
+        self.told = told
+        self.passed += out.final
+        self.steps += out.kind == BATCH
+        self.complete = last
+        self.applied = entry.number
+        self.log_bytes += out.origins.nbytes if out.origins is not None else 0
         while len(self.log) > _LOG_BATCHES or (self.log_bytes > _LOG_BYTES and len(self.log) > 64):
             old = self.log.popleft()
             self.log_bytes -= old.origins.nbytes if old.origins is not None else 0
-        if self.turns is not None and self.passed >= self.turns:
-            self.complete = True
+
+    def undo_to(self, applied: int) -> None:
+        """Take back every delivery after number ``applied``, and one that was interrupted half-way."""
+        self.applied = applied
+        while self.log and self.log[-1].number > applied:
+            entry = self.log[-1]
+            self.complete = False
+            self.steps, self.passed, self.told = entry.step, entry.passed, entry.told
+            _put(self.states, entry.lane, entry.state)
+            _put(self.tallies, entry.lane, entry.tally)
+            self.log.pop()
 
     def _left_over(self) -> dict[str, int]:
         """What a sized epoch never delivers: rows of a last batch that ``drop_last`` leaves out, told by rank 0."""
@@ -195,48 +204,44 @@ class Position:
 
     def state_at(self, step: int | None) -> State:
         """The state after batch ``step`` of this epoch, or now."""
-        steps, complete = self.steps, self.complete
+        applied, log = self.applied, list(self.log)
+        steps, passed, told, complete = self.steps, self.passed, self.told, self.complete
+        states, tallies = dict(self.states), dict(self.tallies)
+        oldest = log[0].step if log else steps
+
+        def undo(entry: Entry) -> None:
+            nonlocal steps, passed, told, complete
+            steps, passed, told, complete = entry.step, entry.passed, entry.told, False
+            _put(states, entry.lane, entry.state)
+            _put(tallies, entry.lane, entry.tally)
+
+        while log and log[-1].number > applied:  # half-way through a delivery: not there yet
+            undo(log.pop())
         if step is not None and step != steps:
-            oldest = min((entry.step for entry in self.log), default=steps)
             if not oldest <= step <= steps:
                 raise ValueError(
                     f"the state after batch {step} of epoch {self.epoch} is not kept; there are those after batch {oldest} "
                     f"to {steps}"
                 )
-        if complete and step in (None, steps):
-            lanes: dict[int, tuple[str | None, Tally]] = {index: (None, tally) for index, tally in self.tallies.items()}
-            return self._render(self.epoch + 1, 0, 0, lanes, None)
-        passed, told, states = self.passed, self.told, dict(self.states)
-        undone: dict[int, Tally] = {}
-        for entry in reversed(self.log):
-            if step is None or step == steps or entry.step < step:
-                break
-            passed, told = entry.passed, entry.told
-            if entry.state is None:
-                states.pop(entry.lane, None)
-            else:
-                states[entry.lane] = entry.state
-            if entry.lane not in undone:
-                undone[entry.lane] = self.tallies[entry.lane].copy()
-            undone[entry.lane].add(entry.origins, entry.events, -1)
-        done = steps if step is None else step
-        lanes = {index: (states.get(index), undone.get(index) or tally) for index, tally in self.tallies.items()}
-        for index, text in states.items():
-            lanes.setdefault(index, (text, Tally(self.num_sources)))
-        return self._render(self.epoch, passed, done, lanes, told)
+            while log and log[-1].step >= step:
+                undo(log.pop())
+        if complete:
+            return self._render(self.epoch + 1, 0, 0, {}, tallies, None)
+        return self._render(self.epoch, passed, steps, states, tallies, told)
 
     def _render(
         self,
         epoch: int,
         passed: int,
         steps: int,
-        lanes: Mapping[int, tuple[str | None, Tally]],
+        states: Mapping[int, str],
+        tallies: Mapping[int, Tally],
         told: tuple[int, int] | None,
     ) -> State:
         fresh = epoch != self.epoch
         leaves = {}
         for index in self.own:
-            text, tally = lanes.get(index, (None, None))
+            text, tally = states.get(index), tallies.get(index)
             is_told = told is not None and index == self.topology.rank
             if text is None and not is_told and (tally is None or not (tally.samples.any() or tally.events)):
                 leaves[f"{index:04d}"] = ""
@@ -266,10 +271,17 @@ class Position:
         """Origins of the samples of batch number ``step`` (from 1), or of the last one."""
         wanted = self.steps if step is None else step
         for entry in reversed(self.log):
-            if entry.is_batch and entry.step == wanted - 1:
-                assert entry.origins is not None
+            if entry.origins is not None and entry.step == wanted - 1:
                 names = self.facts.names
                 return [Origin(names[s], p, r, part) for s, p, r, part in entry.origins.tolist()]
-        kept = [entry.step + 1 for entry in self.log if entry.is_batch]
+        kept = [entry.step + 1 for entry in self.log if entry.origins is not None]
         span = f"{kept[0]} to {kept[-1]}" if kept else "none yet"
         raise ValueError(f"batch {wanted} of epoch {self.epoch} is not kept; kept are {span}")
+
+
+def _put(values: dict[int, Any], key: int, value: Any) -> None:
+    """Set a value, or remove it where there was none."""
+    if value is None:
+        values.pop(key, None)
+    else:
+        values[key] = value

@@ -25,6 +25,8 @@ def concatenate(datasets: Sequence[Dataset]) -> Dataset:
     >>> list(ms.concatenate([ms.from_dataset([1, 2], name="a"), ms.from_dataset([3], name="b")]))
     [1, 2, 3]
     """
+    if isinstance(datasets, Dataset) or not isinstance(datasets, Sequence):
+        raise TypeError(f"concatenate takes a list of datasets: concatenate([a, b]); found {type(datasets).__name__}")
     return Concatenate(tuple(datasets))
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from midstream._check import require_choice, require_int
+from midstream._check import require_choice, require_int, require_name
 from midstream._random import draw, fold, fold_array, pass_key, salt
 from midstream._state import State
 from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, bind, pick, require_dataset
@@ -68,6 +68,10 @@ def interleave(
         raise ValueError(
             f"interleave: weights are by the names of the datasets; expected {sorted(datasets)}, found {sorted(weights)}"
         )
+    for key, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float, np.number)):
+            raise TypeError(f"interleave: the weight of {key!r} is a number; found {weight!r}")
+    require_name(name, "interleave")
     pairs = tuple((key, float(weights[key]) if not _is_whole(weights[key]) else int(weights[key])) for key in datasets)
     return Interleave(tuple(datasets.items()), pairs, seed, stopping_strategy, name)
 

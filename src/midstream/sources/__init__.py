@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 from torch.utils.data import IterableDataset
 
+from midstream._check import require_name
 from midstream.core import Dataset
 from midstream.sources.arrow import ArrowSource
 from midstream.sources.huggingface import IterableSource
@@ -48,8 +49,7 @@ def from_dataset(data: Any, *, name: str | None = None) -> Dataset:
     >>> ms.from_dataset(["a", "b"], name="letters").rows([1])
     ['b']
     """
-    if name is not None and (not isinstance(name, str) or not name or "|" in name):
-        raise ValueError(f"the name of a source is a string without '|'; found {name!r}")
+    require_name(name, "from_dataset")
     if isinstance(data, Dataset):
         raise TypeError(f"this already is a midstream dataset; use it as it is:\n{data!r}")
     datasets = sys.modules.get("datasets")  # who has one of its objects has imported it; importing it takes a second

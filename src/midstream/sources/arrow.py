@@ -64,7 +64,17 @@ class ArrowSource(Dataset):
         origins = row_origins(at.source, passes, positions)
         reader, indices = self._handle()
         if reader is not None:
-            return Rows(reader.rows(positions if indices is None else indices[positions]), origins)
+            rows = positions if indices is None else indices[positions]
+            try:
+                return Rows(reader.rows(rows), origins)
+            except Exception:  # one row at a time tells which one it was (text that is not UTF-8, say)
+                samples: list[Any] = []
+                for row in rows:
+                    try:
+                        samples.extend(reader.rows(np.array([row])))
+                    except Exception as error:
+                        samples.append(row_failure(at, self.data, origins[len(samples)], error))
+                return Rows(samples, origins)
         index = positions.tolist()
         try:
             samples = self.data.__getitems__(index)

@@ -7,7 +7,7 @@ from collections.abc import Iterator as Iter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from midstream._check import require_callable, require_choice, require_int
+from midstream._check import require_callable, require_choice, require_int, require_name
 from midstream._state import State
 from midstream.core import Dataset, Item, Iterator, Lane, Place
 from midstream.errors import ReplayDiverged, SourceError
@@ -38,6 +38,7 @@ def from_iterable(
     ['a', 'b', 'c']
     """
     require_callable(make_iterable, "from_iterable")
+    require_name(name, "from_iterable")
     require_int(num_shards, "num_shards", 1, "from_iterable")
     require_choice(split, "split", ("shards", "stride"), "from_iterable")
     return FromIterable(make_iterable, name, int(num_shards), split)
@@ -122,7 +123,7 @@ class _IterableShards(Shards):
 class ShardIterator(Iterator):
     """Reads a lane's shards one after the other.
 
-    State: ``[shard, rows read of it, rows at the shard's own last state, that state]``.
+    State: ``[shard, rows read of it, the last row that raised, rows at the shard's own last state, that state]``.
     """
 
     def __init__(self, shards: Shards, at: Place, lane: Lane, pass_: int, num_shards: int, stride: bool) -> None:
@@ -185,6 +186,8 @@ class ShardIterator(Iterator):
                     f"{self.at.path}: shard {self.shard} ended at row {row} while rows up to {target} were to be read again; "
                     f"has the data changed since the checkpoint was saved?"
                 ) from None
+            except SourceError:
+                raise
             except Exception:
                 self.raised_at = row  # it was reported when it was met first
             row += 1

@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from midstream._check import require_name
 from midstream._state import State
 from midstream.core import I64, U64, Dataset, Iterator, Lane, Place, Rows
 from midstream.errors import SourceError
 from midstream.failures import Failure, Hole
 from midstream.sources.iterable import ShardIterator, Shards
-from midstream.sources.parquet import File, OpenFiles, Paths, count, is_remote, list_files, plain_paths, require_name
+from midstream.sources.parquet import File, OpenFiles, Paths, count, is_remote, list_files, plain_paths
 from midstream.sources.sequence import row_origins
 
 _LOG = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def read_json(paths: Paths, *, name: str | None = None) -> Dataset:
     ids: read_json(2 rows in 1 file)
     [{'id': 1}, {'id': 0}]
     """
-    require_name(name)
+    require_name(name, "read_json")
     return JsonSource(plain_paths(paths, "read_json"), name)
 
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import get_worker_info
 
+from midstream._check import require_name
 from midstream._state import State, fingerprint
 from midstream.core import I64, U64, Dataset, Place, Rows
 from midstream.errors import SourceError, bullet_list
@@ -76,7 +77,7 @@ def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None, name: st
     letters: read_parquet([text], 3 rows in 2 row groups of 1 file)
     [{'text': 'c'}, {'text': 'a'}]
     """
-    require_name(name)
+    require_name(name, "read_parquet")
     if columns is not None:
         listed = isinstance(columns, Sequence) and not isinstance(columns, str)
         if not listed or not all(isinstance(column, str) for column in columns):
@@ -437,12 +438,6 @@ class OpenFiles(Generic[F]):
         else:
             self.files.move_to_end(number)
         return file
-
-
-def require_name(name: str | None) -> None:
-    """Refuse what cannot name a source."""
-    if name is not None and (not isinstance(name, str) or not name or "|" in name):
-        raise ValueError(f"the name of a source is a string without '|'; found {name!r}")
 
 
 def plain_paths(paths: Paths, where: str) -> tuple[str, ...]:
