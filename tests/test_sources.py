@@ -590,7 +590,7 @@ def test_getitems_that_returns_another_number_of_rows_is_an_error_that_counts_th
             return found
 
     ds = ms.from_dataset(Short())
-    with pytest.raises(ValueError, match=f"__getitems__ of Short returned {len(found)} rows for 3"):
+    with pytest.raises(ValueError, match=f"Short returned {len(found)} rows where 3 were asked for"):
         ds.rows([0, 1, 2])
 
 

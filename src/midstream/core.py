@@ -56,6 +56,7 @@ __all__ = [
     "join_origins",
     "pick",
     "require_dataset",
+    "require_passes",
 ]
 
 FORMAT = 1
@@ -342,6 +343,7 @@ class Cursor(Iterator):
         self.items: list[Item] = []
         self.at = 0
         self.told = 0
+        self.floor, self.cost = 1, 0.0
         self.chunk = min(lane.block, _MAX_CHUNK)  # what takes rows by blocks needs a whole one at once
 
     @property
@@ -397,9 +399,17 @@ class Cursor(Iterator):
         elapsed = time.perf_counter() - start
         self.first, self.items, self.at = first, items, 0
         if elapsed > _SLOW:
-            self.chunk = max(1, self.chunk // 2)
+            self._shrink(elapsed / len(items))
         elif elapsed < _FAST and 2 * self.chunk * num_bytes(items[0][0]) <= _CHUNK_BYTES:
             self.chunk = min(2 * self.chunk, _MAX_CHUNK)
+
+    def _shrink(self, cost: float) -> None:
+        """Read less at a time, unless that made a row dearer (where one row costs a whole row group, say)."""
+        if self.cost and cost > 1.5 * self.cost:
+            self.chunk = self.floor = min(2 * self.chunk, _MAX_CHUNK)
+            self.cost = 0.0
+        elif self.chunk > self.floor:
+            self.chunk, self.cost = max(self.floor, self.chunk // 2), cost
 
     def _state(self) -> State:
         return [self.number, self.told, self.block]
@@ -898,6 +908,14 @@ def require_dataset(value: Any, where: str) -> None:
         raise TypeError(
             f"{where} takes midstream datasets; found {type(value).__name__}. Wrap data with midstream.from_dataset(data), "
             f"a stream with midstream.from_iterable(make, name=...)."
+        )
+
+
+def require_passes(passes: I64, times: int) -> None:
+    """Refuse passes nested so deep that they cannot be numbered in 64 bits."""
+    if int(passes.max()) * times >= 1 << 62:
+        raise ValueError(
+            "endless passes (repeat(), all_exhausted) are nested too deep to number them; give repeat a number of epochs"
         )
 
 

@@ -70,14 +70,20 @@ class Failure:
 
     def error(self) -> SampleError:
         """The exception to raise for it, with the original as its cause where that could be carried over."""
+        kind = self.node.split("/")[-1].split("#")[0]
+        if kind in ("from_dataset", "read_parquet", "read_json", "from_iterable"):
+            advice = "Mend or remove that row to be rid of it."
+        elif self.origin is None:
+            advice = "Look at the samples it was given: loader.trace() and ds.rows() help."
+        else:
+            advice = 'To skip and count such samples, give the node on_error="skip".'
         place = f"on {self.origin}" if self.origin is not None else "on a whole batch"
         message = (
             f"{self.node} raised {self.error_type} {place}: {self.message}\n"
             f"  node:      {self.node}\n"
             f"  sample:    {self.origin if self.origin is not None else 'all of one batch'}\n"
             f"  function:  {self.function}\n"
-            f"  What next: the next next() goes on with the sample after it. To skip and count such samples, give "
-            f'the node on_error="skip".\n'
+            f"  What next: the next next() goes on with the sample after it. {advice}\n"
             f"  Original traceback:\n{_indent(self.traceback)}"
         )
         error = SampleError(message)

@@ -14,7 +14,7 @@ from midstream._state import State, encode
 from midstream.checkpoint import Canonical
 from midstream.core import FORMAT, I64, Dataset, bind
 from midstream.errors import Origin
-from midstream.lanes import Topology, first_batch
+from midstream.lanes import Topology
 from midstream.nodes.batch import Batch
 from midstream.readers import BATCH, ERROR, Out, Plan, source_of
 
@@ -64,7 +64,7 @@ class Entry(NamedTuple):
     number: int
     step: int
     passed: int
-    told: tuple[int, int] | None
+    told: dict[int, int]
     lane: int
     state: str | None
     tally: Tally | None
@@ -116,7 +116,7 @@ class Position:
         self.start = canonical.batches if canonical is not None else 0
         self.steps = self.first_step = canonical.steps_done if canonical is not None else 0
         self.passed = 0  # batch numbers this rank is done with since `start`
-        self.told: tuple[int, int] | None = None
+        self.told: dict[int, int] = {}  # random access: errors already raised, by batch number; replaced, never changed
         self.told_before: dict[int, int] = {}
         self.states: dict[int, str] = {}
         self.tallies: dict[int, Tally] = tallies if tallies is not None else {}
@@ -132,9 +132,9 @@ class Position:
                 self.tallies[index] = Tally(self.num_sources, lane)
                 if lane.get("lane") is not None:
                     self.states[index], self.decoded[index] = encode(lane["lane"]), lane["lane"]
-        mine = self.told_before.get(first_batch(self.start, topology.rank, topology.world_size))
-        if mine:
-            self.told = (first_batch(self.start, topology.rank, topology.world_size), mine)
+        for number, errors in self.told_before.items():
+            if number >= self.start and (number - topology.rank) % topology.world_size == 0:
+                self.told = {**self.told, number: errors}
         self.complete = False
         self.log: deque[Entry] = deque()
         self.log_bytes = 0
@@ -153,6 +153,7 @@ class Position:
             events = dict(events or {})
             name = f"failed {out.payload.error_type}|{out.payload.node}|{source}"
             events[name] = events.get(name, 0) + 1
+        is_batch = out.kind == BATCH
         last = last or (out.final and self.turns is not None and self.passed + 1 >= self.turns)
         if last and not self.complete:
             events = {**(events or {}), **self._left_over()}
@@ -160,17 +161,17 @@ class Position:
         after = (before or Tally(self.num_sources)).plus(out.origins, events)
         told = self.told
         if lane < 0 and out.final:
-            told = None
+            told = {key: errors for key, errors in told.items() if key != number} if told else told
         elif lane < 0 and out.kind == ERROR:
-            told = (number, (told[1] if told is not None and told[0] == number else 0) + 1)
+            told = {**told, number: told.get(number, 0) + 1}
         entry = Entry(self.applied + 1, self.steps, self.passed, self.told, key, state, before, out.origins)
         self.log.append(entry)
         self.tallies[key] = after
         if out.state is not None:
             self.states[key] = out.state
         self.told = told
-        self.passed += out.final
-        self.steps += out.kind == BATCH
+        self.passed += out.final if lane < 0 else is_batch  # a drained lane passes no batch
+        self.steps += is_batch
         self.complete = last
         self.applied = entry.number
         self.log_bytes += out.origins.nbytes if out.origins is not None else 0
@@ -226,7 +227,7 @@ class Position:
             while log and log[-1].step >= step:
                 undo(log.pop())
         if complete:
-            return self._render(self.epoch + 1, 0, 0, {}, tallies, None)
+            return self._render(self.epoch + 1, 0, 0, {}, tallies, {})
         return self._render(self.epoch, passed, steps, states, tallies, told)
 
     def _render(
@@ -236,14 +237,17 @@ class Position:
         steps: int,
         states: Mapping[int, str],
         tallies: Mapping[int, Tally],
-        told: tuple[int, int] | None,
+        told: Mapping[int, int],
     ) -> State:
         fresh = epoch != self.epoch
+        told_in: dict[int, list[int]] = {}
+        for number, errors in sorted(told.items(), reverse=True):
+            index = number % self.num_lanes
+            told_in[index if index in self.own else self.topology.rank] = [number, errors]
         leaves = {}
         for index in self.own:
             text, tally = states.get(index), tallies.get(index)
-            is_told = told is not None and index == self.topology.rank
-            if text is None and not is_told and (tally is None or not (tally.samples.any() or tally.events)):
+            if text is None and index not in told_in and (tally is None or not (tally.samples.any() or tally.events)):
                 leaves[f"{index:04d}"] = ""
                 continue
             tally = tally or Tally(self.num_sources)
@@ -252,8 +256,8 @@ class Position:
                 "rows": tally.rows.tolist(),
                 "events": tally.events,
             }
-            if is_told and told is not None:
-                leaf["told"] = list(told)
+            if index in told_in:
+                leaf["told"] = told_in[index]
             body = encode(leaf)
             leaves[f"{index:04d}"] = body if text is None else f'{body[:-1]},"lane":{text}}}'
         return {

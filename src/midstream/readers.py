@@ -17,12 +17,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._state import encode
 from midstream.core import I64, Cursor, Dataset, Delivery, Lane, Place, as_origin_array, bind, epoch_key
+from midstream.errors import SourceError
 from midstream.failures import Failure, Hole, Ledger
 from midstream.lanes import Topology, first_batch, slots
 
 __all__ = ["BATCH", "ERROR", "FATAL", "NOTHING", "Out", "Plan", "Runner", "identity", "source_of"]
 
-_ERRORS_A_TURN = 64
+_ERRORS_A_TURN = 1000
 
 BATCH, ERROR, FATAL, NOTHING = range(4)
 
@@ -149,7 +150,8 @@ class _RandomReader:
                 continue
             errors += 1
             if errors > told:
-                outs.append(Out(ERROR, failure, None, done, None, _take_notes(self.ledger)))
+                # What was skipped before it is told with the batch: a resume makes the whole batch again.
+                outs.append(Out(ERROR, failure, None, done, None, _take_notes(self.ledger) if done else None))
             elif done:
                 outs.append(Out(NOTHING, None, None, True, None, _take_notes(self.ledger)))
             if done:
@@ -231,7 +233,13 @@ class _StreamReader:
                 origins = as_origin_array(origins)
                 return [*outs, Out(BATCH, sample, origins, True, run.state(), _take_notes(ledger))]
             outs.append(Out(ERROR, sample, None, False, run.state(), _take_notes(ledger)))
-        return outs
+        # One turn is one batch, or the turns of the workers would no longer be in step.
+        return [
+            *outs,
+            _fatal(
+                SourceError(f"{len(outs):,} samples in a row failed in lane {run.index}; the last: {sample.message}")
+            ),
+        ]
 
 
 def source_of(place: Place, failure: Failure) -> int:

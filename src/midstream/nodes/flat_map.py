@@ -9,11 +9,12 @@ from typing import Any
 from midstream._check import require_callable, require_choice
 from midstream._state import State
 from midstream.core import Dataset, Item, Iterator, Lane, Origins, Place, SafePoint, as_origin_array, require_dataset
-from midstream.errors import ReplayDiverged
-from midstream.failures import Hole, callable_name
+from midstream.errors import ReplayDiverged, SourceError
+from midstream.failures import Hole, callable_name, describe_callable
 from midstream.nodes.map import Call, require_limit
 
 _EVERY = 16
+_GIVE_UP = 100_000
 _PARTS = 1 << 20
 
 
@@ -65,7 +66,8 @@ class _FlatMapIterator(Iterator):
     def __init__(self, node: FlatMap, at: Place, lane: Lane, key: int, pass_: int) -> None:
         self.at, self.lane, self.pass_ = at, lane, pass_
         self.source = SafePoint(at.input.iterate(lane, key, pass_), _EVERY)
-        fn = node.fn
+        fn = self.fn = node.fn
+        self.endless = node.source.infinite
         self.call = Call(at, fn, node.on_error == "skip", node.max_errors, lambda sample, _: _collect(fn, sample))
         self.parts: list[Any] = []
         self.origins: Origins = None
@@ -73,6 +75,7 @@ class _FlatMapIterator(Iterator):
         self.before: State = None
 
     def _next(self) -> Item:
+        emptied = 0
         while self.part == len(self.parts):
             self.before = self.source.snapshot()
             self.parts, self.part = [], 0
@@ -85,6 +88,12 @@ class _FlatMapIterator(Iterator):
             if not parts:
                 for source in as_origin_array(self.origins)[:1, 0].tolist():
                     self.lane.ledger.dropped("emptied", self.at.path, source, self.pass_, self.source.number)
+                emptied += 1
+                if emptied >= _GIVE_UP and self.endless:
+                    raise SourceError(
+                        f"{self.at.path}: {describe_callable(self.fn)} made nothing of {emptied:,} samples in a row, and the "
+                        f"input never ends. Try it on a few samples"
+                    )
             self.parts = parts
         part = self.part
         self.part = part + 1
@@ -127,6 +136,8 @@ def _collect(fn: Callable[[Any], Iterable[Any]], sample: Any) -> list[Any]:
 def _part_origin(origins: Origins, part: int) -> Origins:
     """A flat_map above another one numbers (outer part, inner part) in one integer."""
     if type(origins) is tuple:
+        if origins[3] >= 1 << 42:
+            raise ValueError("more than three flat_map above each other: their parts cannot be numbered any more")
         return (*origins[:3], origins[3] * _PARTS + part)
     moved = origins.copy()
     moved[:, 3] = moved[:, 3] * _PARTS + part

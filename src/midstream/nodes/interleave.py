@@ -14,14 +14,27 @@ import numpy.typing as npt
 from midstream._check import require_choice, require_int, require_name
 from midstream._random import draw, fold, fold_array, pass_key, salt
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, bind, pick, require_dataset
+from midstream.core import (
+    I64,
+    U64,
+    Dataset,
+    Item,
+    Iterator,
+    Lane,
+    Place,
+    Rows,
+    bind,
+    pick,
+    require_dataset,
+    require_passes,
+)
 
 StoppingStrategy = Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"]
 _STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
 _PATTERNS = 16
 _EXACT_BLOCK = 4096
 _LARGE_BLOCK = 1 << 16
-_PASSES = 1 << 24  # passes over one dataset inside an endless epoch, for numbering
+_PASSES = 1 << 20  # passes over one dataset inside an endless epoch, for numbering
 
 
 def interleave(
@@ -172,6 +185,7 @@ class Interleave(Dataset):
             child = at.inputs[self.datasets[index][0]]
             local, child_keys, child_passes = inside[here], pick(keys, here), pick(passes, here)
             if layout.repeats[index] > 1:
+                require_passes(passes, layout.repeats[index])
                 number, local = np.divmod(local, layout.lengths[index])
                 child_keys = pass_key(child_keys, number)
                 child_passes = child_passes * layout.repeats[index] + number
@@ -194,28 +208,36 @@ def quotas(weights: Mapping[str, float]) -> tuple[list[int], int]:
     >>> quotas({"web": 0.7, "code": 0.3})
     ([7, 3], 10)
     """
-    fractions = [Fraction(weight).limit_denominator(1_000_000) for weight in weights.values()]
-    total = sum(fractions)
-    if not total:
+    names, values = list(weights), list(weights.values())
+    largest = max(values)
+    if not largest:
         raise ValueError(f"interleave: at least one weight is above 0; found {dict(weights)}")
-    close = all(abs(float(f) - w) <= 1e-12 * max(1.0, w) for f, w in zip(fractions, weights.values()))
+    # Floats are taken relative to the largest, so that neither tiny nor huge ones lose what they mean.
+    fractions = [
+        Fraction(value) if isinstance(value, int) else Fraction(value / largest).limit_denominator(1_000_000)
+        for value in (values if all(isinstance(value, int) for value in values) else map(float, values))
+    ]
+    total = sum(fractions)
     shares = [fraction / total for fraction in fractions]
+    exact_total = math.fsum(values)
+    close = all(abs(float(share) - value / exact_total) <= 1e-12 for share, value in zip(shares, values))
     block = math.lcm(*(share.denominator for share in shares))
     if close and block <= _EXACT_BLOCK:
-        return [int(share * block) for share in shares], block
-    exact_total = math.fsum(weights.values())
-    ideal = [weight / exact_total * _LARGE_BLOCK for weight in weights.values()]
-    result = [int(value) for value in ideal]
-    by_remainder = sorted(range(len(ideal)), key=lambda index: (result[index] - ideal[index], index))
-    for index in by_remainder[: _LARGE_BLOCK - sum(result)]:
-        result[index] += 1
-    for key, weight, quota in zip(weights, weights.values(), result):
-        if weight and not quota:
+        result, size = [int(share * block) for share in shares], block
+    else:
+        size = _LARGE_BLOCK
+        ideal = [value / exact_total * size for value in values]
+        result = [int(value) for value in ideal]
+        by_remainder = sorted(range(len(ideal)), key=lambda index: (result[index] - ideal[index], names[index]))
+        for index in by_remainder[: size - sum(result)]:
+            result[index] += 1
+    for name, value, quota in zip(names, values, result):
+        if value and not quota:
             raise ValueError(
-                f"interleave: the weight of {key!r} is {weight / exact_total:.2g} of the whole, too small to be kept "
+                f"interleave: the weight of {name!r} is {value / exact_total:.2g} of the whole, too small to be kept "
                 f"(under 1 in {2 * _LARGE_BLOCK:,}). Give it 0 to leave it out, or more."
             )
-    return result, _LARGE_BLOCK
+    return result, size
 
 
 class Picks:
@@ -289,7 +311,10 @@ class _Layout:
             self.length = sum(self.lengths[index] for index in finite)
             self.segments = _Segments(picks, self.lengths)
         if self.length is None and strategy == "all_exhausted_without_replacement":
-            self.segments = _Segments(picks, [1 << 62 if length is None else length for length in lengths])
+            self.segments = _Segments(
+                picks,
+                [_far(quota) if length is None else length for length, quota in zip(lengths, picks.quotas.tolist())],
+            )
 
     def _nonempty(self, name: str, index: int) -> None:
         if not self.lengths[index]:
@@ -315,6 +340,11 @@ class _Layout:
         chosen = picks.choose(block)
         source = picks.pattern[chosen, inside]
         return source, block * picks.quotas[source] + picks.number[chosen, inside]
+
+
+def _far(quota: int) -> int:
+    """A length for what never ends: 2**40 blocks, which no run reaches and no product of which overflows."""
+    return max(1, quota) << 40
 
 
 class _Segments:
@@ -390,6 +420,7 @@ class _InterleaveIterator(Iterator):
         key = int(pass_key(np.array([self.key], dtype=np.uint64), np.array([number]))[0])
         pass_ = self.pass_
         if self.node.stopping_strategy == "all_exhausted":  # how many passes there will be is not known
+            require_passes(np.array([pass_]), _PASSES)
             pass_ = pass_ * _PASSES + number
         return self.at.inputs[name].iterate(self.lane, key, pass_)
 

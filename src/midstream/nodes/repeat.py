@@ -9,16 +9,21 @@ import numpy as np
 from midstream._check import require_int
 from midstream._random import pass_key
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, require_dataset
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, require_dataset, require_passes
+from midstream.errors import SourceError
+from midstream.failures import Hole
 
-_ENDLESS = 1 << 24  # passes of an endless repeat inside one outer pass, for numbering
+_GIVE_UP = 1_000
+_ENDLESS = 1 << 20  # passes of an endless repeat inside one outer pass, for numbering
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Repeat(Dataset):
     """``num_epochs`` passes over the input, endless when None. Every shuffle below draws a new order each pass.
 
-    A pass over a stream that yields nothing ends it, so an empty stream cannot spin.
+    On a stream, a pass may yield nothing in a lane and the next one something (a filter above a shuffle), so all passes are
+    gone through. An endless repeat ends when a pass finds nothing to read at all, and raises after 1,000 passes in a row of
+    which nothing was left.
 
     State: random access: none but the position. Stream: ``[pass, whether it yielded anything, input state]``.
     Resume: reads nothing again.
@@ -53,6 +58,7 @@ class Repeat(Dataset):
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
         length = self.source.length()
         assert length
+        require_passes(passes, self.num_epochs or _ENDLESS)
         number, inside = np.divmod(positions, length)
         return at.input.rows(inside, pass_key(keys, number), passes * (self.num_epochs or _ENDLESS) + number)
 
@@ -63,10 +69,13 @@ class Repeat(Dataset):
 class _RepeatIterator(Iterator):
     def __init__(self, node: Repeat, at: Place, lane: Lane, key: int, pass_: int) -> None:
         self.node, self.at, self.lane, self.key, self.pass_ = node, at, lane, key, pass_
+        self.empty = 0  # passes in a row without a sample
         self._start(0)
 
     def _start(self, number: int) -> None:
-        self.number, self.any = number, False
+        self.number, self.any, self.holes = number, False, False
+        self.marks = {path: list(mark) for path, mark in self.lane.ledger.marks.items()}
+        require_passes(np.array([self.pass_]), self.node.num_epochs or _ENDLESS)
         key = int(pass_key(np.array([self.key], dtype=np.uint64), np.array([number]))[0])
         self.source = self.at.input.iterate(self.lane, key, self.pass_ * (self.node.num_epochs or _ENDLESS) + number)
 
@@ -75,12 +84,28 @@ class _RepeatIterator(Iterator):
             try:
                 item = next(self.source)
             except StopIteration:
-                if not self.any or self.number + 1 == self.node.num_epochs:
+                if self.number + 1 == self.node.num_epochs:
                     raise
+                if self.node.num_epochs is None and not self.any:
+                    self._nothing()
                 self._start(self.number + 1)
                 continue
-            self.any = True
+            if type(item[0]) is Hole:
+                self.holes = True
+            else:
+                self.any, self.empty = True, 0
             return item
+
+    def _nothing(self) -> None:
+        """An endless repeat whose pass yielded nothing: the end, bad luck, or an endless wait?"""
+        if not self.holes and self.marks == self.lane.ledger.marks:
+            raise StopIteration  # nothing was read: this lane has no data
+        self.empty += 1
+        if self.empty >= _GIVE_UP:
+            raise SourceError(
+                f"{self.at.path}: {self.empty:,} passes in a row left nothing of what was read. Check what the filters and "
+                f"skipped errors below let through"
+            )
 
     def _state(self) -> State:
         return [self.number, self.any, self.source.snapshot()]
@@ -88,5 +113,5 @@ class _RepeatIterator(Iterator):
     def _load(self, state: State) -> None:
         number, some, source = state
         self._start(number)
-        self.any = some
+        self.any, self.empty = some, 0
         self.source.load(source)
