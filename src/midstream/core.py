@@ -398,6 +398,7 @@ class Cursor(Iterator):
         items = self.place.rows(positions, self.keys, self.passes).items()
         elapsed = time.perf_counter() - start
         self.first, self.items, self.at = first, items, 0
+        self.lane.ledger.reads += 1
         if elapsed > _SLOW:
             self._shrink(elapsed / len(items))
         elif elapsed < _FAST and 2 * self.chunk * num_bytes(items[0][0]) <= _CHUNK_BYTES:

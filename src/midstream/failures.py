@@ -151,15 +151,17 @@ class Ledger:
         events: Counts since the last delivery, keyed ``kind|path|source index``.
         notices: (key, text) of warnings for the user, to be given once.
         limits: ``max_errors`` of the nodes that failed.
+        reads: Grows when a source of the lane gives anything: tells an empty pass from one of which nothing was left.
     """
 
-    __slots__ = ("events", "limits", "marks", "notices")
+    __slots__ = ("events", "limits", "marks", "notices", "reads")
 
     def __init__(self) -> None:
         self.marks: dict[str, list[int]] = {}
         self.events: dict[str, int] = {}
         self.notices: list[tuple[str, str]] = []
         self.limits: dict[str, int] = {}
+        self.reads = 0
 
     def dropped(self, kind: str, path: str, source: int, pass_: int, number: int, count: int = 1) -> None:
         """Count what node ``path`` dropped on its input ``number`` of pass ``pass_``, unless a replay did already."""

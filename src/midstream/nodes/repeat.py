@@ -25,7 +25,7 @@ class Repeat(Dataset):
     gone through. An endless repeat ends when a pass finds nothing to read at all, and raises after 1,000 passes in a row of
     which nothing was left.
 
-    State: random access: none but the position. Stream: ``[pass, whether it yielded anything, input state]``.
+    State: random access: none but the position. Stream: ``[pass, 1 if it read and 2 if it yielded anything, input state]``.
     Resume: reads nothing again.
     """
 
@@ -73,33 +73,34 @@ class _RepeatIterator(Iterator):
         self._start(0)
 
     def _start(self, number: int) -> None:
-        self.number, self.any, self.holes = number, False, False
-        self.marks = {path: list(mark) for path, mark in self.lane.ledger.marks.items()}
+        self.number, self.any, self.read = number, False, False
         require_passes(np.array([self.pass_]), self.node.num_epochs or _ENDLESS)
         key = int(pass_key(np.array([self.key], dtype=np.uint64), np.array([number]))[0])
         self.source = self.at.input.iterate(self.lane, key, self.pass_ * (self.node.num_epochs or _ENDLESS) + number)
 
     def _next(self) -> Item:
+        ledger = self.lane.ledger
         while True:
+            before = ledger.reads
             try:
                 item = next(self.source)
             except StopIteration:
+                self.read = self.read or ledger.reads != before
                 if self.number + 1 == self.node.num_epochs:
                     raise
                 if self.node.num_epochs is None and not self.any:
                     self._nothing()
                 self._start(self.number + 1)
                 continue
-            if type(item[0]) is Hole:
-                self.holes = True
-            else:
+            self.read = True
+            if type(item[0]) is not Hole:
                 self.any, self.empty = True, 0
             return item
 
     def _nothing(self) -> None:
         """An endless repeat whose pass yielded nothing: the end, bad luck, or an endless wait?"""
-        if not self.holes and self.marks == self.lane.ledger.marks:
-            raise StopIteration  # nothing was read: this lane has no data
+        if not self.read:
+            raise StopIteration  # this lane has no data
         self.empty += 1
         if self.empty >= _GIVE_UP:
             raise SourceError(
@@ -108,10 +109,10 @@ class _RepeatIterator(Iterator):
             )
 
     def _state(self) -> State:
-        return [self.number, self.any, self.source.snapshot()]
+        return [self.number, self.read + self.any, self.source.snapshot()]
 
     def _load(self, state: State) -> None:
-        number, some, source = state
+        number, flags, source = state
         self._start(number)
-        self.any, self.empty = some, 0
+        self.read, self.any, self.empty = flags > 0, flags > 1, 0
         self.source.load(source)

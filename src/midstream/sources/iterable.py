@@ -160,6 +160,7 @@ class ShardIterator(Iterator):
                 return self._failed(error)
             row = self.row
             self.row = row + 1
+            self.lane.ledger.reads += 1
             if self.stride and row // self.lane.block % self.lane.num_lanes != self.lane.index:
                 continue
             return sample, (self.at.source, self.pass_, row * self.num_shards + self.shard, 0)
@@ -195,6 +196,7 @@ class ShardIterator(Iterator):
     def _failed(self, error: Exception) -> Item:
         """Report the row; what can go on after an exception does."""
         row = self.row
+        self.lane.ledger.reads += 1
         origin = (self.at.source, self.pass_, row * self.num_shards + self.shard, 0)
         self.row, self.raised_at = row + 1, row
         failure = Failure(self.at.path, self.at.origin(origin), self.shards.function, error)
