@@ -1,6 +1,10 @@
 """The main job: a small language model on this machine's own text, killed and resumed, compared bit for bit.
 
-Three processes train the same thing. One is left alone. One is killed by SIGKILL at a random step inside an epoch. One
+    pipeline, Model, train   what a training script has: copy these
+    compare                  what exact means
+    run                      the demonstration: three training processes, one after the other
+
+Three processes train the same thing. One is left alone. One is killed by SIGKILL at a random moment inside an epoch. One
 goes on from the killed one's last checkpoint, with another number of workers. Every step writes its loss and the origins
 of its samples to a ledger; the ledgers must agree.
 """
@@ -16,8 +20,8 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +30,13 @@ import torch
 
 import midstream as ms
 
-__all__ = ["Job", "Verdict", "compare", "pipeline", "run", "train"]
+__all__ = ["Job", "Step", "Verdict", "compare", "pipeline", "run", "train"]
 
 PIECE = 64
 """Longest piece of a line, in bytes, which are the tokens."""
+
+BATCH = 16
+"""Pieces in a batch."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,7 +44,7 @@ PIECE = 64
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def code_lines(limit: int = 4000) -> list[str]:
+def code_lines(limit: int) -> list[str]:
     """Lines of the standard library's own sources."""
     lines: list[str] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
@@ -47,7 +54,7 @@ def code_lines(limit: int = 4000) -> list[str]:
     return lines[:limit]
 
 
-def prose_lines(limit: int = 4000) -> list[str]:
+def prose_lines(limit: int) -> list[str]:
     """Lines of Python's help texts."""
     from pydoc_data.topics import topics
 
@@ -60,13 +67,17 @@ def long_enough(line: str) -> bool:
 
 
 def pieces(line: str) -> list[dict[str, Any]]:
-    """The bytes of a line, long ones cut."""
+    """The bytes of a line, long ones cut; a single byte at the end is left out, for nothing follows it."""
     data = np.frombuffer(line.encode(), dtype=np.uint8).astype(np.int64)
-    return [{"ids": data[start : start + PIECE]} for start in range(0, len(data), PIECE)]
+    return [{"ids": data[start : start + PIECE]} for start in range(0, len(data) - 1, PIECE)]
 
 
 def pipeline(rows: int) -> ms.Dataset:
-    """Two sources mixed 7:3, shuffled, filtered, cut, and shuffled once more as a stream."""
+    """Two sources mixed 7:3, shuffled, filtered, cut, and shuffled once more as a stream.
+
+    Args:
+        rows: Lines of each source.
+    """
     code = ms.from_dataset(code_lines(rows)).shuffle(seed=1)
     prose = ms.from_dataset(prose_lines(rows)).shuffle(seed=1)
     mix = ms.interleave({"code": code, "prose": prose}, weights={"code": 7, "prose": 3})
@@ -88,12 +99,16 @@ class Model(torch.nn.Module):
         self.head = torch.nn.Linear(width, 256)
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mean cross entropy over the bytes that are no padding."""
+        """Mean cross entropy over the bytes that are no padding.
+
+        Args:
+            batch: ``ids`` int64 [batch, length], at least 2 long; ``ids_lengths`` int64 [batch].
+        """
         ids, lengths = batch["ids"], batch["ids_lengths"]
         hidden, _ = self.rnn(self.embed(ids[:, :-1]))
         losses = torch.nn.functional.cross_entropy(self.head(hidden).transpose(1, 2), ids[:, 1:], reduction="none")
         real = torch.arange(1, ids.shape[1]) < lengths[:, None]
-        return (losses * real).sum() / real.sum().clamp(min=1)
+        return (losses * real).sum() / real.sum()
 
 
 @dataclass(frozen=True)
@@ -101,8 +116,8 @@ class Job:
     """What one training process is told.
 
     Attributes:
-        folder: Where its ledger is, and the checkpoint.
-        ledger: Name of the ledger.
+        folder: Where its ledger and the checkpoint are.
+        name: Name of the run, and of its ledger.
         steps: After how many steps the training is done.
         workers: Worker processes of its loader.
         rows: Lines of each source.
@@ -111,7 +126,7 @@ class Job:
     """
 
     folder: str
-    ledger: str
+    name: str
     steps: int
     workers: int
     rows: int
@@ -121,67 +136,102 @@ class Job:
 
 def train(job: Job) -> None:
     """Train to the end, or until someone kills us. The loop is that of any PyTorch script."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # sums are then always taken in one order
+    torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
-    folder = Path(job.folder)
+    folder, num_epochs = Path(job.folder), sys.maxsize  # as many as the steps need
+
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    loader = ms.DataLoader(pipeline(job.rows), batch_size=16, num_workers=job.workers, collate_fn=ms.pad)
-    step, loaded_at = 0, 0.0
+    loader = ms.DataLoader(pipeline(job.rows), batch_size=BATCH, num_workers=job.workers, collate_fn=ms.pad)
+    step = 0
+    ledger = Ledger(folder / f"{job.name}.jsonl")
     if job.resume:
-        checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+        checkpoint = load(folder)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, loaded_at = checkpoint["step"], time.perf_counter()
+        step = checkpoint["step"]
+        ledger.write(event="resume", step=step)
+        loading = time.perf_counter()
         loader.load_state_dict(checkpoint["loader"])
 
-    with (folder / job.ledger).open("a") as ledger:
+    for epoch in range(loader.epoch, num_epochs):
+        for batch in loader:
+            if job.resume and step == checkpoint["step"]:
+                ledger.write(event="first batch", seconds=time.perf_counter() - loading)
 
-        def write(**entry: Any) -> None:
-            ledger.write(json.dumps(entry) + "\n")
-            ledger.flush()
-            os.fsync(ledger.fileno())
+            loss = model.loss(batch)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            step += 1
+            ledger.write(step=step, epoch=epoch, loss=loss.item().hex(), origins=loader.trace())
 
-        write(event="start", step=step, pid=os.getpid())
-        for epoch in range(loader.epoch, sys.maxsize):
-            for batch in loader:
-                if loaded_at:
-                    write(event="resumed", seconds=time.perf_counter() - loaded_at)
-                    loaded_at = 0.0
-                loss = model.loss(batch)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                step += 1
-                write(step=step, epoch=epoch, loss=float(loss).hex(), origins=loader.trace())
-                if job.every and step % job.every == 0:
-                    state = loader.state_dict()
-                    save(
-                        {
-                            "model": model.state_dict(),
-                            "optimizer": optimizer.state_dict(),
-                            "step": step,
-                            "loader": state,
-                        },
-                        folder,
-                    )
-                    write(
-                        event="checkpoint", step=step, bytes=len(json.dumps(state)), spec=len(json.dumps(state["spec"]))
-                    )
-                if step == job.steps:
-                    write(event="end", progress=str(loader.progress()))
-                    loader.close()
-                    return
+            if job.every and step % job.every == 0:
+                checkpoint = {
+                    "step": step,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "loader": loader.state_dict(),
+                }
+                save(checkpoint, folder)
+            if step == job.steps:
+                ledger.write(event="end", progress=str(loader.progress()))
+                loader.close()
+                return
 
 
 def save(checkpoint: dict[str, Any], folder: Path) -> None:
-    """Write a checkpoint so that a kill at any moment leaves the old one or the new one."""
+    """Write a checkpoint so that a kill at any moment leaves the old one or the new one, whole."""
     temporary = folder / "checkpoint.tmp"
     with temporary.open("wb") as file:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / "checkpoint.pt")
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The last checkpoint. Nothing in it needs pickle: tensors and plain values."""
+    checkpoint: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return checkpoint
+
+
+class Ledger:
+    """One line of JSON for every step, written by the training, read while it goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset = path, 0
+        self.entries: list[dict[str, Any]] = []
+
+    def write(self, **entry: Any) -> None:
+        """Add a line that no kill can take back."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> list[dict[str, Any]]:
+        """What was written since the last call, whole lines only."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read()
+        end = data.rfind(b"\n") + 1
+        self.offset += end
+        fresh = [json.loads(line) for line in data[:end].splitlines()]
+        self.entries.extend(fresh)
+        return fresh
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The training steps."""
+        return [entry for entry in self.entries if "event" not in entry]
+
+    def event(self, name: str) -> dict[str, Any]:
+        """The entry of something else that happened."""
+        return next(entry for entry in self.entries if entry.get("event") == name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,6 +249,7 @@ class Verdict:
         samples: Samples compared.
         rolled_back: Steps the killed run did after its last checkpoint: lost with their weights, and done again.
         differences: The first ones, in words.
+        details: How it came about: seed, kill, checkpoint, times.
     """
 
     exact: bool
@@ -206,39 +257,52 @@ class Verdict:
     samples: int
     rolled_back: int
     differences: list[str]
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 def compare(
     whole: list[dict[str, Any]], killed: list[dict[str, Any]], resumed: list[dict[str, Any]], checkpoint: int
 ) -> Verdict:
-    """Set the ledger of the uninterrupted run against the killed run up to its checkpoint and the resumed one after."""
-    expected = {entry["step"]: entry for entry in whole}
-    found = [entry for entry in killed if entry["step"] <= checkpoint] + resumed
+    """Set the steps of the uninterrupted run against those of the two others.
+
+    The killed run up to its checkpoint and the resumed one after it must be the whole run: the same steps, each with the
+    same epoch, the same samples in the same order, and a loss of the same bits. What the killed run did after its
+    checkpoint was rolled back, and must have been the same too.
+
+    Args:
+        whole: Steps of the uninterrupted run, as their ledger has them.
+        killed: Steps of the killed one.
+        resumed: Steps of the resumed one.
+        checkpoint: The step after which the checkpoint was taken.
+    """
+    kept = [entry for entry in killed if entry["step"] <= checkpoint]
+    lost = killed[len(kept) :]
     differences = []
-    if [entry["step"] for entry in found] != [entry["step"] for entry in whole]:
-        differences.append(
-            f"steps: expected 1 to {len(whole)}, found {[entry['step'] for entry in found][:3]} ... "
-            f"{[entry['step'] for entry in found][-3:]}"
-        )
-    for entry in found:
-        reference = expected.get(entry["step"], {})
-        for part in ("epoch", "origins", "loss"):
-            if entry[part] != reference.get(part) and len(differences) < 5:
-                differences.append(
-                    f"step {entry['step']}: {part} differs: {_first_difference(reference.get(part), entry[part])}"
-                )
-    rolled_back = sum(entry["step"] > checkpoint for entry in killed)
-    samples = sum(len(entry["origins"]) for entry in found)
-    return Verdict(not differences, len(found), samples, rolled_back, differences)
+    expected, found = [entry["step"] for entry in whole], [entry["step"] for entry in kept + resumed]
+    if found != expected:
+        at = next((i for i, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found)))
+        words = [f"step {steps[at]}" if at < len(steps) else "the end" for steps in (expected, found)]
+        differences.append(f"after {at} steps: expected {words[0]}, found {words[1]}")
+    reference = {entry["step"]: entry for entry in whole}
+    for run, entries in (("killed", kept), ("resumed", resumed), ("killed", lost)):
+        for entry in entries:
+            for part in ("epoch", "origins", "loss"):
+                here, there = entry[part], reference.get(entry["step"], {}).get(part)
+                if here != there and entry["step"] in reference:
+                    differences.append(f"step {entry['step']} of the {run} run: {_difference(part, there, here)}")
+    samples = sum(len(entry["origins"]) for entry in kept + resumed)
+    return Verdict(not differences, len(found), samples, len(lost), differences[:5])
 
 
-def _first_difference(expected: Any, found: Any) -> str:
-    if isinstance(expected, list) and isinstance(found, list):
-        for number, (a, b) in enumerate(zip(expected, found)):
-            if a != b:
-                return f"sample {number}: expected {a}, found {b}"
-        return f"expected {len(expected)} samples, found {len(found)}"
-    return f"expected {expected}, found {found}"
+def _difference(part: str, expected: Any, found: Any) -> str:
+    if part == "loss":
+        return f"the loss differs: expected {float.fromhex(expected)!r}, found {float.fromhex(found)!r}"
+    if part == "epoch":
+        return f"the epoch differs: expected {expected}, found {found}"
+    for number, (a, b) in enumerate(zip(expected, found)):
+        if a != b:
+            return f"sample {number} differs: expected {ms.Origin(*a)}, found {ms.Origin(*b)}"
+    return f"expected {len(expected)} samples, found {len(found)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,57 +310,13 @@ def _first_difference(expected: Any, found: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Ledger:
-    """Reads a ledger while its process writes it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.offset = path, 0
-        self.entries: list[dict[str, Any]] = []
-
-    def poll(self) -> list[dict[str, Any]]:
-        """What was written since the last call, whole lines only."""
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            data = file.read()
-        end = data.rfind(b"\n") + 1
-        self.offset += end
-        fresh = [json.loads(line) for line in data[:end].splitlines()]
-        self.entries.extend(fresh)
-        return fresh
-
-    def steps(self) -> list[dict[str, Any]]:
-        """The training steps."""
-        return [entry for entry in self.entries if "event" not in entry]
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        """The other entries of a name."""
-        return [entry for entry in self.entries if entry.get("event") == name]
-
-
-def choose_kill(steps: list[dict[str, Any]], every: int, seed: int) -> int:
-    """A random step after the first checkpoint, inside an epoch."""
-    inside = [
-        entry["step"]
-        for before, entry, after in zip(steps, steps[1:], steps[2:])
-        if before["epoch"] == entry["epoch"] == after["epoch"] and entry["step"] > every
-    ]
-    if not inside:
-        raise ValueError(
-            f"there is no step inside an epoch after the first checkpoint; give more than {len(steps)} steps"
-        )
-    return int(random.Random(seed).choice(inside))
-
-
 @dataclass(frozen=True)
-class Told:
-    """Something to show: a line, or the step that a run has reached."""
+class Step:
+    """A training step that was just done, for whoever watches."""
 
-    line: str = ""
-    run: str = ""
-    step: int = 0
-    loss: float = 0.0
+    run: str
+    step: int
+    loss: float
 
 
 def run(
@@ -306,111 +326,154 @@ def run(
     resume_workers: int = 1,
     seed: int | None = None,
     kill_at: int | None = None,
-    rows: int = 1500,
     every: int = 20,
+    rows: int = 1500,
     folder: Path | None = None,
-) -> Iterator[Told | Verdict]:
-    """The demonstration, as a series of things to show; the last is the verdict.
+) -> Iterator[str | Step | Verdict]:
+    """The demonstration, as a series of lines and steps to show; the last is the verdict.
 
     Args:
         steps: Training steps of a whole run.
         workers: Worker processes of the first two runs.
         resume_workers: Worker processes of the resumed run.
-        seed: Chooses the step at which to kill; random when left out.
+        seed: Chooses the step of the kill; random when left out.
         kill_at: That step itself.
+        every: Steps between two checkpoints.
         rows: Lines of each source.
-        every: Steps between checkpoints.
-        folder: Where ledgers and checkpoint are kept; a temporary one, removed, when left out.
+        folder: Where ledgers, logs and the checkpoint are kept; a temporary one, removed, when left out.
 
     Raises:
+        ValueError: If nothing could be killed and resumed with such numbers.
         RuntimeError: If a training process fails by itself.
     """
+    seed = random.SystemRandom().randrange(1 << 20) if seed is None else seed
+    if kill_at is None and steps < every + 10:
+        raise ValueError(f"{steps} steps leave no room for a kill after the first checkpoint; give at least {every + 10}")
+    if kill_at is not None and not every < kill_at < steps:
+        raise ValueError(
+            f"the kill comes after the first checkpoint (step {every}) and before the last step ({steps}); found {kill_at}"
+        )
     with tempfile.TemporaryDirectory(prefix="midstream-demo-") as temporary:
-        place = str(folder or temporary)
-        Path(place).mkdir(parents=True, exist_ok=True)
-        for name in ("whole", "killed", "resumed"):
-            Path(place, name).unlink(missing_ok=True)
-        seed = random.SystemRandom().randrange(1 << 30) if seed is None else seed
-        yield Told(f"seed {seed}; {steps} steps of 16 pieces, checkpoint every {every}; 7 parts code, 3 parts prose")
+        place = Path(folder or temporary).absolute()
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "checkpoint.pt").unlink(missing_ok=True)
+        job = Job(str(place), "whole", steps, workers, rows, every)
+        yield f"{steps} steps of {BATCH} pieces of text; seed {seed}"
 
-        whole = Job(place, "whole", steps, workers, rows, 0)
-        ledger = yield from _show(whole, None)
-        reference = ledger.steps()
-        epochs = reference[-1]["epoch"] + 1
-        yield Told(
-            f"uninterrupted, {workers} workers: {len(reference)} steps over {epochs} epochs, {_losses(reference)}"
-        )
+        whole = yield from watch(replace(job, every=0))
+        epochs = whole.steps[-1]["epoch"] + 1
+        yield _row("left alone", f"{_workers(workers)}, {epochs} epoch{'s'[: epochs > 1]}, {_losses(whole)}")
 
-        kill_at = choose_kill(reference, every, seed) if kill_at is None else kill_at
-        killed = yield from _show(Job(place, "killed", steps, workers, rows, every), kill_at)
-        last = killed.events("checkpoint")[-1]
-        lost = killed.steps()[-1]
-        yield Told(
-            f"killed by SIGKILL at step {lost['step']} (epoch {lost['epoch']}); last checkpoint at step {last['step']}: "
-            f"{last['bytes']:,} bytes for the data, {last['spec']:,} of them the description of the pipeline"
-        )
+        killed = yield from _kill(job, whole, seed, kill_at)
+        last, checkpoint = killed.steps[-1], load(place)
+        size, weights = len(json.dumps(checkpoint["loader"])), (place / "checkpoint.pt").stat().st_size
+        batch = sum(entry["epoch"] == last["epoch"] for entry in killed.steps)
+        yield _row("killed", f"{_workers(workers)}, SIGKILL after step {last['step']} (epoch {last['epoch']}, batch {batch})")
+        yield _row("checkpoint", f"of step {checkpoint['step']}: {size:,} bytes say where the data is, in a file of {weights:,}")
 
-        resumed = yield from _show(Job(place, "resumed", steps, resume_workers, rows, every, True), None)
-        seconds = resumed.events("resumed")[0]["seconds"]
-        yield Told(
-            f"resumed, {resume_workers} worker{'s' * (resume_workers != 1)}: first batch after {seconds * 1000:.0f} ms, then "
-            f"to the end; {_losses(resumed.steps())}"
-        )
-        yield Told(resumed.events("end")[0]["progress"])
-        yield compare(reference, killed.steps(), resumed.steps(), last["step"])
+        resumed = yield from watch(replace(job, name="resumed", workers=resume_workers, resume=True))
+        seconds, start = resumed.event("first batch")["seconds"], resumed.event("resume")["step"]
+        yield _row("resumed", f"{_workers(resume_workers)}, first batch after {1000 * seconds:.0f} ms, {_losses(resumed)}")
+        yield "Delivered by then, in pieces (7:3 is the mix of lines, before the filter and the cut):"
+        yield resumed.event("end")["progress"]
+        if folder is not None:
+            yield f"Ledgers, logs and checkpoint are in {folder}"
+        details = {
+            "seed": seed,
+            "killed_after": last["step"],
+            "resumed_after": start,
+            "workers": workers,
+            "resume_workers": resume_workers,
+            "epochs": epochs,
+            "loader_state_bytes": size,
+            "seconds_to_first_batch": round(seconds, 4),
+        }
+        yield replace(compare(whole.steps, killed.steps, resumed.steps, start), details=details)
 
 
-def _show(job: Job, kill_at: int | None) -> Any:
-    """Run a job and pass on where it is; a generator that returns the ledger."""
-    seen: list[Told] = []
+def watch(job: Job, kill_at: int | None = None) -> Generator[Step, None, Ledger]:
+    """Run a job in a process of its own, tell its steps, kill it after one of them; returns its ledger.
 
-    def tell(entry: dict[str, Any]) -> None:
-        if "event" not in entry:
-            seen.append(Told(run=job.ledger, step=entry["step"], loss=float.fromhex(entry["loss"])))
+    Only the training process is killed; its workers notice that it is gone and end by themselves.
 
-    watched = _Watch(job, tell, kill_at)
-    for _ in watched:
-        yield from seen
-        seen.clear()
-    yield from seen
-    ledger, status = watched.ledger, watched.status
+    Raises:
+        RuntimeError: If it ended in any other way.
+    """
+    ledger, log = (Path(job.folder) / f"{job.name}.{ending}" for ending in ("jsonl", "log"))
+    ledger.unlink(missing_ok=True)
+    reader = Ledger(ledger)
+    with log.open("wb") as output:
+        command = [sys.executable, "-m", "midstream.demo", json.dumps(asdict(job))]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    try:
+        running = True
+        while running:
+            running = process.poll() is None  # asked before the ledger is read, so that its end is not missed
+            for entry in reader.read():
+                if "event" not in entry:
+                    if entry["step"] == kill_at:
+                        process.kill()
+                    yield Step(job.name, entry["step"], float.fromhex(entry["loss"]))
+            if running:
+                time.sleep(0.01)
+    finally:
+        process.kill()
+        status = process.wait()
+    if status == 0 and kill_at is not None:
+        raise TimeoutError(f"the run of {job.steps} steps was over before the signal came; give more steps, or kill earlier")
     if status != (0 if kill_at is None else -signal.SIGKILL):
-        errors = (Path(job.folder) / f"{job.ledger}.err").read_text(errors="replace")
-        raise RuntimeError(f"the {job.ledger} run ended with status {status}:\n{errors[-3000:]}")
-    return ledger
+        raise RuntimeError(f"the {job.name} run ended with status {status}:\n{log.read_text(errors='replace')[-3000:]}")
+    return reader
 
 
-class _Watch:
-    """Runs a job in a process of its own, a poll at a time so that a screen can be kept alive, and kills it when told."""
-
-    def __init__(self, job: Job, tell: Callable[[dict[str, Any]], None], kill_at: int | None) -> None:
-        self.job, self.tell, self.kill_at = job, tell, kill_at
-        self.ledger = Ledger(Path(job.folder) / job.ledger)
-        self.status = 0
-
-    def __iter__(self) -> Iterator[None]:
-        with (Path(self.job.folder) / f"{self.job.ledger}.err").open("wb") as errors:
-            command = [sys.executable, "-m", "midstream.demo", json.dumps(asdict(self.job))]
-            process = subprocess.Popen(command, stdout=errors, stderr=errors)
-            try:
-                ended = False
-                while not ended:
-                    ended = process.poll() is not None
-                    for entry in self.ledger.poll():
-                        self.tell(entry)
-                        if self.kill_at is not None and "event" not in entry and entry["step"] >= self.kill_at:
-                            process.send_signal(signal.SIGKILL)
-                            self.kill_at = None
-                    yield
-                    time.sleep(0.01)
-            finally:
-                if process.poll() is None:
-                    process.kill()
-                self.status = process.wait()
+def _kill(job: Job, whole: Ledger, seed: int, kill_at: int | None) -> Generator[Step, None, Ledger]:
+    """Kill a run inside an epoch. On a machine that stalls the signal may come too late for that; then again."""
+    job = replace(job, name="killed")
+    if kill_at is not None:
+        return (yield from watch(job, kill_at))
+    draw, epochs = random.Random(seed), [entry["epoch"] for entry in whole.steps]
+    for _ in range(3):
+        (Path(job.folder) / "checkpoint.pt").unlink(missing_ok=True)
+        try:
+            ledger = yield from watch(job, choose_kill(epochs, job.every, draw))
+        except TimeoutError:
+            continue
+        if inside_epoch(epochs, len(ledger.steps), 1):
+            return ledger
+    raise RuntimeError("three times the signal came too late to be inside an epoch; give more steps")
 
 
-def _losses(steps: list[dict[str, Any]]) -> str:
-    return f"loss {float.fromhex(steps[0]['loss']):.3f} → {float.fromhex(steps[-1]['loss']):.3f}"
+def choose_kill(epochs: list[int], every: int, draw: random.Random) -> int:
+    """A random step after the first checkpoint, inside an epoch.
+
+    Args:
+        epochs: The epoch of each step of the run.
+        every: Steps between two checkpoints.
+        draw: Where the randomness comes from.
+    """
+    inside = [step for step in range(every + 1, len(epochs)) if inside_epoch(epochs, step, 4)]
+    if not inside:
+        raise ValueError(f"no step of {len(epochs)} is inside an epoch and after the first checkpoint; give more steps")
+    return draw.choice(inside)
+
+
+def inside_epoch(epochs: list[int], step: int, margin: int) -> bool:
+    """Whether the epoch of ``step`` (from 1) began before it and goes on for more than ``margin`` steps after it."""
+    first, last = step - 1, step + 1 + margin
+    return 1 <= first and last <= len(epochs) and len(set(epochs[first - 1 : last])) == 1
+
+
+def _row(title: str, text: str) -> str:
+    return f"  {title:<10}  {text}"
+
+
+def _workers(number: int) -> str:
+    return f"{number} worker{'s' * (number != 1)}"
+
+
+def _losses(ledger: Ledger) -> str:
+    first, last = (float.fromhex(ledger.steps[number]["loss"]) for number in (0, -1))
+    return f"loss {first:.3f} → {last:.3f}"
 
 
 if __name__ == "__main__":

@@ -134,9 +134,10 @@ class _LoaderIterator:
                 continue
             if self._ended and not self._loud:
                 self._count_rest()
-            self._settled = True
             if out.kind == ERROR:
-                raise out.payload.error()
+                error = out.payload.error()
+                self._settled = True
+                raise error
             return out.payload
         if self._broken is not None:
             self._settled = True
