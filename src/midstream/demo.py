@@ -165,8 +165,12 @@ def train(job: Job) -> None:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             step += 1
-            ledger.write(step=step, epoch=epoch, loss=loss.item().hex(), origins=loader.trace())
+            ledger.write(step=step, epoch=epoch, loss=float(loss.detach()).hex(), origins=loader.trace())
 
+            if step == job.steps:
+                ledger.write(event="end", progress=str(loader.progress()))
+                loader.close()
+                return
             if job.every and step % job.every == 0:
                 checkpoint = {
                     "step": step,
@@ -175,10 +179,6 @@ def train(job: Job) -> None:
                     "loader": loader.state_dict(),
                 }
                 save(checkpoint, folder)
-            if step == job.steps:
-                ledger.write(event="end", progress=str(loader.progress()))
-                loader.close()
-                return
 
 
 def save(checkpoint: dict[str, Any], folder: Path) -> None:
@@ -348,7 +348,7 @@ def run(
     """
     seed = random.SystemRandom().randrange(1 << 20) if seed is None else seed
     if kill_at is None and steps < every + 10:
-        raise ValueError(f"{steps} steps leave no room for a kill after the first checkpoint; give at least {every + 10}")
+        raise ValueError(f"{steps} steps leave no room for a kill after a checkpoint; give at least {every + 10}")
     if kill_at is not None and not every < kill_at < steps:
         raise ValueError(
             f"the kill comes after the first checkpoint (step {every}) and before the last step ({steps}); found {kill_at}"
@@ -356,25 +356,24 @@ def run(
     with tempfile.TemporaryDirectory(prefix="midstream-demo-") as temporary:
         place = Path(folder or temporary).absolute()
         place.mkdir(parents=True, exist_ok=True)
-        (place / "checkpoint.pt").unlink(missing_ok=True)
         job = Job(str(place), "whole", steps, workers, rows, every)
-        yield f"{steps} steps of {BATCH} pieces of text; seed {seed}"
+        yield f"A small language model on this machine's own text, {steps} steps of {BATCH} pieces; seed {seed}"
 
         whole = yield from watch(replace(job, every=0))
         epochs = whole.steps[-1]["epoch"] + 1
-        yield _row("left alone", f"{_workers(workers)}, {epochs} epoch{'s'[: epochs > 1]}, {_losses(whole)}")
+        yield _row("left alone", workers, f"{_count(epochs, 'epoch')}, {_losses(whole)}")
 
-        killed = yield from _kill(job, whole, seed, kill_at)
+        killed = yield from _kill(job, [entry["epoch"] for entry in whole.steps], seed, kill_at)
         last, checkpoint = killed.steps[-1], load(place)
-        size, weights = len(json.dumps(checkpoint["loader"])), (place / "checkpoint.pt").stat().st_size
         batch = sum(entry["epoch"] == last["epoch"] for entry in killed.steps)
-        yield _row("killed", f"{_workers(workers)}, SIGKILL after step {last['step']} (epoch {last['epoch']}, batch {batch})")
-        yield _row("checkpoint", f"of step {checkpoint['step']}: {size:,} bytes say where the data is, in a file of {weights:,}")
+        yield _row("killed", workers, f"SIGKILL after step {last['step']} (epoch {last['epoch']}, batch {batch})")
+        size, whole_size = len(json.dumps(checkpoint["loader"])), (place / "checkpoint.pt").stat().st_size
+        yield f"  its last checkpoint: step {checkpoint['step']}, {size:,} bytes for the data, {whole_size:,} with the weights"
 
         resumed = yield from watch(replace(job, name="resumed", workers=resume_workers, resume=True))
         seconds, start = resumed.event("first batch")["seconds"], resumed.event("resume")["step"]
-        yield _row("resumed", f"{_workers(resume_workers)}, first batch after {1000 * seconds:.0f} ms, {_losses(resumed)}")
-        yield "Delivered by then, in pieces (7:3 is the mix of lines, before the filter and the cut):"
+        yield _row("resumed", resume_workers, f"first batch after {1000 * seconds:.0f} ms, {_losses(resumed)}")
+        yield "Delivered in all, in pieces (7:3 is the mix of lines, before the filter and the cut):"
         yield resumed.event("end")["progress"]
         if folder is not None:
             yield f"Ledgers, logs and checkpoint are in {folder}"
@@ -397,7 +396,7 @@ def watch(job: Job, kill_at: int | None = None) -> Generator[Step, None, Ledger]
     Only the training process is killed; its workers notice that it is gone and end by themselves.
 
     Raises:
-        RuntimeError: If it ended in any other way.
+        RuntimeError: If it failed by itself. (It may be over before the signal comes; then its ledger is whole.)
     """
     ledger, log = (Path(job.folder) / f"{job.name}.{ending}" for ending in ("jsonl", "log"))
     ledger.unlink(missing_ok=True)
@@ -419,28 +418,29 @@ def watch(job: Job, kill_at: int | None = None) -> Generator[Step, None, Ledger]
     finally:
         process.kill()
         status = process.wait()
-    if status == 0 and kill_at is not None:
-        raise TimeoutError(f"the run of {job.steps} steps was over before the signal came; give more steps, or kill earlier")
-    if status != (0 if kill_at is None else -signal.SIGKILL):
+    if status != 0 and not (kill_at and status == -signal.SIGKILL):
         raise RuntimeError(f"the {job.name} run ended with status {status}:\n{log.read_text(errors='replace')[-3000:]}")
     return reader
 
 
-def _kill(job: Job, whole: Ledger, seed: int, kill_at: int | None) -> Generator[Step, None, Ledger]:
-    """Kill a run inside an epoch. On a machine that stalls the signal may come too late for that; then again."""
-    job = replace(job, name="killed")
-    if kill_at is not None:
-        return (yield from watch(job, kill_at))
-    draw, epochs = random.Random(seed), [entry["epoch"] for entry in whole.steps]
+def _kill(job: Job, epochs: list[int], seed: int, kill_at: int | None) -> Generator[Step, None, Ledger]:
+    """Kill a run, inside an epoch if no step was asked for. A machine that stalls may be late with the signal; then again.
+
+    Args:
+        job: The run that is left alone.
+        epochs: The epoch of each of its steps.
+        seed: Chooses the step.
+        kill_at: The step that was asked for.
+    """
+    draw = random.Random(seed)
     for _ in range(3):
-        (Path(job.folder) / "checkpoint.pt").unlink(missing_ok=True)
-        try:
-            ledger = yield from watch(job, choose_kill(epochs, job.every, draw))
-        except TimeoutError:
-            continue
-        if inside_epoch(epochs, len(ledger.steps), 1):
+        Path(job.folder, "checkpoint.pt").unlink(missing_ok=True)
+        step = kill_at or choose_kill(epochs, job.every, draw)
+        ledger = yield from watch(replace(job, name="killed"), step)
+        reached = len(ledger.steps)
+        if reached < job.steps and (kill_at or inside_epoch(epochs, reached, 1)):
             return ledger
-    raise RuntimeError("three times the signal came too late to be inside an epoch; give more steps")
+    raise RuntimeError("three times the signal came too late; give more steps, or kill earlier")
 
 
 def choose_kill(epochs: list[int], every: int, draw: random.Random) -> int:
@@ -460,15 +460,15 @@ def choose_kill(epochs: list[int], every: int, draw: random.Random) -> int:
 def inside_epoch(epochs: list[int], step: int, margin: int) -> bool:
     """Whether the epoch of ``step`` (from 1) began before it and goes on for more than ``margin`` steps after it."""
     first, last = step - 1, step + 1 + margin
-    return 1 <= first and last <= len(epochs) and len(set(epochs[first - 1 : last])) == 1
+    return first >= 1 and last <= len(epochs) and len(set(epochs[first - 1 : last])) == 1
 
 
-def _row(title: str, text: str) -> str:
-    return f"  {title:<10}  {text}"
+def _row(run: str, workers: int, text: str) -> str:
+    return f"  {run:<10}  {_count(workers, 'worker'):<9}  {text}"
 
 
-def _workers(number: int) -> str:
-    return f"{number} worker{'s' * (number != 1)}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _losses(ledger: Ledger) -> str:

@@ -22,10 +22,10 @@ class Repeat(Dataset):
     """``num_epochs`` passes over the input, endless when None. Every shuffle below draws a new order each pass.
 
     On a stream, a pass may yield nothing in a lane and the next one something (a filter above a shuffle), so all passes are
-    gone through. An endless repeat ends when a pass finds nothing to read at all, and raises after 1,000 passes in a row of
-    which nothing was left.
+    gone through. An endless repeat ends in a lane that finds nothing to read, and, with a warning, after 1,000 passes of
+    which nothing was ever left; where there was something before, that is an error.
 
-    State: random access: none but the position. Stream: ``[pass, 1 if it read and 2 if it yielded anything, input state]``.
+    State: random access: none but the position. Stream: ``[pass, flags: it read 1, yielded 2, ever yielded 4; input state]``.
     Resume: reads nothing again.
     """
 
@@ -70,6 +70,7 @@ class _RepeatIterator(Iterator):
     def __init__(self, node: Repeat, at: Place, lane: Lane, key: int, pass_: int) -> None:
         self.node, self.at, self.lane, self.key, self.pass_ = node, at, lane, key, pass_
         self.empty = 0  # passes in a row without a sample
+        self.ever = False  # whether any pass yielded anything
         self._start(0)
 
     def _start(self, number: int) -> None:
@@ -94,7 +95,7 @@ class _RepeatIterator(Iterator):
                 continue
             self.read = True
             if type(item[0]) is not Hole:
-                self.any, self.empty = True, 0
+                self.any, self.ever, self.empty = True, True, 0
             return item
 
     def _nothing(self) -> None:
@@ -102,17 +103,24 @@ class _RepeatIterator(Iterator):
         if not self.read:
             raise StopIteration  # this lane has no data
         self.empty += 1
-        if self.empty >= _GIVE_UP:
-            raise SourceError(
-                f"{self.at.path}: {self.empty:,} passes in a row left nothing of what was read. Check what the filters and "
-                f"skipped errors below let through"
-            )
+        if self.empty < _GIVE_UP:
+            return
+        what = (
+            f"{self.at.path}: {self.empty:,} passes in a row left nothing of what lane {self.lane.index} of "
+            f"{self.lane.num_lanes} read"
+        )
+        if self.ever:
+            raise SourceError(f"{what}. Check what the filters and skipped errors below let through")
+        self.lane.ledger.notice(
+            f"repeat {self.at.path}", f"{what}, nor any before; it is drained. Fewer lanes (lanes=) give each more rows"
+        )
+        raise StopIteration
 
     def _state(self) -> State:
-        return [self.number, self.read + self.any, self.source.snapshot()]
+        return [self.number, self.read + 2 * self.any + 4 * self.ever, self.source.snapshot()]
 
     def _load(self, state: State) -> None:
         number, flags, source = state
         self._start(number)
-        self.read, self.any, self.empty = flags > 0, flags > 1, 0
+        self.read, self.any, self.ever, self.empty = bool(flags & 1), bool(flags & 2), bool(flags & 4), 0
         self.source.load(source)
