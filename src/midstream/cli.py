@@ -68,12 +68,16 @@ def _app() -> Any:
     ) -> None:
         """Kill a real training job, resume it, and compare it bit for bit.
 
-        Trains a small language model on text that is on this machine: the standard library's sources and Python's help
-        texts, mixed 7:3, shuffled, filtered, cut and padded. It takes half a minute, on the CPU, without network.
+        Trains a small language model on text that is on this machine:
+        the standard library's sources and Python's help texts, mixed 7:3,
+        shuffled, filtered, cut and padded. It takes about half a minute on
+        the CPU, and no network.
 
-        One run is left alone. One is killed by SIGKILL at a random step inside an epoch. One goes on from the last
-        checkpoint with another number of workers. Every sample must come in the same order, and every loss be the same
-        to the last bit, as in the run that was left alone. (What was trained after the last checkpoint is lost with its
+        One run is left alone. One is killed by SIGKILL at a random step
+        inside an epoch. One goes on from the last checkpoint with another
+        number of workers. Every sample must come in the same order as in
+        the run that was left alone, and every loss be the same to the last
+        bit. (What was trained after the last checkpoint is lost with its
         weights, and done again.)
 
         Exit status: 0 exact, 1 not exact, 2 it could not run.
@@ -106,7 +110,7 @@ def _show_demo(as_json: bool, *, steps: int, **options: Any) -> bool:
 
     console = Console(quiet=as_json, highlight=False, soft_wrap=True)
     columns = (
-        TextColumn("  {task.description:<10}"),
+        TextColumn("  {task.description:<12}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[loss]}"),
@@ -121,7 +125,14 @@ def _show_demo(as_json: bool, *, steps: int, **options: Any) -> bool:
             if isinstance(told, Verdict):
                 verdict = told
             elif isinstance(told, Step):
-                live.update(bar, description=titles[told.run], completed=told.step, loss=f"loss {told.loss:.3f}")
+                last = told.run == "resumed" and told.step == steps
+                live.update(
+                    bar,
+                    description=titles[told.run],
+                    completed=told.step,
+                    loss=f"loss {told.loss:.3f}",
+                    visible=not last,
+                )
             else:
                 live.console.print(told, markup=False)
                 live.reset(bar, description="starting", loss="")

@@ -135,9 +135,9 @@ class _LoaderIterator:
             if self._ended and not self._loud:
                 self._count_rest()
             if out.kind == ERROR:
-                error = out.payload.error()
+                failed = out.payload.error()
                 self._settled = True
-                raise error
+                raise failed
             return out.payload
         if self._broken is not None:
             self._settled = True
