@@ -153,6 +153,11 @@ def nodes(plan: Plan) -> list[Plan]:
     return [plan, *(node for child in children(plan) for node in nodes(child))]
 
 
+def flat_maps(plan: Plan) -> int:
+    """How many flat_map stand above each other, at most."""
+    return (plan[0] == "flat_map") + max(map(flat_maps, children(plan)), default=0)
+
+
 def batched(plan: Plan) -> bool:
     """Whether some samples may be lists of samples."""
     if plan[0] == "batch":
@@ -228,11 +233,11 @@ class Trees:
         self.draw, self.shards, self.sources = draw, shards, 0
 
     def tree(self, depth: int) -> tuple[Plan, Dataset]:
-        shape = self.draw(st.sampled_from(["source", "source", "interleave", "interleave", "concatenate"]))
-        if depth == 0 or shape == "source":
+        shape = self.draw(st.sampled_from(["interleave", "interleave", "concatenate", "source"])) if depth else "source"
+        if shape == "source":
             plan = self._source()
         else:
-            count = self.draw(st.integers(1, 3))
+            count = self.draw(st.sampled_from([1, 2, 2, 3]))
             parts = [self.tree(depth - 1) for _ in range(count)]
             if shape == "concatenate":
                 parts = [part for part in parts[:-1] if not part[1].infinite] + parts[-1:]
@@ -243,8 +248,10 @@ class Trees:
                     weights = (1, *weights[1:])
                 strategy = self.draw(st.sampled_from(STRATEGIES))
                 plan = ("interleave", tuple(part[0] for part in parts), weights, self._seed(), strategy)
-        ds = build(plan)
-        for _ in range(self.draw(st.integers(0, 2 if depth else 1))):
+        return self.verbs(plan, build(plan), self.draw(st.sampled_from([1, 0, 2])))
+
+    def verbs(self, plan: Plan, ds: Dataset, count: int) -> tuple[Plan, Dataset]:
+        for _ in range(count):
             plan, ds = self.verb(plan, ds)
         return plan, ds
 
@@ -254,23 +261,24 @@ class Trees:
     def _source(self) -> Plan:
         kinds = ["sequence", "sequence", "sequence", "blocks", "stride"] + ["shards"] * self.shards
         self.sources += 1
-        return ("source", self.draw(st.sampled_from(kinds)), self.sources - 1, self.draw(st.integers(1, 40)))
+        return ("source", self.draw(st.sampled_from(kinds)), self.sources - 1, self.draw(st.sampled_from([40, 39, 40, 36, 40, 12, 3, 1])))
 
     def verb(self, plan: Plan, ds: Dataset, verbs: tuple[str, ...] = ()) -> tuple[Plan, Dataset]:
         """The plan with another node on top."""
         if not verbs:
-            verbs = ("map", "take", "skip", "batch", "buffered", "filter", "flat_map")
+            verbs = ("map", "take", "skip", "batch", *("buffered", "filter", "flat_map") * 2)
             verbs += ("shuffle",) * 2 * (ds.random_access and not ds.infinite)
             # Over an endless input only what lets something pass in every lane: the others may read for ever.
-            verbs += () if ds.infinite else ("repeat", "skip_errors", "refill")
+            verbs += () if ds.infinite else ("repeat", "repeat", "skip_errors", "refill")
         elif ds.infinite:
             verbs = tuple(verb for verb in verbs if verb not in ("refill", "skip_errors"))
+        if flat_maps(plan) == 3:  # a fourth is refused
+            verbs = tuple(verb for verb in verbs if verb != "flat_map")
         verb = self.draw(st.sampled_from(verbs))
-        small = st.integers(0, 12)
         if verb == "shuffle":
             args: tuple[Any, ...] = (self._seed(), self.draw(st.sampled_from([16, 2, None])))
         elif verb == "buffered":
-            args = (self._seed(), self.draw(st.integers(1, 60)))
+            args = (self._seed(), self.draw(st.sampled_from([8, 60, 25, 3, 1])))
         elif verb == "map":
             args = (self.draw(st.sampled_from(["plain", "with_noise"])),)
         elif verb == "filter":
@@ -278,13 +286,13 @@ class Trees:
         elif verb == "flat_map":
             args = (self.draw(st.sampled_from(["pairs", "unbatch"] if ds.infinite else ["pairs", "unbatch", "copies"])),)
         elif verb == "repeat":
-            args = (self.draw(st.sampled_from([1, 2, 3, None])),)
+            args = (self.draw(st.sampled_from([2, None, 3, 1])),)
         elif verb == "take":
-            args = (self.draw(st.integers(0, 50)),)
+            args = (self.draw(st.sampled_from([50, 200, 20, 7, 0])),)
         elif verb == "skip":
-            args = (self.draw(small),)
+            args = (self.draw(st.sampled_from([3, 11, 0])),)
         elif verb == "batch":
-            args = (self.draw(st.integers(1, 5)), self.draw(st.booleans()))
+            args = (self.draw(st.sampled_from([2, 3, 1, 5])), self.draw(st.booleans()))
         else:
             args = ()
         plan = (verb, plan, *args)
@@ -295,7 +303,8 @@ class Trees:
 def plans(draw: Any, shards: bool = True, stream: bool = True) -> Plan:
     """A pipeline of at least three nodes above its sources; with ``stream`` at least one of them only a stream node."""
     trees = Trees(draw, shards)
-    plan, ds = trees.tree(draw(st.integers(0, 2)))
+    plan, ds = trees.tree(draw(st.sampled_from([1, 2, 0])))
+    plan, ds = trees.verbs(plan, ds, draw(st.integers(1, 4)))
     if stream and not any(node[0] in STREAM_VERBS for node in nodes(plan)):
         plan, ds = trees.verb(plan, ds, STREAM_VERBS)
     while sum(node[0] != "source" for node in nodes(plan)) < 3:
@@ -434,6 +443,8 @@ def test_lanes_together_are_an_epoch_and_no_origin_comes_twice(plan: Plan, num_l
     numbers = {name: k for k, name in enumerate_sources(plan)}
     seen: set[ms.Origin] = set()
     found: Counter[int] = Counter()
+    # What flat_map makes of a batch has the origins of the whole batch.
+    exact = not any(node[0] == "flat_map" and batched(node) for node in nodes(plan))
     limit = 200 if ds.infinite else 3000
     complete = True
     for epoch in (0, 1):
@@ -442,7 +453,8 @@ def test_lanes_together_are_an_epoch_and_no_origin_comes_twice(plan: Plan, num_l
                 if count == limit:
                     complete = False
                     break
-                assert identify(sample) == [BASE * numbers[origin.source] + origin.row for origin in origins]
+                rows = [BASE * numbers[origin.source] + origin.row for origin in origins]
+                assert identify(sample) == rows if exact else set(identify(sample)) <= set(rows)
                 assert len(set(origins)) == len(origins)
                 assert not seen.intersection(origins), seen.intersection(origins)
                 seen.update(origins)

@@ -142,18 +142,12 @@ def _show_demo(as_json: bool, *, steps: int, **options: Any) -> bool:
         return verdict.exact
     for line in verdict.differences:
         console.print(f"  {line}", markup=False)
-    rolled = f"The {verdict.rolled_back} steps after the checkpoint were rolled back with the weights and done again"
-    if verdict.rolled_back < 2:
-        rolled = (
-            "The step after the checkpoint was rolled back with the weights and done again"
-            if verdict.rolled_back
-            else "No step had to be done again: the kill came right after the checkpoint"
-        )
     if verdict.exact:
         console.print(
             f"[bold green]EXACT[/]: {verdict.samples:,} samples in {verdict.steps} steps came in the same order, and every "
-            f"loss is the same bit for bit. {rolled}."
+            f"loss is the same bit for bit."
         )
     else:
-        console.print(f"[bold red]NOT EXACT[/]: the resumed run differs from the one left alone. {rolled}.")
+        console.print("[bold red]NOT EXACT[/]: the resumed run differs from the one that was left alone.")
+    console.print(f"Steps after the checkpoint, rolled back with the weights and done again: {verdict.rolled_back}.")
     return verdict.exact

@@ -1,0 +1,259 @@
+"""Bugs planted one by one in a copy of the package: each must turn a named test red, or that test proves nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A change to one file, and the test that must notice.
+
+    Attributes:
+        file: Below src/midstream.
+        old: Text that is there exactly once.
+        new: What the bug puts in its place.
+        test: File and -k expression.
+    """
+
+    file: str
+    old: str
+    new: str
+    test: tuple[str, str]
+
+
+BUGS = {
+    "a live list in a state": Bug(
+        "core.py",
+        "        return copy_plain(self.snapshot())\n",
+        "        return self.snapshot()\n",
+        ("test_planted_bugs.py", "iterator_hands_out_fresh_values"),
+    ),
+    "the buffer of a shuffle is not replayed": Bug(
+        "nodes/shuffle.py",
+        'while self.seen < state["seen"]:',
+        'self.seen = state["seen"]\n        while self.seen < state["seen"]:',
+        ("test_contract.py", "restore_at_every_step and buffered"),
+    ),
+    "living workers are not told the epoch": Bug(
+        "loader.py",
+        "            runner.shared[0] = epoch.epoch\n",
+        "            pass\n",
+        ("test_loader.py", "three_epochs and True"),
+    ),
+    "read-ahead counts as delivered": Bug(
+        "core.py",
+        "        return [self.number, self.told, self.block]\n",
+        "        return [self.first + len(self.items), self.told, self.block]\n",
+        ("test_contract.py", "restore_at_every_step and shuffle"),
+    ),
+    "the end of an epoch is one batch late": Bug(
+        "position.py",
+        "self.passed + 1 >= self.turns",
+        "self.passed >= self.turns",
+        ("test_loader.py", "nobody_pulls_stop_iteration"),
+    ),
+    "two shuffles of one seed share their order": Bug(
+        "core.py",
+        "self.salt = salt(path)",
+        "self.salt = 0",
+        ("test_orders.py", "unrelated_orders or released"),
+    ),
+    "a replay counts twice": Bug(
+        "failures.py",
+        "        if self.marks.get(path, [-1, -1]) < mark:\n",
+        "        if True:\n",
+        ("test_loader.py", "however_often_they_are_replayed"),
+    ),
+    "an error that was raised is met again": Bug(
+        "position.py",
+        "            told = {**told, number: told.get(number, 0) + 1}\n",
+        "            pass\n",
+        ("test_planted_bugs.py", "after_an_error_in_a_batch"),
+    ),
+    "parts of a row are forgotten": Bug(
+        "nodes/flat_map.py",
+        'return {"part": self.part, "source": self.before}',
+        'return {"part": 0, "source": self.source.snapshot()}',
+        ("test_contract.py", "restore_at_every_step and flat_map"),
+    ),
+    "a restored input of a mix starts in its first pass": Bug(
+        "nodes/interleave.py",
+        "            child.source = self._open(name, child.number)\n            child.source.load(source)\n",
+        "            child.source = self._open(name, 0)\n            child.source.load(source)\n",
+        ("test_contract.py", "restore_at_every_step and interleave"),
+    ),
+    "the global generator is drawn from": Bug(
+        "loader.py",
+        '            "generator": torch.Generator().manual_seed(runner.epoch),\n',
+        '            "generator": None,\n',
+        ("test_contract.py", "global_generators and sequence"),
+    ),
+    "a loaded state is followed in the next epoch too": Bug(
+        "readers.py",
+        "            if generation != self.generation:\n",
+        "            if False:\n",
+        ("test_planted_bugs.py", "second_epoch_after_a_load"),
+    ),
+    "an exhausted run starts over": Bug(
+        "readers.py",
+        '            self.rounds, self.done = state["rounds"], state["done"]\n',
+        '            self.rounds, self.done = state["rounds"], False\n',
+        ("test_planted_bugs.py", "drained_lane_stays_drained"),
+    ),
+    "a generator hides state in the reader": Bug(
+        "readers.py",
+        '            self.delivery.iterator.load(state["state"])\n',
+        "            pass\n",
+        ("test_loader.py", "cut_anywhere and other_workers and everything"),
+    ),
+}
+
+
+# -- small laws of their own, for bugs that the large ones meet only by the way ------------------------------------------
+
+
+def test_an_iterator_hands_out_fresh_values() -> None:
+    import midstream as ms
+    from midstream.core import Lane, bind
+    from midstream.failures import Ledger
+
+    ds = ms.from_dataset(range(40)).filter(bool).shuffle(1, buffer_size=8)
+    iterator = bind(ds).iterate(Lane(0, 1, 1, Ledger()), 0, 0)
+    next(iterator)
+    state = iterator.state_dict()
+    state["safe"][1].clear()
+    assert iterator.state_dict()["safe"][1] != []
+
+
+def test_a_checkpoint_after_an_error_in_a_batch_goes_on_with_the_rest_of_it() -> None:
+    import midstream as ms
+
+    def fails(row: int) -> int:
+        if row in (5, 6):
+            raise ValueError(row)
+        return row
+
+    def make(workers: int) -> ms.DataLoader:
+        return ms.DataLoader(ms.from_dataset(range(12)).map(fails), batch_size=4, collate_fn=list, num_workers=workers)
+
+    made = make(0)
+    iterator = iter(made)
+    assert next(iterator) == [0, 1, 2, 3]
+    with pytest.raises(ms.SampleError, match=r"data\[5\]"):
+        next(iterator)
+    state = made.state_dict()
+    resumed = make(2)
+    resumed.load_state_dict(state)
+    rest = iter(resumed)
+    with pytest.raises(ms.SampleError, match=r"data\[6\]"):
+        next(rest)
+    assert list(rest) == [[4, 7], [8, 9, 10, 11]]
+    resumed.close()
+
+
+def test_the_second_epoch_after_a_load_is_whole() -> None:
+    import midstream as ms
+
+    made = ms.DataLoader(ms.from_dataset(range(40)).shuffle(1), batch_size=4, num_workers=2, persistent_workers=True)
+    iterator = iter(made)
+    for _ in range(5):
+        next(iterator)
+    state = made.state_dict()
+    made.load_state_dict(state)
+    assert len(list(made)) == 5
+    assert len(list(made)) == 10
+    made.close()
+
+
+def test_a_drained_lane_stays_drained() -> None:
+    import midstream as ms
+
+    ds = ms.from_dataset(range(30)).filter(lambda row: row < 6 or row // 2 % 3 != 0)  # lane 0 has one batch
+    made = ms.DataLoader(ds, batch_size=2, lanes=3, collate_fn=list)
+    whole = list(made)
+    for cut in range(len(whole)):
+        made = ms.DataLoader(ds, batch_size=2, lanes=3, collate_fn=list)
+        iterator = iter(made)
+        for _ in range(cut):
+            next(iterator)
+        resumed = ms.DataLoader(ds, batch_size=2, lanes=3, collate_fn=list)
+        resumed.load_state_dict(made.state_dict())
+        assert list(resumed) == whole[cut:]
+
+
+# -- planting ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planted")
+    for name in ("src", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def run(folder: Path, file: str, expression: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(folder / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+        f"tests/{file}",
+        "-k",
+        expression,
+    ]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_the_copy_is_what_is_tested(copy: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(copy / "src")}
+    code = "import midstream; print(midstream.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(str(copy))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_turns_its_test_red(name: str, copy: Path) -> None:
+    bug = BUGS[name]
+    path = copy / "src" / "midstream" / bug.file
+    text = path.read_text()
+    assert text.count(bug.old) == 1, f"{bug.file} has changed: plant the bug anew"
+    path.write_text(text.replace(bug.old, bug.new))
+    try:
+        done = run(copy, *bug.test)
+    finally:
+        path.write_text(text)
+    assert done.returncode == 1, f"no test failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert " failed" in done.stdout
+    assert "rror during collection" not in done.stdout
+
+
+@pytest.mark.slow
+def test_without_a_bug_the_named_tests_are_green(copy: Path) -> None:
+    files: dict[str, list[str]] = {}
+    for bug in BUGS.values():
+        files.setdefault(bug.test[0], []).append(f"({bug.test[1]})")
+    for file, expressions in files.items():
+        done = run(copy, file, " or ".join(sorted(set(expressions))))
+        assert done.returncode == 0, done.stdout[-3000:]
