@@ -16,12 +16,15 @@ This file is the longest in the package: both faces, and every rule that all nod
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import dill
@@ -683,7 +686,9 @@ class Dataset(IterableDataset[Any]):
         if waiting is not None:
             run.load_state_dict(waiting)
             self._set("_waiting", None)
-        self._set("_run", run)
+        # Weak, for a cycle would keep open streams alive until the collector comes by, in whatever thread.
+        self._set("_run", weakref.ref(run))
+        self._set("_left", None)
         return run
 
     def rows(self, positions: Sequence[int] | I64, epoch: int = 0) -> list[Any]:
@@ -721,7 +726,11 @@ class Dataset(IterableDataset[Any]):
         waiting = self.__dict__.get("_waiting")
         if waiting is not None:
             return copy_plain(waiting)
-        run = self.__dict__.get("_run")
+        reference = self.__dict__.get("_run")
+        run = reference() if reference is not None else None
+        left = self.__dict__.get("_left")
+        if run is None and left is not None:
+            return copy_plain(left)
         if run is None:
             worker = get_worker_info()
             index, num_lanes = (worker.id, worker.num_workers) if worker is not None else (0, 1)
@@ -995,7 +1004,7 @@ class Run:
         self._place = bind(dataset)
         self._epoch = epoch
         self._events: dict[str, int] = {}
-        self._over: TooManyErrors | None = None
+        self._over: list[TooManyErrors] = []
         self._noticed: set[str] = set()
         self._done = False
         self._waiting: State = None
@@ -1004,11 +1013,19 @@ class Run:
     def __iter__(self) -> Run:
         return self
 
+    def __del__(self) -> None:
+        """Leave the position with the dataset, which may be asked for it after a loop was left."""
+        with contextlib.suppress(Exception):
+            dataset = self._dataset
+            reference = dataset.__dict__.get("_run")
+            if reference is not None and reference() in (self, None) and dataset.__dict__.get("_left") is None:
+                dataset._set("_left", self.state_dict())
+
     def __next__(self) -> Any:
         if self._ledger.notices:
             self._tell()  # of what was met on the way to the sample before: no sample is in hand that could be lost
-        if self._over is not None:
-            raise self._over
+        if self._over:
+            raise self._over[0]
         if self._done:
             raise StopIteration
         try:
@@ -1022,7 +1039,9 @@ class Run:
         return sample
 
     def _start(self) -> Delivery:
-        delivery = Delivery(self._place, self._lane, int(epoch_key(self._epoch)[0]), self._epoch, self._skipped)
+        # Not a method of this object: that would be a cycle.
+        skipped = functools.partial(_check_skipped, self._events, self._ledger, self._over)
+        delivery = Delivery(self._place, self._lane, int(epoch_key(self._epoch)[0]), self._epoch, skipped)
         if self._waiting is not None:
             delivery.iterator.load(self._waiting["state"])
             self._ledger.marks = copy_plain(self._waiting["marks"])
@@ -1036,21 +1055,6 @@ class Run:
             if key not in self._noticed:
                 self._noticed.add(key)
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
-
-    def _skipped(self) -> None:
-        """A sample was skipped: is that one too many?"""
-        try:
-            check_limits(self._counted(), self._ledger.limits)
-        except TooManyErrors as error:
-            self._over = error
-            raise
-
-    def _counted(self) -> dict[str, int]:
-        """Everything dropped and failed so far."""
-        events = dict(self._events)
-        for key, count in self._ledger.events.items():
-            events[key] = events.get(key, 0) + count
-        return events
 
     def state_dict(self) -> State:
         """The state after the last sample returned; plain values, fresh each time."""
@@ -1066,7 +1070,7 @@ class Run:
                 "done": self._done,
                 "state": delivery.iterator.snapshot(),
                 "marks": self._ledger.marks,
-                "events": self._counted(),
+                "events": _add_events(self._events, self._ledger.events),
             }
         )
 
@@ -1086,8 +1090,25 @@ class Run:
         self._waiting = copy_plain(state)
         self._epoch, self._done = state["epoch"], state["done"]
         self._events = dict(self._waiting["events"])
-        self._ledger.events, self._over = {}, None
+        self._ledger.events, self._over = {}, []
         self._delivery = None
+
+
+def _add_events(events: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    """Two counts as one."""
+    total = dict(events)
+    for key, count in more.items():
+        total[key] = total.get(key, 0) + count
+    return total
+
+
+def _check_skipped(events: Mapping[str, int], ledger: Ledger, over: list[TooManyErrors]) -> None:
+    """A sample was skipped: is that one too many?"""
+    try:
+        check_limits(_add_events(events, ledger.events), ledger.limits)
+    except TooManyErrors as error:
+        over.append(error)
+        raise
 
 
 _RUN_KEYS = {

@@ -16,11 +16,15 @@ from midstream.nodes.map import Call, require_limit
 _EVERY = 16
 _GIVE_UP = 100_000
 _PARTS = 1 << 20
+_DEEPEST = 3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FlatMap(Dataset):
     """Every sample replaced by the samples a function returns, numbered as the parts of its row.
+
+    Parts of a sample that was made of several rows (a batch) carry the origins of all of them, unless there are as many parts
+    as rows: then it is taken to be taken apart again, and part i carries the i-th.
 
     The function may be a generator function; its samples are collected before the first is passed on, so keep what one
     row becomes small enough for memory. Rows that become nothing are counted.
@@ -40,6 +44,11 @@ class FlatMap(Dataset):
         require_callable(self.fn, "flat_map")
         require_choice(self.on_error, "on_error", ("raise", "skip"), "flat_map")
         require_limit(self.on_error, self.max_errors, "flat_map")
+        if _depth(self) > _DEEPEST:
+            raise ValueError(
+                f"at most {_DEEPEST} flat_map above each other: the parts of parts are numbered in 64 bits. Do the work of two "
+                f"in one function"
+            )
 
     @property
     def random_access(self) -> bool:
@@ -97,7 +106,7 @@ class _FlatMapIterator(Iterator):
             self.parts = parts
         part = self.part
         self.part = part + 1
-        return self.parts[part], _part_origin(self.origins, part)
+        return self.parts[part], _part_origin(self.origins, part, len(self.parts))
 
     def _state(self) -> State:
         if 0 < self.part < len(self.parts):
@@ -133,12 +142,17 @@ def _collect(fn: Callable[[Any], Iterable[Any]], sample: Any) -> list[Any]:
     return parts
 
 
-def _part_origin(origins: Origins, part: int) -> Origins:
+def _depth(node: Dataset) -> int:
+    """The most flat_map on a path from here to a source."""
+    return isinstance(node, FlatMap) + max((_depth(child) for child in node.inputs().values()), default=0)
+
+
+def _part_origin(origins: Origins, part: int, parts: int) -> Origins:
     """A flat_map above another one numbers (outer part, inner part) in one integer."""
     if type(origins) is tuple:
-        if origins[3] >= 1 << 42:
-            raise ValueError("more than three flat_map above each other: their parts cannot be numbered any more")
         return (*origins[:3], origins[3] * _PARTS + part)
+    if len(origins) == parts:  # a batch taken apart again
+        return tuple(origins[part].tolist())
     moved = origins.copy()
     moved[:, 3] = moved[:, 3] * _PARTS + part
     return moved
