@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import BASE, Bomb, Shards, identify, ids, plain
-from hypothesis import HealthCheck, assume, event, given, note, settings
+from hypothesis import HealthCheck, Phase, assume, event, given, note, settings
 from hypothesis import strategies as st
 
 import midstream as ms
@@ -39,6 +39,7 @@ def examples(count: int) -> Callable[..., Any]:
         max_examples=max(1, int(count * MANY)),
         deadline=None,
         print_blob=True,
+        phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],  # explaining takes minutes
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )
 

@@ -108,7 +108,12 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("concatenate lists", lambda: ms.concatenate([[1]]), TypeError, r"found list(.|\n)*midstream\.from_dataset"),  # type: ignore[list-item]
     ("concatenate one", lambda: ms.concatenate(A), TypeError, r"concatenate(.|\n)*(list|\[)"),  # type: ignore[arg-type]
     ("concatenate number", lambda: ms.concatenate(3), TypeError, "concatenate"),  # type: ignore[arg-type]
-    ("concatenate endless", lambda: ms.concatenate([A.repeat(), B]), ValueError, "dataset 0(.|\n)*what follows is never read"),
+    (
+        "concatenate endless",
+        lambda: ms.concatenate([A.repeat(), B]),
+        ValueError,
+        "dataset 0(.|\n)*what follows is never read",
+    ),
     ("interleave list", lambda: ms.interleave([A, B]), TypeError, r"interleave\(\{'web': web, 'code': code\}\)"),  # type: ignore[arg-type]
     ("interleave none", lambda: ms.interleave({}), ValueError, "at least one dataset"),
     ("interleave raw", lambda: ms.interleave({"a": [1]}), TypeError, r"interleave 'a'(.|\n)*midstream\.from_dataset"),  # type: ignore[dict-item]
@@ -127,7 +132,12 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("interleave text", lambda: ms.interleave(TWO, {"a": "x", "b": 1}), (TypeError, ValueError), "weight of 'a'"),  # type: ignore[dict-item,list-item]
     ("interleave no weight", lambda: ms.interleave(TWO, {"a": None, "b": 1}), (TypeError, ValueError), "weight of 'a'"),  # type: ignore[dict-item,list-item]
     ("interleave all 0", lambda: ms.interleave(TWO, {"a": 0, "b": 0}), ValueError, "at least one weight is above 0"),
-    ("interleave tiny", lambda: ms.interleave(TWO, {"a": 1e-9, "b": 1}), ValueError, "'a'(.|\n)*Give it 0 to leave it out"),
+    (
+        "interleave tiny",
+        lambda: ms.interleave(TWO, {"a": 1e-9, "b": 1}),
+        ValueError,
+        "'a'(.|\n)*Give it 0 to leave it out",
+    ),
     ("interleave seed", lambda: ms.interleave(TWO, seed="x"), TypeError, "interleave: seed is an integer"),  # type: ignore[arg-type]
     (
         "interleave strategy",
@@ -381,7 +391,12 @@ def test_a_generator_that_fails_half_way_gives_none_of_its_samples() -> None:
 @pytest.mark.parametrize("endless", [False, True])
 def test_repeat_of_nothing_ends(endless: bool) -> None:
     times = None if endless else 3
-    for nothing in (numbers(0), numbers(9).filter(lambda x: False), numbers(0).filter(bool), numbers(4).flat_map(lambda x: [])):
+    for nothing in (
+        numbers(0),
+        numbers(9).filter(lambda x: False),
+        numbers(0).filter(bool),
+        numbers(4).flat_map(lambda x: []),
+    ):
         ds = nothing.repeat(times)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # that a lane found nothing may be told
@@ -453,7 +468,10 @@ def test_every_kind_of_failure_is_counted_by_its_type_and_source() -> None:
             raise ValueError(x)
         return x
 
-    ds = ms.interleave({"a": numbers(20).map(parse, on_error="skip"), "b": numbers(20)}, stopping_strategy="all_exhausted_without_replacement")
+    ds = ms.interleave(
+        {"a": numbers(20).map(parse, on_error="skip"), "b": numbers(20)},
+        stopping_strategy="all_exhausted_without_replacement",
+    )
     made = loader(ds)
     list(made)
     assert made.progress().sources["a"].failures == {"KeyError": 4, "ValueError": 4}
@@ -631,7 +649,12 @@ def test_random_augmentation_depends_on_the_sample_alone(kind: str, source: Call
     expected = {sample["id"]: sample["noise"] for sample in ds}
     assert len({json.dumps(noise) for noise in expected.values()}) == 48
     torch.manual_seed(99)
-    for options in ({"lanes": 1}, {"lanes": 12}, {"lanes": 12, "workers": 2}, {"lanes": 6, "workers": 1, "batch_size": 5}):
+    for options in (
+        {"lanes": 1},
+        {"lanes": 12},
+        {"lanes": 12, "workers": 2},
+        {"lanes": 6, "workers": 1, "batch_size": 5},
+    ):
         made = loader(ds, **options)  # type: ignore[arg-type]
         iterator = iter(made)
         found = [sample for _ in range(3) for sample in next(iterator)]
@@ -733,7 +756,10 @@ GRID: dict[str, list[Any]] = {
     "bfloat16 tensors": [torch.ones(2, dtype=torch.bfloat16)] * 2,
     "dict": [{"x": 1, "y": "a"}, {"x": 2, "y": "b"}],
     "dict in another order": [{"x": 1, "y": 2.5}, {"y": 3.5, "x": 4}],
-    "nested": [{"a": {"b": [1, (2.5, "c")]}, "d": array("int8", 2)}, {"a": {"b": [3, (4.5, "e")]}, "d": array("int8", 2)}],
+    "nested": [
+        {"a": {"b": [1, (2.5, "c")]}, "d": array("int8", 2)},
+        {"a": {"b": [3, (4.5, "e")]}, "d": array("int8", 2)},
+    ],
     "tuple": [(1, 2.5), (2, 3.5)],
     "tuple of text": [(1, "a"), (2, "b")],
     "list": [[1, 2], [3, 4]],
@@ -771,12 +797,21 @@ def test_collate_equals_default_collate(kind: str) -> None:
 
 
 REFUSED: dict[str, tuple[list[Any], str]] = {
-    "ragged arrays": ([array("int32", 2), array("int32", 3)], r"differ in shape(.|\n)*\(2,\), \(3,\)(.|\n)*midstream\.pad"),
-    "ragged column": ([{"x": array("int32", 2)}, {"x": array("int32", 3)}], r"sample\['x'\](.|\n)*\(2,\), \(3,\)(.|\n)*pad"),
+    "ragged arrays": (
+        [array("int32", 2), array("int32", 3)],
+        r"differ in shape(.|\n)*\(2,\), \(3,\)(.|\n)*midstream\.pad",
+    ),
+    "ragged column": (
+        [{"x": array("int32", 2)}, {"x": array("int32", 3)}],
+        r"sample\['x'\](.|\n)*\(2,\), \(3,\)(.|\n)*pad",
+    ),
     "ragged lists": ([[1], [1, 2]], r"differ in shape(.|\n)*\(1,\), \(2,\)(.|\n)*midstream\.pad"),
     "ragged tensors": ([torch.ones(2), torch.ones(3)], r"differ in shape(.|\n)*\(2,\), \(3,\)(.|\n)*midstream\.pad"),
     "ragged in a tuple": ([(array("int8", 2), 1), (array("int8", 3), 1)], r"differ in shape(.|\n)*\(2,\), \(3,\)"),
-    "ragged in a list in a dict": ([{"x": [array("int8", 2)]}, {"x": [array("int8", 3)]}], r"\['x'\](.|\n)*\(2,\), \(3,\)"),
+    "ragged in a list in a dict": (
+        [{"x": [array("int8", 2)]}, {"x": [array("int8", 3)]}],
+        r"\['x'\](.|\n)*\(2,\), \(3,\)",
+    ),
     "ragged in a namedtuple": ([Pair(array("int8", 2), 1), Pair(array("int8", 3), 1)], r"\(2,\), \(3,\)"),
     "dimensions": ([array("int32", 2, 3), array("int32", 6)], r"\(2, 3\), \(6,\)"),
     "None": ([None, None], "is None"),
@@ -941,7 +976,9 @@ def test_pad_takes_tensors_of_any_dtype(dtype: torch.dtype) -> None:
 
 
 def test_pad_takes_sequences_of_more_dimensions() -> None:
-    batch = ms.pad([{"x": array("float32", 2, 3)}, {"x": array("float32", 4, 3)}, {"x": array("float32", 0, 3)}], value=-1)
+    batch = ms.pad(
+        [{"x": array("float32", 2, 3)}, {"x": array("float32", 4, 3)}, {"x": array("float32", 0, 3)}], value=-1
+    )
     assert batch["x"].shape == (3, 4, 3)
     assert batch["x"].dtype == torch.float32
     assert batch["x"][0, 2:].eq(-1).all()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import collections
 import datetime
 import decimal
+import gc
 import io
 import json
 import math
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import GeneratorType
 from typing import Any
 
 import datasets
@@ -27,7 +29,6 @@ import midstream as ms
 from midstream.core import Dataset, Run
 from midstream.sources.huggingface import _HubShards
 
-LANES = [(0, 1), (1, 3)]
 N = 24
 
 
@@ -288,7 +289,7 @@ def test_numeric_lists_are_read_only_views_of_what_is_stored(wide: datasets.Data
 @pytest.mark.parametrize("name", WIDE)
 def test_every_type_reads_from_slices_of_one_array_and_from_many_chunks(name: str) -> None:
     array = WIDE[name]
-    for stored in (array, array[5:17], array[23:], chunked(array[2:]) if False else chunked(array)):
+    for stored in (array, array[5:17], array[23:], chunked(array)):
         data = datasets.Dataset(InMemoryTable(pa.table({"x": stored})))
         check_rows(data, ms.from_dataset(data))
 
@@ -392,7 +393,9 @@ def test_reading_calls_no_formatter_of_hugging_face(monkeypatch: pytest.MonkeyPa
 
 def tokens() -> datasets.Dataset:
     rows = range(12)
-    return datasets.Dataset.from_dict({"id": list(rows), "x": [[row, row + 1] for row in rows], "s": list("abcdefghijkl")})
+    return datasets.Dataset.from_dict(
+        {"id": list(rows), "x": [[row, row + 1] for row in rows], "s": list("abcdefghijkl")}
+    )
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -439,7 +442,9 @@ def test_a_transform_that_raises_loses_one_row_and_names_it() -> None:
     assert found[7].error_type == "ValueError"
 
 
-@pytest.mark.parametrize("change", [lambda ids: [i for i in ids if i != 7], lambda ids: ids + ids[:1]], ids=["fewer", "more"])
+@pytest.mark.parametrize(
+    "change", [lambda ids: [i for i in ids if i != 7], lambda ids: ids + ids[:1]], ids=["fewer", "more"]
+)
 def test_a_transform_that_changes_the_number_of_rows_is_an_error_that_says_so(change: Callable[[Any], Any]) -> None:
     data = tokens().with_transform(lambda batch: {"id": change(batch["id"])})
     with pytest.raises((ValueError, ms.SampleError, ms.SourceError), match="rows"):
@@ -737,7 +742,9 @@ def test_a_generator_that_raises_is_dead_and_said_to_be(split: Any) -> None:
     resumed = Run(make(), 0, 1, 0)
     resumed.load_state_dict(state)
     for stream in (run, run, resumed, resumed):  # again and again: never the next shard as if nothing had been lost
-        with pytest.raises(ms.SourceError, match="shard 0 raised at row 4(.|\n)*every row after it is lost(.|\n)*in .map"):
+        with pytest.raises(
+            ms.SourceError, match="shard 0 raised at row 4(.|\n)*every row after it is lost(.|\n)*in .map"
+        ):
             next(stream)
 
 
@@ -776,7 +783,9 @@ def test_an_iterator_that_goes_on_after_raising_loses_one_sample(split: Any, bad
     for step, state in enumerate(states):
         resumed = Run(make(), 0, 1, 0)
         resumed.load_state_dict(state)
-        assert [sample.origin if isinstance(sample, ms.SampleError) else sample for sample in drain(resumed)] == found[step:]
+        assert [sample.origin if isinstance(sample, ms.SampleError) else sample for sample in drain(resumed)] == found[
+            step:
+        ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -845,7 +854,7 @@ def test_wrong_arguments_of_from_iterable_are_refused(options: Any, error: type[
 # -- Hugging Face streams -----------------------------------------------------------------------------------------------
 
 
-def stream(n: int = 40, shards: int = 4, start: int = 0) -> datasets.IterableDataset:
+def stream(n: int = 32, shards: int = 4, start: int = 0) -> datasets.IterableDataset:
     return datasets.Dataset.from_dict({"id": list(range(start, start + n))}).to_iterable_dataset(num_shards=shards)
 
 
@@ -869,7 +878,7 @@ HUB: dict[str, Callable[[], datasets.IterableDataset]] = {
     "map to other numbers of rows": lambda: stream().map(twice, batched=True, batch_size=3),
     "filter": lambda: stream().filter(lambda row: row["id"] % 3 != 0),
     "filter of the generator": lambda: HUB["generator"]().filter(lambda row: row["id"] % 2 == 0),
-    "filter that empties a shard": lambda: stream().filter(lambda row: not 10 <= row["id"] < 20),
+    "filter that empties a shard": lambda: stream().filter(lambda row: not 8 <= row["id"] < 16),
     "skip": lambda: stream().skip(6),
     "skip of one shard": lambda: stream(20, 1).skip(6),
     "take": lambda: stream().take(10),
@@ -893,8 +902,7 @@ def shard_by_shard(data: datasets.IterableDataset) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("kind", HUB)
-@pytest.mark.parametrize("lane", LANES)
-@pytest.mark.parametrize("every", [4, 256])
+@pytest.mark.parametrize(("lane", "every"), [((0, 1), 4), ((1, 3), 256)], ids=["whole, own states", "lane 1 of 3"])
 def test_a_hub_stream_yields_its_shards_and_resumes_at_every_row(
     kind: str, lane: tuple[int, int], every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -937,7 +945,9 @@ def test_a_long_shard_resumes_from_the_streams_own_state() -> None:
     ids=["arrow", "shards only", "below", "generator", "interleaved", "concatenated"],
 )
 def test_a_shuffled_hub_stream_is_refused_with_the_reason_and_the_alternative(shuffled: Callable[[], Any]) -> None:
-    with pytest.raises(ValueError, match=r"loses and repeats rows(.|\n)*from_dataset\(data\)\.shuffle\(seed, buffer_size="):
+    with pytest.raises(
+        ValueError, match=r"loses and repeats rows(.|\n)*from_dataset\(data\)\.shuffle\(seed, buffer_size="
+    ):
         ms.from_dataset(shuffled())
 
 
@@ -953,7 +963,9 @@ def test_a_hub_stream_split_by_node_is_refused(shards: int) -> None:
         ms.from_dataset(split_dataset_by_node(stream(40, shards), rank=0, world_size=2))
 
 
-@pytest.mark.parametrize("kind", ["arrow", "generator", "map of batches", "filter", "skip", "interleaved", "concatenated"])
+@pytest.mark.parametrize(
+    "kind", ["arrow", "generator", "map of batches", "filter", "skip", "interleaved", "concatenated"]
+)
 def test_workers_read_every_row_of_a_hub_stream_once(kind: str) -> None:
     """Inside a torch worker a Hugging Face stream would shard itself once more."""
     data = HUB[kind]()
@@ -990,6 +1002,45 @@ def test_every_epoch_of_a_hub_stream_is_whole(persistent: bool) -> None:
     assert made.epoch == 3
 
 
+def open_hub_generators() -> int:
+    return sum(
+        isinstance(thing, GeneratorType) and thing.gi_code.co_filename.endswith("iterable_dataset.py")
+        for thing in gc.get_objects()
+    )
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda ds: Run(ds, 0, 1, 0),
+        lambda ds: iter(ds),
+        lambda ds: iter(ds.map(lambda row: row).filter(bool).shuffle(1, buffer_size=4).batch(2, collate_fn=list)),
+        lambda ds: iter(loader(ds)),
+    ],
+    ids=["run", "iter", "pipeline", "loader"],
+)
+def test_a_dropped_iterator_closes_its_hub_stream_at_once(run: Callable[[Dataset], Any], resumed: bool) -> None:
+    """Not when garbage is collected: that may be in a thread of the stream, which would wait for itself for ever."""
+    ds = ms.from_dataset(datasets.interleave_datasets([stream(), stream()]))
+    gc.collect()
+    gc.disable()
+    try:
+        before = open_hub_generators()
+        iterator = run(ds)
+        next(iterator)
+        assert open_hub_generators() > before
+        if resumed and hasattr(iterator, "state_dict"):
+            again = run(ds)
+            again.load_state_dict(iterator.state_dict())
+            next(again)
+            del again
+        del iterator
+        assert open_hub_generators() == before
+    finally:
+        gc.enable()
+
+
 def test_shards_and_columns_of_a_hub_stream_are_told() -> None:
     assert repr(ms.from_dataset(stream(), name="web")) == "web: from_dataset(datasets.IterableDataset, 4 shards)"
     with pytest.raises(TypeError, match="known only by reading"):
@@ -1008,8 +1059,8 @@ def test_a_row_that_raises_in_a_hub_stream_is_told_and_the_rest_is_not_lost_in_s
     assert [next(run)["id"] for _ in range(12)] == list(range(12))
     with pytest.raises(ms.SampleError, match="twelve") as caught:
         next(run)
-    assert caught.value.origin == ms.Origin("web", 0, 2 * 4 + 1)
-    with pytest.raises(ms.SourceError, match=r"shard 1 raised at row 2(.|\n)*in \.map"):
+    assert caught.value.origin == ms.Origin("web", 0, 4 * 4 + 1)
+    with pytest.raises(ms.SourceError, match=r"shard 1 raised at row 4(.|\n)*in \.map"):
         next(run)
 
 
@@ -1074,4 +1125,4 @@ def test_spawned_workers_read_what_the_main_process_reads(mapped: datasets.Datas
         made.close()
         return found
 
-    assert read(2, "spawn") == read(0)
+    assert read(1, "spawn") == read(0)

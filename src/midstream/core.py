@@ -398,7 +398,13 @@ class Cursor(Iterator):
             if not positions.size:
                 raise StopIteration
         start = time.perf_counter()
-        items = self.place.rows(positions, self.keys, self.passes).items()
+        try:
+            items = self.place.rows(positions, self.keys, self.passes).items()
+        except Exception:
+            if len(positions) == 1:
+                raise
+            self.chunk = 1  # what can still be read comes first; then the error meets whoever asks for its row
+            items = self.place.rows(positions[:1], self.keys, self.passes).items()
         elapsed = time.perf_counter() - start
         self.first, self.items, self.at = first, items, 0
         self.lane.ledger.reads += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -218,7 +219,7 @@ def collate(samples: list[Any]) -> Any:
     return _collate(samples, "")
 
 
-def _collate(samples: list[Any], where: str) -> Any:
+def _collate(samples: Sequence[Any], where: str) -> Any:
     first = samples[0]
     kind = type(first)
     if kind is np.ndarray and first.dtype.kind in "biufc":
@@ -237,14 +238,14 @@ def _collate(samples: list[Any], where: str) -> Any:
     if isinstance(first, (tuple, list)):
         if any(not isinstance(sample, (tuple, list)) or len(sample) != len(first) for sample in samples):
             raise _ragged(samples, where)
-        elements = [_collate(list(column), f"{where}[{number}]") for number, column in enumerate(zip(*samples))]
+        elements = [_collate(column, f"{where}[{number}]") for number, column in enumerate(zip(*samples))]
         if hasattr(first, "_fields"):
             return kind(*elements)
         return elements  # torch makes a list of a tuple too
     if isinstance(first, torch.Tensor) and len({sample.shape for sample in samples}) > 1:
         raise _ragged(samples, where)
     try:
-        return default_collate(samples)
+        return default_collate(list(samples))
     except Exception as error:
         raise ValueError(
             f"{_place(where)} cannot be put into a batch: torch's default_collate says {type(error).__name__}: {error}. "
@@ -252,7 +253,7 @@ def _collate(samples: list[Any], where: str) -> Any:
         ) from error
 
 
-def _stack(samples: list[Any], where: str) -> torch.Tensor:
+def _stack(samples: Sequence[Any], where: str) -> torch.Tensor:
     """Arrays of one shape, copied once. Mixed dtypes are promoted by torch's rules."""
     if any(sample is None for sample in samples) or len({np.shape(sample) for sample in samples}) > 1:
         raise _ragged(samples, where)
@@ -264,12 +265,14 @@ def _stack(samples: list[Any], where: str) -> torch.Tensor:
 def _like(first: Any, columns: dict[Any, Any]) -> Any:
     """The columns in a mapping of the samples' own type, where that can be made, as torch does."""
     try:
-        return type(first)(columns)
-    except TypeError:
+        clone = copy.copy(first)
+        clone.update(columns)
+    except (TypeError, AttributeError):
         return columns
+    return clone
 
 
-def _same_keys(samples: list[Any], where: str) -> None:
+def _same_keys(samples: Sequence[Any], where: str) -> None:
     keys = samples[0].keys()
     for number, sample in enumerate(samples):
         if not isinstance(sample, Mapping) or not keys <= sample.keys():
@@ -284,7 +287,7 @@ def _place(where: str) -> str:
     return f"sample{where}"
 
 
-def _ragged(samples: list[Any], where: str) -> ValueError:
+def _ragged(samples: Sequence[Any], where: str) -> ValueError:
     missing = sum(sample is None for sample in samples)
     if missing:
         return ValueError(
@@ -323,8 +326,7 @@ def pad(samples: list[Any] | None = None, *, value: float | Mapping[str, float] 
     >>> batch["ids_lengths"]
     tensor([3, 1])
     """
-    if multiple < 1:
-        raise ValueError(f"pad: multiple is at least 1; found {multiple}")
+    require_int(multiple, "multiple", 1, "pad")
     if samples is None:
         return functools.partial(pad, value=value, multiple=multiple)
     if not isinstance(samples[0], Mapping):
@@ -332,6 +334,11 @@ def pad(samples: list[Any] | None = None, *, value: float | Mapping[str, float] 
         return _pad_column(samples, fill, multiple, "a sample")
     batch: dict[str, Any] = {}
     _same_keys(samples, "")
+    unknown = sorted(set(map(str, value)) - set(map(str, samples[0]))) if isinstance(value, Mapping) else []
+    if unknown:
+        raise ValueError(
+            f"pad: there is no column {unknown[0]!r} to fill; expected some of {sorted(map(str, samples[0]))}"
+        )
     for key in samples[0]:
         column = [sample[key] for sample in samples]
         if all(_is_sequence(item) for item in column):
@@ -347,7 +354,7 @@ def _is_sequence(value: Any) -> bool:
         return value.ndim > 0 and value.dtype.kind in "biufc"
     if isinstance(value, torch.Tensor):
         return value.ndim > 0
-    return isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) for item in value)
+    return isinstance(value, (list, tuple)) and all(isinstance(item, (int, float, np.number)) for item in value)
 
 
 def _pad_column(column: Sequence[Any], value: float, multiple: int, where: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -357,6 +364,8 @@ def _pad_column(column: Sequence[Any], value: float, multiple: int, where: str) 
             f"pad: {where} is not a sequence of numbers in every sample; found {', '.join(kinds)}. Pad dicts of sequences or "
             f"bare sequences; bring other samples into that form with .map"
         )
+    if all(isinstance(item, torch.Tensor) for item in column):
+        return _pad_tensors(column, value, multiple, where)
     arrays = [np.asarray(item) for item in column]
     filled = [array for array in arrays if array.size] or arrays
     tails = {array.shape[1:] for array in filled}
@@ -366,6 +375,9 @@ def _pad_column(column: Sequence[Any], value: float, multiple: int, where: str) 
             f"{', '.join(map(str, sorted({array.shape for array in filled})[:4]))}"
         )
     dtype = np.result_type(*{array.dtype for array in filled})
+    _check_fill(
+        value, np.array(value).astype(dtype).item() if np.isfinite(value) or dtype.kind == "f" else None, dtype, where
+    )
     lengths = np.array([len(array) for array in arrays], dtype=np.int64)
     longest = -(-int(lengths.max()) // multiple) * multiple
     out = np.full((len(arrays), longest, *tails.pop()), value, dtype=dtype)
@@ -373,3 +385,28 @@ def _pad_column(column: Sequence[Any], value: float, multiple: int, where: str) 
         if len(array):
             out[index, : len(array)] = array
     return torch.from_numpy(out), torch.from_numpy(lengths)
+
+
+def _pad_tensors(column: Sequence[Any], value: float, multiple: int, where: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_pad_column` for tensors, whose dtypes numpy need not have."""
+    filled = [item for item in column if item.numel()] or list(column)
+    if len({(item.shape[1:], item.dtype) for item in filled}) > 1:
+        raise ValueError(
+            f"pad: {where} differs beyond its first dimension, which is the one that is padded; found "
+            f"{', '.join(sorted({f'{tuple(item.shape)} {item.dtype}' for item in filled})[:4])}"
+        )
+    lengths = torch.tensor([len(item) for item in column], dtype=torch.int64)
+    longest = -(-int(lengths.max()) // multiple) * multiple
+    if not filled[0].is_floating_point():
+        _check_fill(value, int(value) if np.isfinite(value) else None, filled[0].dtype, where)
+    out = torch.full((len(column), longest, *filled[0].shape[1:]), value, dtype=filled[0].dtype)
+    for index, item in enumerate(column):
+        if len(item):
+            out[index, : len(item)] = item
+    return out, lengths
+
+
+def _check_fill(value: float, stored: Any, dtype: Any, where: str) -> None:
+    """Refuse a fill value that the column cannot hold."""
+    if stored is None or (stored != value and value == value and not isinstance(stored, float)):
+        raise ValueError(f"pad: {where} holds {dtype}, which cannot hold the value {value}; give value={{column: ...}}")
