@@ -167,7 +167,7 @@ class Bare(torch.utils.data.IterableDataset):
 def whole_state(batches: int) -> list[dict[str, Any]]:
     """What a batch costs more on our loader than on torch's, with 2 workers: state, origins and order."""
     rows = []
-    for stream, sources, lanes in [(False, 1, 4), (False, 1, 256), (False, 100, 48), (False, 400, 48), (True, 1, 4), (True, 1, 256), (True, 100, 48), (True, 400, 48)]:
+    for stream, (sources, lanes) in itertools.product((False, True), ((1, 4), (1, 256), (100, 48), (400, 48))):
         ds = mixture(sources, stream).repeat().batch(8)
         ours, theirs = [], []
         for _ in range(3):
@@ -211,7 +211,10 @@ def resumes(rows: int) -> list[dict[str, Any]]:
             {name: ms.from_dataset(range(rows // 3)).shuffle(1) for name in "abc"},
             stopping_strategy="all_exhausted_without_replacement",
         ),
-        "filter, buffered shuffle (10,000)": ms.from_dataset(data).shuffle(1).filter(yes).shuffle(2, buffer_size=10_000),
+        "filter, buffered shuffle (10,000)": ms.from_dataset(data)
+        .shuffle(1)
+        .filter(yes)
+        .shuffle(2, buffer_size=10_000),
     }
     result = []
     for name, ds in pipelines.items():
@@ -262,7 +265,8 @@ def main() -> None:
         costs = nodes(make(Path(folder), 200_000 // scale), 100_000 // scale)
     limit = costs["raw views (the limit)"]
     sample_rows = [
-        {"per sample": name, "µs": round(cost, 2), "over raw views, µs": round(cost - limit, 2)} for name, cost in costs.items()
+        {"per sample": name, "µs": round(cost, 2), "over raw views, µs": round(cost - limit, 2)}
+        for name, cost in costs.items()
     ]
     print("\n## Per sample\n\n" + table(sample_rows))
     state_rows = states()
@@ -273,7 +277,9 @@ def main() -> None:
     print("\n## Load to first batch\n\n" + table(resume_rows))
     if options.json:
         options.json.write_text(
-            json.dumps({"samples": sample_rows, "states": state_rows, "batches": batch_rows, "resumes": resume_rows}, indent=1)
+            json.dumps(
+                {"samples": sample_rows, "states": state_rows, "batches": batch_rows, "resumes": resume_rows}, indent=1
+            )
         )
 
 

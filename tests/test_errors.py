@@ -118,7 +118,7 @@ def local_exception(x: int) -> None:
 
 def chained(x: int) -> None:
     try:
-        1 / 0  # noqa: B018
+        1 / 0
     except ZeroDivisionError as error:
         raise ValueError(f"outer {x}") from error
 
@@ -237,7 +237,7 @@ def test_a_sample_error_survives_pickling_with_all_it_knows(kind: int, reference
     assert isinstance(again.origin, ms.Origin)
 
 
-class Callable_:  # noqa: N801
+class Callable_:
     def __call__(self, x: int) -> int:
         raise ValueError(x)
 

@@ -388,24 +388,27 @@ def test_a_generator_that_fails_half_way_gives_none_of_its_samples() -> None:
     assert isinstance(found[2], ms.SampleError)
 
 
-@pytest.mark.parametrize("endless", [False, True])
-def test_repeat_of_nothing_ends(endless: bool) -> None:
-    times = None if endless else 3
-    for nothing in (
-        numbers(0),
-        numbers(9).filter(lambda x: False),
-        numbers(0).filter(bool),
-        numbers(4).flat_map(lambda x: []),
-    ):
-        ds = nothing.repeat(times)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # that a lane found nothing may be told
-            try:
-                assert list(ds) == []
-                assert list(loader(ds)) == []
-            except ms.SourceError as error:  # an endless search that was given up, and says so, is an end as well
-                assert endless
-                assert "never ends" in str(error) or "nothing" in str(error)
+NOTHING: dict[str, Callable[[], Dataset]] = {
+    "no rows": lambda: numbers(0),
+    "no rows, filtered": lambda: numbers(0).filter(bool),
+    "nothing passes": lambda: numbers(9).filter(lambda x: False),
+    "nothing is made": lambda: numbers(4).flat_map(lambda x: []),
+    "nothing is taken": lambda: stream(9).take(0),
+    "all is skipped": lambda: stream(9).skip(20),
+    "no iterable": lambda: ms.from_iterable(list, name="none"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # that a lane found nothing is told
+@pytest.mark.parametrize("times", [3, None], ids=["three times", "for ever"])
+@pytest.mark.parametrize("nothing", NOTHING)
+def test_repeat_of_nothing_ends(nothing: str, times: int | None) -> None:
+    ds = NOTHING[nothing]().repeat(times)
+    assert list(ds) == []
+    for workers in (0, 2 if nothing == "nothing passes" else 0):
+        made = loader(ds, workers)
+        assert list(made) == []
+        made.close()
 
 
 # -- errors that are skipped --------------------------------------------------------------------------------------------
@@ -1033,7 +1036,7 @@ def test_pad_does_not_overwrite_a_column_that_has_the_name_of_its_lengths() -> N
     try:
         batch = ms.pad(samples)
     except ValueError as error:
-        assert "x_lengths" in str(error)  # noqa: PT017 (refusing is as good)
+        assert "x_lengths" in str(error)
     else:
         assert batch["x_lengths"].tolist() == [7, 8]
 

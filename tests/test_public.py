@@ -19,16 +19,53 @@ import midstream as ms
 
 PACKAGE = Path(ms.__file__).parent
 
-PUBLIC = """
-CheckpointError DataLoader Dataset MidstreamError Origin Progress ReplayDiverged SampleError SourceError TooManyErrors
-WorkerError collate concatenate from_dataset from_iterable interleave merge_states pad progress read_json read_parquet
-""".split()
+PUBLIC = [
+    "CheckpointError",
+    "DataLoader",
+    "Dataset",
+    "MidstreamError",
+    "Origin",
+    "Progress",
+    "ReplayDiverged",
+    "SampleError",
+    "SourceError",
+    "TooManyErrors",
+    "WorkerError",
+    "collate",
+    "concatenate",
+    "from_dataset",
+    "from_iterable",
+    "interleave",
+    "merge_states",
+    "pad",
+    "progress",
+    "read_json",
+    "read_parquet",
+]
 
 # A file imports only from files above it. Folders count as one; `midstream` is the package itself.
-LAYERS = """
-errors _state _random _check failures core nodes sources lanes readers checkpoint position progress loader midstream
-display testing demo cli __main__
-""".split()
+LAYERS = [
+    "errors",
+    "_state",
+    "_random",
+    "_check",
+    "failures",
+    "core",
+    "nodes",
+    "sources",
+    "lanes",
+    "readers",
+    "checkpoint",
+    "position",
+    "progress",
+    "loader",
+    "midstream",
+    "display",
+    "testing",
+    "demo",
+    "cli",
+    "__main__",
+]
 
 # The only imports against that order, and only inside functions: the fluent verbs, and how things look in a notebook.
 LATE = {("core", "nodes"), ("core", "display"), ("progress", "display")}

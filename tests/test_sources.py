@@ -1004,7 +1004,7 @@ def test_every_epoch_of_a_hub_stream_is_whole(persistent: bool) -> None:
 
 def open_hub_generators() -> int:
     return sum(
-        isinstance(thing, GeneratorType) and thing.gi_code.co_filename.endswith("iterable_dataset.py")
+        type(thing) is GeneratorType and thing.gi_code.co_filename.endswith("iterable_dataset.py")
         for thing in gc.get_objects()
     )
 

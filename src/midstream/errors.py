@@ -26,6 +26,9 @@ class Origin(NamedTuple):
         epoch: The pass over that source (outer epoch and every enclosing ``repeat`` included), from 0.
         row: Row of the source.
         part: What ``flat_map`` made of the row: 0 for the row itself or its first output, then 1, 2, ...
+
+    >>> str(Origin("web", epoch=2, row=7))
+    'web[7] epoch 2'
     """
 
     source: str

@@ -100,7 +100,7 @@ class _LoaderIterator:
         """The next batch, or the next error."""
         epoch = self._epoch
         if self._broken is not None and not self._ready:
-            raise self._broken
+            raise self._explain(self._broken)
         if epoch.complete:
             while self._late:
                 self._tell(self._late.pop())
@@ -113,7 +113,7 @@ class _LoaderIterator:
         except StopIteration:
             self._ended = True
         except Exception as error:
-            self._broken = self._explain(error)
+            self._broken = error  # told when what came before it is handed out
         while self._loud:
             # Whatever may raise comes before the delivery is taken and counted, so that nothing is lost with it.
             number, lane, out = self._ready[0]
@@ -140,6 +140,7 @@ class _LoaderIterator:
                 raise failed
             return out.payload
         if self._broken is not None:
+            self._broken = self._explain(self._broken)
             self._settled = True
             raise self._broken
         self._count_rest()

@@ -39,6 +39,14 @@ class Progress:
     """Counts since the run's first epoch; survives resumes, merges over ranks.
 
     ``str(progress)`` is a table; `to_dict` has flat names for a logger.
+
+    >>> import midstream as ms
+    >>> loader = ms.DataLoader(ms.from_dataset(range(8), name="eight"), batch_size=4)
+    >>> _ = next(iter(loader))
+    >>> print(loader.progress())
+    epoch 0, 1 batches in it, 4 samples in all
+      source  samples   share  epochs  filtered  dropped  failures
+      eight         4  100.0%   0.500         0        0         0
     """
 
     epoch: int

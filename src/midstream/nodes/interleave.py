@@ -85,6 +85,8 @@ def interleave(
         if isinstance(weight, bool) or not isinstance(weight, (int, float, np.number)):
             raise TypeError(f"interleave: the weight of {key!r} is a number; found {weight!r}")
     require_name(name, "interleave")
+    if name is not None and "/" in name:
+        raise ValueError(f"interleave: a name is part of paths, so it has no '/'; found {name!r}")
     pairs = tuple((key, float(weights[key]) if not _is_whole(weights[key]) else int(weights[key])) for key in datasets)
     return Interleave(tuple(datasets.items()), pairs, seed, stopping_strategy, name)
 
