@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from midstream.demo import Step, Verdict
 
 def status(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """Exit status of ``midstream`` with these arguments, in this process."""
+    for name in ("FORCE_COLOR", "PY_COLORS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["midstream", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -34,7 +37,7 @@ def test_help_explains_the_demonstration_and_its_exit_status(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     assert status("demo", "--help", monkeypatch=monkeypatch) == 0
-    text = capsys.readouterr().out
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)  # typer forces colours in some CI
     for word in ("SIGKILL", "0 exact, 1 not exact, 2 it could not run", "--steps", "--workers", "--resume-workers"):
         assert word in text
     for word in ("--seed", "--kill-at", "--every", "--keep", "--json"):
@@ -95,6 +98,17 @@ def test_a_difference_is_named_and_exits_with_1(
         "NOT EXACT: the resumed run differs from the one that was left alone.\n"
         "Steps after the checkpoint, rolled back with the weights and done again: 3.\n"
     )
+
+
+def test_forced_colours_without_a_terminal_bring_no_moving_bar(
+    told: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told += ["a line", *(Step("whole", step, 5.5) for step in range(1, 100)), WRONG]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert cli._show_demo(False, steps=100) is False
+    out = capsys.readouterr().out
+    assert "\r" not in out
+    assert "loss 5.5" not in out
 
 
 def test_json_of_a_difference_exits_with_1(

@@ -23,9 +23,11 @@ from midstream.demo import BATCH, Job, Ledger, Verdict, choose_kill, compare, in
 
 
 def midstream(*arguments: str) -> subprocess.CompletedProcess[str]:
+    plain = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "PY_COLORS")}
     return subprocess.run(
-        [sys.executable, "-m", "midstream", *arguments], capture_output=True, text=True, timeout=300, check=False
-    )
+        [sys.executable, "-m", "midstream", *arguments],
+        capture_output=True, text=True, timeout=300, check=False, env=plain,
+    )  # fmt: skip
 
 
 def processes_of(folder: Path) -> list[str]:

@@ -118,8 +118,9 @@ def _show_demo(as_json: bool, *, steps: int, **options: Any) -> bool:
     )
     titles = {"whole": "left alone", "killed": "to be killed", "resumed": "resumed"}
     verdict = None
-    # Without a terminal a bar would be noise: then only the lines are printed.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as live:
+    # Without a terminal a bar would be noise: then only the lines are printed. (Colours can be forced where there is none.)
+    moving = sys.stdout.isatty() and console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not moving) as live:
         bar = live.add_task("starting", total=steps, loss="")
         for told in run(steps=steps, **options):
             if isinstance(told, Verdict):

@@ -4,7 +4,7 @@
     compare                  what exact means
     run                      the demonstration: three training processes, one after the other
 
-Three processes train the same thing. One is left alone. One is killed by SIGKILL at a random moment inside an epoch. One
+Three processes train the same thing. One is left alone. One is killed by SIGKILL at a random step inside an epoch. One
 goes on from the killed one's last checkpoint, with another number of workers. Every step writes its loss and the origins
 of its samples to a ledger; the ledgers must agree.
 """
@@ -360,13 +360,15 @@ def run(
         yield f"A small language model on this machine's own text, {steps} steps of {BATCH} pieces; seed {seed}"
 
         whole = yield from watch(replace(job, every=0))
-        epochs = whole.steps[-1]["epoch"] + 1
-        yield _row("left alone", workers, f"{_count(epochs, 'epoch')}, {_losses(whole)}")
+        epochs = [entry["epoch"] for entry in whole.steps]
+        yield _row(
+            "left alone", workers, f"to batch {epochs.count(epochs[-1])} of epoch {epochs[-1]}, {_losses(whole)}"
+        )
 
-        killed = yield from _kill(job, [entry["epoch"] for entry in whole.steps], seed, kill_at)
+        killed = yield from _kill(job, epochs, seed, kill_at)
         last, checkpoint = killed.steps[-1], load(place)
-        batch = sum(entry["epoch"] == last["epoch"] for entry in killed.steps)
-        yield _row("killed", workers, f"SIGKILL after step {last['step']} (epoch {last['epoch']}, batch {batch})")
+        batch = epochs[: last["step"]].count(last["epoch"])
+        yield _row("killed", workers, f"SIGKILL after step {last['step']} (batch {batch} of epoch {last['epoch']})")
         size, whole_size = len(json.dumps(checkpoint["loader"])), (place / "checkpoint.pt").stat().st_size
         yield f"  its last checkpoint: step {checkpoint['step']}, {size:,} bytes for the data, {whole_size:,} with the weights"
 
@@ -383,7 +385,7 @@ def run(
             "resumed_after": start,
             "workers": workers,
             "resume_workers": resume_workers,
-            "epochs": epochs,
+            "epochs": epochs[-1] + 1,
             "loader_state_bytes": size,
             "seconds_to_first_batch": round(seconds, 4),
         }
@@ -464,11 +466,7 @@ def inside_epoch(epochs: list[int], step: int, margin: int) -> bool:
 
 
 def _row(run: str, workers: int, text: str) -> str:
-    return f"  {run:<10}  {_count(workers, 'worker'):<9}  {text}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"  {run:<10}  {workers} {'worker' if workers == 1 else 'workers':<7}  {text}"
 
 
 def _losses(ledger: Ledger) -> str:
