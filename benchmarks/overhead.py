@@ -271,7 +271,7 @@ def main() -> None:
     print("\n## Per sample\n\n" + table(sample_rows))
     state_rows = states()
     print("\n## state_dict()\n\n" + table(state_rows))
-    batch_rows = whole_state(3000 // scale)
+    batch_rows = whole_state(1000 // min(scale, 3))
     print("\n## Per batch, 2 workers\n\n" + table(batch_rows))
     resume_rows = resumes(1_000_000 // scale)
     print("\n## Load to first batch\n\n" + table(resume_rows))

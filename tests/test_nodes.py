@@ -394,7 +394,7 @@ NOTHING: dict[str, Callable[[], Dataset]] = {
     "nothing passes": lambda: numbers(9).filter(lambda x: False),
     "nothing is made": lambda: numbers(4).flat_map(lambda x: []),
     "nothing is taken": lambda: stream(9).take(0),
-    "all is skipped": lambda: stream(9).skip(20),
+    "all is skipped": lambda: stream(9).skip(900),
     "no iterable": lambda: ms.from_iterable(list, name="none"),
 }
 
