@@ -67,6 +67,7 @@ def test_a_killed_job_resumes_exactly_with_another_number_of_workers(
     start = ledgers["resumed"].event("resume")["step"]
     assert start % 7 == 0 < start <= len(ledgers["killed"].steps) < 60
     assert [entry["step"] for entry in ledgers["resumed"].steps] == list(range(start + 1, 61))
+    assert [e["event"] for e in ledgers["resumed"].entries if "event" in e] == ["resume", "first batch", "end"]
     assert load(tmp_path)["step"] == 56
     assert [(tmp_path / f"{name}.log").read_text() for name in ledgers] == ["", "", ""]  # not one warning
     if sys.platform == "linux":

@@ -6,7 +6,7 @@
 
 Three processes train the same thing. One is left alone. One is killed by SIGKILL at a random step inside an epoch. One
 goes on from the killed one's last checkpoint, with another number of workers. Every step writes its loss and the origins
-of its samples to a ledger; the ledgers must agree.
+of its samples to a ledger; the ledgers must agree. All of it is in one file, so that it can be read and copied whole.
 """
 
 from __future__ import annotations
@@ -144,20 +144,20 @@ def train(job: Job) -> None:
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     loader = ms.DataLoader(pipeline(job.rows), batch_size=BATCH, num_workers=job.workers, collate_fn=ms.pad)
-    step = 0
+    step = start = 0
     ledger = Ledger(folder / f"{job.name}.jsonl")
     if job.resume:
         checkpoint = load(folder)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step = checkpoint["step"]
+        step = start = checkpoint["step"]
         ledger.write(event="resume", step=step)
         loading = time.perf_counter()
         loader.load_state_dict(checkpoint["loader"])
 
     for epoch in range(loader.epoch, num_epochs):
         for batch in loader:
-            if job.resume and step == checkpoint["step"]:
+            if job.resume and step == start:
                 ledger.write(event="first batch", seconds=time.perf_counter() - loading)
 
             loss = model.loss(batch)
