@@ -230,7 +230,11 @@ def quotas(weights: Mapping[str, float]) -> tuple[list[int], int]:
         size = _LARGE_BLOCK
         ideal = [value / exact_total * size for value in values]
         result = [int(value) for value in ideal]
-        by_remainder = sorted(range(len(ideal)), key=lambda index: (result[index] - ideal[index], names[index]))
+        # What rounded down to nothing comes first: a source of the mix is never left out for want of a remainder.
+        by_remainder = sorted(
+            range(len(ideal)),
+            key=lambda index: (result[index] > 0 or ideal[index] < 0.5, result[index] - ideal[index], names[index]),
+        )
         for index in by_remainder[: size - sum(result)]:
             result[index] += 1
     for name, value, quota in zip(names, values, result):
