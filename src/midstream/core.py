@@ -34,7 +34,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._random import fold, salt
 from midstream._state import MISSING, State, copy_plain, fingerprint
-from midstream.errors import CheckpointError, Origin, ReplayDiverged, TooManyErrors
+from midstream.errors import CheckpointError, MidstreamError, Origin, ReplayDiverged, TooManyErrors
 from midstream.failures import Failure, Hole, Ledger, check_limits
 
 __all__ = [
@@ -290,7 +290,15 @@ class Iterator:
 
     def __next__(self) -> Item:
         if self._loaded is not None:
-            self._load(self._loaded)
+            try:
+                self._load(self._loaded)
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                if isinstance(error, MidstreamError):
+                    raise
+                raise CheckpointError(
+                    f"{type(self).__name__.strip('_')} cannot take this state ({type(error).__name__}: {error}): "
+                    f"{self._loaded!r:.200}"
+                ) from error
             self._loaded = None
         return self._next()
 

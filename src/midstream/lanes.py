@@ -6,8 +6,9 @@ A run's batches are numbered n = 0, 1, 2, ... over all ranks; batch n is made by
     worker w of W    makes every W-th of those, beginning with the w-th
 
 Random access needs no lanes: a worker computes its batch numbers and reads there. Streams give lane l to rank l mod R,
-which works when R divides L; within the rank, lanes are its slots 0, 1, 2, ... in turn, slot s on worker s mod W, padded
-with empty slots to a multiple of W so that the turns stay in step.
+which is the rank of batch n when R divides L; for another R the lanes are dealt just so, exactly once and as evenly as can
+be, but the ranks' batches come in another order. Within the rank, lanes are its slots 0, 1, 2, ... in turn, slot s on worker
+s mod W, padded with empty slots to a multiple of W so that the turns stay in step.
 """
 
 from __future__ import annotations
@@ -100,14 +101,19 @@ def batches_of_rank(total: int, start: int, rank: int, world_size: int, remainde
         start: The first one that was not delivered yet.
         rank: The rank.
         world_size: Ranks.
-        remainder: ``"drop"``: as many as every rank can make; ``"uneven"``: all there are.
+        remainder: ``"drop"``: as many as every rank can make; ``"pad"``: as many as it takes to make all, those from
+            ``total`` on being repeats; ``"uneven"``: all there are.
 
-    >>> [batches_of_rank(10, 0, rank, 4, "uneven") for rank in range(4)], batches_of_rank(10, 0, 0, 4, "drop")
-    ([3, 3, 2, 2], 2)
+    >>> [batches_of_rank(10, 0, rank, 4, "uneven") for rank in range(4)]
+    [3, 3, 2, 2]
+    >>> batches_of_rank(10, 0, 0, 4, "drop"), batches_of_rank(10, 0, 0, 4, "pad")
+    (2, 3)
     """
     left = max(0, total - start)
     if remainder == "drop":
         return left // world_size
+    if remainder == "pad":
+        return -(-left // world_size)
     return max(0, -(-(total - first_batch(start, rank, world_size)) // world_size))
 
 

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from midstream._state import State, encode
+from midstream._state import State, decode, encode, seal
 from midstream.checkpoint import Canonical
 from midstream.core import FORMAT, I64, Dataset, bind
 from midstream.errors import Origin
-from midstream.lanes import Topology
+from midstream.lanes import Topology, first_batch
 from midstream.nodes.batch import Batch
-from midstream.readers import BATCH, ERROR, Out, Plan, source_of
+from midstream.nodes.map import Map
+from midstream.readers import BATCH, ERROR, NOTHING, Out, Plan, source_of
 
-__all__ = ["Facts", "Position", "Tally"]
+__all__ = ["Facts", "Position", "Tally", "Trace"]
 
 _LOG_BATCHES = 1024
 _LOG_BYTES = 64 << 20
@@ -58,6 +59,10 @@ class Entry(NamedTuple):
     Attributes:
         number: Counts the deliveries.
         step: Batches handed out before it.
+        passed: Turns of this rank that were over before it.
+        told: Random access: errors already raised, by batch number.
+        lane: Whose state and counts it changed.
+        padded: Whether the batch was a repeat that only fills up the last round.
         origins: Of the batch, for `Position.trace`; None when it was none.
     """
 
@@ -69,6 +74,20 @@ class Entry(NamedTuple):
     state: str | None
     tally: Tally | None
     origins: I64 | None
+    padded: bool = False
+
+
+class Trace(list[Origin]):
+    """The origins of a batch's samples.
+
+    Attributes:
+        padded: Whether the batch is a repeat, made by ``remainder="pad"`` so that every rank gets as many.
+    """
+
+    padded: bool = False
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}{' (padded)' if self.padded else ''}"
 
 
 class Facts:
@@ -85,12 +104,20 @@ class Facts:
             self._spec = pickle.dumps(self.pipeline.spec())
         return pickle.loads(self._spec)  # type: ignore[no-any-return]
 
-    def dropped_rows(self) -> int:
-        """Rows that a ``.batch(n, drop_last=True)`` at the end of a sized pipeline leaves out each epoch."""
-        node = self.pipeline
-        if not (isinstance(node, Batch) and node.drop_last and node.random_access):
+    def left_out(self, batch: int) -> int:
+        """Rows that an epoch of a sized pipeline leaves out when ``batch`` is the first batch that nobody makes.
+
+        Those of the batches from there on, and what a ``.batch(n, drop_last=True)`` drops.
+        """
+        if not self.pipeline.random_access or (total := self.pipeline.length()) is None:
             return 0
-        return (node.source.length() or 0) % node.batch_size
+        node = self.pipeline
+        while isinstance(node, Map):
+            node = node.source
+        if not isinstance(node, Batch):
+            return max(0, total - batch)
+        rows = node.source.length() or 0
+        return max(0, rows - batch * node.batch_size) if batch < total else rows - min(rows, total * node.batch_size)
 
 
 class Position:
@@ -109,68 +136,105 @@ class Position:
         turns: int | None,
         canonical: Canonical | None = None,
         tallies: dict[int, Tally] | None = None,
+        *,
+        even: bool = True,
+        keep: bool = False,
     ) -> None:
+        """A position.
+
+        Args:
+            facts: Of the pipeline.
+            topology: Ranks and workers.
+            num_lanes: Of the run.
+            epoch: The epoch in progress.
+            turns: Batch numbers of this rank from the start on; None when only reading tells.
+            canonical: The state to go on from.
+            tallies: The counts to go on from, where there is no such state.
+            even: Whether all ranks come to the end of the epoch at the same step.
+            keep: Whether what a lane has not delivered when the epoch ends is kept for the next one (``sync_end``).
+        """
         self.facts, self.topology, self.num_lanes, self.epoch, self.turns = facts, topology, num_lanes, epoch, turns
+        self.even, self.keep = even, keep and not facts.pipeline.random_access
         self.num_sources = len(facts.names)
+        self.total = facts.pipeline.length() if facts.pipeline.random_access else None
         self.own = range(topology.rank, num_lanes, topology.world_size)
         self.start = canonical.batches if canonical is not None else 0
+        self.first = first_batch(self.start, topology.rank, topology.world_size)
         self.steps = self.first_step = canonical.steps_done if canonical is not None else 0
-        self.passed = 0  # batch numbers this rank is done with since `start`
+        self.passed = 0  # random access: turns of this rank that are over since `start`
         self.told: dict[int, int] = {}  # random access: errors already raised, by batch number; replaced, never changed
         self.told_before: dict[int, int] = {}
+        self.ahead: frozenset[int] = frozenset()  # random access: batches of this rank that were done before their turn
         self.states: dict[int, str] = {}
         self.tallies: dict[int, Tally] = tallies if tallies is not None else {}
         self.decoded: dict[int, Any] = {}
         if canonical is not None:
+            self.ahead = frozenset(n for n in canonical.ahead if self._mine(n))
+            self.told_before = dict(canonical.told)
             for index, lane in canonical.lanes.items():
-                if lane is None:
-                    continue
-                if lane.get("told") is not None:
-                    self.told_before[lane["told"][0]] = lane["told"][1]
-                if index not in self.own:
+                if lane is None or index not in self.own:
                     continue
                 self.tallies[index] = Tally(self.num_sources, lane)
                 if lane.get("lane") is not None:
                     self.states[index], self.decoded[index] = encode(lane["lane"]), lane["lane"]
         for number, errors in self.told_before.items():
-            if number >= self.start and (number - topology.rank) % topology.world_size == 0:
+            if number >= self.start and self._mine(number):
                 self.told = {**self.told, number: errors}
+        self.passed = self._skip_ahead(0)
         self.complete = False
         self.log: deque[Entry] = deque()
         self.log_bytes = 0
         self.applied = 0  # number of the last delivery that is done: assigned last
 
+    def _mine(self, number: int) -> bool:
+        return (number - self.topology.rank) % self.topology.world_size == 0
+
+    def _skip_ahead(self, passed: int) -> int:
+        """The next turn whose batch is not done already."""
+        while self.ahead and self.first + passed * self.topology.world_size in self.ahead:
+            passed += 1
+        return passed
+
     def plan(self) -> Plan:
         """Where workers continue."""
-        return Plan(self.start, self.turns, self.told_before, self.decoded)
+        return Plan(self.start, self.turns, self.told_before, self.decoded, self.ahead)
 
     def apply(self, number: int, lane: int, out: Out, *, last: bool = False) -> None:
         """Count one thing that came out, and move on; with ``last`` the epoch is complete after it."""
-        key = lane if lane >= 0 else self.topology.rank
+        random_access = lane < 0
+        key = self._leaf(self.topology.rank) if random_access else lane
+        padded = random_access and self.total is not None and number >= self.total
         events = out.notes[0] if out.notes is not None else None
         if out.kind == ERROR:
             source = source_of(self.facts.place, out.payload)
             events = dict(events or {})
             name = f"failed {out.payload.error_type}|{out.payload.node}|{source}"
             events[name] = events.get(name, 0) + 1
+        if padded:
+            events = self._padding(out.origins)
         is_batch = out.kind == BATCH
-        last = last or (out.final and self.turns is not None and self.passed + 1 >= self.turns)
+        passed = self.passed
+        if random_access and out.final:
+            passed = self._skip_ahead((number - self.first) // self.topology.world_size + 1)
+        last = last or (self.turns is not None and passed >= self.turns)
         if last and not self.complete:
             events = {**(events or {}), **self._left_over()}
         before, state = self.tallies.get(key), self.states.get(key)
-        after = (before or Tally(self.num_sources)).plus(out.origins, events)
+        after = (before or Tally(self.num_sources)).plus(None if padded else out.origins, events)
         told = self.told
-        if lane < 0 and out.final:
+        if random_access and out.final:
             told = {key: errors for key, errors in told.items() if key != number} if told else told
-        elif lane < 0 and out.kind == ERROR:
+        elif random_access and out.kind == ERROR:
             told = {**told, number: told.get(number, 0) + 1}
-        entry = Entry(self.applied + 1, self.steps, self.passed, self.told, key, state, before, out.origins)
+        entry = Entry(
+            self.applied + 1, self.steps, self.passed, self.told, key, state, before, out.origins, padded and is_batch
+        )
         self.log.append(entry)
         self.tallies[key] = after
         if out.state is not None:
             self.states[key] = out.state
         self.told = told
-        self.passed += out.final if lane < 0 else is_batch  # a drained lane passes no batch
+        self.passed = passed
         self.steps += is_batch
         self.complete = last
         self.applied = entry.number
@@ -178,6 +242,16 @@ class Position:
         while len(self.log) > _LOG_BATCHES or (self.log_bytes > _LOG_BYTES and len(self.log) > 64):
             old = self.log.popleft()
             self.log_bytes -= old.origins.nbytes if old.origins is not None else 0
+
+    def finish(self) -> None:
+        """The epoch is over and there was nothing more to hand out."""
+        if not self.complete:
+            self.apply(-1, self._leaf(self.topology.rank), Out(NOTHING), last=True)
+
+    def _leaf(self, number: int) -> int:
+        """The leaf of this rank where something about batch ``number`` is kept: where its lane's next owner finds it."""
+        index = number % self.num_lanes
+        return index if index in self.own or not self.own else self.own[0]
 
     def undo_to(self, applied: int) -> None:
         """Take back every delivery after number ``applied``, and one that was interrupted half-way."""
@@ -191,9 +265,17 @@ class Position:
             self.log.pop()
 
     def _left_over(self) -> dict[str, int]:
-        """What a sized epoch never delivers: rows of a last batch that ``drop_last`` leaves out, told by rank 0."""
-        rows = self.facts.dropped_rows() if self.topology.rank == 0 else 0
+        """What a sized epoch never delivers, told by rank 0: batches that do not go round, rows that ``drop_last`` drops."""
+        if self.topology.rank or self.total is None:
+            return {}
+        first = self.start + self.turns * self.topology.world_size if self.turns is not None and self.even else self.total
+        rows = self.facts.left_out(min(first, self.total))
         return {f"dropped|{self.facts.place.path}|{0 if self.num_sources == 1 else -1}": rows} if rows else {}
+
+    def _padding(self, origins: I64 | None) -> dict[str, int]:
+        """Samples of a batch that is a repeat, by source."""
+        counts = np.bincount(origins[:, 0], minlength=self.num_sources).tolist() if origins is not None else []
+        return {f"padded|{self.facts.place.path}|{source}": count for source, count in enumerate(counts) if count}
 
     def totals(self) -> dict[str, int]:
         """All events counted so far on this rank."""
@@ -226,61 +308,104 @@ class Position:
                 )
             while log and log[-1].step >= step:
                 undo(log.pop())
-        if complete:
-            return self._render(self.epoch + 1, 0, 0, {}, tallies, {})
-        return self._render(self.epoch, passed, steps, states, tallies, told)
+        return self._render(passed, steps, states, tallies, told, complete)
+
+    @property
+    def together(self) -> bool:
+        """Whether the other ranks come to the end of the epoch at the same step as this one."""
+        lost = self.turns is not None and self.steps - self.first_step < self.turns - len(self.ahead)
+        return self.topology.world_size == 1 or (self.even and not lost)
 
     def _render(
         self,
-        epoch: int,
         passed: int,
         steps: int,
         states: Mapping[int, str],
         tallies: Mapping[int, Tally],
         told: Mapping[int, int],
+        complete: bool,
     ) -> State:
-        fresh = epoch != self.epoch
-        told_in: dict[int, list[int]] = {}
-        for number, errors in sorted(told.items(), reverse=True):
-            index = number % self.num_lanes
-            told_in[index if index in self.own else self.topology.rank] = [number, errors]
+        """The canonical state. A complete epoch is the start of the next, where the other ranks are there too."""
+        ranks, over = self.topology.world_size, complete and self.together
+        epoch, batches = self.epoch, self.start + (steps - self.first_step) * ranks
+        extra: dict[int, dict[str, State]] = {}
+        if over:
+            epoch, batches, steps = self.epoch + 1, 0, 0
+            states = {index: self._kept(states.get(index)) for index in self.own} if self.keep else {}
+        elif self.total is not None or self.facts.pipeline.random_access:
+            done = [self.first + turn * ranks for turn in range((batches - self.start) // ranks, passed)]
+            if ranks == 1:
+                batches, done = self.start + passed, []
+            elif self.total is not None:
+                batches = min(batches, self.total)
+            done += sorted(n for n in self.ahead if n >= self.first + passed * ranks)
+            for leaf, numbers in self._by_leaf(done).items():
+                extra.setdefault(leaf, {})["ahead"] = to_ranges(numbers)
+            for number, errors in sorted(told.items(), reverse=True):
+                extra.setdefault(self._leaf(number), {})["told"] = [number, errors]
+        if self.own:
+            extra.setdefault(self.own[0], {})["at"] = [epoch, batches, steps, int(complete and not over)]
         leaves = {}
         for index in self.own:
             text, tally = states.get(index), tallies.get(index)
-            if text is None and index not in told_in and (tally is None or not (tally.samples.any() or tally.events)):
+            counted = tally is not None and (tally.samples.any() or tally.events)
+            if not text and index not in extra and not counted:
                 leaves[f"{index:04d}"] = ""
                 continue
             tally = tally or Tally(self.num_sources)
-            leaf: dict[str, State] = {
-                "samples": tally.samples.tolist(),
-                "rows": tally.rows.tolist(),
-                "events": tally.events,
-            }
-            if index in told_in:
-                leaf["told"] = told_in[index]
-            body = encode(leaf)
-            leaves[f"{index:04d}"] = body if text is None else f'{body[:-1]},"lane":{text}}}'
+            leaf = {"samples": tally.samples.tolist(), "rows": tally.rows.tolist(), "events": tally.events}
+            body = encode({**leaf, **extra.get(index, {})})
+            leaves[f"{index:04d}"] = seal(f'{body[:-1]},"lane":{text}}}' if text else body)
         return {
             "midstream": FORMAT,
             "fingerprint": self.facts.pipeline.fingerprint,
             "spec": self.facts.spec(),
             "epoch": epoch,
-            "batches": 0 if fresh else self.start + passed * self.topology.world_size,
+            "batches": batches,
             "steps_done": steps,
             "num_lanes": self.num_lanes,
             "lanes": leaves,
         }
 
-    def trace(self, step: int | None) -> list[Origin]:
+    def _by_leaf(self, numbers: list[int]) -> dict[int, list[int]]:
+        leaves: dict[int, list[int]] = {}
+        for number in numbers:
+            leaves.setdefault(self._leaf(number), []).append(number)
+        return leaves
+
+    def _kept(self, state: str | None) -> str:
+        """A lane's state as the next epoch begins: nothing when it was through, else what it has left, to come first."""
+        lane = decode(state) if state is not None else {"epoch": self.epoch, "done": False, "state": None, "marks": {}}
+        return "" if lane["done"] else encode({**lane, "rounds": 0})
+
+    def trace(self, step: int | None) -> Trace:
         """Origins of the samples of batch number ``step`` (from 1), or of the last one."""
         wanted = self.steps if step is None else step
         for entry in reversed(self.log):
             if entry.origins is not None and entry.step == wanted - 1:
                 names = self.facts.names
-                return [Origin(names[s], p, r, part) for s, p, r, part in entry.origins.tolist()]
+                trace = Trace(Origin(names[s], p, r, part) for s, p, r, part in entry.origins.tolist())
+                trace.padded = entry.padded
+                return trace
         kept = [entry.step + 1 for entry in self.log if entry.origins is not None]
         span = f"{kept[0]} to {kept[-1]}" if kept else "none yet"
         raise ValueError(f"batch {wanted} of epoch {self.epoch} is not kept; kept are {span}")
+
+
+def to_ranges(numbers: list[int]) -> list[list[int]]:
+    """Ascending numbers as ``[first, stride, count]``.
+
+    >>> to_ranges([3, 5, 7, 8])
+    [[3, 2, 3], [8, 1, 1]]
+    """
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and (ranges[-1][2] == 1 or number == ranges[-1][0] + ranges[-1][1] * ranges[-1][2]):
+            first, _, count = ranges[-1]
+            ranges[-1] = [first, number - first if count == 1 else ranges[-1][1], count + 1]
+        else:
+            ranges.append([number, 1, 1])
+    return ranges
 
 
 def _put(values: dict[int, Any], key: int, value: Any) -> None:

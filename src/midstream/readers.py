@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._state import encode
-from midstream.core import I64, Cursor, Dataset, Delivery, Lane, Place, as_origin_array, bind, epoch_key
-from midstream.errors import SourceError
+from midstream.core import I64, Cursor, Dataset, Delivery, Item, Lane, Place, as_origin_array, bind, epoch_key
+from midstream.errors import CheckpointError, MidstreamError, SourceError
 from midstream.failures import Failure, Hole, Ledger
 from midstream.lanes import Topology, first_batch, slots
 
@@ -60,12 +60,14 @@ class Plan(NamedTuple):
         turns: Batches this rank makes from there; None: as many as there are.
         told: Errors already raised, by batch number.
         lanes: Streams: the decoded lane states by number.
+        ahead: Batches from ``start`` on that are done already (random access).
     """
 
     start: int
     turns: int | None
     told: dict[int, int]
     lanes: dict[int, Any]
+    ahead: frozenset[int] = frozenset()
 
 
 class Runner(IterableDataset[Any]):
@@ -100,18 +102,22 @@ class Runner(IterableDataset[Any]):
 
 
 class _RandomReader:
-    """Makes every W-th batch of its rank, wherever the run continues."""
+    """Makes every W-th batch of its rank, wherever the run continues; from the last one on, the first ones again (pad)."""
 
     def __init__(self, runner: Runner, worker: int, epoch: int, plan: Plan) -> None:
         topology = runner.topology
         self.stride = topology.world_size * topology.readers
         self.batch = first_batch(plan.start, topology.rank, topology.world_size) + worker * topology.world_size
-        self.turn, self.readers, self.turns, self.told = worker, topology.readers, plan.turns, plan.told
-        self.place = bind(runner.dataset)
+        self.turn, self.readers, self.turns = worker, topology.readers, plan.turns
+        self.told, self.ahead = plan.told, plan.ahead
+        self.place, self.epoch = bind(runner.dataset), epoch
+        self.total = runner.dataset.length()
         self.ledger = Ledger()
-        lane = Lane(self.batch, self.stride, 1, self.ledger)
-        self.cursor = Cursor(self.place, lane, int(epoch_key(epoch)[0]), epoch)
+        self.cursor = self._cursor(self.batch)
         self.broken: Out | None = None
+
+    def _cursor(self, batch: int) -> Cursor:
+        return Cursor(self.place, Lane(batch, self.stride, 1, self.ledger), int(epoch_key(self.epoch)[0]), self.epoch)
 
     def __iter__(self) -> _RandomReader:
         return self
@@ -120,10 +126,14 @@ class _RandomReader:
         if self.turns is not None and self.turn >= self.turns:
             raise StopIteration
         number = self.batch
-        outs = [self.broken] if self.broken is not None else self._make(self.told.get(number, 0))
         self.turn += self.readers
         self.batch += self.stride
-        return number, -1, outs
+        if number in self.ahead:
+            self.cursor = self._cursor(self.batch)
+            return -1, -1, []
+        if self.total and number >= self.total and self.turns is not None:
+            self.cursor = self._cursor(number % self.total)  # a rank's last turn
+        return number, -1, [self.broken] if self.broken is not None else self._make(self.told.get(number, 0))
 
     def _make(self, told: int) -> list[Out]:
         cursor = self.cursor
@@ -159,23 +169,55 @@ class _RandomReader:
 
 
 class _LaneRun:
-    """A stream lane in its worker."""
+    """A stream lane in its worker: what an earlier epoch left over of it, then the epoch in progress."""
 
-    __slots__ = ("delivery", "done", "index", "lane", "rounds")
+    __slots__ = ("delivery", "done", "epoch", "index", "lane", "last_epoch", "place", "resumed", "rounds")
 
     def __init__(self, place: Place, index: int, num_lanes: int, epoch: int, state: Any) -> None:
-        self.index, self.lane = index, Lane(index, num_lanes, 1, Ledger())
-        self.delivery = Delivery(place, self.lane, int(epoch_key(epoch)[0]), epoch)
+        self.place, self.index, self.lane = place, index, Lane(index, num_lanes, 1, Ledger())
+        self.last_epoch = epoch
         self.rounds, self.done = 0, False
+        self.epoch = epoch if state is None else state["epoch"]
+        self.delivery, self.resumed = self._delivery(), False
         if state is not None:
             self.rounds, self.done = state["rounds"], state["done"]
             self.lane.ledger.marks = state["marks"]
-            self.delivery.iterator.load(state["state"])
+            if not self.done and state["state"] is not None:
+                self.delivery.iterator.load(state["state"])
+                self.resumed = True
+
+    def _delivery(self) -> Delivery:
+        return Delivery(self.place, self.lane, int(epoch_key(self.epoch)[0]), self.epoch)
+
+    def next(self) -> Item:
+        """The next batch with its origins, or a `Failure`."""
+        while True:
+            try:
+                item = self.delivery.next()
+                self.resumed = False
+                return item
+            except MidstreamError:
+                raise
+            except StopIteration:
+                if self.epoch >= self.last_epoch:
+                    self.done = True
+                    raise
+                self.epoch += 1
+                self.lane.ledger.marks = {}
+                self.delivery = self._delivery()
+            except Exception as error:
+                if not self.resumed:
+                    raise
+                raise CheckpointError(
+                    f"lane {self.index} cannot go on from its state ({type(error).__name__}: {error}). The state is damaged, "
+                    f"or the data is not what it was."
+                ) from error
 
     def state(self) -> str:
         """The lane's part of the checkpoint, as canonical JSON."""
         return encode(
             {
+                "epoch": self.epoch,
                 "rounds": self.rounds,
                 "done": self.done,
                 "state": None if self.done else self.delivery.iterator.snapshot(),
@@ -222,9 +264,8 @@ class _StreamReader:
         ledger = run.lane.ledger
         while len(outs) < _ERRORS_A_TURN:
             try:
-                sample, origins = run.delivery.next()
+                sample, origins = run.next()
             except StopIteration:
-                run.done = True
                 return [*outs, Out(NOTHING, None, None, True, run.state(), _take_notes(ledger))]
             except Exception as error:
                 return [*outs, _fatal(error)]
