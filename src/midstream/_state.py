@@ -87,7 +87,7 @@ def seal(text: str) -> str:
     """A JSON object with a check number of its text as the last entry, so that a damaged one is noticed.
 
     >>> seal('{"a":1}')
-    '{"a":1,"crc":"561c2d6b"}'
+    '{"a":1,"crc":"561bacaf"}'
     """
     return f'{text[:-1]},"crc":"{zlib.crc32(text.encode()):08x}"}}'
 

@@ -5,35 +5,43 @@
       "fingerprint": "...",      hash of "spec"
       "spec": {...},             the pipeline as data: nodes, names, seeds, weights, lengths
       "epoch": 2,                the epoch in progress (or the next to start)
-      "batches": 96,             batches of the epoch that were delivered, over all ranks
+      "batches": 96,             batches of the epoch that were delivered, over all ranks in step with this one
       "steps_done": 48,          batches of the epoch that a rank handed out
       "num_lanes": 48,           fixed for the run
       "lanes": {"0000": "...", ...}
     }
 
 A rank's state holds the lanes l = rank (mod world size); a merged state holds all. Each lane is one string, empty before
-it has anything to say, else JSON:
+it has anything to say, else a JSON object; its entries, of which all but the first three may be missing:
 
-    {
-      "lane": {"rounds", "done", "state", "marks"},   streams: batches made, ended, the nodes' state, counted up to
-      "samples": [..], "rows": [..],                  delivered over the whole run, by source (as numbered in "spec")
-      "events": {"filtered|path|source": 12, ...},    dropped and failed over the whole run
-      "told": [batch, errors]                         random access: errors of a batch already raised
-    }
+    "samples", "rows": [..]     delivered over the whole run, by source (as numbered in "spec")
+    "events"                    {"filtered|path|source": 12, ...}: dropped and failed over the whole run
+    "at"                        [epoch, batches, steps_done, finished]: where the rank stood that saved this as its first lane;
+                                finished: 1 when it had come to its end of the epoch, and others perhaps had not
+    "told": [batch, errors]     random access: errors of a batch that were raised already
+    "ahead": [[first, stride, count], ...]  random access: batches that are done though they are not below "batches"
+    "lane"                      streams: {"epoch", "rounds", "done", "state", "marks"}: the lane's epoch (an earlier one than
+                                the run's when something was left over), batches made in it, whether it ended, the nodes'
+                                state, and up to where events were counted
+    "crc"                       check number of the text before it
 
-Random access needs "batches" alone to go on; its lanes only carry the counts, so that they add up over ranks.
+Random access needs "batches" alone to go on, and what is "ahead" where a rank lost whole batches; streams need their lanes.
+
+Several checkpointers keep one value of the numbers outside the lanes, an arbitrary rank's. So where the ranks stood is told
+by "at", and ranks at different steps are noticed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from midstream._state import State, copy_plain, decode, encode, fingerprint
+from midstream._state import State, copy_plain, encode, fingerprint, seal, unseal
 from midstream.core import FORMAT
 from midstream.errors import CheckpointError, bullet_list
 
-__all__ = ["Canonical", "diff_specs", "merge_states", "parse", "source_names"]
+__all__ = ["Canonical", "diff_specs", "merge_states", "parse", "settle", "source_names"]
 
 _KEYS: dict[str, type] = {
     "midstream": int,
@@ -53,6 +61,10 @@ class Canonical:
 
     Attributes:
         lanes: The decoded lanes by number; None where a lane has nothing to say yet.
+        told: Errors raised already, by batch number.
+        ahead: Batches from `batches` on that are done.
+        over: Whether all ranks had come to the end of the epoch that they were saved in: this is the start of the next.
+        finished: Whether that is true of the one rank whose state this is, and nothing is known of the others.
     """
 
     def __init__(self, state: dict[str, State]) -> None:
@@ -65,6 +77,57 @@ class Canonical:
         self.lanes: dict[int, dict[str, Any] | None] = {
             int(key): _lane(key, value) for key, value in state["lanes"].items()
         }
+        spoken = [lane for lane in self.lanes.values() if lane is not None]
+        self.finished = False
+        self.over = self._agree([lane["at"] for lane in spoken if "at" in lane])
+        if self.over:
+            for lane in spoken:
+                for name in ("lane", "told", "ahead"):
+                    lane.pop(name, None)
+        self.told: dict[int, int] = dict(lane["told"] for lane in spoken if "told" in lane)
+        self.ahead: list[int] = sorted(
+            number
+            for lane in spoken
+            for first, stride, count in lane.get("ahead", ())
+            for number in range(first, first + stride * count, stride)
+            if number >= self.batches
+        )
+        for lane in spoken:
+            if "lane" in lane and lane["lane"]["epoch"] > self.epoch:
+                raise CheckpointError(
+                    f"this state is damaged: a lane is in epoch {lane['lane']['epoch']}, the run in {self.epoch}"
+                )
+
+    def _agree(self, marks: list[list[int]]) -> bool:
+        """Take the position from where the ranks say they stood; True when that is the start of the next epoch.
+
+        Ranks that save after the same step stand at the same place, but for those that had come to their end of the epoch
+        before the others. When all had, the next epoch begins.
+        """
+        if not marks:
+            return False
+        running = sorted({tuple(mark[:3]) for mark in marks if not mark[3]})
+        ended = sorted({tuple(mark[:3]) for mark in marks if mark[3]})
+        here = (self.epoch, self.batches, self.steps_done)
+        all_ended = bool(ended) and running in ([], [(ended[0][0] + 1, 0, 0)])
+        whole = bool(running) or len(self.lanes) == self.num_lanes
+        over = all_ended and whole
+        self.finished = all_ended and not whole
+        if all_ended:
+            agreed = (ended[0][0] + 1, 0, 0) if whole else ended[-1]
+            fits = ended[0][0] == ended[-1][0]
+        elif running:
+            agreed = running[0]
+            fits = len(running) == 1 and all(end[0] == agreed[0] and end[2] <= agreed[2] for end in ended)
+        if not fits or here not in (agreed, *running, *ended):
+            places = sorted({*running, *ended, here})
+            shown = "; ".join(f"epoch {epoch}, step {step} (batch {batches})" for epoch, batches, step in places[:4])
+            raise CheckpointError(
+                f"the ranks were saved at different steps: {shown}. Save all after the same one, with loader.state_at(step) "
+                f"of the smallest; ranks whose epochs end at different steps are kept together by sync_end=True."
+            )
+        self.epoch, self.batches, self.steps_done = agreed
+        return over
 
 
 def parse(state: Any) -> Canonical:
@@ -96,7 +159,7 @@ def parse(state: Any) -> Canonical:
     if not 1 <= num_lanes <= _MAX_LANES:
         raise CheckpointError(f"this state is damaged: num_lanes is in [1, 2**24]; found {num_lanes}")
     for key, value in state["lanes"].items():
-        if type(key) is not str or not key.isdecimal() or not key.isascii() or not 0 <= int(key) < num_lanes:
+        if type(key) is not str or not key.isdecimal() or not key.isascii() or not _is_lane(key, num_lanes):
             raise CheckpointError(
                 f"this state is damaged: lanes are numbered '0000' to '{num_lanes - 1:04d}'; found {key!r:.40}"
             )
@@ -113,35 +176,73 @@ def parse(state: Any) -> Canonical:
     return Canonical(state)
 
 
+def _is_lane(key: str, num_lanes: int) -> bool:
+    return len(key) < 12 and int(key) < num_lanes and key == f"{int(key):04d}"
+
+
+_EVENT = re.compile(r"(filtered|dropped|emptied|padded|failed [^|]*)\|[^|]*\|(-1|\d{1,6})", re.DOTALL)
+_MOST_AHEAD = 10_000_000
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _counts(value: Any, length: int | None = None) -> bool:
+    return isinstance(value, list) and all(map(_count, value)) and length in (None, len(value))
+
+
+def _ranges(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and all(_counts(item, 3) and item[1] > 0 and item[0] + item[1] * item[2] < 1 << 62 for item in value)
+        and sum(item[2] for item in value) <= _MOST_AHEAD
+    )
+
+
+def _run(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _count(value.get("rounds"))
+        and _count(value.get("epoch"))
+        and type(value.get("done")) is bool
+        and "state" in value
+        and isinstance(value.get("marks"), dict)
+    )
+
+
+_PARTS: dict[str, tuple[bool, Callable[[Any], bool]]] = {
+    "samples": (True, _counts),
+    "rows": (True, _counts),
+    "events": (
+        True,
+        lambda events: (
+            isinstance(events, dict) and all(_EVENT.fullmatch(key) and _count(count) for key, count in events.items())
+        ),
+    ),
+    "at": (False, lambda mark: _counts(mark, 4)),
+    "told": (False, lambda told: _counts(told, 2)),
+    "ahead": (False, _ranges),
+    "lane": (False, _run),
+}
+"""The entries of a lane: whether it must be there, and what it must look like."""
+
+
 def _lane(key: str, text: str) -> dict[str, Any] | None:
     if not text:
         return None
     try:
-        lane = decode(text)
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"this state is damaged: lane {key} is not JSON: {text!r:.60}") from None
-    good = isinstance(lane, dict)
-    good = good and all(
-        isinstance(lane.get(name), list) and all(type(n) is int and 0 <= n < 1 << 62 for n in lane[name])
-        for name in ("samples", "rows")
-    )
-    good = good and isinstance(lane.get("events"), dict) and all(type(n) is int for n in lane["events"].values())
-    run = lane.get("lane") if good else None
-    if good and run is not None:
-        good = (
-            isinstance(run, dict)
-            and type(run.get("rounds")) is int
-            and 0 <= run["rounds"] < 1 << 62
-            and type(run.get("done")) is bool
-            and "state" in run
-            and isinstance(run.get("marks"), dict)
-        )
-    told = lane.get("told") if good else None
-    if good and told is not None:
-        good = isinstance(told, list) and len(told) == 2 and all(type(n) is int and n >= 0 for n in told)
-    if not good:
-        raise CheckpointError(f"this state is damaged: lane {key} does not have the expected parts: {text!r:.60}")
-    return lane  # type: ignore[no-any-return]
+        lane = unseal(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"this state is damaged: lane {key} is not what was saved ({error}): {text!r:.60}"
+        ) from None
+    if not isinstance(lane, dict):
+        raise CheckpointError(f"this state is damaged: lane {key} is no JSON object: {text!r:.60}")
+    for name, (needed, good) in _PARTS.items():
+        if not (good(lane[name]) if name in lane else not needed):
+            raise CheckpointError(f"this state is damaged: lane {key} has no valid {name!r}: {lane.get(name)!r:.60}")
+    return lane
 
 
 def merge_states(states: Sequence[State]) -> dict[str, State]:
@@ -151,7 +252,7 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
         states: One state per rank, in any order.
 
     Raises:
-        CheckpointError: If they are of different pipelines, epochs or batches, if a lane is missing or there twice.
+        CheckpointError: If they are of different pipelines, epochs or steps, if a lane is missing or there twice.
 
     >>> import midstream as ms
     >>> ds = ms.from_dataset(range(8)).batch(2)
@@ -173,20 +274,12 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
                 f"the states of different pipelines do not merge; state {index} differs from state 0:"
                 f"{bullet_list(diff_specs(first.spec, canonical.spec))}"
             )
-        for name in ("num_lanes", "epoch", "batches"):
-            if name == "batches" and (_is_stream(canonical) or _is_stream(first)):
-                continue  # lanes know where they stand, and drain at different steps
-            found, expected = getattr(canonical, name), getattr(first, name)
-            if found != expected:
-                hint = ""
-                if name == "batches":
-                    hint = (
-                        " The ranks were saved at different steps: save all after the same one, with "
-                        "loader.state_at(step) of the smallest."
-                    )
-                raise CheckpointError(f"state {index} has {name}={found}, state 0 has {expected}.{hint}")
+        if canonical.num_lanes != first.num_lanes:
+            raise CheckpointError(
+                f"state {index} has num_lanes={canonical.num_lanes}, state 0 has {first.num_lanes}: they are of different runs"
+            )
         for key, value in state["lanes"].items():
-            if key in lanes:
+            if lanes.get(key):
                 raise CheckpointError(f"lane {key} is in two of the states; each rank's state is given once")
             lanes[key] = value
     missing = [key for key in map("{:04d}".format, range(first.num_lanes)) if key not in lanes]
@@ -196,15 +289,33 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
             f"{len(missing)} of {first.num_lanes} lanes are missing ({shown}): the state of at least one rank is not there. "
             f"Give the states of all ranks that saved."
         )
-    merged = dict(copy_plain({key: value for key, value in states[0].items() if key != "lanes"}))
-    merged["batches"] = max(canonical.batches for canonical in parsed)
-    merged["steps_done"] = max(canonical.steps_done for canonical in parsed)
-    merged["lanes"] = dict(sorted(lanes.items()))
-    return merged
+    # The numbers of any one state do here: where each rank stood is in its lanes. One without lanes has them alone.
+    merged = dict(states[0])
+    for canonical in parsed:
+        if not any(canonical.lanes.values()) and (canonical.epoch, canonical.steps_done) != (
+            first.epoch,
+            first.steps_done,
+        ):
+            raise CheckpointError(
+                f"the ranks were saved at different steps: epoch {canonical.epoch}, step {canonical.steps_done}; epoch "
+                f"{first.epoch}, step {first.steps_done}. Save all after the same one."
+            )
+    return settle({**merged, "lanes": dict(sorted(lanes.items()))})[0]
 
 
-def _is_stream(canonical: Canonical) -> bool:
-    return any(lane is not None and lane.get("lane") is not None for lane in canonical.lanes.values())
+def settle(state: dict[str, State]) -> tuple[dict[str, State], Canonical]:
+    """A checked state with the position that all its ranks agree on, as a fresh copy, and the same decoded."""
+    canonical = parse(state)
+    lanes = state["lanes"]
+    if canonical.over:
+        lanes = dict.fromkeys(lanes, "")
+        for index, lane in canonical.lanes.items():
+            if lane is not None:
+                if "at" in lane:
+                    lane["at"] = [canonical.epoch, 0, 0, 0]
+                lanes[f"{index:04d}"] = seal(encode({name: part for name, part in lane.items() if name != "crc"}))
+    position = {"epoch": canonical.epoch, "batches": canonical.batches, "steps_done": canonical.steps_done}
+    return {**copy_plain({**state, "lanes": {}}), **position, "lanes": dict(lanes)}, canonical
 
 
 def source_names(spec: State) -> list[str]:

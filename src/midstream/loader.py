@@ -29,20 +29,23 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from midstream._state import State
-from midstream.checkpoint import Canonical, diff_specs, merge_states, parse
+from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, settle
 from midstream.core import Dataset
-from midstream.errors import CheckpointError, MidstreamError, Origin, WorkerError, bullet_list
+from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError, bullet_list
 from midstream.failures import check_limits
-from midstream.lanes import Topology, batches_of_rank, choose_lanes, current_topology, slots
+from midstream.lanes import Agreement, Topology, batches_of_rank, choose_lanes, current_topology, slots
 from midstream.nodes.batch import collate
-from midstream.position import Facts, Position, Tally
+from midstream.position import Facts, Position, Tally, Trace
 from midstream.progress import Progress, progress
-from midstream.readers import ERROR, FATAL, NOTHING, Out, Runner, identity
+from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, identity
 from midstream.sources import from_dataset
 
 __all__ = ["DataLoader"]
 
 log = logging.getLogger("midstream")
+
+_FAILED = -1
+"""What a rank tells the others instead of a number of batches when it cannot go on."""
 
 
 class _LoaderIterator:
@@ -53,7 +56,10 @@ class _LoaderIterator:
         self._token = loader._active = object()
         self._ready: deque[tuple[int, int, Out]] = deque()
         self._loud = 0  # how many of `_ready` are handed out or raised
-        self._hold = epoch.turns is None and not loader._pipeline.infinite
+        self._agreement = loader._agreement(epoch.topology)
+        self._hold = (epoch.turns is None and not loader._pipeline.infinite) or self._agreement is not None
+        self._asked = False  # whether the ranks were asked in this pass
+        self._least: int | None = None  # how many more batches every rank has, as agreed for the delivery in progress
         self._late: list[Out] = []
         self._dead_known = False
         self._ended = False
@@ -121,18 +127,25 @@ class _LoaderIterator:
                 self._tell(out)
                 self._limits(out)
             if out.kind == FATAL:
+                self._tell_others()
                 self._broken = self._rebuild(out.payload)
                 self._ready.clear()
                 self._loud = 0
                 self._settled = True
                 raise self._broken
             loud = out.kind != NOTHING
-            epoch.apply(number, lane, out, last=loud and self._ended and self._loud == 1)
+            last = loud and self._ended and self._loud == 1
+            if self._agreement is not None and out.kind == BATCH:
+                if not self._agree():
+                    break
+                last = self._least == 1
+            epoch.apply(number, lane, out, last=last and (self._agreement is None or out.kind == BATCH))
+            self._least = None
             self._taken.append(self._ready.popleft())
             self._loud -= loud
             if not loud:
                 continue
-            if self._ended and not self._loud:
+            if self._ended and not self._loud and epoch.complete:
                 self._count_rest()
             if out.kind == ERROR:
                 failed = out.payload.error()
@@ -141,23 +154,66 @@ class _LoaderIterator:
             return out.payload
         if self._broken is not None:
             self._broken = self._explain(self._broken)
+            self._tell_others()
             self._settled = True
             raise self._broken
-        self._count_rest()
-        epoch.complete = True
+        if self._agreement is None or self._agree() or self._ended:
+            self._count_rest()
+        epoch.finish()
         return self._deliver()  # which ends, after what is left to tell
 
     def _fetch(self, loud: int) -> None:
         """Take envelopes until so many things to hand out are ready."""
-        while self._loud < loud and not self._ended:
+        while not self._ended:
+            if self._loud >= loud and (self._agreement is None or self._in_hand() >= loud):
+                break
             number, lane, outs = next(self._inner)
             for out in outs:
                 self._ready.append((number, lane, Out(*out)))
                 self._loud += out[0] != NOTHING
 
+    def _in_hand(self) -> int:
+        """Batches that are ready; what will fail counts too, it is told in its turn."""
+        return sum(out.kind in (BATCH, FATAL) for _, _, out in self._ready) + (self._broken is not None)
+
+    def _tell_others(self) -> None:
+        """Let the other ranks know that this one cannot go on, where they would wait for it."""
+        if self._agreement is not None and self._least is None:
+            self._least = _FAILED
+            if self._asked:
+                self._agreement.least(_FAILED)
+            else:
+                self._agreement.all(_FAILED)
+
+    def _agree(self) -> bool:
+        """Whether every rank has a batch to hand out now; sets `_least`, which is 1 when it is the last for some rank."""
+        assert self._agreement is not None
+        if self._least is None:
+            have = min(2, self._in_hand())
+            if self._asked:
+                self._least = self._agreement.least(have)
+            else:
+                found = self._agreement.all(have)
+                self._asked, self._least = True, min(found)
+                empty = [rank for rank, count in enumerate(found) if count == 0]
+                if empty and self._epoch.steps == 0 and self._least >= 0:
+                    names = ", ".join(f"rank {rank}" for rank in empty[:8])
+                    self._broken = SourceError(
+                        f"{names} of {len(found)} {'have' if len(empty) > 1 else 'has'} no data in epoch {self._epoch.epoch}: "
+                        f"no rank could take a step ({self._loader._sources_in_words()}). Use fewer ranks, or give the "
+                        f"sources more shards or rows."
+                    )
+                    self._settled = True
+                    raise self._broken
+            if self._least < 0:
+                self._broken = WorkerError("another rank cannot go on reading; its own error says why")
+                self._settled = True
+                raise self._broken
+        return self._least > 0
+
     def _count_rest(self) -> None:
         """Nothing more will be handed out: count what was dropped at the end."""
-        while self._ready:
+        while self._ready and self._ready[0][2].kind == NOTHING:
             number, lane, out = self._ready[0]
             self._epoch.apply(number, lane, out, last=True)
             self._taken.append(self._ready.popleft())
@@ -249,8 +305,13 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             ranks need).
         rank: Of this process among ``world_size``; left out, ``torch.distributed`` or the environment says.
         world_size: Number of data-parallel ranks.
-        remainder: What happens to the last batches of a sized pipeline that do not go round all ranks: ``"drop"`` or
-            ``"uneven"`` (some ranks make one more).
+        remainder: What happens to the last batches of a sized pipeline that do not go round all ranks: ``"drop"`` (counted
+            in `progress`), ``"pad"`` (the first batches again, marked in `trace`), or ``"uneven"`` (some ranks make one more).
+        strict_order: Refuse a number of ranks that does not divide the lanes of a stream, where only exactly-once can be
+            kept, not the order.
+        sync_end: End the epoch of a stream on all ranks at the same step; what is left on some is in the state and comes
+            first in the next epoch. True, or the process group of the data-parallel ranks (any backend that takes CPU
+            tensors): one all-reduce of a number before each batch.
         collate_fn, drop_last, num_workers, ...: As in torch. ``in_order=False`` is refused.
 
     Raises:
@@ -291,7 +352,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         lanes: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
-        remainder: Literal["drop", "uneven"] = "drop",
+        remainder: Literal["drop", "pad", "uneven"] = "drop",
+        strict_order: bool = False,
+        sync_end: Any = False,
     ) -> None:
         if isinstance(sampler, _InfiniteConstantSampler):
             sampler = None  # what torch puts in place of none, seen by whoever rebuilds a loader from its attributes
@@ -307,7 +370,15 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             "in_order": in_order,
             "snapshot_every_n_steps": snapshot_every_n_steps,
         }
-        own = {"lanes": lanes, "rank": rank, "world_size": world_size, "remainder": remainder, "shuffle": shuffle}
+        own = {
+            "lanes": lanes,
+            "rank": rank,
+            "world_size": world_size,
+            "remainder": remainder,
+            "strict_order": strict_order,
+            "sync_end": sync_end,
+            "shuffle": shuffle,
+        }
         self._foreign = not _ours(dataset, sampler, batch_sampler, generator)
         self._active: object = None  # the token of the iterator in use; the iterator itself would make a cycle
         if self._foreign:
@@ -333,8 +404,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 )
         if not in_order:
             raise ValueError("in_order=False hands out batches by chance, so no position could be saved; leave it True")
-        if remainder not in ("drop", "uneven"):
-            raise ValueError(f"remainder is 'drop' or 'uneven'; found {remainder!r}")
+        if remainder not in ("drop", "pad", "uneven"):
+            raise ValueError(f"remainder is 'drop', 'pad' or 'uneven'; found {remainder!r}")
         if lanes is not None and (isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1):
             raise ValueError(f"lanes is an integer of at least 1; found {lanes!r}")
         source = dataset if isinstance(dataset, Dataset) else from_dataset(dataset)
@@ -347,6 +418,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self.__dict__.update(own, batch_size=batch_size, drop_last=drop_last, collate_fn=collate_fn)
         self._set_pipeline(pipeline)
         self._noticed: set[str] = set()
+        self._together: Agreement | None = None
         self._next_epoch = 0
         self._loaded: tuple[Canonical, dict[str, Any]] | None = None
         self._ever_loaded = False
@@ -361,12 +433,26 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self, topology: Topology, num_lanes: int, epoch: int, tallies: dict[int, Tally] | None = None
     ) -> Position:
         """The position at the start of an epoch."""
-        return Position(self._facts, topology, num_lanes, epoch, self._turns(topology, 0), None, tallies)
+        turns = self._turns(topology, 0)
+        return Position(
+            self._facts,
+            topology,
+            num_lanes,
+            epoch,
+            turns,
+            None,
+            tallies,
+            even=self._even(topology, 0),
+            keep=self._synced,
+        )
 
     def _epoch_at(self, topology: Topology, canonical: Canonical) -> Position:
         """The position of a checked state."""
-        turns = self._turns(topology, canonical.batches)
-        return Position(self._facts, topology, canonical.num_lanes, canonical.epoch, turns, canonical)
+        start = canonical.batches
+        turns, even = self._turns(topology, start), self._even(topology, start)
+        return Position(
+            self._facts, topology, canonical.num_lanes, canonical.epoch, turns, canonical, even=even, keep=self._synced
+        )
 
     # -- topology -----------------------------------------------------------------------------------------------------
 
@@ -388,17 +474,74 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         remainder = self.remainder if topology.world_size > 1 else "uneven"
         return batches_of_rank(total, start, topology.rank, topology.world_size, remainder)
 
+    def _agreement(self, topology: Topology) -> Agreement | None:
+        """How the ranks end together, where ``sync_end`` asks for it; made once, by all ranks at their first ``iter()``."""
+        if not self._synced or topology.world_size == 1:
+            return None
+        if self._together is None:
+            self._together = Agreement(self.sync_end, topology.world_size)
+        return self._together
+
+    @property
+    def _synced(self) -> bool:
+        return self.sync_end is not False and self.sync_end is not None
+
+    def _even(self, topology: Topology, start: int) -> bool:
+        """Whether all ranks come to the end of the epoch at the same step."""
+        if topology.world_size == 1 or self._synced:
+            return True
+        total = self._pipeline.length() if self._pipeline.random_access else None
+        if total is None:
+            return self._pipeline.infinite
+        return self.remainder != "uneven" or (total - start) % topology.world_size == 0
+
     def _check_topology(self, topology: Topology, num_lanes: int) -> None:
         """Refuse ranks and workers that could never get data, before they wait for it."""
         ranks, readers = topology.world_size, topology.readers
+        if num_lanes < ranks:
+            raise ValueError(
+                f"{topology} cannot be served: the run has {num_lanes} lanes, and rank {topology.rank} of {ranks} "
+                f"{'gets none of them' if topology.rank >= num_lanes else 'is one of more'}. A rank without data could never "
+                f"take a step: use at most {num_lanes} ranks, or start the run with more lanes."
+            )
         if self._pipeline.random_access:
             total = self._pipeline.length()
-            if total is not None and 0 < total < ranks * readers:
-                raise ValueError(
-                    f"{topology} cannot be served: the pipeline has {total} batches in all, so some would never get one "
-                    f"({self._sources_in_words()}). Use fewer ranks or workers, or a smaller batch_size."
+            if total is None or total == 0:
+                return
+            if total < ranks and (self.remainder == "drop" or (self.remainder == "uneven" and topology.rank >= total)):
+                who = (
+                    "no rank would get one" if self.remainder == "drop" else f"rank {topology.rank} would never get one"
                 )
+                raise ValueError(
+                    f"{topology} cannot be served: the pipeline has {total} batches in all, and with "
+                    f"remainder={self.remainder!r} {who} ({self._sources_in_words()}). Use fewer ranks, a smaller batch_size, "
+                    f"or remainder='pad'."
+                )
+            if total < ranks * readers:
+                log.info("%s for %d batches: some workers have nothing to do", topology, total)
             return
+        if num_lanes % ranks:
+            kept = (
+                f"{num_lanes} lanes are dealt to {ranks} ranks, {num_lanes // ranks} or {num_lanes // ranks + 1} each"
+            )
+            fitting = [divisor for divisor in range(1, num_lanes + 1) if num_lanes % divisor == 0]
+            if self.strict_order:
+                raise ValueError(
+                    f"{topology} cannot keep the order: {kept}, and strict_order=True asks for the order of every other "
+                    f"topology. Numbers of ranks that keep it: {', '.join(map(str, fitting[:20]))}."
+                )
+            self._notice(
+                "dealing",
+                f"{kept}: every sample comes exactly once, but batches come in another order than on a number of ranks that "
+                f"divides the lanes ({', '.join(map(str, fitting[:20]))}), and some ranks may have one batch in "
+                f"{num_lanes // ranks + 1} more. strict_order=True makes this an error.",
+            )
+        if ranks > 1 and not self._pipeline.infinite and not self._synced:
+            log.info(
+                "only reading tells how many batches each of the %d ranks has: they may end their epochs at different steps. "
+                "sync_end=True ends them at the same one and keeps what is left for the next epoch.",
+                ranks,
+            )
         full, reason = self._pipeline.full_lanes(num_lanes, 1)
         limit = self._pipeline.max_lanes()
         most = -(-num_lanes // ranks)
@@ -420,6 +563,12 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                     f"{topology.rank} worker {worker} runs none of those ({self._sources_in_words()}). Use fewer ranks or "
                     f"workers, a smaller batch_size, or lanes={max(1, full - full % ranks)}."
                 )
+
+    def _notice(self, key: str, text: str) -> None:
+        """Warn once."""
+        if key not in self._noticed:
+            self._noticed.add(key)
+            warnings.warn(text, RuntimeWarning, stacklevel=5)
 
     def _sources_in_words(self) -> str:
         parts = []
@@ -444,7 +593,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             return current.first_step + current.turns
         if current is None and self._loaded is not None:
             turns = self._turns(topology, self._loaded[0].batches)
-            if turns is not None:
+            if turns is not None and not self._loaded[0].finished:
                 return self._loaded[0].steps_done + turns
         turns = self._turns(topology, 0)
         if turns is None:
@@ -501,10 +650,15 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         alive = self.persistent_workers and self.num_workers > 0 and self._iterator is not None
         if self._loaded is not None:
             canonical = self._loaded[0]
-            return self._epoch_at(topology, canonical), False
+            at = self._epoch_at(topology, canonical)
+            if canonical.finished:
+                return self._epoch_from(topology, at.num_lanes, at.epoch + 1, at.tallies), False
+            return at, False
         if current is None:
             return self._epoch_from(topology, self._num_lanes(topology), self._next_epoch), False
         same = alive and self._runner is not None and self._runner.topology == topology
+        if current.complete and current.left_over and self._next_epoch in (current.epoch, current.epoch + 1):
+            return self._epoch_at(topology, parse(current.state_at(None))), False
         if current.complete:
             following = current.epoch + 1 if self._next_epoch == current.epoch else self._next_epoch
             return self._epoch_from(topology, current.num_lanes, following, current.tallies), same
@@ -556,7 +710,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if self._foreign:
             raise TypeError(_FOREIGN.format("epoch"))
         if self._loaded is not None:
-            return self._loaded[0].epoch
+            return self._loaded[0].epoch + self._loaded[0].finished
         if self._current is not None and self._next_epoch == self._current.epoch:
             return self._current.epoch + self._current.complete
         return self._next_epoch
@@ -576,8 +730,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             raise ValueError(f"epoch is an integer of at least 0; found {epoch!r}")
         epoch = int(epoch)
         if self._loaded is not None:
-            if epoch != self._loaded[0].epoch:
-                log.info("set_epoch(%d) is ignored: a loaded state of epoch %d waits", epoch, self._loaded[0].epoch)
+            if epoch != self.epoch:
+                log.info("set_epoch(%d) is ignored: a loaded state of epoch %d waits", epoch, self.epoch)
             return
         now = self.epoch
         if epoch == now:
@@ -615,7 +769,13 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if current is None or (self._next_epoch not in (current.epoch, current.epoch + current.complete)):
             topology = self._topology()
             tallies = current.tallies if current is not None else None
+            fresh = self._current is None
             current = self._epoch_from(topology, self._num_lanes(topology), self._next_epoch, tallies)
+            if fresh and (current.num_lanes % topology.world_size or not current.even):
+                # torch.distributed.checkpoint loads the keys that are here, and this rank may need others' lanes.
+                state = current.state_at(None)
+                every = {f"{index:04d}": "" for index in range(current.num_lanes)}
+                return {**state, "lanes": {**every, **state["lanes"]}}
         return current.state_at(None)  # type: ignore[no-any-return]
 
     def state_at(self, step: int) -> dict[str, Any]:
@@ -652,8 +812,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             return
         if isinstance(state, dict) and not state:
             return
-        merged = merge_states(state) if isinstance(state, (list, tuple)) else state
-        canonical = parse(merged)
+        merged, canonical = settle(merge_states(state) if isinstance(state, (list, tuple)) else state)
         pipeline = self._pipeline
         if canonical.fingerprint != pipeline.fingerprint and self._seed_from_torch:
             pipeline = _with_seed(pipeline, _spec_seed(canonical.spec))
@@ -666,14 +825,16 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._check_lanes(canonical, topology)
         if pipeline is not self._pipeline:
             self._set_pipeline(pipeline)
-        own = {f"{index:04d}" for index in range(topology.rank, canonical.num_lanes, topology.world_size)}
-        kept = {key: value for key, value in merged.items() if key != "lanes"}
-        kept["lanes"] = {key: value for key, value in merged["lanes"].items() if key in own}
+        if pipeline.random_access and canonical.num_lanes < topology.world_size:
+            # Here lanes only keep counts, and every rank needs one.
+            canonical.num_lanes = merged["num_lanes"] = choose_lanes(None, topology, None)
+        own = [f"{index:04d}" for index in range(topology.rank, canonical.num_lanes, topology.world_size)]
+        merged["lanes"] = {key: merged["lanes"].get(key, "") for key in own}
         super().load_state_dict({})
         self._active = None
         self._current, self._runner = None, None
         self._next_epoch, self._ever_loaded = canonical.epoch, True
-        self._loaded = (canonical, copy.deepcopy(kept))
+        self._loaded = (canonical, merged)
 
     def _check_lanes(self, canonical: Canonical, topology: Topology) -> None:
         """All lanes of this rank must be there, and of this run's number."""
@@ -699,7 +860,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._no_foreign("progress")
         return progress(self.state_dict())
 
-    def trace(self, step: int | None = None) -> list[Origin]:
+    def trace(self, step: int | None = None) -> Trace:
         """Origins of the samples in the batch just returned, or in batch number ``step`` of the epoch (from 1).
 
         Raises:

@@ -218,7 +218,7 @@ class Position:
             passed = self._skip_ahead((number - self.first) // self.topology.world_size + 1)
         last = last or (self.turns is not None and passed >= self.turns)
         if last and not self.complete:
-            events = {**(events or {}), **self._left_over()}
+            events = {**(events or {}), **self._left_over(passed)}
         before, state = self.tallies.get(key), self.states.get(key)
         after = (before or Tally(self.num_sources)).plus(None if padded else out.origins, events)
         told = self.told
@@ -264,12 +264,15 @@ class Position:
             _put(self.tallies, entry.lane, entry.tally)
             self.log.pop()
 
-    def _left_over(self) -> dict[str, int]:
-        """What a sized epoch never delivers, told by rank 0: batches that do not go round, rows that ``drop_last`` drops."""
-        if self.topology.rank or self.total is None:
+    def _left_over(self, passed: int) -> dict[str, int]:
+        """What a sized epoch never delivers: batches that do not go round and rows that ``drop_last`` drops, told by rank 0;
+        batches that this rank had not made when the others came to their end (``sync_end``)."""
+        if self.total is None or self.turns is None:
             return {}
-        first = self.start + self.turns * self.topology.world_size if self.turns is not None and self.even else self.total
-        rows = self.facts.left_out(min(first, self.total))
+        rows = max(0, self.turns - passed) * (self.facts.pipeline.batch_rows or 1)
+        if self.topology.rank == 0:
+            first = self.start + self.turns * self.topology.world_size if self.even else self.total
+            rows += self.facts.left_out(min(first, self.total))
         return {f"dropped|{self.facts.place.path}|{0 if self.num_sources == 1 else -1}": rows} if rows else {}
 
     def _padding(self, origins: I64 | None) -> dict[str, int]:
@@ -309,6 +312,11 @@ class Position:
             while log and log[-1].step >= step:
                 undo(log.pop())
         return self._render(passed, steps, states, tallies, told, complete)
+
+    @property
+    def left_over(self) -> bool:
+        """Whether lanes have something left that comes first in the next epoch."""
+        return self.keep and self.complete and any(self._kept(self.states.get(index)) for index in self.own)
 
     @property
     def together(self) -> bool:
@@ -353,8 +361,8 @@ class Position:
                 leaves[f"{index:04d}"] = ""
                 continue
             tally = tally or Tally(self.num_sources)
-            leaf = {"samples": tally.samples.tolist(), "rows": tally.rows.tolist(), "events": tally.events}
-            body = encode({**leaf, **extra.get(index, {})})
+            counts = {"samples": tally.samples.tolist(), "rows": tally.rows.tolist(), "events": tally.events}
+            body = encode({**counts, **extra.get(index, {})})
             leaves[f"{index:04d}"] = seal(f'{body[:-1]},"lane":{text}}}' if text else body)
         return {
             "midstream": FORMAT,

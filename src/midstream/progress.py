@@ -23,6 +23,7 @@ class SourceProgress:
         filtered: Samples that a filter dropped.
         dropped: Samples left over in last batches that were dropped, and rows that ``flat_map`` made nothing of.
         share: Its part of all samples delivered.
+        padded: Samples delivered once more so that every rank gets as many batches; in no other number.
     """
 
     name: str
@@ -32,6 +33,7 @@ class SourceProgress:
     filtered: int
     dropped: int
     share: float
+    padded: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Progress:
             flat[f"{name}/failures"] = sum(source.failures.values())
             flat[f"{name}/filtered"] = source.filtered
             flat[f"{name}/dropped"] = source.dropped
+            flat[f"{name}/padded"] = source.padded
         flat.update({f"unattributed/{kind}": count for kind, count in self.unattributed.items()})
         return flat
 
@@ -148,7 +151,7 @@ def progress(state: State) -> Progress:
     sources: dict[str, SourceProgress] = {}
     for index, name in enumerate(names):
         failures: dict[str, int] = {}
-        counts = {"filtered": 0, "dropped": 0, "emptied": 0}
+        counts = {"filtered": 0, "dropped": 0, "emptied": 0, "padded": 0}
         for key, count in events.items():
             kind, _, source = key.split("|")
             if int(source) != index:
@@ -157,7 +160,7 @@ def progress(state: State) -> Progress:
                 failures[kind.removeprefix("failed ")] = failures.get(kind.removeprefix("failed "), 0) + count
             else:
                 counts[kind] += count
-        length = lengths[index]
+        length, padded = lengths[index], counts.pop("padded")
         read = rows[index] + sum(counts.values()) + sum(failures.values())
         sources[name] = SourceProgress(
             name=name,
@@ -167,6 +170,7 @@ def progress(state: State) -> Progress:
             filtered=counts["filtered"],
             dropped=counts["dropped"] + counts["emptied"],
             share=samples[index] / total if total else 0.0,
+            padded=padded,
         )
     return Progress(canonical.epoch, canonical.batches, sources, unattributed)
 
