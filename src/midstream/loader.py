@@ -135,17 +135,17 @@ class _LoaderIterator:
                 raise self._broken
             loud = out.kind != NOTHING
             last = loud and self._ended and self._loud == 1
-            if self._agreement is not None and out.kind == BATCH:
-                if not self._agree():
+            if self._agreement is not None:
+                if out.kind == BATCH and not self._agree():
                     break
-                last = self._least == 1
-            epoch.apply(number, lane, out, last=last and (self._agreement is None or out.kind == BATCH))
+                last = out.kind == BATCH and self._least == 1
+            epoch.apply(number, lane, out, last=last)
             self._least = None
             self._taken.append(self._ready.popleft())
             self._loud -= loud
             if not loud:
                 continue
-            if self._ended and not self._loud and epoch.complete:
+            if last and self._ended:
                 self._count_rest()
             if out.kind == ERROR:
                 failed = out.payload.error()
@@ -245,6 +245,7 @@ class _LoaderIterator:
             check_limits(totals, limits)
         except MidstreamError as error:
             self._broken = error
+            self._tell_others()
             raise
 
     def _rebuild(self, payload: tuple[str, str, bytes]) -> BaseException:
