@@ -545,25 +545,26 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             )
         full, reason = self._pipeline.full_lanes(num_lanes, 1)
         limit = self._pipeline.max_lanes()
-        most = -(-num_lanes // ranks)
-        if readers > most:
+        fewest = num_lanes // ranks
+        if readers > fewest:
             why = (
                 limit[1]
                 if limit is not None
-                else f"lanes={num_lanes} was asked for. Give more lanes or use fewer workers"
+                else f"lanes={num_lanes} was asked for, or is the checkpoint's. Use fewer workers, or start with more lanes"
             )
             raise ValueError(
-                f"{topology} cannot be served: there are {num_lanes} lanes, at most {most} for each rank, and a worker "
-                f"without a lane would never get data; {why}."
+                f"{topology} cannot be served: there are {num_lanes} lanes, {fewest} for some rank, and a worker without a "
+                f"lane would never get data; {why}."
             )
-        for worker in range(readers):
-            mine = [lane for lane in slots(topology, num_lanes, worker) if lane >= 0]
-            if full and all(lane >= full for lane in mine):
-                raise ValueError(
-                    f"{topology} cannot be served: only {full} of {num_lanes} lanes have any data ({reason}), and rank "
-                    f"{topology.rank} worker {worker} runs none of those ({self._sources_in_words()}). Use fewer ranks or "
-                    f"workers, a smaller batch_size, or lanes={max(1, full - full % ranks)}."
-                )
+        # The same on every rank, so that none is left waiting for one that was refused.
+        for rank in range(ranks) if 0 < full < num_lanes else ():
+            for worker in range(readers):
+                if all(lane < 0 or lane >= full for lane in slots(topology._replace(rank=rank), num_lanes, worker)):
+                    raise ValueError(
+                        f"{topology} cannot be served: only {full} of {num_lanes} lanes have any data ({reason}), and rank "
+                        f"{rank} worker {worker} runs none of those ({self._sources_in_words()}). Use fewer ranks or "
+                        f"workers, a smaller batch_size, or lanes={max(1, full - full % ranks)}."
+                    )
 
     def _notice(self, key: str, text: str) -> None:
         """Warn once."""
