@@ -56,7 +56,8 @@ class Cluster:
 
     def __init__(self, pipeline: ms.Dataset, ranks: int, workers: int, state: Any = None, **options: Any) -> None:
         self.loaders = [
-            ms.DataLoader(pipeline, rank=rank, world_size=ranks, num_workers=workers, **options) for rank in range(ranks)
+            ms.DataLoader(pipeline, rank=rank, world_size=ranks, num_workers=workers, **options)
+            for rank in range(ranks)
         ]
         if state is not None:
             for loader in self.loaders:

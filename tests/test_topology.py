@@ -29,7 +29,13 @@ def _mixed(rows: int = 600) -> ms.Dataset:
 
 def _streamed(rows: int = 700) -> ms.Dataset:
     """A stream: filtered and shuffled in a buffer."""
-    return ms.from_dataset(range(rows), name="web").shuffle(5).filter(lambda x: x % 7).shuffle(4, buffer_size=90).batch(3, collate_fn=tuple)
+    return (
+        ms.from_dataset(range(rows), name="web")
+        .shuffle(5)
+        .filter(lambda x: x % 7)
+        .shuffle(4, buffer_size=90)
+        .batch(3, collate_fn=tuple)
+    )
 
 
 def _uneven(rows: int = 500) -> ms.Dataset:
@@ -58,7 +64,12 @@ def _reference(pipeline: ms.Dataset, lanes: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-@settings(max_examples=int(os.environ.get('N','40')), deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.explicit, Phase.generate])
+@settings(
+    max_examples=int(os.environ.get("N", "40")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.generate],
+)
 @given(data=st.data())
 def test_any_chain_of_topologies_delivers_every_sample_exactly_once(name: str, data: st.DataObject) -> None:
     pipeline = PIPELINES[name]()
@@ -98,3 +109,212 @@ def _cluster(pipeline: ms.Dataset, size: int, workers: int, state: Any, lanes: i
         warnings.simplefilter("ignore")
         asked = lanes if state is None and (not pipeline.random_access or lanes >= size) else None
         return Cluster(pipeline, size, workers, state, lanes=asked, remainder="uneven")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finite data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("cut", [0, 1, 3])
+def test_drop_gives_every_rank_as_many_batches_and_counts_the_others(ranks: int, cut: int) -> None:
+    pipeline = ms.from_dataset(range(41), name="web").batch(2, collate_fn=tuple)
+    first = Cluster(pipeline, 3, 0)
+    first.run(cut)
+    cluster = Cluster(pipeline, ranks, 0, ms.merge_states(first.states()))
+    left = 21 - 3 * cut
+    expected = left // ranks if ranks > 1 else left
+    assert {len(loader) for loader in cluster.loaders} == {cut + expected}
+    cluster.run()
+    assert [len(step) for step in cluster.steps] == [ranks] * expected
+    merged = ms.merge_states(cluster.states())
+    assert (merged["epoch"], merged["batches"]) == (1, 0)
+    told = ms.progress(merged).sources["web"]
+    assert (told.samples + told.dropped, told.epochs) == (41, 1.0)
+
+
+def test_pad_fills_the_last_round_with_the_first_batches_and_marks_them() -> None:
+    pipeline = ms.from_dataset(range(20), name="web").batch(2, collate_fn=tuple)
+    cluster = Cluster(pipeline, 4, 2, remainder="pad")
+    cluster.run()
+    assert cluster.sequence == [(2 * n, 2 * n + 1) for n in [*range(10), 0, 1]]
+    assert [loader.trace().padded for loader in cluster.loaders] == [False, False, True, True]
+    assert not any(loader.trace(1).padded for loader in cluster.loaders)
+    assert [len(loader) for loader in cluster.loaders] == [3] * 4
+    merged = ms.merge_states(cluster.states())
+    told = ms.progress(merged).sources["web"]
+    assert (merged["epoch"], told.samples, told.padded, told.dropped, told.epochs) == (1, 20, 4, 0, 1.0)
+
+
+def test_pad_of_fewer_batches_than_ranks_serves_every_rank() -> None:
+    cluster = Cluster(ms.from_dataset(range(4)).batch(2, collate_fn=tuple), 5, 0, remainder="pad")
+    cluster.run()
+    assert cluster.sequence == [(0, 1), (2, 3), (0, 1), (2, 3), (0, 1)]
+
+
+@pytest.mark.parametrize("pulled", [False, True])
+def test_uneven_ranks_merge_at_every_step_and_at_the_end(pulled: bool) -> None:
+    pipeline = ms.from_dataset(range(20), name="web").batch(2, collate_fn=tuple)
+    reference = [(2 * n, 2 * n + 1) for n in range(10)]
+    for steps in range(4):
+        cluster = Cluster(pipeline, 4, 0, remainder="uneven")
+        cluster.run(steps)
+        if pulled and steps == 3:
+            cluster.run()
+        merged = ms.merge_states(cluster.states())
+        assert (merged["epoch"], merged["batches"]) == ((1, 0) if steps == 3 else (0, 4 * steps))
+        rest = Cluster(pipeline, 3, 0, cluster.states(), remainder="uneven")
+        rest.run()
+        assert cluster.sequence + rest.sequence == (reference if steps < 3 else reference + reference)
+    assert [len(loader) for loader in cluster.loaders] == [3, 3, 2, 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mixed", "streamed"])
+def test_ranks_saved_at_different_steps_are_refused_by_step(name: str) -> None:
+    cluster = Cluster(PIPELINES[name](), 2, 0)
+    cluster.run(3)
+    next(cluster.iterators[1])
+    with pytest.raises(ms.CheckpointError, match=r"different steps: .*step 3 .*step 4.*state_at"):
+        ms.merge_states(cluster.states())
+    assert ms.merge_states([loader.state_at(3) for loader in cluster.loaders])["steps_done"] == 3
+
+
+@pytest.mark.parametrize("name", ["mixed", "streamed"])
+def test_scalars_of_another_rank_are_noticed(name: str) -> None:
+    """What a checkpointer does that keeps one value of the numbers outside the lanes."""
+    cluster = Cluster(PIPELINES[name](), 2, 0)
+    cluster.run(3)
+    next(cluster.iterators[1])
+    mine, other = cluster.states()
+    with pytest.raises(ms.CheckpointError, match="different steps"):
+        cluster.loaders[0].load_state_dict({**other, "lanes": mine["lanes"]})
+
+
+def test_a_rank_that_lost_whole_batches_stays_in_step() -> None:
+    cluster = Cluster(_lossy(), 2, 0, remainder="uneven")
+    cluster.run(20)
+    states = cluster.states()
+    assert len({state["batches"] for state in states}) == 1
+    assert any('"ahead"' in lane for state in states for lane in state["lanes"].values())
+
+
+def test_strict_order_refuses_ranks_that_do_not_divide_the_lanes() -> None:
+    with pytest.raises(ValueError, match=r"48 lanes are dealt to 5 ranks.*1, 2, 3, 4, 6, 8"):
+        Cluster(_streamed(), 5, 0, lanes=48, strict_order=True)
+    with pytest.warns(RuntimeWarning, match="every sample comes exactly once, but batches come in another order"):
+        Cluster(_streamed(), 5, 0, lanes=48)
+    Cluster(_streamed(), 6, 0, lanes=48, strict_order=True)
+    Cluster(_mixed(), 5, 0, lanes=48, strict_order=True)
+
+
+def test_more_ranks_or_workers_than_lanes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"3 ranks.*2 lanes.*rank 0 of 3 is one of more"):
+        Cluster(_streamed(), 3, 0, lanes=2)
+    with pytest.raises(ValueError, match="4 lanes, 2 for some rank, and a worker without a lane"):
+        Cluster(_streamed(), 2, 3, lanes=4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Another batch size, another mix
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5, 13])
+def test_random_access_goes_on_at_the_position_with_another_batch_size(cut: int) -> None:
+    rows = ms.from_dataset(range(200), name="web").shuffle(3)
+    everything = list(rows)
+    first = Cluster(rows.batch(4, collate_fn=tuple), 3, 0)
+    first.run(cut)
+    second = Cluster(rows.batch(7, collate_fn=tuple), 2, 2, first.states(), remainder="uneven")
+    assert len(second.loaders[0]) == cut + -(--(-(200 - 12 * cut) // 7) // 2)
+    second.run(2)
+    third = Cluster(rows.batch(5, collate_fn=tuple), 1, 0, second.states())
+    again = Cluster(rows.batch(5, collate_fn=tuple), 1, 0, third.states())
+    third.run()
+    again.run()
+    assert again.sequence == third.sequence
+    assert [x for batch in first.sequence + second.sequence + third.sequence for x in batch] == everything
+    state = third.states()[0]
+    assert (state["epoch"], state["rest"]) == (1, "")
+    following = Cluster(rows.batch(5, collate_fn=tuple), 1, 0, state)
+    following.run()
+    assert following.sequence == [tuple(rows.rows(range(at, at + 5), epoch=1)) for at in range(0, 200, 5)]
+
+
+@pytest.mark.parametrize("stride", [False, True])
+@pytest.mark.parametrize("cut", [0, 1, 3, 9])
+def test_streams_stay_exactly_once_with_another_batch_size(cut: int, stride: bool) -> None:
+    rows: ms.Dataset = (
+        ms.from_iterable(lambda: range(400), name="web", split="stride") if stride else ms.from_dataset(range(400))
+    )
+    rows = rows.filter(lambda x: x % 5).shuffle(1, buffer_size=60)
+    first = Cluster(rows.batch(4, collate_fn=tuple), 2, 0, lanes=12)
+    first.run(cut)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        second = Cluster(rows.batch(3, collate_fn=tuple), 3, 2, first.states())
+        second.run(4)
+        third = Cluster(rows.batch(8, collate_fn=tuple), 1, 0, second.states())
+    third.run()
+    seen = [x for batch in first.sequence + second.sequence + third.sequence for x in batch]
+    assert sorted(seen) == [x for x in range(400) if x % 5]
+
+
+def _two(weights: dict[str, int], *, stream: bool = False, strategy: Any = "first_exhausted") -> ms.Dataset:
+    starts = {"web": 0, "code": 1000, "math": 2000}
+    sources = {name: ms.from_dataset(range(starts[name], starts[name] + 300), name=name).shuffle(1) for name in weights}
+    if stream:
+        sources = {name: source.filter(lambda x: x % 10) for name, source in sources.items()}
+    return ms.interleave(sources, weights=weights, stopping_strategy=strategy, name="mix").batch(3, collate_fn=tuple)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("cut", [0, 1, 5])
+def test_strict_false_goes_on_with_other_weights_and_inputs(stream: bool, cut: int) -> None:
+    before = _two({"web": 7, "code": 3}, stream=stream)
+    after = _two({"web": 1, "math": 1}, stream=stream, strategy="first_exhausted")
+    first = Cluster(before, 2, 0, lanes=12)
+    first.run(cut)
+    fresh = ms.DataLoader(after, rank=0, world_size=1)
+    with pytest.raises(ms.CheckpointError, match=r"(?s)weights of interleave.*web 7 → 1.*strict=False"):
+        fresh.load_state_dict(first.states())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fresh.load_state_dict(first.states(), strict=False)
+        loaded = fresh.state_dict()
+        second = Cluster(after, 2, 0, loaded)
+    second.run(20)
+    then = Cluster(after, 1, 0, second.states())
+    then.run()
+    seen = [x for batch in first.sequence + second.sequence + then.sequence for x in batch]
+    assert len(set(seen)) == len(seen)
+    web = [x for x in seen if x < 1000]
+    if not stream:
+        math = [x for x in seen if x >= 2000]
+        for part, pipeline, low in ((web, before, 0), (math, after, 2000)):
+            whole = [x for batch in _reference(pipeline, 12) for x in batch if low <= x < low + 1000]
+            assert part[: len(whole)] == whole[: len(part)]
+        assert len(web) == 300 or len(math) == 300
+    half = [x for batch in second.sequence for x in batch]
+    assert abs(sum(x < 1000 for x in half) - len(half) / 2) <= (2 if not stream else 14)
+    told = ms.progress(then.states()[0])
+    assert told.sources["web"].samples == len(web)
+    removed = sum(1000 <= x < 2000 for x in seen)
+    assert sum(count for kind, count in told.unattributed.items() if kind == "removed code") == removed
+
+
+def test_differences_that_cannot_be_honoured_are_refused_with_the_reason() -> None:
+    state = ms.DataLoader(_two({"web": 7, "code": 3})).state_dict()
+    shuffled = ms.DataLoader(_two({"web": 7, "code": 3}).inputs()[""].shuffle(1).batch(3, collate_fn=tuple))
+    with pytest.raises(ms.CheckpointError, match="input|root|shuffle"):
+        shuffled.load_state_dict(state, strict=False)
+    again = ms.DataLoader(_two({"web": 7, "code": 2}, strategy="all_exhausted"))
+    with pytest.raises(ms.CheckpointError, match="stopping_strategy"):
+        again.load_state_dict(state, strict=False)
+    assert again.state_dict()["batches"] == 0

@@ -8,6 +8,7 @@
       "batches": 96,             batches of the epoch that were delivered, over all ranks in step with this one
       "steps_done": 48,          batches of the epoch that a rank handed out
       "num_lanes": 48,           fixed for the run
+      "rest": "",                what the epoch has left, where it began with another batch size or mix (see rest.py)
       "lanes": {"0000": "...", ...}
     }
 
@@ -22,7 +23,8 @@ it has anything to say, else a JSON object; its entries, of which all but the fi
     "ahead": [[first, stride, count], ...]  random access: batches that are done though they are not below "batches"
     "lane"                      streams: {"epoch", "rounds", "done", "state", "marks"}: the lane's epoch (an earlier one than
                                 the run's when something was left over), batches made in it, whether it ended, the nodes'
-                                state, and up to where events were counted
+                                state, and up to where events were counted; "dealt": the batch size by which rows were dealt
+                                to lanes, where it is not this one
     "crc"                       check number of the text before it
 
 Random access needs "batches" alone to go on, and what is "ahead" where a rank lost whole batches; streams need their lanes.
@@ -51,6 +53,7 @@ _KEYS: dict[str, type] = {
     "batches": int,
     "steps_done": int,
     "num_lanes": int,
+    "rest": str,
     "lanes": dict,
 }
 _MAX_LANES = 1 << 24
@@ -74,6 +77,7 @@ class Canonical:
         self.batches: int = state["batches"]
         self.steps_done: int = state["steps_done"]
         self.num_lanes: int = state["num_lanes"]
+        self.rest: str = state["rest"]
         self.lanes: dict[int, dict[str, Any] | None] = {
             int(key): _lane(key, value) for key, value in state["lanes"].items()
         }
@@ -127,6 +131,7 @@ class Canonical:
                 f"of the smallest; ranks whose epochs end at different steps are kept together by sync_end=True."
             )
         self.epoch, self.batches, self.steps_done = agreed
+        self.rest = "" if over else self.rest
         return over
 
 
@@ -180,7 +185,7 @@ def _is_lane(key: str, num_lanes: int) -> bool:
     return len(key) < 12 and int(key) < num_lanes and key == f"{int(key):04d}"
 
 
-_EVENT = re.compile(r"(filtered|dropped|emptied|padded|failed [^|]*)\|[^|]*\|(-1|\d{1,6})", re.DOTALL)
+_EVENT = re.compile(r"(filtered|dropped|emptied|padded|(?:failed|removed) [^|]*)\|[^|]*\|(-1|\d{1,6})", re.DOTALL)
 _MOST_AHEAD = 10_000_000
 
 
@@ -208,6 +213,7 @@ def _run(value: Any) -> bool:
         and type(value.get("done")) is bool
         and "state" in value
         and isinstance(value.get("marks"), dict)
+        and ("dealt" not in value or (_count(value["dealt"]) and value["dealt"] > 0))
     )
 
 
@@ -306,16 +312,32 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
 def settle(state: dict[str, State]) -> tuple[dict[str, State], Canonical]:
     """A checked state with the position that all its ranks agree on, as a fresh copy, and the same decoded."""
     canonical = parse(state)
-    lanes = state["lanes"]
     if canonical.over:
-        lanes = dict.fromkeys(lanes, "")
-        for index, lane in canonical.lanes.items():
-            if lane is not None:
-                if "at" in lane:
-                    lane["at"] = [canonical.epoch, 0, 0, 0]
-                lanes[f"{index:04d}"] = seal(encode({name: part for name, part in lane.items() if name != "crc"}))
+        return render(canonical, state), canonical
     position = {"epoch": canonical.epoch, "batches": canonical.batches, "steps_done": canonical.steps_done}
-    return {**copy_plain({**state, "lanes": {}}), **position, "lanes": dict(lanes)}, canonical
+    return {**copy_plain({**state, "lanes": {}}), **position, "lanes": dict(state["lanes"])}, canonical
+
+
+def render(canonical: Canonical, state: dict[str, State]) -> dict[str, State]:
+    """``state`` with everything that ``canonical`` says, after it was changed."""
+    position = [canonical.epoch, canonical.batches, canonical.steps_done]
+    lanes = dict.fromkeys(state["lanes"], "")
+    for index, lane in canonical.lanes.items():
+        if lane is not None:
+            if "at" in lane:
+                lane["at"] = [*position, 0]
+            lanes[f"{index:04d}"] = seal(encode({name: part for name, part in lane.items() if name != "crc"}))
+    return {
+        **copy_plain({**state, "lanes": {}}),
+        "fingerprint": canonical.fingerprint,
+        "spec": copy_plain(canonical.spec),
+        "epoch": canonical.epoch,
+        "batches": canonical.batches,
+        "steps_done": canonical.steps_done,
+        "num_lanes": canonical.num_lanes,
+        "rest": canonical.rest,
+        "lanes": lanes,
+    }
 
 
 def source_names(spec: State) -> list[str]:

@@ -258,16 +258,18 @@ class Lane:
         num_lanes: How many there are.
         block: How many consecutive positions of a random-access input belong to one lane (the batch size).
         ledger: Where the lane counts what it drops.
+        dealt: The batch size by which this epoch's rows were dealt to lanes, where the pipeline has another one by now.
     """
 
     index: int
     num_lanes: int
     block: int
     ledger: Ledger
+    dealt: int = 0
 
     def widen(self, factor: int) -> Lane:
         """The lane as seen below a node that takes ``factor`` inputs for one output."""
-        return dataclasses.replace(self, block=self.block * factor)
+        return dataclasses.replace(self, block=self.block * (self.dealt or factor), dealt=0)
 
     def share(self, count: int) -> int:
         """How many of ``count`` things are this lane's."""

@@ -29,7 +29,7 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from midstream._state import State
-from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, settle
+from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, render, settle
 from midstream.core import Dataset
 from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError, bullet_list
 from midstream.failures import check_limits
@@ -38,6 +38,7 @@ from midstream.nodes.batch import collate
 from midstream.position import Facts, Position, Tally, Trace
 from midstream.progress import Progress, progress
 from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, identity
+from midstream.rest import adopt, running
 from midstream.sources import from_dataset
 
 __all__ = ["DataLoader"]
@@ -449,11 +450,14 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
 
     def _epoch_at(self, topology: Topology, canonical: Canonical) -> Position:
         """The position of a checked state."""
-        start = canonical.batches
-        turns, even = self._turns(topology, start), self._even(topology, start)
+        start, facts = canonical.batches, self._facts_of(canonical.rest)
+        turns, even = self._turns(topology, start, facts), self._even(topology, start, facts)
         return Position(
-            self._facts, topology, canonical.num_lanes, canonical.epoch, turns, canonical, even=even, keep=self._synced
+            facts, topology, canonical.num_lanes, canonical.epoch, turns, canonical, even=even, keep=self._synced
         )
+
+    def _facts_of(self, rest: str) -> Facts:
+        return Facts(self._pipeline, rest) if rest else self._facts
 
     # -- topology -----------------------------------------------------------------------------------------------------
 
@@ -465,11 +469,12 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             return self._current.num_lanes
         return choose_lanes(self.lanes, topology, self._pipeline.max_lanes())
 
-    def _turns(self, topology: Topology, start: int) -> int | None:
+    def _turns(self, topology: Topology, start: int, facts: Facts | None = None) -> int | None:
         """Batches this rank makes from ``start`` on; None when only reading tells."""
-        if not self._pipeline.random_access:
+        pipeline = (facts or self._facts).running
+        if not pipeline.random_access:
             return None
-        total = self._pipeline.length()
+        total = pipeline.length()
         if total is None:
             return None
         remainder = self.remainder if topology.world_size > 1 else "uneven"
@@ -487,13 +492,14 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def _synced(self) -> bool:
         return self.sync_end is not False and self.sync_end is not None
 
-    def _even(self, topology: Topology, start: int) -> bool:
+    def _even(self, topology: Topology, start: int, facts: Facts | None = None) -> bool:
         """Whether all ranks come to the end of the epoch at the same step."""
         if topology.world_size == 1 or self._synced:
             return True
-        total = self._pipeline.length() if self._pipeline.random_access else None
+        pipeline = (facts or self._facts).running
+        total = pipeline.length() if pipeline.random_access else None
         if total is None:
-            return self._pipeline.infinite
+            return pipeline.infinite
         return self.remainder != "uneven" or (total - start) % topology.world_size == 0
 
     def _check_topology(self, topology: Topology, num_lanes: int) -> None:
@@ -594,7 +600,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if current is not None and current.turns is not None and not current.complete:
             return current.first_step + current.turns
         if current is None and self._loaded is not None:
-            turns = self._turns(topology, self._loaded[0].batches)
+            turns = self._turns(topology, self._loaded[0].batches, self._facts_of(self._loaded[0].rest))
             if turns is not None and not self._loaded[0].finished:
                 return self._loaded[0].steps_done + turns
         turns = self._turns(topology, 0)
@@ -617,7 +623,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         else:
             super().load_state_dict({})
             runner = Runner(
-                self._pipeline, topology, epoch.num_lanes, epoch.epoch, epoch.plan(), self._turns(topology, 0)
+                epoch.facts.running, topology, epoch.num_lanes, epoch.epoch, epoch.plan(), self._turns(topology, 0)
             )
             if self.persistent_workers and self.num_workers > 0:
                 runner.shared = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
@@ -658,7 +664,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             return at, False
         if current is None:
             return self._epoch_from(topology, self._num_lanes(topology), self._next_epoch), False
-        same = alive and self._runner is not None and self._runner.topology == topology
+        runner = self._runner
+        same = alive and runner is not None and runner.topology == topology and runner.dataset is self._pipeline
         if current.complete and current.left_over and self._next_epoch in (current.epoch, current.epoch + 1):
             return self._epoch_at(topology, parse(current.state_at(None))), False
         if current.complete:
@@ -799,12 +806,15 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             return state
         return self._current.state_at(step)  # type: ignore[no-any-return]
 
-    def load_state_dict(self, state: Any) -> None:
+    def load_state_dict(self, state: Any, strict: bool = True) -> None:
         """Continue from ``state`` with the next ``iter()``. An iterator that is in use is left behind.
 
         Args:
             state: What ``state_dict()`` returned with any number of workers, a list of the states of all ranks, or what
-                `midstream.merge_states` made of them. ``{}`` changes nothing.
+                `midstream.merge_states` made of them. ``{}`` changes nothing. The batch size may be another one: random
+                access continues at the position; in a stream every sample still comes exactly once, in another order.
+            strict: False: go on though a mix right below the batch has other weights, new inputs (which begin at their
+                beginning) or lacks some (which are dropped). What else differs is an error all the same.
 
         Raises:
             CheckpointError: If it is damaged, incomplete, or of another pipeline; then nothing was loaded.
@@ -819,10 +829,22 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if canonical.fingerprint != pipeline.fingerprint and self._seed_from_torch:
             pipeline = _with_seed(pipeline, _spec_seed(canonical.spec))
         if canonical.fingerprint != pipeline.fingerprint:
-            raise CheckpointError(
-                f"this state was saved by another pipeline (saved → here):"
-                f"{bullet_list(diff_specs(canonical.spec, pipeline.spec()))}\nBuild the pipeline as it was, or start afresh."
-            )
+            whole = not canonical.finished
+            lines = adopt(canonical, pipeline, strict=strict) if whole else diff_specs(canonical.spec, pipeline.spec())
+            if not whole:
+                raise CheckpointError(
+                    f"this state was saved by another pipeline (saved → here):{bullet_list(lines)}\nOnly the states "
+                    f"of all ranks together can go on with this one."
+                )
+            merged = render(canonical, merged)
+            if not pipeline.random_access:
+                self._notice(
+                    "adopted",
+                    f"going on with another pipeline than was saved (saved → here):{bullet_list(lines)}\nEvery sample still "
+                    f"comes exactly once in this epoch, but in another order.",
+                )
+            log.info("going on with another pipeline than was saved:%s", bullet_list(lines))
+        running(pipeline, canonical.rest)  # raises what is wrong with it before anything is changed
         topology = self._topology()
         self._check_lanes(canonical, topology)
         if pipeline is not self._pipeline:

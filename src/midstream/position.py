@@ -18,6 +18,7 @@ from midstream.lanes import Topology, first_batch
 from midstream.nodes.batch import Batch
 from midstream.nodes.map import Map
 from midstream.readers import BATCH, ERROR, NOTHING, Out, Plan, source_of
+from midstream.rest import running
 
 __all__ = ["Facts", "Position", "Tally", "Trace"]
 
@@ -93,8 +94,10 @@ class Trace(list[Origin]):
 class Facts:
     """What a position has to know of its loader's pipeline. No way back to the loader: no cycle keeps workers alive."""
 
-    def __init__(self, pipeline: Dataset) -> None:
-        self.pipeline, self.place = pipeline, bind(pipeline)
+    def __init__(self, pipeline: Dataset, rest: str = "") -> None:
+        self.pipeline, self.rest = pipeline, rest
+        self.running = running(pipeline, rest)
+        self.place = bind(self.running)
         self.names = self.place.names
         self._spec: bytes | None = None
 
@@ -109,9 +112,9 @@ class Facts:
 
         Those of the batches from there on, and what a ``.batch(n, drop_last=True)`` drops.
         """
-        if not self.pipeline.random_access or (total := self.pipeline.length()) is None:
+        if not self.running.random_access or (total := self.running.length()) is None:
             return 0
-        node = self.pipeline
+        node = self.running
         while isinstance(node, Map):
             node = node.source
         if not isinstance(node, Batch):
@@ -156,7 +159,7 @@ class Position:
         self.facts, self.topology, self.num_lanes, self.epoch, self.turns = facts, topology, num_lanes, epoch, turns
         self.even, self.keep = even, keep and not facts.pipeline.random_access
         self.num_sources = len(facts.names)
-        self.total = facts.pipeline.length() if facts.pipeline.random_access else None
+        self.total = facts.running.length() if facts.running.random_access else None
         self.own = range(topology.rank, num_lanes, topology.world_size)
         self.start = canonical.batches if canonical is not None else 0
         self.first = first_batch(self.start, topology.rank, topology.world_size)
@@ -335,10 +338,10 @@ class Position:
     ) -> State:
         """The canonical state. A complete epoch is the start of the next, where the other ranks are there too."""
         ranks, over = self.topology.world_size, complete and self.together
-        epoch, batches = self.epoch, self.start + (steps - self.first_step) * ranks
+        epoch, batches, rest = self.epoch, self.start + (steps - self.first_step) * ranks, self.facts.rest
         extra: dict[int, dict[str, State]] = {}
         if over:
-            epoch, batches, steps = self.epoch + 1, 0, 0
+            epoch, batches, steps, rest = self.epoch + 1, 0, 0, ""
             states = {index: self._kept(states.get(index)) for index in self.own} if self.keep else {}
         elif self.total is not None or self.facts.pipeline.random_access:
             done = [self.first + turn * ranks for turn in range((batches - self.start) // ranks, passed)]
@@ -372,6 +375,7 @@ class Position:
             "batches": batches,
             "steps_done": steps,
             "num_lanes": self.num_lanes,
+            "rest": rest,
             "lanes": leaves,
         }
 

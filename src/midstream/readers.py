@@ -6,6 +6,7 @@ failures met on the way, each with the state after it, so that the main process 
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import pickle
 import traceback
@@ -171,11 +172,12 @@ class _RandomReader:
 class _LaneRun:
     """A stream lane in its worker: what an earlier epoch left over of it, then the epoch in progress."""
 
-    __slots__ = ("delivery", "done", "epoch", "index", "lane", "last_epoch", "place", "resumed", "rounds")
+    __slots__ = ("dealt", "delivery", "done", "epoch", "index", "lane", "last_epoch", "place", "resumed", "rounds")
 
     def __init__(self, place: Place, index: int, num_lanes: int, epoch: int, state: Any) -> None:
-        self.place, self.index, self.lane = place, index, Lane(index, num_lanes, 1, Ledger())
-        self.last_epoch = epoch
+        self.place, self.index, self.last_epoch = place, index, epoch
+        self.dealt = 0 if state is None else state.get("dealt", 0)
+        self.lane = Lane(index, num_lanes, 1, Ledger(), self.dealt)
         self.rounds, self.done = 0, False
         self.epoch = epoch if state is None else state["epoch"]
         self.delivery, self.resumed = self._delivery(), False
@@ -203,6 +205,7 @@ class _LaneRun:
                     self.done = True
                     raise
                 self.epoch += 1
+                self.dealt, self.lane = 0, dataclasses.replace(self.lane, dealt=0)
                 self.lane.ledger.marks = {}
                 self.delivery = self._delivery()
             except Exception as error:
@@ -215,15 +218,14 @@ class _LaneRun:
 
     def state(self) -> str:
         """The lane's part of the checkpoint, as canonical JSON."""
-        return encode(
-            {
-                "epoch": self.epoch,
-                "rounds": self.rounds,
-                "done": self.done,
-                "state": None if self.done else self.delivery.iterator.snapshot(),
-                "marks": {} if self.done else self.lane.ledger.marks,
-            }
-        )
+        state = {
+            "epoch": self.epoch,
+            "rounds": self.rounds,
+            "done": self.done,
+            "state": None if self.done else self.delivery.iterator.snapshot(),
+            "marks": {} if self.done else self.lane.ledger.marks,
+        }
+        return encode({**state, "dealt": self.dealt} if self.dealt else state)
 
 
 class _StreamReader:

@@ -481,6 +481,8 @@ class _InterleaveIterator(Iterator):
     def _load(self, state: State) -> None:
         self.picks, self.ended = state["picks"], state["ended"]
         for name, child in zip(self.names, self.children):
+            if name not in state["inputs"]:
+                continue  # new since the state was saved: it begins at its beginning
             child.number, child.flags, source = state["inputs"][name]
             child.source = self._open(name, child.number)
             child.source.load(source)

@@ -1,0 +1,227 @@
+"""What is left of an epoch that began with another batch size, or with another mix, and goes on with this one.
+
+A state says so in "rest", empty in every other epoch, else JSON:
+
+    {"offsets": {"web": 700, ...},   rows of each input of the mix that were delivered; none where the mix is as it was
+     "skip": 96}                     then, rows of what the batches are made of that were delivered
+
+Random access: until the epoch ends, the pipeline that runs is the one that was given, with `Skip` at these two places;
+batches count from 0 again. Streams need none of it: each lane's state says where it stands. It only keeps how rows were
+dealt to lanes when the epoch began ("dealt").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from midstream._random import fold, salt
+from midstream._state import State, decode, encode
+from midstream.checkpoint import Canonical, diff_specs, source_names
+from midstream.core import Dataset
+from midstream.errors import CheckpointError, bullet_list
+from midstream.nodes.batch import Batch
+from midstream.nodes.interleave import Interleave, Picks
+from midstream.nodes.map import Map
+from midstream.nodes.skip import Skip
+
+__all__ = ["adopt", "running"]
+
+
+def running(pipeline: Dataset, rest: str) -> Dataset:
+    """The pipeline that makes what is left of an epoch.
+
+    Raises:
+        CheckpointError: If ``rest`` does not fit the pipeline.
+    """
+    if not rest:
+        return pipeline
+    try:
+        left = decode(rest)
+        return _over(pipeline, Batch, lambda batch: _cut(batch, left["offsets"], left["skip"]))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"this state is damaged: its rest {rest!r:.80} does not fit the pipeline ({error})"
+        ) from None
+
+
+def _cut(batch: Any, offsets: dict[str, int], skip: int) -> Dataset:
+    source = batch.source
+    if offsets:
+        source = _over(source, Interleave, lambda mix: _offset(mix, offsets))
+    return dataclasses.replace(batch, source=Skip(source, skip))  # type: ignore[no-any-return]
+
+
+def _offset(mix: Any, offsets: dict[str, int]) -> Dataset:
+    datasets = tuple((name, Skip(data, offsets[name]) if offsets[name] else data) for name, data in mix.datasets)
+    return dataclasses.replace(mix, datasets=datasets)  # type: ignore[no-any-return]
+
+
+def _over(node: Dataset, kind: type[Dataset], change: Any) -> Dataset:
+    """The tree with its first node of a kind changed, below nothing but one-to-one maps."""
+    if isinstance(node, kind):
+        return change(node)  # type: ignore[no-any-return]
+    if not isinstance(node, Map):
+        raise ValueError(f"there is a {node.kind} above the {kind.__name__.lower()}")
+    return dataclasses.replace(node, source=_over(node.source, kind, change))
+
+
+def adopt(canonical: Canonical, pipeline: Dataset, *, strict: bool) -> list[str]:
+    """Let a state of a pipeline that differs go on with this one, where that can be done exactly.
+
+    Another batch size can always be; other weights, new and removed inputs of a mix when asked for (``strict=False``).
+    Changes ``canonical`` in place.
+
+    Returns:
+        What differs, a line each.
+
+    Raises:
+        CheckpointError: If it cannot be done, with the differences and the reason.
+    """
+    here = pipeline.spec()
+    lines = diff_specs(canonical.spec, here)
+    old, new, above = canonical.spec, here, []
+    while _kind(old) == _kind(new) == "map" and _alike(old, new):
+        old, new = old["inputs"][""], new["inputs"][""]
+    if _kind(old) != "batch" or _kind(new) != "batch" or not _alike(old, new, "batch_size"):
+        raise _refusal(lines, "only the batch size and, with strict=False, a mix's weights and inputs may change")
+    size = old["batch_size"]
+    old, new = old["inputs"][""], new["inputs"][""]
+    other_mix = old != new
+    if other_mix:
+        if not strict and _kind(old) == "map":
+            above.append("map")
+        while _kind(old) == _kind(new) == "map" and _alike(old, new):
+            old, new = old["inputs"][""], new["inputs"][""]
+        same = _kind(old) == _kind(new) == "interleave" and _alike(old, new, "weights")
+        kept = set(old.get("inputs", {})) & set(new.get("inputs", {}))
+        if not same or any(old["inputs"][name] != new["inputs"][name] for name in kept):
+            raise _refusal(lines, "only weights, new and removed inputs of a mix right below the batch can be honoured")
+        if strict:
+            raise _refusal(
+                lines, "load_state_dict(state, strict=False) goes on with these weights and inputs from here on"
+            )
+    if pipeline.random_access:
+        _adopt_random(canonical, pipeline, old if other_mix else None, size, lines)
+    else:
+        _adopt_stream(canonical, sorted(new["inputs"]) if other_mix else None, size, bool(above), lines)
+    if other_mix:
+        _rename(canonical, source_names(canonical.spec), source_names(here))
+    canonical.spec, canonical.fingerprint = here, pipeline.fingerprint
+    return lines
+
+
+def _adopt_random(canonical: Canonical, pipeline: Dataset, old: State, size: int, lines: list[str]) -> None:
+    if canonical.ahead:
+        raise _refusal(lines, "a rank is ahead because it lost whole batches; finish the epoch as it is")
+    left: dict[str, Any] = decode(canonical.rest) if canonical.rest else {"offsets": {}, "skip": 0}
+    offsets, skip = left["offsets"], left["skip"] + canonical.batches * size
+    if old is not None:
+        mix = _find(pipeline)
+        if mix.stopping_strategy == "all_exhausted":
+            raise _refusal(lines, "with all_exhausted, sources start over, and a mix of passes cannot be counted anew")
+        counts = _counts(old, mix, offsets, skip, lines)
+        offsets = {name: counts.get(name, 0) for name, _ in mix.datasets}
+        skip = 0
+    canonical.rest = encode({"offsets": offsets, "skip": skip})
+    canonical.batches, canonical.told = 0, {}
+    for lane in canonical.lanes.values():
+        if lane is not None:
+            lane.pop("told", None)
+
+
+def _find(node: Dataset) -> Interleave:
+    while not isinstance(node, Interleave):
+        node = node.inputs()[""]
+    return node
+
+
+def _counts(old: State, mix: Interleave, offsets: dict[str, int], rows: int, lines: list[str]) -> dict[str, int]:
+    """Rows of each input among the first rows of the mix as it was."""
+    weights = old["weights"]
+    names = list(weights)
+    picks = Picks(weights, fold(old["seed"], salt("/".join([mix.label, *sorted(names)]))))
+    block, inside = divmod(rows, picks.block)
+    pattern = picks.pattern[int(picks.choose(block)[0])][:inside]
+    found = block * picks.quotas + np.bincount(pattern, minlength=len(names))
+    counts = dict(zip(names, found.tolist()))
+    lengths = {name: dataset.length() for name, dataset in mix.datasets}
+    for name in names:
+        counts[name] += offsets.get(name, 0)
+        length = lengths.get(name)
+        if mix.stopping_strategy != "first_exhausted" and (
+            name not in lengths or (length is not None and counts[name] > length)
+        ):
+            raise _refusal(
+                lines, f"input {name!r} may have run out in this epoch, and the mix after that cannot be counted"
+            )
+    return counts
+
+
+def _adopt_stream(canonical: Canonical, inputs: list[str] | None, size: int, above: bool, lines: list[str]) -> None:
+    if inputs is not None and above:
+        raise _refusal(lines, "in a stream, only a mix right below the batch can change")
+    for index, lane in canonical.lanes.items():
+        if lane is None:
+            lane = canonical.lanes[index] = {"samples": [], "rows": [], "events": {}}
+        run = lane.setdefault(
+            "lane", {"epoch": canonical.epoch, "rounds": 0, "done": False, "state": None, "marks": {}}
+        )
+        if run["done"]:
+            continue
+        if canonical.batches or canonical.steps_done:
+            run.setdefault("dealt", size)
+        if inputs is None or run["state"] is None:
+            continue
+        try:
+            number, since, mix = run["state"]
+            if since:
+                raise _refusal(lines, "a batch is half read; save the state after a batch, not after an error")
+            kept = {name: mix["inputs"][name] for name in inputs if name in mix["inputs"]}
+            run["state"] = [number, 0, {"picks": 0, "ended": False, "inputs": kept}]
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"this state is damaged: lane {index} ({error})") from None
+
+
+def _rename(canonical: Canonical, old: list[str], new: list[str]) -> None:
+    """Number the counts by the sources as they are now; those of a source that was removed are of none."""
+    place = {index: new.index(name) if name in new else -1 for index, name in enumerate(old)}
+    for lane in canonical.lanes.values():
+        if lane is None:
+            continue
+        events: dict[str, int] = {}
+        for key, count in lane["events"].items():
+            kind, path, source = key.rsplit("|", 2)
+            key = f"{kind}|{path}|{place.get(int(source), -1)}"
+            events[key] = events.get(key, 0) + count
+        for kind in ("samples", "rows"):
+            counts = [0] * len(new)
+            for index, count in enumerate(lane[kind]):
+                if place.get(index, -1) >= 0:
+                    counts[place[index]] += count
+                elif count and kind == "samples":
+                    key = f"removed {old[index]}||-1"
+                    events[key] = events.get(key, 0) + count
+            lane[kind] = counts
+        lane["events"] = events
+
+
+def _kind(spec: State) -> Any:
+    return spec.get("node") if isinstance(spec, dict) else None
+
+
+def _alike(old: Mapping[str, State], new: Mapping[str, State], *but: str) -> bool:
+    """Whether two nodes are the same, but for their inputs and some fields."""
+    return all(old.get(key) == new.get(key) for key in {*old, *new} - {"inputs", *but})
+
+
+def _refusal(lines: list[str], reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"this state was saved by another pipeline (saved → here):{bullet_list(lines)}\nIt cannot go on with this one: "
+        f"{reason}. Build the pipeline as it was, or start afresh."
+    )
