@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+from torchdata.stateful_dataloader import StatefulDataLoader
+
 import midstream as ms
 from midstream import readers
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 
 class _Workers:
