@@ -126,7 +126,9 @@ def test_a_truncated_or_flipped_lane_is_refused(name: str) -> None:
                 ms.DataLoader(pipeline).load_state_dict({**state, "lanes": {**state["lanes"], key: damaged}})
 
 
-@pytest.mark.parametrize("state", [1, None, "text", [], [1], [{}], [[]], {"a": 1}, {1: 2}, {"midstream": 99}, [{"midstream": True}]])
+@pytest.mark.parametrize(
+    "state", [1, None, "text", [], [1], [{}], [[]], {"a": 1}, {1: 2}, {"midstream": 99}, [{"midstream": True}]]
+)
 def test_what_is_no_state_is_refused(state: Any) -> None:
     with pytest.raises(ms.CheckpointError):
         ms.DataLoader(_random()).load_state_dict(state)

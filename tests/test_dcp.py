@@ -154,7 +154,7 @@ def test_another_number_of_lanes_says_lanes(tmp_path: Path) -> None:
     dcp.save({"loader": loader}, checkpoint_id=str(tmp_path), no_dist=True)
     with pytest.raises(Exception, match="lanes"):
         dcp.load({"loader": ms.DataLoader(_random(), lanes=6)}, checkpoint_id=str(tmp_path), no_dist=True)
-    with pytest.raises(Exception, match="lanes"):
+    with pytest.raises(BaseException, match=r"Missing key.*lanes\.0012"):  # torch's, and no Exception
         dcp.load({"loader": ms.DataLoader(_random(), lanes=24)}, checkpoint_id=str(tmp_path), no_dist=True)
 
 
@@ -225,4 +225,4 @@ def _broken(rank: int) -> str:
 def test_a_rank_that_cannot_go_on_leaves_no_other_waiting() -> None:
     first, second = run_ranks(2, _broken)
     assert "another rank cannot go on" in first
-    assert "disk is gone" in second
+    assert "raised at row 20 and cannot go on" in second

@@ -467,7 +467,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def _num_lanes(self, topology: Topology) -> int:
         if self._current is not None:
             return self._current.num_lanes
-        return choose_lanes(self.lanes, topology, self._pipeline.max_lanes())
+        asked = self.lanes
+        if asked is not None and asked < topology.world_size and self._pipeline.random_access:
+            asked = None  # lanes only keep counts there, and every rank needs one
+        return choose_lanes(asked, topology, self._pipeline.max_lanes())
 
     def _turns(self, topology: Topology, start: int, facts: Facts | None = None) -> int | None:
         """Batches this rank makes from ``start`` on; None when only reading tells."""
@@ -862,7 +865,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
 
     def _check_lanes(self, canonical: Canonical, topology: Topology) -> None:
         """All lanes of this rank must be there, and of this run's number."""
-        if self.lanes is not None and self.lanes != canonical.num_lanes:
+        if self.lanes is not None and self.lanes != canonical.num_lanes and not self._pipeline.random_access:
             raise CheckpointError(
                 f"this state has {canonical.num_lanes} lanes, and the loader was made with lanes={self.lanes}. The number "
                 f"is fixed by the first run; leave lanes out or give lanes={canonical.num_lanes}."
@@ -876,7 +879,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             raise CheckpointError(
                 f"this state has {len(canonical.lanes)} of {canonical.num_lanes} lanes, and rank {topology.rank} of "
                 f"{topology.world_size} needs {len(missing)} others (lane {missing[0]}, say). It is the state of one rank of "
-                f"several: give a list of the states of all ranks."
+                f"several: give a list of the states of all ranks. (From torch.distributed.checkpoint: give the loader "
+                f"lanes={canonical.num_lanes}, so that it asks for all.)"
             )
 
     def progress(self) -> Progress:
