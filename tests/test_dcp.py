@@ -158,7 +158,7 @@ def test_another_number_of_lanes_says_lanes(tmp_path: Path) -> None:
         dcp.load({"loader": ms.DataLoader(_random(), lanes=24)}, checkpoint_id=str(tmp_path), no_dist=True)
 
 
-_SYNCED = dict(sync_end=True, lanes=12)
+_SYNCED = {"sync_end": True, "lanes": 12}
 
 
 def _synced(rank: int, workers: int) -> tuple[list[Any], Any]:

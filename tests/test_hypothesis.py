@@ -670,6 +670,7 @@ def batches_in_step(loader: ms.DataLoader, num_lanes: int) -> int:
     return min(sum(1 for _ in Run(pipeline, lane, num_lanes, 0)) * num_lanes + lane for lane in range(num_lanes))
 
 
+@pytest.mark.filterwarnings("ignore:.*lanes are dealt to:RuntimeWarning")
 @examples(100)
 @given(
     plans(stream=False),

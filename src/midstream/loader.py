@@ -543,8 +543,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             self._notice(
                 "dealing",
                 f"{kept}: every sample comes exactly once, but batches come in another order than on a number of ranks that "
-                f"divides the lanes ({', '.join(map(str, fitting[:20]))}), and some ranks may have one batch in "
-                f"{num_lanes // ranks + 1} more. strict_order=True makes this an error.",
+                f"divides the lanes ({', '.join(map(str, fitting[:20]))}), and a rank with more lanes has more batches. "
+                f"strict_order=True makes this an error.",
             )
         if ranks > 1 and not self._pipeline.infinite and not self._synced:
             log.info(
