@@ -1,4 +1,4 @@
-"""The canonical state of a run: its format, how ranks' states merge, and how two pipelines differ.
+"""The canonical state of a run: its format, how ranks' states merge, and how two pipelines differ; `save` and `load`.
 
     {
       "midstream": 1,            version of this format
@@ -42,8 +42,20 @@ from typing import Any
 from midstream._state import State, copy_plain, encode, fingerprint, seal, unseal
 from midstream.core import FORMAT
 from midstream.errors import CheckpointError, bullet_list
+from midstream.storage import latest, load, save
 
-__all__ = ["Canonical", "diff_specs", "merge_states", "parse", "settle", "source_names"]
+__all__ = [
+    "Canonical",
+    "diff_specs",
+    "latest",
+    "load",
+    "merge_states",
+    "parse",
+    "render",
+    "save",
+    "settle",
+    "source_names",
+]
 
 _KEYS: dict[str, type] = {
     "midstream": int,

@@ -421,6 +421,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._set_pipeline(pipeline)
         self._noticed: set[str] = set()
         self._together: Agreement | None = None
+        self._resumed_at = (0, 0, 0)
         self._next_epoch = 0
         self._loaded: tuple[Canonical, dict[str, Any]] | None = None
         self._ever_loaded = False
@@ -790,6 +791,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 return {**state, "lanes": {**every, **state["lanes"]}}
         return current.state_at(None)  # type: ignore[no-any-return]
 
+    def _alone(self, state: dict[str, Any]) -> bool:
+        """Whether a state says that this rank is at its end of the epoch, and others perhaps are not."""
+        return parse(state).finished
+
     def state_at(self, step: int) -> dict[str, Any]:
         """The state after batch ``step`` of the epoch last iterated (what was trained, say, where more was fetched).
 
@@ -862,6 +867,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._current, self._runner = None, None
         self._next_epoch, self._ever_loaded = canonical.epoch, True
         self._loaded = (canonical, merged)
+        self._resumed_at = (canonical.epoch, canonical.batches, canonical.steps_done)
 
     def _check_lanes(self, canonical: Canonical, topology: Topology) -> None:
         """All lanes of this rank must be there, and of this run's number."""
