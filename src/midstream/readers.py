@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._state import encode
+from midstream.breadcrumbs import Trail
 from midstream.core import I64, Cursor, Dataset, Delivery, Lane, Place, as_origin_array, bind, epoch_key
 from midstream.errors import SourceError
 from midstream.failures import Failure, Hole, Ledger
@@ -72,7 +73,7 @@ class Runner(IterableDataset[Any]):
     """What a loader's worker processes iterate: the pipeline at one topology.
 
     ``shared`` holds epoch and generation where workers live on: a plan is for one generation only, so that a worker that
-    was forked with one does not follow it again in the next epoch.
+    was forked with one does not follow it again in the next epoch. ``crumbs`` is the table of `midstream.breadcrumbs`.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Runner(IterableDataset[Any]):
         self.dataset, self.topology, self.lanes = dataset, topology, lanes
         self.epoch, self.generation, self.plan, self.next_turns = epoch, 0, plan, next_turns
         self.shared: torch.Tensor | None = None
+        self.crumbs: torch.Tensor | None = None
         self.frozen = False
 
     def __iter__(self) -> Iter[Any]:
@@ -98,6 +100,15 @@ class Runner(IterableDataset[Any]):
             return _RandomReader(self, index, epoch, plan)
         return _StreamReader(self, index, epoch, plan)
 
+    def bind(self, worker: int) -> Place:
+        """The pipeline's places; in a worker, with the trail it leaves."""
+        place = bind(self.dataset)
+        if self.crumbs is not None:
+            trail = Trail(self.crumbs[worker].numpy())
+            for each in place.walk():
+                each.trail = trail
+        return place
+
 
 class _RandomReader:
     """Makes every W-th batch of its rank, wherever the run continues."""
@@ -107,7 +118,7 @@ class _RandomReader:
         self.stride = topology.world_size * topology.readers
         self.batch = first_batch(plan.start, topology.rank, topology.world_size) + worker * topology.world_size
         self.turn, self.readers, self.turns, self.told = worker, topology.readers, plan.turns, plan.told
-        self.place = bind(runner.dataset)
+        self.place = runner.bind(worker)
         self.ledger = Ledger()
         lane = Lane(self.batch, self.stride, 1, self.ledger)
         self.cursor = Cursor(self.place, lane, int(epoch_key(epoch)[0]), epoch)
@@ -121,6 +132,8 @@ class _RandomReader:
             raise StopIteration
         number = self.batch
         outs = [self.broken] if self.broken is not None else self._make(self.told.get(number, 0))
+        if self.place.trail is not None:
+            self.place.trail.clear()
         self.turn += self.readers
         self.batch += self.stride
         return number, -1, outs
@@ -188,8 +201,7 @@ class _StreamReader:
     """Runs this worker's lanes in turn, one batch each."""
 
     def __init__(self, runner: Runner, worker: int, epoch: int, plan: Plan) -> None:
-        place = bind(runner.dataset)
-        self.place = place
+        place = self.place = runner.bind(worker)
         self.lanes = runner.lanes
         mine = slots(runner.topology, runner.lanes, worker)
         self.runs = [
@@ -215,7 +227,10 @@ class _StreamReader:
             self.slot, self.round = 0, round_ + 1
         if run is None or run.done or run.rounds > round_:
             return -1, -1, []
-        return run.rounds * self.lanes + run.index, run.index, self._make(run)
+        number, outs = run.rounds * self.lanes + run.index, self._make(run)
+        if self.place.trail is not None:
+            self.place.trail.clear()
+        return number, run.index, outs
 
     def _make(self, run: _LaneRun) -> list[Out]:
         outs: list[Out] = []
