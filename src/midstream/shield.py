@@ -49,6 +49,9 @@ class Context(BaseContext):
     def __init__(self, context: Any) -> None:
         self._context = context.get_context()
         self._name = self._context.get_start_method()
+        if self._name != "fork":
+            with _blocked():  # the tracker of its semaphores, which by itself ignores SIGINT and SIGTERM alone
+                resource_tracker.ensure_running()
 
     def get_context(self, method: str | None = None) -> Any:
         """The real one: queues and events are its own."""
@@ -62,10 +65,6 @@ class Context(BaseContext):
             del process.start  # it must not travel with the process
             try:
                 with _blocked():
-                    # Starting its tracker, multiprocessing unblocks signals: not between here and the start, therefore.
-                    if self._name != "fork":
-                        resource_tracker.ensure_running()
-                        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
                     process.start()
                 _terminate_is_kill(process)
             except BaseException:
@@ -111,12 +110,17 @@ class Orphanage:
         """Shield this process, then call the user's."""
         threading.Thread(target=_die_with_parent, name="midstream-parent", daemon=True).start()
         signal.set_wakeup_fd(-1)  # a fork shares it with the parent, whose event loop would wake up
-        for number in SIGNALS:
-            signal.signal(number, _nothing)
-            signal.siginterrupt(number, False)
+        _handle(_nothing)
+        atexit.register(_handle, signal.SIG_IGN)  # an ending interpreter (spawn) takes handlers away, but not this
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if self.init_fn is not None:
             self.init_fn(worker)
+
+
+def _handle(handler: Any) -> None:
+    for number in SIGNALS:
+        signal.signal(number, handler)
+        signal.siginterrupt(number, False)  # system calls go on
 
 
 def _nothing(number: int, frame: Any) -> None:
