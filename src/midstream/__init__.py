@@ -14,6 +14,7 @@ from midstream.errors import (
 )
 from midstream.loader import DataLoader
 from midstream.nodes import collate, concatenate, interleave, pad
+from midstream.preemption import PreemptionGuard
 from midstream.progress import Progress, progress
 from midstream.sources import from_dataset, from_iterable, read_json, read_parquet
 
@@ -25,6 +26,7 @@ __all__ = [
     "Dataset",
     "MidstreamError",
     "Origin",
+    "PreemptionGuard",
     "Progress",
     "ReplayDiverged",
     "SampleError",

@@ -34,6 +34,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._random import fold, salt
 from midstream._state import MISSING, State, copy_plain, fingerprint
+from midstream.breadcrumbs import Trail
 from midstream.errors import CheckpointError, MidstreamError, Origin, ReplayDiverged, TooManyErrors
 from midstream.failures import Failure, Hole, Ledger, check_limits
 
@@ -164,15 +165,17 @@ class Place:
         inputs: Places of the inputs, by name; the key of a single input is the empty string.
         source: Index in ``names`` of a source, -1 for other nodes.
         names: The names of all sources in the tree, shared by all its places.
+        trail: In a worker: where it writes what it has in hand.
     """
 
-    __slots__ = ("inputs", "names", "node", "path", "salt", "source")
+    __slots__ = ("inputs", "names", "node", "path", "salt", "source", "trail")
 
     def __init__(self, node: Dataset, path: str, names: list[str]) -> None:
         self.node, self.path, self.names = node, path, names
         self.salt = salt(path)
         self.inputs: dict[str, Place] = {}
         self.source = -1
+        self.trail: Trail | None = None
 
     @property
     def input(self) -> Place:
@@ -181,7 +184,10 @@ class Place:
 
     def rows(self, positions: I64, keys: U64, passes: I64) -> Rows:
         """The random-access face. See `Dataset._rows`."""
-        return self.node._rows(self, positions, keys, passes)
+        rows = self.node._rows(self, positions, keys, passes)
+        if self.trail is not None:
+            self.trail.passed_on(rows.origins)
+        return rows
 
     def iterate(self, lane: Lane, key: int, pass_: int) -> Iterator:
         """The stream face: a `Cursor` where there is random access."""

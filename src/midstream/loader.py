@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import os
 import pickle
 import signal
 import warnings
@@ -29,6 +30,7 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from midstream._state import State
+from midstream.breadcrumbs import describe, new_table
 from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, render, settle
 from midstream.core import Dataset
 from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError, bullet_list
@@ -39,6 +41,7 @@ from midstream.position import Facts, Position, Tally, Trace
 from midstream.progress import Progress, progress
 from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, identity
 from midstream.rest import adopt, running
+from midstream.shield import Context, Orphanage, quiet_at_exit
 from midstream.sources import from_dataset
 
 __all__ = ["DataLoader"]
@@ -54,6 +57,7 @@ class _LoaderIterator:
 
     def __init__(self, loader: DataLoader, epoch: Position, inner: Iter[Any]) -> None:
         self._loader, self._epoch, self._inner = loader, epoch, inner
+        self._crumbs = loader._runner.crumbs if loader._runner is not None else None
         self._token = loader._active = object()
         self._ready: deque[tuple[int, int, Out]] = deque()
         self._loud = 0  # how many of `_ready` are handed out or raised
@@ -273,7 +277,10 @@ class _LoaderIterator:
             # A batch of a dead worker that cannot be received any more may be noticed before the death is.
             worker.join(0 if self._dead_known else 0.2)
             if worker.exitcode not in (None, 0):
-                dead.append(f"worker {number} (pid {worker.pid}) {_exit_status(worker.exitcode)}")
+                crumbs = self._crumbs[number].numpy() if self._crumbs is not None else None
+                hand = describe(crumbs, self._epoch.facts.names) if crumbs is not None else ""
+                what = f"{_exit_status(worker.exitcode)}{f' while working on {hand}' if hand else ''}"
+                dead.append(f"worker {number} (pid {worker.pid}) {what}")
         self._dead_known = True
         if dead or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error)):
             return WorkerError(
@@ -631,6 +638,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             )
             if self.persistent_workers and self.num_workers > 0:
                 runner.shared = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+            if self.num_workers > 0:
+                runner.crumbs = new_table(self.num_workers)
             self._runner = runner
         if runner.shared is not None:
             runner.shared[0] = epoch.epoch
@@ -639,6 +648,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 runner.generation = int(runner.shared[1])
         with self._engine(runner):
             inner = super().__iter__()
+        quiet_at_exit(inner)
         self._current, self._loaded = epoch, None
         self._next_epoch = epoch.epoch
         return _LoaderIterator(self, epoch, inner)
@@ -700,12 +710,19 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             "snapshot_every_n_steps": 0,  # our envelopes carry the state; torchdata's would cost and hold nothing
             "generator": torch.Generator().manual_seed(runner.epoch),
         }
+        shielded = self.num_workers > 0 and os.name == "posix"
+        if shielded:
+            inside["worker_init_fn"] = Orphanage(self.worker_init_fn)
         outside = {name: self.__dict__[name] for name in inside}
+        context = self.multiprocessing_context  # type: ignore[has-type]
         self.__dict__.update(inside)
+        if shielded:
+            self.multiprocessing_context = Context(context or torch.multiprocessing)
         try:
             yield
         finally:
             self.__dict__.update(outside)
+            self.multiprocessing_context = context
 
     def close(self) -> None:
         """Shut the workers down. The position stays; iterating again starts new ones."""

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._state import encode
+from midstream.breadcrumbs import Trail
 from midstream.core import I64, Cursor, Dataset, Delivery, Item, Lane, Place, as_origin_array, bind, epoch_key
 from midstream.errors import CheckpointError, MidstreamError, SourceError
 from midstream.failures import Failure, Hole, Ledger
@@ -75,7 +76,7 @@ class Runner(IterableDataset[Any]):
     """What a loader's worker processes iterate: the pipeline at one topology.
 
     ``shared`` holds epoch and generation where workers live on: a plan is for one generation only, so that a worker that
-    was forked with one does not follow it again in the next epoch.
+    was forked with one does not follow it again in the next epoch. ``crumbs`` is the table of `midstream.breadcrumbs`.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Runner(IterableDataset[Any]):
         self.dataset, self.topology, self.lanes = dataset, topology, lanes
         self.epoch, self.generation, self.plan, self.next_turns = epoch, 0, plan, next_turns
         self.shared: torch.Tensor | None = None
+        self.crumbs: torch.Tensor | None = None
         self.frozen = False
 
     def __iter__(self) -> Iter[Any]:
@@ -101,6 +103,15 @@ class Runner(IterableDataset[Any]):
             return _RandomReader(self, index, epoch, plan)
         return _StreamReader(self, index, epoch, plan)
 
+    def bind(self, worker: int) -> Place:
+        """The pipeline's places; in a worker, with the trail it leaves."""
+        place = bind(self.dataset)
+        if self.crumbs is not None:
+            trail = Trail(self.crumbs[worker].numpy())
+            for each in place.walk():
+                each.trail = trail
+        return place
+
 
 class _RandomReader:
     """Makes every W-th batch of its rank, wherever the run continues; from the last one on, the first ones again (pad)."""
@@ -111,7 +122,7 @@ class _RandomReader:
         self.batch = first_batch(plan.start, topology.rank, topology.world_size) + worker * topology.world_size
         self.turn, self.readers, self.turns = worker, topology.readers, plan.turns
         self.told, self.ahead = plan.told, plan.ahead
-        self.place, self.epoch = bind(runner.dataset), epoch
+        self.place, self.epoch = runner.bind(worker), epoch
         self.total = runner.dataset.length()
         self.ledger = Ledger()
         self.cursor = self._cursor(self.batch)
@@ -134,7 +145,10 @@ class _RandomReader:
             return -1, -1, []
         if self.total and number >= self.total and self.turns is not None:
             self.cursor = self._cursor(number % self.total)  # a rank's last turn
-        return number, -1, [self.broken] if self.broken is not None else self._make(self.told.get(number, 0))
+        outs = [self.broken] if self.broken is not None else self._make(self.told.get(number, 0))
+        if self.place.trail is not None:
+            self.place.trail.clear()
+        return number, -1, outs
 
     def _make(self, told: int) -> list[Out]:
         cursor = self.cursor
@@ -232,8 +246,7 @@ class _StreamReader:
     """Runs this worker's lanes in turn, one batch each."""
 
     def __init__(self, runner: Runner, worker: int, epoch: int, plan: Plan) -> None:
-        place = bind(runner.dataset)
-        self.place = place
+        place = self.place = runner.bind(worker)
         self.lanes = runner.lanes
         mine = slots(runner.topology, runner.lanes, worker)
         self.runs = [
@@ -259,7 +272,10 @@ class _StreamReader:
             self.slot, self.round = 0, round_ + 1
         if run is None or run.done or run.rounds > round_:
             return -1, -1, []
-        return run.rounds * self.lanes + run.index, run.index, self._make(run)
+        number, outs = run.rounds * self.lanes + run.index, self._make(run)
+        if self.place.trail is not None:
+            self.place.trail.clear()
+        return number, run.index, outs
 
     def _make(self, run: _LaneRun) -> list[Out]:
         outs: list[Out] = []

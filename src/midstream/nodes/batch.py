@@ -161,8 +161,10 @@ class _BatchIterator(Iterator):
     def _emit(self) -> Item:
         held, self.held = self.held, []
         self.since, self.start = 0, None
-        batch = self.node._collate(self.at, [sample for sample, _ in held])
-        return batch, join_origins(held)
+        origins = join_origins(held)
+        if self.at.trail is not None:
+            self.at.trail.rows(origins)
+        return self.node._collate(self.at, [sample for sample, _ in held]), origins
 
     def _last(self) -> Item:
         """What is left at the end of the lane."""

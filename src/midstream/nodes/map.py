@@ -168,6 +168,12 @@ class Call:
             if type(value) is Hole:
                 return Hole(sample.errors + value.errors, value.rest)
             return Hole(sample.errors, value)
+        trail = self.at.trail
+        if trail is not None:
+            if type(origins) is tuple:
+                trail.row(*origins)
+            else:
+                trail.rows(origins)
         try:
             value = self.call(sample, origins)
             if value is None:

@@ -61,7 +61,7 @@ class ArrowSource(Dataset):
         return TableReader(data.data.table.select(data.column_names)), indices
 
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
-        origins = row_origins(at.source, passes, positions)
+        origins = row_origins(at, passes, positions)
         reader, indices = self._handle()
         if reader is not None:
             rows = positions if indices is None else indices[positions]

@@ -139,6 +139,7 @@ class ShardIterator(Iterator):
         self.raised_at = -1
 
     def _next(self) -> Item:
+        trail = self.at.trail
         while True:
             if self.shard >= self.num_shards:
                 raise StopIteration
@@ -147,6 +148,8 @@ class ShardIterator(Iterator):
             assert self.rows is not None
             if self.shards.every and self.row - self.safe_row >= self.shards.every:
                 self.safe_row, self.safe = self.row, self.shards.state()
+            if trail is not None:
+                trail.row(self.at.source, self.pass_, self.row * self.num_shards + self.shard, 0)
             try:
                 sample = next(self.rows)
             except StopIteration:

@@ -156,7 +156,7 @@ class JsonSource(Dataset):
         return _Lines(self._found(), self._offsets())
 
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
-        origins = row_origins(at.source, passes, positions)
+        origins = row_origins(at, passes, positions)
         lines: _Lines = self._handle()
         numbers = np.searchsorted(lines.starts, positions, side="right") - 1
         inside = positions - lines.starts[numbers]

@@ -151,7 +151,7 @@ class ParquetSource(Dataset):
         return _Groups(self._index())
 
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
-        origins = row_origins(at.source, passes, positions)
+        origins = row_origins(at, passes, positions)
         groups: _Groups = self._handle()
         numbers = np.searchsorted(groups.starts, positions, side="right") - 1
         inside = positions - groups.starts[numbers]

@@ -44,7 +44,7 @@ class SequenceSource(Dataset):
         return f"{self.kind}({type(self.data).__name__}, {self.length():,} rows)"
 
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
-        origins = row_origins(at.source, passes, positions)
+        origins = row_origins(at, passes, positions)
         index = positions.tolist()
         together = getattr(self.data, "__getitems__", None)
         samples: list[Any] | None = None
@@ -65,10 +65,12 @@ class SequenceSource(Dataset):
         return Rows(samples, origins)
 
 
-def row_origins(source: int, passes: I64, rows: I64) -> I64:
-    """Origins of rows of a source: int64, shape [k, 4]."""
+def row_origins(at: Place, passes: I64, rows: I64) -> I64:
+    """Origins of rows of a source that are about to be read: int64, shape [k, 4]."""
     origins = np.zeros((len(rows), 4), dtype=np.int64)
-    origins[:, 0], origins[:, 1], origins[:, 2] = source, passes, rows
+    origins[:, 0], origins[:, 1], origins[:, 2] = at.source, passes, rows
+    if at.trail is not None:
+        at.trail.rows(origins)
     return origins
 
 

@@ -1,0 +1,166 @@
+"""Worker processes that signals do not kill: they obey their parent alone, and die with it.
+
+A cluster that preempts a job sends SIGTERM or SIGUSR1 to every process of it; Ctrl-C in a terminal sends SIGINT to all. The
+main process decides what happens then, and needs its workers meanwhile. So of the signals in `SIGNALS`
+
+    from its first instruction    a worker inherits them blocked (`Context` blocks them around the start)
+    from worker_init_fn on        they call a function that does nothing (`Orphanage`)
+
+Why a function, and neither ignored nor blocked to the end: programs that user code starts in a worker inherit both, and
+would not hear their own ``terminate()`` any more. A handler is not inherited by another program.
+
+Since SIGTERM does nothing, ``terminate()`` is SIGKILL here, which ends a worker whatever it is stuck in. When the parent is
+gone, a thread of the worker ends it.
+
+With the start method ``forkserver``, the server must survive too: where the first worker starts it, it has these signals
+blocked for good, and so have other processes that the program makes with it, until they unblock them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Callable
+from collections.abc import Iterator as Iter
+from multiprocessing import connection, resource_tracker
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from torch.utils.data._utils import signal_handling
+
+__all__ = ["SIGNALS", "Context", "Orphanage", "quiet_at_exit"]
+
+SIGNALS = frozenset(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+
+_LOOK_S = 1.0
+
+
+class Context(BaseContext):
+    """A multiprocessing context whose processes start with `SIGNALS` blocked."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context.get_context()
+        self._name = self._context.get_start_method()
+        if self._name != "fork":
+            with _blocked():  # the tracker of its semaphores, which by itself ignores SIGINT and SIGTERM alone
+                resource_tracker.ensure_running()
+
+    def get_context(self, method: str | None = None) -> Any:
+        """The real one: queues and events are its own."""
+        return self._context
+
+    def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:  # noqa: N802
+        """A process of the real context. Only its start and its end differ."""
+        process: Any = self._context.Process(*args, **kwargs)
+
+        def start() -> None:
+            del process.start  # it must not travel with the process
+            try:
+                with _blocked():
+                    process.start()
+                _terminate_is_kill(process)
+            except BaseException:
+                if process.pid is not None:  # Ctrl-C came while it was started: nobody will know of it
+                    process.kill()
+                raise
+
+        process.start = start
+        return process  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _blocked() -> Iter[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _terminate_is_kill(process: Any) -> None:
+    """Replace it where multiprocessing itself, which terminates what is left at exit, finds it."""
+    popen = weakref.ref(process._popen)  # no cycle: the pipes of a process close with it
+
+    def terminate() -> None:
+        if (there := popen()) is not None:
+            there.kill()
+
+    process._popen.terminate = terminate
+
+
+class Orphanage:
+    """The ``worker_init_fn`` that is called before the user's own.
+
+    Args:
+        init_fn: The user's, or None.
+    """
+
+    def __init__(self, init_fn: Callable[[int], None] | None) -> None:
+        self.init_fn = init_fn
+
+    def __call__(self, worker: int) -> None:
+        """Shield this process, then call the user's."""
+        threading.Thread(target=_die_with_parent, name="midstream-parent", daemon=True).start()
+        signal.set_wakeup_fd(-1)  # a fork shares it with the parent, whose event loop would wake up
+        _handle(_nothing)
+        atexit.register(_handle, signal.SIG_IGN)  # an ending interpreter (spawn) takes handlers away, but not this
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        if self.init_fn is not None:
+            self.init_fn(worker)
+
+
+def _handle(handler: Any) -> None:
+    for number in SIGNALS:
+        signal.signal(number, handler)
+        signal.siginterrupt(number, False)  # system calls go on
+
+
+def _nothing(number: int, frame: Any) -> None:
+    pass
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    # Workers that were forked later hold the parent's end of this one's pipe too, so it may close late. Below a fork
+    # server the process above is the server, and the pipe closes in time.
+    mine = os.getppid()
+    direct = mine == parent.pid
+    while not connection.wait([parent.sentinel], timeout=_LOOK_S):
+        if direct and os.getppid() != mine:
+            break
+    os._exit(1)
+
+
+_watched: weakref.WeakSet[Any] = weakref.WeakSet()
+_watched_by = 0
+
+
+def quiet_at_exit(iterator: Any) -> None:
+    """Let workers that live at exit be ended without torch taking that for a failure.
+
+    multiprocessing ends them, at once; torch's handler of SIGCHLD would raise in the middle of that.
+    """
+    global _watched_by
+    if hasattr(iterator, "_worker_pids_set"):
+        _watched.add(iterator)
+        _watched_by = os.getpid()
+        atexit.unregister(_forget_workers)
+        atexit.register(_forget_workers)  # before what was registered earlier
+
+
+def _forget_workers() -> None:
+    if _watched_by == os.getpid():
+        for iterator in list(_watched):
+            if iterator._worker_pids_set:
+                signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
+                iterator._worker_pids_set = False
