@@ -50,7 +50,8 @@ HEAD = """
         return program.wait()
 
     def make(ds, **options):
-        return ms.DataLoader(ds.batch(4, collate_fn=list), num_workers=2, multiprocessing_context=METHOD, **options)
+        options = {"num_workers": 2, "multiprocessing_context": METHOD, **options}
+        return ms.DataLoader(ds.batch(4, collate_fn=list), **options)
 """
 
 
@@ -212,7 +213,9 @@ def test_workers_die_with_a_main_process_that_is_killed(program: Any, method: st
 EXIT = """
     if __name__ == "__main__":
         signal.signal(signal.SIGTERM, lambda number, frame: None)
-        loader = make(ms.from_dataset(range(100)).map(stuck), persistent_workers=sys.argv[2] == "persistent")
+        # Many, so that torch's handler would meet some that are killed and not waited for.
+        options = {"num_workers": 6 if METHOD == "fork" else 2, "persistent_workers": sys.argv[2] == "persistent"}
+        loader = make(ms.from_dataset(range(100)).map(stuck), **options)
         batches = iter(loader)
         next(batches)
         say(pids(loader))

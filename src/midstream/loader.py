@@ -298,7 +298,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     the epoch, the batch size and the number of lanes; never on workers or start method.
 
     ``state_dict()`` is legal at any time and costs microseconds; ``load_state_dict()`` takes a state saved with any number
-    of workers. The epoch in progress is `epoch`:
+    of workers. Worker processes do nothing on SIGINT, SIGTERM, SIGUSR1 and SIGUSR2, and end with the main process. The epoch
+    in progress is `epoch`:
 
         for epoch in range(loader.epoch, num_epochs):
             for batch in loader:

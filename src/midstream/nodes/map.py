@@ -152,12 +152,13 @@ class _MapIterator(Iterator):
 class Call:
     """User code applied to one sample: returns its value, or a `Hole` that says what went wrong."""
 
-    __slots__ = ("at", "call", "fn", "limit", "quiet")
+    __slots__ = ("at", "call", "fn", "limit", "quiet", "trail")
 
     def __init__(
         self, at: Place, fn: Callable[..., Any], quiet: bool, limit: int | None, call: Callable[[Any, Origins], Any]
     ) -> None:
         self.at, self.fn, self.quiet, self.limit, self.call = at, fn, quiet, limit, call
+        self.trail = at.trail
 
     def __call__(self, sample: Any, origins: Origins) -> Any:
         """Apply it; a hole keeps its errors and the function sees what is left of the sample."""
@@ -168,7 +169,7 @@ class Call:
             if type(value) is Hole:
                 return Hole(sample.errors + value.errors, value.rest)
             return Hole(sample.errors, value)
-        trail = self.at.trail
+        trail = self.trail
         if trail is not None:
             if type(origins) is tuple:
                 trail.row(*origins)
