@@ -17,6 +17,7 @@ it has anything to say, else JSON:
     {
       "lane": {"rounds", "done", "state", "marks"},   streams: batches made, ended, the nodes' state, counted up to
       "samples": [..], "rows": [..],                  delivered over the whole run, by source (as numbered in "spec")
+      "tokens": [..],                                 the same for tokens, where the pipeline packs them
       "events": {"filtered|path|source": 12, ...},    dropped and failed over the whole run
       "told": [batch, errors]                         random access: errors of a batch already raised
     }
@@ -123,7 +124,7 @@ def _lane(key: str, text: str) -> dict[str, Any] | None:
     good = isinstance(lane, dict)
     good = good and all(
         isinstance(lane.get(name), list) and all(type(n) is int and 0 <= n < 1 << 62 for n in lane[name])
-        for name in ("samples", "rows")
+        for name in ("samples", "rows", *(["tokens"] if "tokens" in lane else []))
     )
     good = good and isinstance(lane.get("events"), dict) and all(type(n) is int for n in lane["events"].values())
     run = lane.get("lane") if good else None

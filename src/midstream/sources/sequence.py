@@ -66,8 +66,8 @@ class SequenceSource(Dataset):
 
 
 def row_origins(source: int, passes: I64, rows: I64) -> I64:
-    """Origins of rows of a source: int64, shape [k, 4]."""
-    origins = np.zeros((len(rows), 4), dtype=np.int64)
+    """Origins of rows of a source: int64, shape [k, 5]."""
+    origins = np.zeros((len(rows), 5), dtype=np.int64)
     origins[:, 0], origins[:, 1], origins[:, 2] = source, passes, rows
     return origins
 
