@@ -73,8 +73,8 @@ class Pack(Dataset):
 
     A document of unusable columns, or too long with ``overflow="error"``, is one lost sample.
 
-    State: concat: ``{"source", "offset", "taken", "filled", "row"}``: the input before the first document of the row in
-        progress, tokens of it in earlier rows, inputs taken and tokens in the row since, rows made.
+    State: concat: ``{"source", "offset", "taken", "tokens", "row"}``: the input before the first document of the row in
+        progress, tokens of it in earlier rows, inputs taken since, tokens held of them, rows made.
         fit: ``{"source", "waiting", "number", "taken", "tokens", "rows", "row"}``: the input before the window (or, where
         documents wait, before the one they are of, with one bit for each of its inputs), inputs before and in it, tokens
         held, rows of it delivered, row numbers used before it.
@@ -183,12 +183,19 @@ class _Packer:
         self.seq_len = int(node.seq_len)
         self.names = [node.key, *node.columns, *([] if node.mask is None else [node.mask])]
         self.separator = np.array(node.separator, dtype=np.int64)
+        self.bare = len(self.names) == 1 and not node.separator
+        self.places = np.arange(self.seq_len, dtype=np.int64)
         self.endless = node.source.infinite
         self.fruitless = 0
 
     def document(self, sample: Any, origins: Origins, number: int) -> _Piece | Hole | None:
         """The document of input ``number``; None when nothing is left of it."""
         node, seq_len = self.node, self.seq_len
+        if self.bare and type(sample) is dict:  # the hot path: a view, as a source gives it
+            ids = sample.get(node.key)
+            if type(ids) is np.ndarray and ids.ndim == 1 and ids.dtype.kind in "iu" and 0 < len(ids) <= seq_len:
+                self.fruitless = 0
+                return (ids,), 0, len(ids), origins
         try:
             columns = self._columns(sample)
             size = len(columns[0])
@@ -256,16 +263,18 @@ class _Packer:
         """One row of these pieces, with their origins; ``number`` counts the lane's rows."""
         seq_len, names = self.seq_len, self.names
         lengths = np.array([stop - start for _, start, stop, _ in pieces], dtype=np.int32)
-        ends = np.cumsum(lengths)
+        ends = lengths.cumsum()
         starts, total = ends - lengths, int(ends[-1])
         ids = np.empty(seq_len, dtype=np.int64)
         np.concatenate([columns[0][a:b] for columns, a, b, _ in pieces], out=ids[:total], casting="unsafe")
-        ids[total:] = self.node.pad_id
         labels = ids.copy()
-        labels[starts], labels[total:] = IGNORED, IGNORED
-        positions = np.arange(seq_len, dtype=np.int64)
-        positions[:total] -= np.repeat(starts, lengths)
-        positions[total:] -= total
+        labels[starts] = IGNORED
+        positions = self.places.copy()
+        positions[:total] -= starts.repeat(lengths)
+        if total < seq_len:
+            ids[total:], labels[total:] = self.node.pad_id, IGNORED
+            positions[total:] -= total
+            self._of_row(number, {f"padding tokens|{self.path}|-1": seq_len - total})
         row = {"input_ids": ids, "labels": labels, "position_ids": positions, "seq_lens": lengths}
         for index in range(1, len(names)):
             values = np.concatenate([columns[index][a:b] for columns, a, b, _ in pieces])
@@ -275,18 +284,22 @@ class _Packer:
                 column = np.zeros(seq_len, dtype=np.float32 if values.dtype.kind == "f" else np.int64)
                 column[:total] = values
                 row[names[index]] = column
-        if total < seq_len:
-            self._of_row(number, {f"padding tokens|{self.path}|-1": seq_len - total})
-        return row, np.concatenate([self._origins(piece) for piece in pieces])
+        return row, self._origins(pieces)
 
-    def _origins(self, piece: _Piece) -> npt.NDArray[np.int64]:
-        """Origins of a piece; where a document was made of several rows, its tokens are counted with the first."""
-        _, start, stop, origins = piece
-        array = np.array(as_origin_array(origins))
-        array[:, 3] = array[:, 3] * PARTS + -(-start // self.seq_len)
-        array[:, 4] = 0
-        array[0, 4] = stop - start
-        return array
+    def _origins(self, pieces: list[_Piece]) -> npt.NDArray[np.int64]:
+        """Origins of pieces; where a document was made of several rows, its tokens are counted with the first."""
+        found: list[Any] = []
+        for _, start, stop, origins in pieces:
+            number = -(-start // self.seq_len)
+            if type(origins) is tuple:
+                source, pass_, row, part, _ = origins
+                found.append((source, pass_, row, part * PARTS + number, stop - start))
+            else:
+                tokens = stop - start
+                for source, pass_, row, part, _ in origins.tolist():
+                    found.append((source, pass_, row, part * PARTS + number, tokens))
+                    tokens = 0
+        return np.array(found, dtype=np.int64)
 
     def drop(self, pieces: list[_Piece], number: int) -> None:
         """Count a row that is dropped at the end: its tokens, and the documents of which this was all."""
@@ -375,6 +388,10 @@ class _Concat(Iterator):
         self.made += 1
         return self.packer.row(pieces, self.made)
 
+    def _tokens(self) -> int:
+        """Tokens held, to tell whether a replay found what was there."""
+        return self.filled + (0 if self.rest is None else self.rest[2] - self.rest[1])
+
     def _last(self) -> Item:
         if self.pieces and self.packer.node.last == "pad":
             return self._emit()
@@ -391,7 +408,7 @@ class _Concat(Iterator):
             "source": self.start,
             "offset": self.offset,
             "taken": self.taken,
-            "filled": self.filled,
+            "tokens": self._tokens(),
             "row": self.made,
         }
 
@@ -411,7 +428,7 @@ class _Concat(Iterator):
             if type(document) is tuple:
                 columns, _, stop, origins = document
                 self._add((columns, self.offset if number == 0 else 0, stop, origins))
-        _require_tokens(self.packer.path, self.filled, state["filled"])
+        _require_tokens(self.packer.path, self._tokens(), state["tokens"])
 
 
 class _Fit(Iterator):
@@ -478,6 +495,8 @@ class _Fit(Iterator):
         columns, _, stop, origins = document
         columns = tuple(column if column.base is None else column.copy() for column in columns)
         size = self.packer.seq_len
+        if stop <= size:
+            return [(columns, 0, stop, origins)]
         return [(columns, start, min(start + size, stop), origins) for start in range(0, stop, size)]
 
     def _pack(self) -> None:
@@ -570,16 +589,17 @@ def best_fit(lengths: list[int], size: int) -> list[list[int]]:
     """
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        place = bisect_left(room, (lengths[index], -1))
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # stable: equals stay in order
+        length = lengths[index]
+        place = bisect_left(room, (length, -1))
         if place < len(room):
             free, row = room.pop(place)
             rows[row].append(index)
         else:
             free, row = size, len(rows)
             rows.append([index])
-        if free > lengths[index]:
-            insort(room, (free - lengths[index], row))
+        if free > length:
+            insort(room, (free - length, row))
     return sorted(map(sorted, rows))
 
 
