@@ -402,6 +402,26 @@ def test_data_that_changed_is_a_diverged_replay(options: dict[str, Any]) -> None
         next(again)
 
 
+def test_failures_and_empty_documents_before_a_row_are_not_read_again() -> None:
+    ds = ms.from_dataset([*documents(0, [0] * 500), {"input_ids": "bad"}, *documents(0, [3, 9])]).pack(SEQ)
+    whole = Run(ds, 0, 1, 0)
+    with pytest.raises(ms.SampleError):
+        next(whole)
+    state = whole.state_dict()["state"]
+    assert (state["taken"], state["tokens"], state["source"][:1]) == (0, 0, [501])
+    assert state["source"][1] < 16
+
+
+def test_fit_holds_no_views_of_chunks() -> None:
+    docs = documents(0, [3, 4, 5, 6, 7])
+    views = [{"input_ids": doc["input_ids"][:]} for doc in docs]
+    iterator = iter(ms.from_dataset(views).pack(SEQ, mode="fit", window=5, min_fill=0.0))
+    next(iterator)
+    held = [columns[0] for group in iterator._delivery.iterator.held.values() for columns, _, _, _ in group]
+    assert len(held) == 5
+    assert not any(np.shares_memory(a, doc["input_ids"]) for a in held for doc in docs)
+
+
 # -- counting -----------------------------------------------------------------------------------------------------------
 
 

@@ -183,7 +183,7 @@ class _Packer:
         self.seq_len = int(node.seq_len)
         self.names = [node.key, *node.columns, *([] if node.mask is None else [node.mask])]
         self.separator = np.array(node.separator, dtype=np.int64)
-        self.bare = len(self.names) == 1 and not node.separator
+        self.bare, self.room = len(self.names) == 1, self.seq_len - len(node.separator)
         self.places = np.arange(self.seq_len, dtype=np.int64)
         self.endless = node.source.infinite
         self.fruitless = 0
@@ -193,8 +193,10 @@ class _Packer:
         node, seq_len = self.node, self.seq_len
         if self.bare and type(sample) is dict:  # the hot path: a view, as a source gives it
             ids = sample.get(node.key)
-            if type(ids) is np.ndarray and ids.ndim == 1 and ids.dtype.kind in "iu" and 0 < len(ids) <= seq_len:
+            if type(ids) is np.ndarray and ids.ndim == 1 and ids.dtype.kind in "iu" and 0 < len(ids) <= self.room:
                 self.fruitless = 0
+                if node.separator:
+                    ids = np.concatenate((ids, self.separator))
                 return (ids,), 0, len(ids), origins
         try:
             columns = self._columns(sample)
