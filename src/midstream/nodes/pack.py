@@ -1,4 +1,8 @@
-"""Pack: tokenized documents into rows of one length, with what attention and the loss need to keep them apart."""
+"""Pack: tokenized documents into rows of one length, with what attention and the loss need to keep them apart.
+
+Two nodes' worth of code, for the two modes share all but how documents are held: `_Packer` makes documents of samples and rows
+of pieces, `_Concat` and `_Fit` are the iterators.
+"""
 
 from __future__ import annotations
 
