@@ -67,9 +67,20 @@ def identify(sample: Any) -> list[int]:
         return [int(value) for value in sample.reshape(-1).tolist()]
     if isinstance(sample, np.ndarray):
         return [int(value) for value in sample.reshape(-1).tolist()]
+    if isinstance(sample, dict) and "seq_lens" in sample:
+        return [i for row in pieces(sample) for i in row[:, 0].tolist()]
     if isinstance(sample, dict):
         return identify(sample["id"]) if "id" in sample else [i for value in sample.values() for i in identify(value)]
     return [i for value in sample for i in identify(value)]
+
+
+def pieces(sample: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
+    """The token id and the number of tokens of each piece of packed rows, as arrays of shape [pieces, 2], one per row."""
+    found = []
+    for ids, lengths in zip(np.atleast_2d(sample["input_ids"]), np.atleast_2d(sample["seq_lens"])):
+        lengths = lengths[lengths > 0]
+        found.append(np.stack([ids[np.cumsum(lengths) - lengths], lengths], axis=1))
+    return found
 
 
 def plain(sample: Any) -> Any:
@@ -197,6 +208,35 @@ def ragged(sample: Any) -> dict[str, Any]:
     return {"id": row, "tokens": np.arange(row % 6, dtype=np.int32)}
 
 
+LENGTHS = [3, 0, 8, 1, 5, 9, 2, 0, 7, 21, 4, 6, 80]
+
+
+def document(sample: Any) -> dict[str, Any]:
+    """A row as a document of up to 80 tokens, all of which are its id."""
+    row = identify(sample)[0]
+    size = LENGTHS[row % 13] if row % 10 else 4
+    return {
+        "input_ids": np.full(size, row, dtype=np.int32),
+        "kind": np.arange(size) % 3,
+        "trained": [token % 2 for token in range(size)],
+    }
+
+
+def two_documents(bomb: frozenset[int]) -> Dataset:
+    return ms.interleave(
+        {
+            "web": numbers(0, 60, bomb).shuffle(1).map(document).filter(not_empty),
+            "code": numbers(1, 40, bomb).map(document),
+        },
+        {"web": 2, "code": 1},
+        stopping_strategy="all_exhausted_without_replacement",
+    )
+
+
+def not_empty(sample: dict[str, Any]) -> bool:
+    return len(sample["input_ids"]) > 0
+
+
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 Build = Callable[[frozenset[int]], Dataset]
@@ -212,6 +252,7 @@ class Case:
         replay: Source rows read again on resume, at most (for one lane).
         epoch: What one epoch yields, sorted, or None where only part of the data is used.
         shifts: Whether a sample lost to an error moves those after it (into another batch that is dropped, say).
+        cuts: Whether one row may come in several pieces.
     """
 
     build: Build
@@ -219,6 +260,7 @@ class Case:
     replay: int = 0
     epoch: list[int] | None = None
     shifts: bool = False
+    cuts: bool = False
 
 
 def mix(bomb: frozenset[int], **options: Any) -> Dataset:
@@ -354,6 +396,70 @@ CASES: dict[str, Case] = {
         DATA,
         epoch=ids(0, 60),
     ),
+    "pack concat": Case(lambda b: numbers(0, 60, b).shuffle(1).map(document).pack(8), DATA, 25, shifts=True, cuts=True),
+    "pack concat, columns": Case(
+        lambda b: (
+            numbers(0, 60, b).map(document).pack(8, columns=["kind"], mask="trained", overflow="truncate", last="drop")
+        ),
+        DATA,
+        40,
+        shifts=True,
+        cuts=True,
+    ),
+    "pack concat, dropped": Case(
+        lambda b: numbers(0, 60, b).map(document).pack(8, overflow="drop").batch(2), DATA, 60, shifts=True, cuts=True
+    ),
+    "pack concat two, filtered": Case(
+        lambda b: two_documents(b).pack(8).filter(not_third), TWO, 40, shifts=True, cuts=True
+    ),
+    "pack concat under a buffer": Case(
+        lambda b: two_documents(b).pack(8).shuffle(3, buffer_size=8), TWO, 90, shifts=True, cuts=True
+    ),
+    "pack fit": Case(
+        lambda b: numbers(0, 90, b).shuffle(3).map(document).pack(8, mode="fit", window=7),
+        DATA,
+        36,
+        shifts=True,
+        cuts=True,
+    ),
+    "pack fit, at once": Case(
+        lambda b: numbers(0, 60, b).map(document).pack(8, mode="fit", window=5, min_fill=0.0, overflow="drop"),
+        DATA,
+        10,
+        shifts=True,
+    ),
+    "pack fit, truncated": Case(
+        lambda b: two_documents(b).pack(
+            8, mode="fit", window=7, overflow="truncate", last="drop", columns=["kind"], separator=[5, 6]
+        ),
+        TWO,
+        36,
+        shifts=True,
+    ),
+    "pack fit under a buffer": Case(
+        lambda b: two_documents(b).pack(8, mode="fit", window=4).shuffle(3, buffer_size=8),
+        TWO,
+        90,
+        shifts=True,
+        cuts=True,
+    ),
+    "mix of packs": Case(
+        lambda b: (
+            ms.interleave(
+                {
+                    "web": numbers(0, 20, b).map(document).pack(8),
+                    "code": numbers(1, 60, b).map(document).pack(8, mode="fit", window=6),
+                },
+                {"web": 2, "code": 1},
+            )
+            .repeat(2)
+            .batch(2)
+        ),
+        TWO,
+        60,
+        shifts=True,
+        cuts=True,
+    ),
     # compositions
     "mix of shuffled and filtered, buffered": Case(
         lambda b: stream_mix(b).shuffle(3, buffer_size=25).batch(4), TWO, 90, shifts=True
@@ -372,5 +478,13 @@ def bool_of(sample: Any) -> bool:
     return bool(identify(sample))
 
 
-FIVE = ["interleave", "interleave streams", "mix of shuffled and filtered, buffered", "hub stream", "everything"]
+FIVE = [
+    "interleave",
+    "interleave streams",
+    "mix of shuffled and filtered, buffered",
+    "hub stream",
+    "everything",
+    "pack concat two, filtered",
+    "pack fit",
+]
 """The rows on which every loader law runs with every number of workers and start method."""

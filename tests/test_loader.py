@@ -270,8 +270,9 @@ def test_progress_and_trace_count_what_was_delivered(row: str, workers: int) -> 
     delivered: Counter[int] = Counter()
     for step, batch in zip(range(9), made):
         found = identify(plain(batch))
-        delivered.update(value // BASE for value in found)
         origins = made.trace()
+        # A document that pack cut counts once.
+        delivered.update(value // BASE for value, origin in zip(found, origins) if not (case.cuts and origin.part))
         assert len(origins) == len(found)
         if "gz" not in row and row not in ("hub stream", "iterable"):
             assert [BASE * case.sources[origin.source] + origin.row for origin in origins] == found

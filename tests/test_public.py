@@ -34,6 +34,7 @@ PUBLIC = [
     "WorkerError",
     "collate",
     "concatenate",
+    "document_mask",
     "from_dataset",
     "from_iterable",
     "interleave",
@@ -50,6 +51,7 @@ LAYERS = [
     "_state",
     "_random",
     "_check",
+    "attention",
     "failures",
     "breadcrumbs",
     "shield",
@@ -113,7 +115,7 @@ def test_every_public_method_has_a_docstring(owner: type) -> None:
     assert [name for name in public_methods(owner) if not inspect.getdoc(getattr(owner, name))] == []
 
 
-VERBS = ["batch", "filter", "flat_map", "map", "repeat", "shuffle", "skip", "take"]
+VERBS = ["batch", "filter", "flat_map", "map", "pack", "repeat", "shuffle", "skip", "take"]
 
 
 @pytest.mark.parametrize("name", VERBS)

@@ -1,5 +1,6 @@
 """A stateful data pipeline and drop-in DataLoader for PyTorch that resumes mid-stream, exactly."""
 
+from midstream.attention import document_mask
 from midstream.checkpoint import merge_states
 from midstream.core import Dataset
 from midstream.errors import (
@@ -35,6 +36,7 @@ __all__ = [
     "WorkerError",
     "collate",
     "concatenate",
+    "document_mask",
     "from_dataset",
     "from_iterable",
     "interleave",

@@ -13,9 +13,10 @@
     }
 
 A rank's state holds the lanes l = rank (mod world size); a merged state holds all. Each lane is one string, empty before
-it has anything to say, else a JSON object; its entries, of which all but the first three may be missing:
+it has anything to say, else a JSON object; its entries, of which all but "samples", "rows" and "events" may be missing:
 
     "samples", "rows": [..]     delivered over the whole run, by source (as numbered in "spec")
+    "tokens": [..]              the same for tokens, where the pipeline packs them
     "events"                    {"filtered|path|source": 12, ...}: dropped and failed over the whole run
     "at"                        [epoch, batches, steps_done, finished]: where the rank stood that saved this as its first lane;
                                 finished: 1 when it had come to its end of the epoch, and others perhaps had not
@@ -197,7 +198,7 @@ def _is_lane(key: str, num_lanes: int) -> bool:
     return len(key) < 12 and int(key) < num_lanes and key == f"{int(key):04d}"
 
 
-_EVENT = re.compile(r"(filtered|dropped|emptied|padded|(?:failed|removed) [^|]*)\|[^|]*\|(-1|\d{1,6})", re.DOTALL)
+_EVENT = re.compile(r"([^|]+)\|[^|]*\|(-1|\d{1,6})", re.DOTALL)
 _MOST_AHEAD = 10_000_000
 
 
@@ -232,6 +233,7 @@ def _run(value: Any) -> bool:
 _PARTS: dict[str, tuple[bool, Callable[[Any], bool]]] = {
     "samples": (True, _counts),
     "rows": (True, _counts),
+    "tokens": (False, _counts),
     "events": (
         True,
         lambda events: (

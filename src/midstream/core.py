@@ -41,6 +41,7 @@ from midstream.failures import Failure, Hole, Ledger, check_limits
 __all__ = [
     "FORMAT",
     "I64",
+    "PARTS",
     "U64",
     "Cursor",
     "Dataset",
@@ -69,7 +70,12 @@ FORMAT = 1
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 Origins = Any
-"""Origins of one sample: a tuple (source, pass, row, part), or an int64 array [m, 4] for a sample made of several."""
+"""Origins of one sample: a tuple (source, pass, row, part, tokens), or an int64 array [m, 5] for a sample made of several.
+
+``tokens`` is 0 until a node that knows (pack) sets it; the other four alone say which row it is, and key every draw.
+"""
+PARTS = 1 << 20
+"""Parts of a part are numbered in one integer: ``part * PARTS + number``."""
 Item = tuple[Any, Origins]
 OnError = Literal["raise", "skip", "refill"]
 
@@ -84,7 +90,7 @@ class Rows:
 
     Attributes:
         samples: One per position; a `Hole` where user code failed.
-        origins: int64, shape [m, 4]: source index, pass, row, part.
+        origins: int64, shape [m, 5]: source index, pass, row, part, tokens.
         sizes: Origins per sample, int64 of shape [k], or None when every sample has exactly one.
     """
 
@@ -111,32 +117,32 @@ class Rows:
         """
         samples: list[Any] = [None] * length
         if all(rows.sizes is None for _, rows in parts):
-            origins = np.empty((length, 4), dtype=np.int64)
+            origins = np.empty((length, 5), dtype=np.int64)
             for places, rows in parts:
                 origins[places] = rows.origins
                 for place, sample in zip(places.tolist(), rows.samples):
                     samples[place] = sample
             return Rows(samples, origins)
-        pieces: list[I64] = [np.empty((0, 4), dtype=np.int64)] * length
+        pieces: list[I64] = [np.empty((0, 5), dtype=np.int64)] * length
         for places, rows in parts:
             for place, (sample, origin) in zip(places.tolist(), rows.items()):
                 samples[place] = sample
                 pieces[place] = as_origin_array(origin)
         sizes = np.array([len(piece) for piece in pieces], dtype=np.int64)
-        return Rows(samples, np.concatenate(pieces) if pieces else np.empty((0, 4), dtype=np.int64), sizes)
+        return Rows(samples, np.concatenate(pieces) if pieces else np.empty((0, 5), dtype=np.int64), sizes)
 
 
 def as_origin_array(origins: Origins) -> I64:
-    """Origins of one sample as int64 of shape [m, 4]."""
+    """Origins of one sample as int64 of shape [m, 5]."""
     if type(origins) is tuple:
         return np.array([origins], dtype=np.int64)
     return origins  # type: ignore[no-any-return]
 
 
 def join_origins(items: Sequence[Item]) -> I64:
-    """Origins of several samples as one int64 array of shape [m, 4]."""
+    """Origins of several samples as one int64 array of shape [m, 5]."""
     if all(type(origin) is tuple for _, origin in items):
-        return np.array([origin for _, origin in items], dtype=np.int64).reshape(-1, 4)
+        return np.array([origin for _, origin in items], dtype=np.int64).reshape(-1, 5)
     return np.concatenate([as_origin_array(origin) for _, origin in items])
 
 
@@ -196,7 +202,7 @@ class Place:
         return self.node._iterate(self, lane, key, pass_)
 
     def origin(self, origin: Sequence[int]) -> Origin:
-        """Four integers with the source's name in place of its index."""
+        """Five integers with the source's name in place of its index."""
         return Origin(self.names[origin[0]], *map(int, origin[1:]))
 
     def walk(self) -> Iterable[Place]:
@@ -487,6 +493,10 @@ class SafePoint:
         if self.number % self.every == 0 and self.state_at != self.number:
             self.state, self.state_at = self.upstream.snapshot(), self.number
         return [self.number, self.number - self.state_at, self.state]
+
+    def before(self) -> list[State]:
+        """The snapshot before the input that was taken last."""
+        return [self.number - 1, self.number - 1 - self.state_at, self.state]
 
     def load(self, state: list[State]) -> None:
         """Go back to the safe point and read forward to where the state was taken."""
@@ -854,6 +864,50 @@ class Dataset(IterableDataset[Any]):
         from midstream.nodes.flat_map import FlatMap
 
         return FlatMap(self, fn, on_error, max_errors)
+
+    def pack(
+        self,
+        seq_len: int,
+        *,
+        mode: Literal["concat", "fit"] = "concat",
+        overflow: Literal["split", "truncate", "drop", "error"] = "split",
+        key: str = "input_ids",
+        columns: Sequence[str] = (),
+        mask: str | None = None,
+        separator: int | Sequence[int] | None = None,
+        pad_id: int = 0,
+        last: Literal["pad", "drop"] = "pad",
+        window: int | None = None,
+        min_fill: float | None = None,
+    ) -> Dataset:
+        """Pack tokenized documents into rows of ``seq_len`` tokens: what a language model trains on.
+
+        Args:
+            seq_len: Tokens per row.
+            mode: ``"concat"`` joins documents and cuts them at every ``seq_len`` tokens; ``"fit"`` cuts no document that
+                fits in a row, and pads.
+            overflow: What becomes of documents longer than ``seq_len`` (separator included): all counted.
+            key: The column of token ids; a sample that is no dict is its tokens itself.
+            columns: Further columns of one value per token, packed alongside (0 on padding, on a separator the
+                document's last value).
+            mask: A column of one value per token: where it is 0 the label is -100.
+            separator: Token id or ids put after every document, as part of it.
+            pad_id: What ``input_ids`` has on padding.
+            last: Whether the partial row at the end of a lane is padded or dropped, and counted.
+            window: ``"fit"``: documents looked at together, in a lane; default 256, at most 1,024.
+            min_fill: ``"fit"``: rows filled less than this wait, once, for the next window; default 0.95.
+
+        >>> import midstream as ms
+        >>> row = next(iter(ms.from_dataset([[11, 12, 13], [21, 22], [31]]).pack(4)))
+        >>> row["input_ids"].tolist(), row["labels"].tolist()
+        ([11, 12, 13, 21], [-100, 12, 13, -100])
+        >>> row["position_ids"].tolist(), row["seq_lens"].tolist()
+        ([0, 1, 2, 0], [3, 1])
+        """
+        from midstream.nodes.pack import Pack
+
+        ids = () if separator is None else (separator,) if not isinstance(separator, Iterable) else tuple(separator)
+        return Pack(self, seq_len, mode, overflow, key, tuple(columns), mask, ids, pad_id, last, window, min_fill)
 
     def repeat(self, num_epochs: int | None = None) -> Dataset:
         """Go through the data ``num_epochs`` times, for ever when None; shuffles below draw a new order each pass.

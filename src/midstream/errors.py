@@ -25,7 +25,9 @@ class Origin(NamedTuple):
         source: Name of the source in the pipeline's tree.
         epoch: The pass over that source (outer epoch and every enclosing ``repeat`` included), from 0.
         row: Row of the source.
-        part: What ``flat_map`` made of the row: 0 for the row itself or its first output, then 1, 2, ...
+        part: What ``flat_map`` made of the row, or the piece that ``pack`` cut of it: 0 for the row itself, its first output
+            or piece, then 1, 2, ...
+        tokens: How many tokens of it a packed row has (its separator included); 0 where tokens are not counted.
 
     >>> str(Origin("web", epoch=2, row=7))
     'web[7] epoch 2'
@@ -35,6 +37,7 @@ class Origin(NamedTuple):
     epoch: int
     row: int
     part: int = 0
+    tokens: int = 0
 
     def __str__(self) -> str:
         text = f"{self.source}[{self.row}]"
@@ -42,6 +45,8 @@ class Origin(NamedTuple):
             text += f" part {self.part}"
         if self.epoch:
             text += f" epoch {self.epoch}"
+        if self.tokens:
+            text += f" ({self.tokens} token{'s' * (self.tokens > 1)})"
         return text
 
 

@@ -73,6 +73,8 @@ class Failure:
         kind = self.node.split("/")[-1].split("#")[0]
         if kind in ("from_dataset", "read_parquet", "read_json", "from_iterable"):
             advice = "Mend or remove that row to be rid of it."
+        elif kind == "pack":
+            advice = "Mend such documents before .pack with .map, or drop them with .filter."
         elif self.origin is None:
             advice = "Look at the samples it was given: loader.trace() and ds.rows() help."
         else:
@@ -165,11 +167,14 @@ class Ledger:
 
     def dropped(self, kind: str, path: str, source: int, pass_: int, number: int, count: int = 1) -> None:
         """Count what node ``path`` dropped on its input ``number`` of pass ``pass_``, unless a replay did already."""
-        mark = [pass_, number]
-        if self.marks.get(path, [-1, -1]) < mark:
-            self.marks[path] = mark
-            key = f"{kind}|{path}|{source}"
-            self.events[key] = self.events.get(key, 0) + count
+        self.count(path, pass_, number, {f"{kind}|{path}|{source}": count})
+
+    def count(self, mark: str, pass_: int, number: int, counts: Mapping[str, int]) -> None:
+        """Count several things at once, unless the mark has been at ``number`` of pass ``pass_`` already."""
+        if self.marks.get(mark, [-1, -1]) < [pass_, number]:
+            self.marks[mark] = [pass_, number]
+            for key, count in counts.items():
+                self.events[key] = self.events.get(key, 0) + count
 
     def failed(self, failure: Failure, source: int) -> None:
         """Count a skipped sample. It is met once: failures pass every buffer at once and replays swallow them."""

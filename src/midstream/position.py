@@ -12,7 +12,7 @@ import numpy as np
 
 from midstream._state import State, decode, encode, seal
 from midstream.checkpoint import Canonical
-from midstream.core import FORMAT, I64, Dataset, bind
+from midstream.core import FORMAT, I64, PARTS, Dataset, bind
 from midstream.errors import Origin
 from midstream.lanes import Topology, first_batch
 from midstream.nodes.batch import Batch
@@ -29,15 +29,21 @@ _LOG_BYTES = 64 << 20
 class Tally:
     """Counts of one lane (random access: of one rank), over the whole run."""
 
-    __slots__ = ("events", "rows", "samples")
+    __slots__ = ("events", "rows", "samples", "tokens")
 
     def __init__(self, num_sources: int, lane: Mapping[str, Any] | None = None) -> None:
         self.samples = np.zeros(num_sources, dtype=np.int64)
         self.rows = np.zeros(num_sources, dtype=np.int64)
+        self.tokens = np.zeros(num_sources, dtype=np.int64)
         self.events: dict[str, int] = {}
         if lane is not None:
-            known = min(num_sources, len(lane["samples"]), len(lane["rows"]))
-            self.samples[:known], self.rows[:known] = lane["samples"][:known], lane["rows"][:known]
+            for counts, found in (
+                (self.samples, lane["samples"]),
+                (self.rows, lane["rows"]),
+                (self.tokens, lane.get("tokens", [])),
+            ):
+                known = min(num_sources, len(found))
+                counts[:known] = found[:known]
             self.events = dict(lane["events"])
 
     def plus(self, origins: I64 | None, events: Mapping[str, int] | None) -> Tally:
@@ -45,8 +51,13 @@ class Tally:
         other = copy.copy(self)
         if origins is not None and len(origins):
             size = len(self.samples)
-            other.samples = self.samples + np.bincount(origins[:, 0], minlength=size)
-            other.rows = self.rows + np.bincount(origins[origins[:, 3] == 0, 0], minlength=size)
+            source, part, tokens = origins[:, 0], origins[:, 3], origins[:, 4]
+            other.rows = self.rows + np.bincount(source[part == 0], minlength=size)
+            if tokens.any():
+                np.add.at(counted := self.tokens.copy(), source, tokens)
+                other.tokens = counted
+                source = source[(tokens == 0) | (part % PARTS == 0)]  # further pieces of a document are no samples
+            other.samples = self.samples + np.bincount(source, minlength=size)
         if events:
             other.events = dict(self.events)
             for key, count in events.items():
@@ -365,7 +376,8 @@ class Position:
                 continue
             tally = tally or Tally(self.num_sources)
             counts = {"samples": tally.samples.tolist(), "rows": tally.rows.tolist(), "events": tally.events}
-            body = encode({**counts, **extra.get(index, {})})
+            tokens = {"tokens": tally.tokens.tolist()} if tally.tokens.any() else {}
+            body = encode({**counts, **tokens, **extra.get(index, {})})
             leaves[f"{index:04d}"] = seal(f'{body[:-1]},"lane":{text}}}' if text else body)
         return {
             "midstream": FORMAT,
@@ -396,7 +408,7 @@ class Position:
         for entry in reversed(self.log):
             if entry.origins is not None and entry.step == wanted - 1:
                 names = self.facts.names
-                trace = Trace(Origin(names[s], p, r, part) for s, p, r, part in entry.origins.tolist())
+                trace = Trace(Origin(names[source], *others) for source, *others in entry.origins.tolist())
                 trace.padded = entry.padded
                 return trace
         kept = [entry.step + 1 for entry in self.log if entry.origins is not None]

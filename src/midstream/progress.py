@@ -17,13 +17,15 @@ class SourceProgress:
 
     Attributes:
         name: The source.
-        samples: Samples delivered in batches (parts of a row count each).
+        samples: Samples delivered in batches (parts of a row count each; a document that ``pack`` cut counts once).
         epochs: Passes over the source, as a float; None when its length is not known.
         failures: Samples lost to errors in user code, by exception type.
         filtered: Samples that a filter dropped.
         dropped: Samples left over in last batches that were dropped, and rows that ``flat_map`` made nothing of.
         share: Its part of all samples delivered.
         padded: Samples delivered once more so that every rank gets as many batches; in no other number.
+        tokens: Tokens delivered; 0 where the pipeline does not count them (``pack`` does).
+        counts: What else was counted, by name: documents ``split`` and ``truncated``, ``tokens dropped``.
     """
 
     name: str
@@ -34,6 +36,8 @@ class SourceProgress:
     dropped: int
     share: float
     padded: int = 0
+    tokens: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,18 @@ class Progress:
     batches: int
     sources: dict[str, SourceProgress] = field(default_factory=dict)
     unattributed: dict[str, int] = field(default_factory=dict)
-    """Counts that are of no single source: rows of a mix that ``drop_last`` left out, batches that failed as a whole."""
+    """Counts that are of no single source: rows of a mix that ``drop_last`` left out, batches that failed as a whole,
+    ``padding tokens``."""
 
     @property
     def samples(self) -> int:
         """All samples delivered."""
         return sum(source.samples for source in self.sources.values())
+
+    @property
+    def tokens(self) -> int:
+        """All tokens delivered, padding not counted."""
+        return sum(source.tokens for source in self.sources.values())
 
     def to_dict(self) -> dict[str, float]:
         """Flat names, as experiment loggers take them."""
@@ -74,15 +84,19 @@ class Progress:
             flat[f"{name}/filtered"] = source.filtered
             flat[f"{name}/dropped"] = source.dropped
             flat[f"{name}/padded"] = source.padded
+            if self.tokens:
+                flat[f"{name}/tokens"] = source.tokens
+            flat.update({f"{name}/{kind}": count for kind, count in source.counts.items()})
         flat.update({f"unattributed/{kind}": count for kind, count in self.unattributed.items()})
         return flat
 
     def rows(self) -> list[list[str]]:
         """The table as text: a header, then one row per source."""
-        table = [["source", "samples", "share", "epochs", "filtered", "dropped", "failures"]]
+        table = [["source", "samples", "share", "epochs", "filtered", "dropped", "failures", "tokens", "also"]]
         for source in self.sources.values():
             failures = ", ".join(f"{count} {kind}" for kind, count in sorted(source.failures.items())) or "0"
             epochs = "–" if source.epochs is None else f"{source.epochs:.3f}"
+            others = [f"{count:,} {kind}" for kind, count in source.counts.items()]
             table.append(
                 [
                     source.name,
@@ -92,9 +106,13 @@ class Progress:
                     f"{source.filtered:,}",
                     f"{source.dropped:,}",
                     failures,
+                    f"{source.tokens:,}",
+                    ", ".join(others),
                 ]
             )
-        return table
+        if not any(source.counts for source in self.sources.values()):
+            table = [row[:-1] for row in table]
+        return table if self.tokens else [row[:7] + row[8:] for row in table]
 
     def __str__(self) -> str:
         table = self.rows()
@@ -133,15 +151,16 @@ def progress(state: State) -> Progress:
     canonical = parse(state)
     names = source_names(canonical.spec)
     lengths = _lengths(canonical.spec)
-    samples, rows = [0] * len(names), [0] * len(names)
+    totals = {kind: [0] * len(names) for kind in ("samples", "rows", "tokens")}
     events: dict[str, int] = {}
     for lane in canonical.lanes.values():
         if lane is not None:
-            for index in range(min(len(names), len(lane["samples"]))):
-                samples[index] += lane["samples"][index]
-                rows[index] += lane["rows"][index]
+            for kind, counts in totals.items():
+                for index, count in zip(range(len(names)), lane.get(kind, [])):
+                    counts[index] += count
             for key, count in lane["events"].items():
                 events[key] = events.get(key, 0) + count
+    samples = totals["samples"]
     total = sum(samples)
     unattributed: dict[str, int] = {}
     for key, count in sorted(events.items()):
@@ -151,26 +170,31 @@ def progress(state: State) -> Progress:
     sources: dict[str, SourceProgress] = {}
     for index, name in enumerate(names):
         failures: dict[str, int] = {}
-        counts = {"filtered": 0, "dropped": 0, "emptied": 0, "padded": 0}
+        lost = {"filtered": 0, "dropped": 0, "emptied": 0}
+        others: dict[str, int] = {}
         for key, count in events.items():
             kind, _, source = key.split("|")
             if int(source) != index:
                 continue
             if kind.startswith("failed "):
                 failures[kind.removeprefix("failed ")] = failures.get(kind.removeprefix("failed "), 0) + count
+            elif kind in lost:
+                lost[kind] += count
             else:
-                counts[kind] += count
-        length, padded = lengths[index], counts.pop("padded")
-        read = rows[index] + sum(counts.values()) + sum(failures.values())
+                others[kind] = others.get(kind, 0) + count
+        length, padded = lengths[index], others.pop("padded", 0)
+        read = totals["rows"][index] + sum(lost.values()) + sum(failures.values())
         sources[name] = SourceProgress(
             name=name,
             samples=samples[index],
             epochs=read / length if length else None,
             failures=failures,
-            filtered=counts["filtered"],
-            dropped=counts["dropped"] + counts["emptied"],
+            filtered=lost["filtered"],
+            dropped=lost["dropped"] + lost["emptied"],
             share=samples[index] / total if total else 0.0,
             padded=padded,
+            tokens=totals["tokens"][index],
+            counts=dict(sorted(others.items())),
         )
     return Progress(canonical.epoch, canonical.batches, sources, unattributed)
 

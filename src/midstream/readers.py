@@ -36,7 +36,7 @@ class Out(NamedTuple):
     Attributes:
         kind: A batch, a failure to raise, an error that ends the run, or nothing (counts and states only).
         payload: The batch, the `Failure`, or the error.
-        origins: int64 [m, 4], or None.
+        origins: int64 [m, 5], or None.
         final: Whether the turn's batch number is done with after this.
         state: Streams: the lane's state as canonical JSON, or None when it did not change.
         notes: Events, notices and limits from the lane's ledger, or None.

@@ -199,7 +199,7 @@ def _rename(canonical: Canonical, old: list[str], new: list[str]) -> None:
             kind, path, source = key.rsplit("|", 2)
             key = f"{kind}|{path}|{place.get(int(source), -1)}"
             events[key] = events.get(key, 0) + count
-        for kind in ("samples", "rows"):
+        for kind in [kind for kind in ("samples", "rows", "tokens") if kind in lane]:
             counts = [0] * len(new)
             for index, count in enumerate(lane[kind]):
                 if place.get(index, -1) >= 0:

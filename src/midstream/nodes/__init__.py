@@ -6,6 +6,7 @@ from midstream.nodes.filter import Filter
 from midstream.nodes.flat_map import FlatMap
 from midstream.nodes.interleave import Interleave, interleave
 from midstream.nodes.map import Map
+from midstream.nodes.pack import Pack
 from midstream.nodes.repeat import Repeat
 from midstream.nodes.shuffle import BufferedShuffle, Shuffle
 from midstream.nodes.skip import Skip
@@ -19,6 +20,7 @@ __all__ = [
     "FlatMap",
     "Interleave",
     "Map",
+    "Pack",
     "Repeat",
     "Shuffle",
     "Skip",

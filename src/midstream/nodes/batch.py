@@ -210,7 +210,8 @@ def collate(samples: list[Any]) -> Any:
     """A batch by torch's rules: dicts and tuples by element, numbers and arrays stacked, strings in a list.
 
     The result is that of ``torch.utils.data.default_collate``; arrays are copied once (samples are read-only views), and
-    what cannot be stacked gets an error that says what to do.
+    what cannot be stacked gets an error that says what to do. One column need not be of one length: ``seq_lens``, as `pack`
+    makes it, is filled up with zeros to [batch, most].
 
     Raises:
         ValueError: If samples differ in shape.
@@ -230,7 +231,7 @@ def _collate(samples: Sequence[Any], where: str) -> Any:
         return samples
     if isinstance(first, Mapping):
         _same_keys(samples, where)
-        columns = {key: _collate([sample[key] for sample in samples], f"{where}[{key!r}]") for key in first}
+        columns = {key: _collate_column(key, [sample[key] for sample in samples], where) for key in first}
         return columns if kind is dict else _like(first, columns)
     if any(sample is None for sample in samples):
         raise ValueError(
@@ -253,6 +254,14 @@ def _collate(samples: Sequence[Any], where: str) -> Any:
             f"{_place(where)} cannot be put into a batch: torch's default_collate says {type(error).__name__}: {error}. "
             f"Convert such values with .map, or give .batch a collate_fn"
         ) from error
+
+
+def _collate_column(key: Any, column: list[Any], where: str) -> Any:
+    """One key of dicts. The ``seq_lens`` of packed rows, which have no one length, are filled up with zeros."""
+    inner = f"{where}[{key!r}]"
+    if key == "seq_lens" and len({np.shape(value) for value in column}) > 1 and all(map(_is_sequence, column)):
+        return _pad_column(column, 0, 1, _place(inner))[0]
+    return _collate(column, inner)
 
 
 def _stack(samples: Sequence[Any], where: str) -> torch.Tensor:

@@ -8,14 +8,24 @@ from typing import Any
 
 from midstream._check import require_callable, require_choice
 from midstream._state import State
-from midstream.core import Dataset, Item, Iterator, Lane, Origins, Place, SafePoint, as_origin_array, require_dataset
+from midstream.core import (
+    PARTS,
+    Dataset,
+    Item,
+    Iterator,
+    Lane,
+    Origins,
+    Place,
+    SafePoint,
+    as_origin_array,
+    require_dataset,
+)
 from midstream.errors import ReplayDiverged, SourceError
 from midstream.failures import Hole, callable_name, describe_callable
 from midstream.nodes.map import Call, require_limit
 
 _EVERY = 16
 _GIVE_UP = 100_000
-_PARTS = 1 << 20
 _DEEPEST = 3
 
 
@@ -44,11 +54,7 @@ class FlatMap(Dataset):
         require_callable(self.fn, "flat_map")
         require_choice(self.on_error, "on_error", ("raise", "skip"), "flat_map")
         require_limit(self.on_error, self.max_errors, "flat_map")
-        if _depth(self) > _DEEPEST:
-            raise ValueError(
-                f"at most {_DEEPEST} flat_map above each other: the parts of parts are numbered in 64 bits. Do the work of two "
-                f"in one function"
-            )
+        require_depth(self)
 
     @property
     def random_access(self) -> bool:
@@ -137,22 +143,33 @@ def _collect(fn: Callable[[Any], Iterable[Any]], sample: Any) -> list[Any]:
     if isinstance(result, (str, bytes, dict)) or not isinstance(result, Iterable):
         raise TypeError(f"the function returns an iterable of samples; found {type(result).__name__}")
     parts = list(result)
-    if len(parts) >= _PARTS:
-        raise ValueError(f"one row became {len(parts):,} samples; the most is {_PARTS - 1:,}")
+    if len(parts) >= PARTS:
+        raise ValueError(f"one row became {len(parts):,} samples; the most is {PARTS - 1:,}")
     return parts
 
 
+def require_depth(node: Dataset) -> None:
+    """Refuse parts of parts of parts of parts."""
+    if _depth(node) > _DEEPEST:
+        raise ValueError(
+            f"at most {_DEEPEST} flat_map or pack above each other: the parts of parts are numbered in 64 bits. Do the work "
+            f"of two in one function"
+        )
+
+
 def _depth(node: Dataset) -> int:
-    """The most flat_map on a path from here to a source."""
-    return isinstance(node, FlatMap) + max((_depth(child) for child in node.inputs().values()), default=0)
+    """The most flat_map and pack on a path from here to a source."""
+    return (node.kind in ("flat_map", "pack")) + max((_depth(child) for child in node.inputs().values()), default=0)
 
 
 def _part_origin(origins: Origins, part: int, parts: int) -> Origins:
     """A flat_map above another one numbers (outer part, inner part) in one integer."""
     if type(origins) is tuple:
-        return (*origins[:3], origins[3] * _PARTS + part)
+        return (*origins[:3], origins[3] * PARTS + part, 0 if part else origins[4])
     if len(origins) == parts:  # a batch taken apart again
         return tuple(origins[part].tolist())
     moved = origins.copy()
-    moved[:, 3] = moved[:, 3] * _PARTS + part
+    moved[:, 3] = moved[:, 3] * PARTS + part
+    if part:
+        moved[:, 4] = 0  # tokens are counted once
     return moved

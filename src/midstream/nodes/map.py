@@ -202,7 +202,7 @@ def require_limit(on_error: str, max_errors: int | None, where: str) -> None:
 
 
 def _origin_key(seed: int, origins: Origins) -> int:
-    return fold(seed, *as_origin_array(origins).ravel().tolist())
+    return fold(seed, *as_origin_array(origins)[:, :4].ravel().tolist())
 
 
 @contextlib.contextmanager

@@ -263,7 +263,7 @@ class _BufferedShuffleIterator(Iterator):
 
 
 def _origin_hash(origins: Origins) -> int:
-    return fold(*as_origin_array(origins).ravel().tolist()) >> 11
+    return fold(*as_origin_array(origins)[:, :4].ravel().tolist()) >> 11
 
 
 def _owned(sample: Any) -> Any:

@@ -166,7 +166,7 @@ class ShardIterator(Iterator):
             self.lane.ledger.reads += 1
             if self.stride and row // self.lane.block % self.lane.num_lanes != self.lane.index:
                 continue
-            return sample, (self.at.source, self.pass_, row * self.num_shards + self.shard, 0)
+            return sample, (self.at.source, self.pass_, row * self.num_shards + self.shard, 0, 0)
 
     def _seek(self) -> None:
         """Open the shard and read up to the row where we stand."""
@@ -200,7 +200,7 @@ class ShardIterator(Iterator):
         """Report the row; what can go on after an exception does."""
         row = self.row
         self.lane.ledger.reads += 1
-        origin = (self.at.source, self.pass_, row * self.num_shards + self.shard, 0)
+        origin = (self.at.source, self.pass_, row * self.num_shards + self.shard, 0, 0)
         self.row, self.raised_at = row + 1, row
         failure = Failure(self.at.path, self.at.origin(origin), self.shards.function, error)
         return Hole((failure,)), origin

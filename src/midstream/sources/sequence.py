@@ -66,8 +66,8 @@ class SequenceSource(Dataset):
 
 
 def row_origins(at: Place, passes: I64, rows: I64) -> I64:
-    """Origins of rows of a source that are about to be read: int64, shape [k, 4]."""
-    origins = np.zeros((len(rows), 4), dtype=np.int64)
+    """Origins of rows of a source that are about to be read: int64, shape [k, 5]."""
+    origins = np.zeros((len(rows), 5), dtype=np.int64)
     origins[:, 0], origins[:, 1], origins[:, 2] = at.source, passes, rows
     if at.trail is not None:
         at.trail.rows(origins)

@@ -1,0 +1,617 @@
+"""Pack: tokenized documents into rows of one length, with what attention and the loss need to keep them apart.
+
+Two nodes' worth of code, for the two modes share all but how documents are held: `_Packer` makes documents of samples and rows
+of pieces, `_Concat` and `_Fit` are the iterators.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from midstream._check import require_choice, require_int
+from midstream._state import State
+from midstream.core import (
+    PARTS,
+    Dataset,
+    Item,
+    Iterator,
+    Lane,
+    Origins,
+    Place,
+    SafePoint,
+    as_origin_array,
+    require_dataset,
+)
+from midstream.errors import ReplayDiverged, SourceError
+from midstream.failures import Failure, Hole
+from midstream.nodes.flat_map import require_depth
+
+IGNORED = -100
+_EVERY = 16
+_GIVE_UP = 100_000
+_WINDOW, _MAX_WINDOW = 256, 1024
+_MIN_FILL = 0.95
+_MADE = ("input_ids", "labels", "position_ids", "seq_lens")
+
+_Piece = tuple[tuple[npt.NDArray[Any], ...], int, int, Origins]
+"""Part of a document: its columns (token ids first), the tokens from where to where, and the document's origins."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pack(Dataset):
+    """Documents packed into rows of ``seq_len`` tokens. A stream: how many rows there will be is known by reading.
+
+    A row is a dict of numpy arrays; integers come out as int64, other numbers as float32:
+
+        input_ids      [seq_len]  the documents, then ``pad_id``
+        labels         [seq_len]  the same ids, not shifted (the model shifts them); -100 where the mask is 0, on padding,
+                                  and on each piece's first token, which would be predicted from another document
+        position_ids   [seq_len]  from 0 for each piece, and for the padding, as attention over ``seq_lens`` sees them
+        seq_lens       [pieces]   int32: tokens of each piece; they sum to the tokens that are no padding
+        ...            [seq_len]  every further column, 0 on padding
+
+    `collate` fills the ``seq_lens`` of a batch up with zeros; `midstream.document_mask` makes attention masks of them. A piece
+    is a whole document, or as much of it as is in this row: the rest of a document that was cut neither sees what came
+    before nor goes on counting positions.
+
+    ``mode="concat"``, seq_len 4, documents a (3 tokens), b (3), c (5):
+
+        a a a b | b b c c | c c c .        saved after the first row: safe point before b, offset 1
+
+    ``mode="fit"`` takes a window of documents, longest first, each into the fullest row that can hold it:
+
+        c c c c | a a a c | b b b .        c is longer than a row, so it was split (``overflow``); a and b are not cut
+
+    Rows leave in the order of their first documents. Rows filled less than ``min_fill`` wait for the next window, where
+    their documents are packed anew with others; no document waits twice.
+
+    Per lane, the partial row at the end is padded or dropped (``last``); in ``"fit"`` that is the emptiest row of the last
+    window, when it is filled less than ``min_fill``. Counted in `Progress`: tokens delivered per source, ``padding tokens``,
+    documents ``split`` or ``truncated`` for being longer than a row, ``tokens dropped``, documents dropped (empty ones too).
+
+    A document of unusable columns, or too long with ``overflow="error"``, is one lost sample.
+
+    State: concat: ``{"source", "offset", "taken", "tokens", "row"}``: the input before the first document of the row in
+        progress, tokens of it in earlier rows, inputs taken since, tokens held of them, rows made.
+        fit: ``{"source", "waiting", "number", "taken", "tokens", "rows", "row"}``: the input before the window (or, where
+        documents wait, before the one they are of, with one bit for each of its inputs), inputs before and in it, tokens
+        held, rows of it delivered, row numbers used before it.
+    Resume: concat reads at most 16 + 1 inputs again, and when saved after a failure those of the row in progress. fit reads at
+        most two windows again. When tokens are not as many as they were: `ReplayDiverged`.
+    """
+
+    source: Dataset
+    seq_len: int
+    mode: str = "concat"
+    overflow: str = "split"
+    key: str = "input_ids"
+    columns: tuple[str, ...] = ()
+    mask: str | None = None
+    separator: tuple[int, ...] = ()
+    pad_id: int = 0
+    last: str = "pad"
+    window: int | None = None
+    min_fill: float | None = None
+    kind = "pack"
+
+    def __post_init__(self) -> None:
+        require_dataset(self.source, "pack")
+        require_int(self.seq_len, "seq_len", 1, "pack")
+        require_choice(self.mode, "mode", ("concat", "fit"), "pack")
+        require_choice(self.overflow, "overflow", ("split", "truncate", "drop", "error"), "pack")
+        require_choice(self.last, "last", ("pad", "drop"), "pack")
+        for token in self.separator:
+            require_int(token, "separator", 0, "pack")
+        require_int(self.pad_id, "pad_id", 0, "pack")
+        if len(self.separator) >= self.seq_len:
+            raise ValueError(f"pack: a separator of {len(self.separator)} tokens leaves no room in {self.seq_len}")
+        names = [self.key, *self.columns, *([] if self.mask is None else [self.mask])]
+        if len(set(names)) < len(names) or any(not isinstance(name, str) for name in names):
+            raise ValueError(f"pack: key, columns and mask are different names; found {names}")
+        for name in self.columns:
+            if name in _MADE:
+                raise ValueError(
+                    f"pack: {name!r} is a column that pack makes. Rename yours with .map before it; to leave tokens out of "
+                    f"the labels, give mask= a column that is 0 there"
+                )
+        if self.window is not None:
+            require_int(self.window, "window", 1, "pack")
+            if self.window > _MAX_WINDOW:
+                raise ValueError(
+                    f"pack: window is at most {_MAX_WINDOW:,} documents, which a resume reads again; found {self.window}"
+                )
+        if self.min_fill is not None and not 0 <= self.min_fill <= 1:
+            raise ValueError(f"pack: min_fill is a fraction of seq_len, 0 to 1; found {self.min_fill}")
+        if self.mode == "concat" and (self.window is not None or self.min_fill is not None):
+            raise ValueError('pack: window and min_fill are for mode="fit"; "concat" fills every row')
+        require_depth(self)
+
+    @property
+    def random_access(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def batch_rows(self) -> int | None:
+        """What comes out are rows, not batches."""
+        return None
+
+    def spec_fields(self) -> dict[str, State]:
+        """Row length and mode, and every option that is not the default."""
+        fields: dict[str, State] = {"seq_len": int(self.seq_len), "mode": self.mode}
+        if self.mode == "fit":
+            fields["window"], fields["min_fill"] = _fit_options(self)
+        for name, default in _DEFAULTS.items():
+            if (value := getattr(self, name)) != default:
+                fields[name] = list(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
+        return fields
+
+    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+        packer = _Packer(self, at, lane, pass_)
+        upstream = at.input.iterate(lane, key, pass_)
+        return _Concat(packer, upstream) if self.mode == "concat" else _Fit(packer, upstream, *_fit_options(self))
+
+
+_DEFAULTS: dict[str, Any] = {
+    "overflow": "split",
+    "key": "input_ids",
+    "columns": (),
+    "mask": None,
+    "separator": (),
+    "pad_id": 0,
+    "last": "pad",
+}
+
+
+def _plain(value: Any) -> State:
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def _fit_options(node: Pack) -> tuple[int, float]:
+    """Window and min_fill, defaults filled in."""
+    window = _WINDOW if node.window is None else int(node.window)
+    return window, _MIN_FILL if node.min_fill is None else float(node.min_fill)
+
+
+class _Packer:
+    """What both modes do: documents of samples, rows of pieces, and the counting."""
+
+    def __init__(self, node: Pack, at: Place, lane: Lane, pass_: int) -> None:
+        self.node, self.path, self.at, self.pass_, self.ledger = node, at.path, at, pass_, lane.ledger
+        self.seq_len = int(node.seq_len)
+        self.names = [node.key, *node.columns, *([] if node.mask is None else [node.mask])]
+        self.separator = np.array(node.separator, dtype=np.int64)
+        self.bare, self.room = len(self.names) == 1, self.seq_len - len(node.separator)
+        self.places = np.arange(self.seq_len, dtype=np.int64)
+        self.endless = node.source.infinite
+        self.fruitless = 0
+
+    def document(self, sample: Any, origins: Origins, number: int) -> _Piece | Hole | None:
+        """The document of input ``number``; None when nothing is left of it."""
+        node, seq_len = self.node, self.seq_len
+        if self.bare and type(sample) is dict:  # the hot path: a view, as a source gives it
+            ids = sample.get(node.key)
+            if type(ids) is np.ndarray and ids.ndim == 1 and ids.dtype.kind in "iu" and 0 < len(ids) <= self.room:
+                self.fruitless = 0
+                if node.separator:
+                    ids = np.concatenate((ids, self.separator))
+                return (ids,), 0, len(ids), origins
+        try:
+            columns = self._columns(sample)
+            size = len(columns[0])
+            if size and node.separator:
+                tails = [self.separator, *(np.repeat(column[-1:], len(self.separator)) for column in columns[1:])]
+                columns = tuple(map(np.concatenate, zip(columns, tails)))
+                size = len(columns[0])
+            if size > seq_len and node.overflow == "error":
+                raise ValueError(
+                    f"the document has {size:,} tokens{' with its separator' if node.separator else ''}, and a row has "
+                    f'{seq_len:,}; overflow="split", "truncate" or "drop" says what to do with such documents'
+                )
+        except Exception as error:
+            origin = self.at.origin(as_origin_array(origins)[0].tolist())
+            return Hole((Failure(self.path, origin, f"pack({node.key!r})", error),))
+        if 0 < size <= seq_len:
+            self.fruitless = 0
+            return columns, 0, size, origins
+        return self._odd(columns, size, origins, number)
+
+    def _odd(self, columns: tuple[npt.NDArray[Any], ...], size: int, origins: Origins, number: int) -> _Piece | None:
+        """Empty and over-long documents."""
+        overflow, seq_len = self.node.overflow, self.seq_len
+        counts = {"emptied": 1}
+        kept = 0
+        if size and overflow == "split":
+            counts, kept = {"split": 1}, size
+        elif size and overflow == "truncate":
+            counts, kept = {"truncated": 1, "tokens dropped": size - seq_len}, seq_len
+        elif size:
+            counts = {"dropped": 1, "tokens dropped": size}
+        source = _source(origins)
+        named = {f"{kind}|{self.path}|{source}": count for kind, count in counts.items()}
+        self.ledger.count(self.path, self.pass_, number, named)
+        self.fruitless = 0 if kept else self.fruitless + 1
+        if self.fruitless >= _GIVE_UP and self.endless:
+            raise SourceError(
+                f"{self.path}: {self.fruitless:,} documents in a row were empty, or dropped for having more than {seq_len:,} "
+                f"tokens, and the input never ends. Try it on a few samples"
+            )
+        return (columns, 0, kept, origins) if kept else None
+
+    def _columns(self, sample: Any) -> tuple[npt.NDArray[Any], ...]:
+        """Token ids and further columns of a sample, of one length."""
+        if type(sample) is not dict and not isinstance(sample, Mapping):
+            if len(self.names) > 1:
+                raise TypeError(f"columns {self.names} are of a dict; found a sample that is {type(sample).__name__}")
+            return (_array(sample, "the sample", "iu"),)
+        try:
+            ids = _array(sample[self.names[0]], self.names[0], "iu")
+            if len(self.names) == 1:
+                return (ids,)
+            columns = (ids, *(_array(sample[name], name, "iubf") for name in self.names[1:]))
+        except KeyError as error:
+            raise KeyError(
+                f"the sample has no {error}; it has {sorted(map(str, sample))}. Give pack key=, columns= and mask= as they "
+                f"are named there; text is tokenized with .map before"
+            ) from None
+        if len({len(column) for column in columns}) > 1:
+            lengths = ", ".join(f"{name!r} {len(column)}" for name, column in zip(self.names, columns))
+            raise ValueError(f"columns of one document have one value per token each; found the lengths {lengths}")
+        return columns
+
+    def row(self, pieces: list[_Piece], number: int) -> Item:
+        """One row of these pieces, with their origins; ``number`` counts the lane's rows."""
+        seq_len, names = self.seq_len, self.names
+        lengths = np.array([stop - start for _, start, stop, _ in pieces], dtype=np.int32)
+        ends = lengths.cumsum()
+        starts, total = ends - lengths, int(ends[-1])
+        ids = np.empty(seq_len, dtype=np.int64)
+        np.concatenate([columns[0][a:b] for columns, a, b, _ in pieces], out=ids[:total], casting="unsafe")
+        labels = ids.copy()
+        labels[starts] = IGNORED
+        positions = self.places.copy()
+        positions[:total] -= starts.repeat(lengths)
+        if total < seq_len:
+            ids[total:], labels[total:] = self.node.pad_id, IGNORED
+            positions[total:] -= total
+            self._of_row(number, {f"padding tokens|{self.path}|-1": seq_len - total})
+        row = {"input_ids": ids, "labels": labels, "position_ids": positions, "seq_lens": lengths}
+        for index in range(1, len(names)):
+            values = np.concatenate([columns[index][a:b] for columns, a, b, _ in pieces])
+            if names[index] == self.node.mask:
+                labels[:total][values == 0] = IGNORED
+            else:
+                column = np.zeros(seq_len, dtype=np.float32 if values.dtype.kind == "f" else np.int64)
+                column[:total] = values
+                row[names[index]] = column
+        return row, self._origins(pieces)
+
+    def _origins(self, pieces: list[_Piece]) -> npt.NDArray[np.int64]:
+        """Origins of pieces; where a document was made of several rows, its tokens are counted with the first."""
+        found: list[Any] = []
+        for _, start, stop, origins in pieces:
+            number = -(-start // self.seq_len)
+            if type(origins) is tuple:
+                source, pass_, row, part, _ = origins
+                found.append((source, pass_, row, part * PARTS + number, stop - start))
+            else:
+                tokens = stop - start
+                for source, pass_, row, part, _ in origins.tolist():
+                    found.append((source, pass_, row, part * PARTS + number, tokens))
+                    tokens = 0
+        return np.array(found, dtype=np.int64)
+
+    def drop(self, pieces: list[_Piece], number: int) -> None:
+        """Count a row that is dropped at the end: its tokens, and the documents of which this was all."""
+        counts: dict[str, int] = {}
+        for _, start, stop, origins in pieces:
+            source = _source(origins)
+            for kind, count in (("tokens dropped", stop - start), ("dropped", int(start == 0))):
+                if count:
+                    key = f"{kind}|{self.path}|{source}"
+                    counts[key] = counts.get(key, 0) + count
+        self._of_row(number, counts)
+
+    def _of_row(self, number: int, counts: Mapping[str, int]) -> None:
+        self.ledger.count(f"{self.path} rows", self.pass_, number, counts)
+
+
+def _array(value: Any, name: str, kinds: str) -> npt.NDArray[Any]:
+    """One value per token, as an array: what a source gives as a view stays one."""
+    array = value if type(value) is np.ndarray else np.asarray(value)
+    if array.ndim == 1 and (array.dtype.kind in kinds or not len(array)):
+        return array
+    what = f"an array of {array.dtype} and shape {array.shape}" if array.ndim else type(value).__name__
+    raise TypeError(
+        f"{name} is {'token ids' if kinds == 'iu' else 'numbers'}, one for each token; found {what}. Tokenize text, and bring "
+        f"other values into that form, with .map before .pack"
+    )
+
+
+def _source(origins: Origins) -> int:
+    return int(as_origin_array(origins)[0, 0])
+
+
+class _Concat(Iterator):
+    """Documents joined and cut."""
+
+    def __init__(self, packer: _Packer, upstream: Iterator) -> None:
+        self.packer, self.seq_len = packer, packer.seq_len
+        self.source = SafePoint(upstream, _EVERY)
+        self.made = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.pieces: list[_Piece] = []
+        self.filled = 0
+        self.rest: _Piece | None = None  # what did not fit in of the document taken last
+        self.start: State = None  # the input before the row's first document; None while the row is empty
+        self.offset, self.taken = 0, 0
+
+    def _next(self) -> Item:
+        while self.filled < self.seq_len:
+            if self.start is None:
+                self.start, self.offset, self.taken = self.source.snapshot(), 0, 0
+            try:
+                sample, origins = self.source.next()
+            except StopIteration:
+                return self._last()
+            self.taken += 1
+            document = sample
+            if type(sample) is not Hole:
+                document = self.packer.document(sample, origins, self.source.number)
+            if type(document) is tuple:
+                self._add(document)
+                continue
+            if not self.pieces:
+                self.start = None
+            if document is not None:
+                return document, origins
+        return self._emit()
+
+    def _add(self, document: _Piece) -> None:
+        """Take a document into the row, as much of it as there is room for."""
+        columns, start, stop, origins = document
+        cut = start + self.seq_len - self.filled
+        if stop > cut:
+            self.rest = columns, cut, stop, origins
+            stop = cut
+        self.pieces.append((columns, start, stop, origins))
+        self.filled += stop - start
+
+    def _emit(self) -> Item:
+        pieces, rest = self.pieces, self.rest
+        self._clear()
+        if rest is not None:
+            self.start, self.offset, self.taken = self.source.before(), rest[1], 1
+            self._add(rest)
+        self.made += 1
+        return self.packer.row(pieces, self.made)
+
+    def _tokens(self) -> int:
+        """Tokens held, to tell whether a replay found what was there."""
+        return self.filled + (0 if self.rest is None else self.rest[2] - self.rest[1])
+
+    def _last(self) -> Item:
+        if self.pieces and self.packer.node.last == "pad":
+            return self._emit()
+        if self.pieces:
+            self.made += 1
+            self.packer.drop(self.pieces, self.made)
+        self._clear()
+        raise StopIteration
+
+    def _state(self) -> State:
+        if self.start is None:
+            self.start, self.offset, self.taken = self.source.snapshot(), 0, 0
+        return {
+            "source": self.start,
+            "offset": self.offset,
+            "taken": self.taken,
+            "tokens": self._tokens(),
+            "row": self.made,
+        }
+
+    def _load(self, state: State) -> None:
+        self._clear()
+        self.source.load(state["source"])
+        self.made = state["row"]
+        self.start, self.offset, self.taken = state["source"], state["offset"], state["taken"]
+        for number in range(self.taken):
+            try:
+                sample, origins = self.source.next()
+            except StopIteration:
+                break
+            document = sample
+            if type(sample) is not Hole:
+                document = self.packer.document(sample, origins, self.source.number)
+            if type(document) is tuple:
+                columns, _, stop, origins = document
+                self._add((columns, self.offset if number == 0 else 0, stop, origins))
+        _require_tokens(self.packer.path, self._tokens(), state["tokens"])
+
+
+class _Fit(Iterator):
+    """Documents packed whole, a window at a time, best fit decreasing."""
+
+    def __init__(self, packer: _Packer, upstream: Iterator, window: int, min_fill: float) -> None:
+        self.packer, self.upstream, self.window = packer, upstream, window
+        self.least = min_fill * packer.seq_len
+        self.number, self.made = 0, 0  # inputs before the window, row numbers used before it
+        self.start: State = None
+        self._clear()
+
+    def _clear(self) -> None:
+        """Nothing is held."""
+        self.waiting: list[_Piece] = []  # pieces of the window before that wait, and
+        self.bits = 0  # which of its inputs they are of
+        self.back: State = None  # and the input before it
+        self.held: dict[int, list[_Piece]] = {}  # pieces of this window, by input
+        self.taken = 0
+        self.rows: list[list[_Piece]] | None = None  # once the window is packed
+        self.at = 0
+        self.next_waiting: list[int] = []  # inputs of this window that wait for the next
+
+    def _next(self) -> Item:
+        while True:
+            if self.rows is None:
+                while self.taken < self.window:
+                    try:
+                        item = self._take()
+                    except StopIteration:
+                        break
+                    if item is not None:
+                        return item
+                self._pack()
+            assert self.rows is not None
+            if self.at < len(self.rows):
+                pieces = self.rows[self.at]
+                self.at += 1
+                number = self.made + 1 + self.at
+                if self.at == len(self.rows):
+                    self._roll()
+                return self.packer.row(pieces, number)
+            ended = self.taken < self.window
+            self._roll()
+            if ended:
+                raise StopIteration
+
+    def _take(self) -> Item | None:
+        """Hold one more document; a failure is passed on at once."""
+        if self.start is None:
+            self.start = self.upstream.snapshot()
+        sample, origins = next(self.upstream)
+        self.taken += 1
+        document = sample
+        if type(sample) is not Hole:
+            document = self.packer.document(sample, origins, self.number + self.taken)
+        if type(document) is tuple:
+            self.held[self.taken - 1] = self._split(document)
+            return None
+        return None if document is None else (document, origins)
+
+    def _split(self, document: _Piece) -> list[_Piece]:
+        """A document in pieces of at most a row, copied: a view would keep its whole chunk in memory."""
+        columns, _, stop, origins = document
+        columns = tuple(column if column.base is None else column.copy() for column in columns)
+        size = self.packer.seq_len
+        if stop <= size:
+            return [(columns, 0, stop, origins)]
+        return [(columns, start, min(start + size, stop), origins) for start in range(0, stop, size)]
+
+    def _pack(self) -> None:
+        """Make the window's rows; those that are not full enough wait, unless this is the end or one has waited."""
+        numbers = [-1] * len(self.waiting) + [number for number, pieces in self.held.items() for _ in pieces]
+        pieces = [*self.waiting, *(piece for pieces in self.held.values() for piece in pieces)]
+        lengths = [stop - start for _, start, stop, _ in pieces]
+        rows = best_fit(lengths, self.packer.seq_len)
+        fill = [sum(lengths[member] for member in row) for row in rows]
+        self.next_waiting, self.at = [], 0
+        if self.taken == self.window:
+            for index, row in enumerate(rows):
+                if fill[index] < self.least and numbers[row[0]] >= 0:  # ascending: what waited comes first
+                    self.next_waiting.extend(numbers[member] for member in row)
+                    fill[index] = 0
+        elif rows and self.packer.node.last == "drop" and min(fill) < self.least:
+            dropped = fill.index(min(fill))
+            self.packer.drop([pieces[member] for member in rows[dropped]], self.made + 1)
+            fill[dropped] = 0
+        self.rows = [[pieces[member] for member in row] for row, tokens in zip(rows, fill) if tokens]
+
+    def _roll(self) -> None:
+        """On to the next window."""
+        waiting = [self.held[number][-1] for number in sorted(self.next_waiting)]
+        bits = sum(1 << number for number in self.next_waiting)
+        back, self.number = self.start, self.number + self.taken
+        self.made += 1 + len(self.rows or ())
+        self._clear()
+        self.start = None
+        if waiting:
+            self.waiting, self.bits, self.back = waiting, bits, back
+
+    def _tokens(self) -> int:
+        """Tokens held, to tell whether a replay found what was there."""
+        fresh = (piece for pieces in self.held.values() for piece in pieces)
+        return sum(stop - start for group in (self.waiting, fresh) for _, start, stop, _ in group)
+
+    def _state(self) -> State:
+        if self.start is None:
+            self.start = self.upstream.snapshot()
+        return {
+            "source": self.back if self.bits else self.start,
+            "waiting": f"{self.bits:x}",
+            "number": self.number,
+            "taken": self.taken,
+            "tokens": self._tokens(),
+            "rows": self.at,
+            "row": self.made,
+        }
+
+    def _load(self, state: State) -> None:
+        self._clear()
+        self.upstream.load(state["source"])
+        self.made, self.number, bits = state["row"], state["number"], int(state["waiting"], 16)
+        self.start = None if bits else state["source"]
+        if bits:
+            self.number -= self.window
+            self._again(self.window)
+            waiting = [pieces[-1] for number, pieces in self.held.items() if bits >> number & 1]
+            self._clear()
+            self.waiting, self.bits, self.back = waiting, bits, state["source"]
+            self.number, self.start = state["number"], self.upstream.snapshot()
+        self._again(state["taken"])
+        _require_tokens(self.packer.path, self._tokens(), state["tokens"])
+        if state["rows"]:
+            self._pack()
+            self.at = state["rows"]
+
+    def _again(self, count: int) -> None:
+        """Take inputs that were taken before."""
+        for _ in range(count):
+            try:
+                self._take()
+            except StopIteration:
+                return  # the tokens tell
+
+
+def best_fit(lengths: list[int], size: int) -> list[list[int]]:
+    """Best fit decreasing (Johnson 1973): the longest first, each into the fullest row that has room, else a new one.
+
+    Args:
+        lengths: Lengths to be packed, each at most ``size``.
+        size: Room in a row.
+
+    Returns:
+        The rows, as ascending indices into ``lengths``, in the order of their first.
+
+    >>> best_fit([2, 3, 1, 4, 2], 6)
+    [[0, 3], [1, 2, 4]]
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # stable: equals stay in order
+        length = lengths[index]
+        place = bisect_left(room, (length, -1))
+        if place < len(room):
+            free, row = room.pop(place)
+            rows[row].append(index)
+        else:
+            free, row = size, len(rows)
+            rows.append([index])
+        if free > length:
+            insort(room, (free - length, row))
+    return sorted(map(sorted, rows))
+
+
+def _require_tokens(path: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise ReplayDiverged(
+            f"{path}: what was read again is not what was read before: expected {expected:,} tokens held, found {found:,}. The "
+            f"data changed, or user code below failed on a document then and not now (or the reverse)."
+        )
