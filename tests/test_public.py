@@ -61,7 +61,9 @@ LAYERS = [
     "sources",
     "lanes",
     "readers",
+    "storage",
     "checkpoint",
+    "rest",
     "position",
     "progress",
     "loader",
@@ -69,6 +71,7 @@ LAYERS = [
     "display",
     "testing",
     "demo",
+    "examples",
     "cli",
     "__main__",
 ]

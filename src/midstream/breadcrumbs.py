@@ -1,6 +1,6 @@
 """What a worker has in hand, written where its parent can still read it when the worker is dead.
 
-The table is shared memory: int64, shape [workers, 1 + ROWS, 4]. The first row of a worker's part is ``(n, 0, 0, 0)``: how
+The table is shared memory: int64, shape [workers, 1 + ROWS, 5]. The first row of a worker's part is ``(n, 0, 0, 0, 0)``: how
 many rows it has in hand, 0 between two turns. Their origins follow; where they are more than `ROWS`, the smallest and the
 largest do.
 
@@ -26,12 +26,14 @@ I64 = npt.NDArray[np.int64]
 ROWS = 1024
 """The most origins that are kept one by one."""
 
+_WIDTH = 5  # of an origin
+
 _NAMED = 6
 
 
 def new_table(num_workers: int) -> torch.Tensor:
     """A table for so many workers: 32 KB each, freed with the last process that holds it."""
-    table = torch.zeros(num_workers, 1 + ROWS, 4, dtype=torch.int64)
+    table = torch.zeros(num_workers, 1 + ROWS, _WIDTH, dtype=torch.int64)
     return table.share_memory_()  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -39,7 +41,7 @@ class Trail:
     """One worker's part of the table, for writing.
 
     Attributes:
-        row: ``row(source, pass, row, part)``: one sample is in hand.
+        row: ``row(source, pass, row, part, tokens)``: one sample is in hand.
     """
 
     __slots__ = ("_count", "_last", "_rows", "row")
@@ -47,11 +49,11 @@ class Trail:
     def __init__(self, table: I64) -> None:
         self._count = memoryview(table.data).cast("B").cast("q")
         self._rows = table[1:]
-        self.row = functools.partial(struct.Struct("q24x4q").pack_into, self._count, 0, 1)
+        self.row = functools.partial(struct.Struct("q32x5q").pack_into, self._count, 0, 1)
         self._last: Callable[[], I64 | None] = lambda: None  # weak: a large array kept makes the next one dear
 
     def rows(self, origins: I64) -> None:
-        """These samples are in hand: int64, shape [n, 4]."""
+        """These samples are in hand: int64, shape [n, 5]."""
         self._count[0] = 0
         number = len(origins)
         if number > ROWS:
@@ -72,18 +74,18 @@ class Trail:
 
 
 def _reduce(function: np.ufunc, origins: I64) -> I64:
-    """Over the rows, in long strides: numpy takes 30 times as long for rows of four."""
+    """Over the rows, in long strides: numpy takes 30 times as long for such short rows."""
     stride = 64
-    whole = origins[: len(origins) // stride * stride].reshape(-1, stride * 4)
-    strides = function.reduce(whole).reshape(stride, 4)
+    whole = origins[: len(origins) // stride * stride].reshape(-1, stride * _WIDTH)
+    strides = function.reduce(whole).reshape(stride, _WIDTH)
     return function.reduce(np.concatenate([strides, origins[-stride:]]))  # type: ignore[no-any-return]
 
 
 def describe(table: I64, names: Sequence[str]) -> str:
     """One worker's part of the table in words; "" when nothing was in hand.
 
-    >>> table = np.zeros((1 + ROWS, 4), dtype=np.int64)
-    >>> Trail(table).rows(np.array([[1, 0, 96, 0], [1, 0, 97, 0], [0, 2, 5, 0]]))
+    >>> table = np.zeros((1 + ROWS, 5), dtype=np.int64)
+    >>> Trail(table).rows(np.array([[1, 0, 96, 0, 0], [1, 0, 97, 0, 0], [0, 2, 5, 0, 0]]))
     >>> describe(table, ["code", "web"])
     "row 5 of 'code' (pass 2) or rows 96 to 97 of 'web' (pass 0)"
     """

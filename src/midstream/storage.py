@@ -24,15 +24,12 @@ import os
 import re
 import secrets
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fsspec
 import torch
 
 from midstream.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from midstream.loader import DataLoader
 
 __all__ = ["latest", "load", "save"]
 
@@ -44,7 +41,7 @@ _FOLDER = re.compile(r"(?:epoch-\d{6}-batch|step)-\d{12}")
 
 def save(
     root: str | os.PathLike[str],
-    loader: DataLoader,
+    loader: Any,
     *,
     global_step: int | None = None,
     step: int | None = None,
@@ -57,7 +54,7 @@ def save(
 
     Args:
         root: Folder of the run's checkpoints, or a URL that fsspec knows.
-        loader: The loader.
+        loader: The `DataLoader`.
         global_step: The training step, the same on all ranks: names the checkpoint ``step-...``. Left out, epoch and step of
             the loader do, which works where all ranks end their epochs at the same step.
         step: The batch of the epoch that was trained last, when more were fetched (`DataLoader.state_at`).
@@ -130,7 +127,7 @@ def latest(root: str | os.PathLike[str]) -> str | None:
 
 def load(
     path: str | os.PathLike[str],
-    loader: DataLoader | None = None,
+    loader: Any = None,
     *,
     strict: bool = True,
     weights_only: bool = True,
@@ -140,7 +137,7 @@ def load(
 
     Args:
         path: A checkpoint, or the folder of checkpoints, of which `latest` is taken.
-        loader: The loader; None to get the extra state alone.
+        loader: The `DataLoader`; None to get the extra state alone.
         strict: As in `DataLoader.load_state_dict`.
         weights_only: As in ``torch.load``; False trusts whoever wrote the checkpoint.
         map_location: As in ``torch.load``.

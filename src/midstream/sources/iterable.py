@@ -149,7 +149,7 @@ class ShardIterator(Iterator):
             if self.shards.every and self.row - self.safe_row >= self.shards.every:
                 self.safe_row, self.safe = self.row, self.shards.state()
             if trail is not None:
-                trail.row(self.at.source, self.pass_, self.row * self.num_shards + self.shard, 0)
+                trail.row(self.at.source, self.pass_, self.row * self.num_shards + self.shard, 0, 0)
             try:
                 sample = next(self.rows)
             except StopIteration:
