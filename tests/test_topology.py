@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from typing import Any
@@ -65,7 +64,7 @@ def _reference(pipeline: ms.Dataset, lanes: int) -> list[Any]:
 
 @pytest.mark.parametrize("name", PIPELINES)
 @settings(
-    max_examples=int(os.environ.get("N", "40")),
+    max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.generate],
