@@ -511,13 +511,13 @@ def test_a_dead_worker_is_told_with_the_rows_it_had_in_hand(
 
 
 def test_the_table_says_what_is_in_hand() -> None:
-    table = np.zeros((1 + ROWS, 4), dtype=np.int64)
+    table = np.zeros((1 + ROWS, 5), dtype=np.int64)
     trail = Trail(table)
     names = ["a", "b"]
     assert describe(table, names) == ""
-    trail.row(1, 2, 3456, 7)
+    trail.row(1, 2, 3456, 7, 0)
     assert describe(table, names) == "row 3,456 of 'b' (pass 2)"
-    origins = np.zeros((ROWS + 1, 4), dtype=np.int64)
+    origins = np.zeros((ROWS + 1, 5), dtype=np.int64)
     origins[:, 2] = np.arange(ROWS + 1)
     trail.rows(origins[:ROWS])
     assert describe(table, names) == "rows 0 to 1,023 of 'a' (pass 0)"
@@ -530,7 +530,7 @@ def test_the_table_says_what_is_in_hand() -> None:
     assert describe(table, names) == "rows 5, 7, 9 of 'a' (pass 0)"
     trail.rows(origins[::100])
     assert describe(table, names) == "11 rows between 0 and 1,000 of 'a' (pass 0)"
-    trail.row(0, 0, 5, 0)
+    trail.row(0, 0, 5, 0, 0)
     trail.passed_on(origins[::100])
     assert describe(table, names) == "11 rows between 0 and 1,000 of 'a' (pass 0)"
     trail.clear()
