@@ -649,3 +649,42 @@ def test_a_killed_worker_leaves_nothing_behind_that_raises_later(killed: tuple[l
     assert [outcome["closed"] for outcome in outcomes] == [None] * 4
     assert "Traceback" not in stderr, stderr
     assert returncode == 0
+
+
+HANG_UP = """
+    import multiprocessing as mp, multiprocessing.resource_sharer as sharer, os, sys, threading
+    from multiprocessing import connection
+    from midstream.shield import Orphanage
+
+    def worker(pipe):
+        Orphanage(None)(0)
+        sharer.DupFd(os.open(os.devnull, os.O_RDONLY))  # starts the thread that hands descriptors over
+        pipe.send(sharer._resource_sharer._address)
+        pipe.recv()
+        thread = sharer._resource_sharer._thread
+        assert thread.is_alive()
+        sys.excepthook(ValueError, ValueError("of the worker itself"), None)
+        threading.Thread(target=lambda: 1 / 0).start()
+
+    here, there = mp.Pipe()
+    process = mp.get_context("fork").Process(target=worker, args=(there,))
+    process.start()
+    address = here.recv()
+    for _ in range(3):
+        half = connection.SocketClient(address)
+        half.recv_bytes()  # the challenge: the other side now waits for the answer
+        half.close()
+    connection.Client(address, authkey=mp.current_process().authkey).close()  # accepted after the three above
+    here.send(None)
+    process.join()
+    sys.exit(process.exitcode)
+"""
+
+
+def test_a_worker_says_nothing_of_a_receiver_that_hung_up_but_tells_its_own_errors() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(HANG_UP)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "EOFError" not in ran.stderr and "ConnectionResetError" not in ran.stderr
+    assert "of the worker itself" in ran.stderr and "ZeroDivisionError" in ran.stderr

@@ -23,6 +23,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -111,10 +112,27 @@ class Orphanage:
         threading.Thread(target=_die_with_parent, name="midstream-parent", daemon=True).start()
         signal.set_wakeup_fd(-1)  # a fork shares it with the parent, whose event loop would wake up
         _handle(_nothing)
+        sys.excepthook = _HangUps(sys.excepthook)
         atexit.register(_handle, signal.SIG_IGN)  # an ending interpreter (spawn) takes handlers away, but not this
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if self.init_fn is not None:
             self.init_fn(worker)
+
+
+class _HangUps:
+    """An excepthook that says nothing of a receiver that hung up.
+
+    Tensors leave a worker as file descriptors, handed over by a thread of multiprocessing, which calls `sys.excepthook`
+    for what it meets. When the main process stops receiving half-way (another worker died, or Ctrl-C), that is no failure
+    of this worker. Other threads tell of their errors by `threading.excepthook`.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if threading.current_thread() is threading.main_thread() or not isinstance(error, (EOFError, ConnectionError)):
+            self.hook(kind, error, trace)
 
 
 def _handle(handler: Any) -> None:
