@@ -480,15 +480,18 @@ def stream_mix(ds: Interleave, rows: list[list[list[int]]], lane_index: int) -> 
     """The rule for streams, in one lane; ``rows[child][pass]`` are its rows, the last pass standing for all after it.
 
     It ends where it would pick from a child that has run out (first) or when all have (all). A child without any row in
-    the lane is passed over.
+    the lane is passed over and does not count, from the moment it is picked on: only reading tells.
     """
     mix = Mix(ds, [], lane_index)
-    full = [child for child in mix.used if rows[child][0]]
+    full = list(mix.used)
     at, passes, out = dict.fromkeys(mix.used, 0), dict.fromkeys(mix.used, 0), set()
-    if not full:
-        return
     for child in mix.choices():
         if child not in full or (child in out and mix.strategy != "all_exhausted"):
+            continue
+        if not rows[child][0]:
+            full.remove(child)
+            if not full or (mix.strategy != "first_exhausted" and len(out) == len(full)):
+                return
             continue
         now = rows[child][min(passes[child], len(rows[child]) - 1)]
         if at[child] == len(now):
@@ -512,6 +515,7 @@ def stream_mix(ds: Interleave, rows: list[list[list[int]]], lane_index: int) -> 
     st.integers(0, 20),
     st.integers(1, 4),
 )
+@example([(0, 1), (1, 2)], "all_exhausted", 0, 1)  # the empty one is picked after the other ran out
 def test_a_mix_of_streams_is_its_reading_step_by_step_in_every_lane(
     parts: list[tuple[int, int]], strategy: Any, seed: int, lanes: int
 ) -> None:
