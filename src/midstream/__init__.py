@@ -14,7 +14,7 @@ from midstream.errors import (
     WorkerError,
 )
 from midstream.loader import DataLoader
-from midstream.nodes import collate, concatenate, interleave, pad
+from midstream.nodes import collate, concatenate, flat, interleave, pad, ragged
 from midstream.preemption import PreemptionGuard
 from midstream.progress import Progress, progress
 from midstream.sources import from_dataset, from_iterable, read_json, read_parquet
@@ -37,12 +37,14 @@ __all__ = [
     "collate",
     "concatenate",
     "document_mask",
+    "flat",
     "from_dataset",
     "from_iterable",
     "interleave",
     "merge_states",
     "pad",
     "progress",
+    "ragged",
     "read_json",
     "read_parquet",
 ]

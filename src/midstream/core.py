@@ -35,6 +35,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from midstream._random import fold, salt
 from midstream._state import MISSING, State, copy_plain, fingerprint
 from midstream.breadcrumbs import Trail
+from midstream.columns import Columns
 from midstream.errors import CheckpointError, MidstreamError, Origin, ReplayDiverged, TooManyErrors
 from midstream.failures import Failure, Hole, Ledger, check_limits
 
@@ -89,15 +90,25 @@ class Rows:
     """The samples at an array of positions.
 
     Attributes:
-        samples: One per position; a `Hole` where user code failed.
         origins: int64, shape [m, 5]: source index, pass, row, part, tokens.
         sizes: Origins per sample, int64 of shape [k], or None when every sample has exactly one.
+        columns: The samples as a table gives them, where they still are so; no sample is a `Hole` then.
     """
 
-    __slots__ = ("origins", "samples", "sizes")
+    __slots__ = ("_samples", "columns", "origins", "sizes")
 
-    def __init__(self, samples: list[Any], origins: I64, sizes: I64 | None = None) -> None:
-        self.samples, self.origins, self.sizes = samples, origins, sizes
+    def __init__(
+        self, samples: list[Any] | None, origins: I64, sizes: I64 | None = None, columns: Columns | None = None
+    ) -> None:
+        self._samples, self.origins, self.sizes, self.columns = samples, origins, sizes, columns
+
+    @property
+    def samples(self) -> list[Any]:
+        """One per position; a `Hole` where user code failed. Dicts are made of columns when first asked for."""
+        if self._samples is None:
+            assert self.columns is not None
+            self._samples = self.columns.samples()
+        return self._samples
 
     def items(self) -> list[Item]:
         """The samples, each with its origins, as streams pass them on."""
@@ -115,14 +126,24 @@ class Rows:
             length: Number of samples in all.
             parts: For each input the places (int64, shape [j]) and its rows.
         """
-        samples: list[Any] = [None] * length
         if all(rows.sizes is None for _, rows in parts):
+            if len(parts) == 1 and parts[0][0].size == length:
+                return parts[0][1]  # the places of an only part are 0, 1, 2, ...
             origins = np.empty((length, 5), dtype=np.int64)
             for places, rows in parts:
                 origins[places] = rows.origins
+            tables = [rows.columns for _, rows in parts if rows.columns is not None]
+            if len(tables) == len(parts) > 0:
+                order = np.empty(length, dtype=np.int64)
+                order[np.concatenate([places for places, _ in parts])] = np.arange(length)
+                if (columns := Columns.join(tables, order)) is not None:
+                    return Rows(None, origins, None, columns)
+            samples: list[Any] = [None] * length
+            for places, rows in parts:
                 for place, sample in zip(places.tolist(), rows.samples):
                     samples[place] = sample
             return Rows(samples, origins)
+        samples = [None] * length
         pieces: list[I64] = [np.empty((0, 5), dtype=np.int64)] * length
         for places, rows in parts:
             for place, (sample, origin) in zip(places.tolist(), rows.items()):

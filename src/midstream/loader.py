@@ -36,7 +36,7 @@ from midstream.core import Dataset
 from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError, bullet_list
 from midstream.failures import check_limits
 from midstream.lanes import Agreement, Topology, batches_of_rank, choose_lanes, current_topology, slots
-from midstream.nodes.batch import collate
+from midstream.nodes.collate import collate
 from midstream.position import Facts, Position, Tally, Trace
 from midstream.progress import Progress, progress
 from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, identity

@@ -1,6 +1,7 @@
 """One file per node: a frozen description with both faces, and its iterator where the cursor will not do."""
 
-from midstream.nodes.batch import Batch, collate, pad
+from midstream.nodes.batch import Batch
+from midstream.nodes.collate import collate, flat, pad, ragged
 from midstream.nodes.concatenate import Concatenate, concatenate
 from midstream.nodes.filter import Filter
 from midstream.nodes.flat_map import FlatMap
@@ -27,6 +28,8 @@ __all__ = [
     "Take",
     "collate",
     "concatenate",
+    "flat",
     "interleave",
     "pad",
+    "ragged",
 ]

@@ -1,22 +1,19 @@
-"""Batch: groups of samples, torch's default collate, and `pad` for samples of different lengths."""
+"""Batch: groups of samples. What makes a batch of a list of samples is in collate.py."""
 
 from __future__ import annotations
 
-import copy
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import default_collate
 
 from midstream._check import require_callable, require_int
 from midstream._state import MISSING, State
 from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, join_origins, pick, require_dataset
 from midstream.errors import ReplayDiverged
 from midstream.failures import Failure, Hole, callable_name, describe_callable
+from midstream.nodes.collate import collate, over_columns
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -80,16 +77,20 @@ class Batch(Dataset):
         which = np.repeat(np.arange(len(positions), dtype=np.int64), counts)
         inside = np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(starts - ends + counts, counts)
         rows = at.input.rows(inside, pick(keys, which), pick(passes, which))
-        if rows.sizes is None and not any(type(sample) is Hole for sample in rows.samples):
-            bounds = [0, *ends.tolist()]
-            out = []
-            for first, last in zip(bounds, bounds[1:]):
-                batch = self._collate(at, rows.samples[first:last])
-                if type(batch) is Hole:
-                    return self._slow(at, rows, bounds)
-                out.append(batch)
-            return Rows(out, rows.origins, counts)
-        return self._slow(at, rows, [0, *ends.tolist()])
+        bounds = [0, *ends.tolist()]
+        fn: Callable[[Any], Any] | None = self.collate_fn or collate
+        given: Any = rows.columns
+        if given is None or (fn := over_columns(self.collate_fn or collate)) is None:
+            fn, given = self.collate_fn or collate, rows.samples
+            if rows.sizes is not None or any(type(sample) is Hole for sample in given):
+                return self._slow(at, rows, bounds)
+        out = []
+        for first, last in zip(bounds, bounds[1:]):
+            batch = self._collate(at, given[first:last], fn)
+            if type(batch) is Hole:
+                return self._slow(at, rows, bounds)
+            out.append(batch)
+        return Rows(out, rows.origins, counts)
 
     def _slow(self, at: Place, rows: Rows, bounds: list[int]) -> Rows:
         """With failures, or samples made of several rows."""
@@ -114,11 +115,11 @@ class Batch(Dataset):
         sizes = np.array([len(origin) for origin in origins], dtype=np.int64)
         return Rows(samples, np.concatenate(origins), sizes)
 
-    def _collate(self, at: Place, samples: list[Any]) -> Any:
-        """The batch, or a `Hole` when it cannot be made."""
+    def _collate(self, at: Place, samples: Any, over: Callable[[Any], Any] | None = None) -> Any:
+        """The batch, or a `Hole` when it cannot be made; ``over`` is what does it where ``samples`` are no list."""
         fn = self.collate_fn or collate
         try:
-            batch = fn(samples)
+            batch = (over or fn)(samples)
             if batch is None:
                 raise TypeError("the collate function returned None; it returns the batch")
         except Exception as raised:
@@ -199,225 +200,3 @@ class _BatchIterator(Iterator):
                 ) from None
             if type(item[0]) is not Hole:
                 self.held.append(item)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Making a batch of a list of samples
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def collate(samples: list[Any]) -> Any:
-    """A batch by torch's rules: dicts and tuples by element, numbers and arrays stacked, strings in a list.
-
-    The result is that of ``torch.utils.data.default_collate``; arrays are copied once (samples are read-only views), and
-    what cannot be stacked gets an error that says what to do. One column need not be of one length: ``seq_lens``, as `pack`
-    makes it, is filled up with zeros to [batch, most].
-
-    Raises:
-        ValueError: If samples differ in shape.
-
-    >>> collate([{"x": 1, "name": "a"}, {"x": 2, "name": "b"}])
-    {'x': tensor([1, 2]), 'name': ['a', 'b']}
-    """
-    return _collate(samples, "")
-
-
-def _collate(samples: Sequence[Any], where: str) -> Any:
-    first = samples[0]
-    kind = type(first)
-    if kind is np.ndarray and first.dtype.kind in "biufc":
-        return _stack(samples, where)
-    if kind is str or kind is bytes:
-        return samples
-    if isinstance(first, Mapping):
-        _same_keys(samples, where)
-        columns = {key: _collate_column(key, [sample[key] for sample in samples], where) for key in first}
-        return columns if kind is dict else _like(first, columns)
-    if any(sample is None for sample in samples):
-        raise ValueError(
-            f"{_place(where)} is None in {sum(sample is None for sample in samples)} of {len(samples)} samples, and a batch "
-            f"of None has no meaning. Fill or filter missing values before .batch, or give .batch a collate_fn"
-        )
-    if isinstance(first, (tuple, list)):
-        if any(not isinstance(sample, (tuple, list)) or len(sample) != len(first) for sample in samples):
-            raise _ragged(samples, where)
-        elements = [_collate(column, f"{where}[{number}]") for number, column in enumerate(zip(*samples))]
-        if hasattr(first, "_fields"):
-            return kind(*elements)
-        return elements  # torch makes a list of a tuple too
-    if isinstance(first, torch.Tensor) and len({sample.shape for sample in samples}) > 1:
-        raise _ragged(samples, where)
-    try:
-        return default_collate(list(samples))
-    except Exception as error:
-        raise ValueError(
-            f"{_place(where)} cannot be put into a batch: torch's default_collate says {type(error).__name__}: {error}. "
-            f"Convert such values with .map, or give .batch a collate_fn"
-        ) from error
-
-
-def _collate_column(key: Any, column: list[Any], where: str) -> Any:
-    """One key of dicts. The ``seq_lens`` of packed rows, which have no one length, are filled up with zeros."""
-    inner = f"{where}[{key!r}]"
-    if key == "seq_lens" and len({np.shape(value) for value in column}) > 1 and all(map(_is_sequence, column)):
-        return _pad_column(column, 0, 1, _place(inner))[0]
-    return _collate(column, inner)
-
-
-def _stack(samples: Sequence[Any], where: str) -> torch.Tensor:
-    """Arrays of one shape, copied once. Mixed dtypes are promoted by torch's rules."""
-    if any(sample is None for sample in samples) or len({np.shape(sample) for sample in samples}) > 1:
-        raise _ragged(samples, where)
-    if len({sample.dtype for sample in samples}) > 1:
-        return torch.stack([torch.from_numpy(np.array(sample)) for sample in samples])
-    return torch.from_numpy(np.stack(samples))
-
-
-def _like(first: Any, columns: dict[Any, Any]) -> Any:
-    """The columns in a mapping of the samples' own type, where that can be made, as torch does."""
-    try:
-        clone = copy.copy(first)
-        clone.update(columns)
-    except (TypeError, AttributeError):
-        return columns
-    return clone
-
-
-def _same_keys(samples: Sequence[Any], where: str) -> None:
-    keys = samples[0].keys()
-    for number, sample in enumerate(samples):
-        if not isinstance(sample, Mapping) or not keys <= sample.keys():
-            found = sorted(map(str, sample)) if isinstance(sample, Mapping) else type(sample).__name__
-            raise ValueError(
-                f"samples of a batch have different keys{' at ' + _place(where) if where else ''}: expected "
-                f"{sorted(map(str, keys))}, found {found} in sample {number}; make them alike with .map before .batch"
-            )
-
-
-def _place(where: str) -> str:
-    return f"sample{where}"
-
-
-def _ragged(samples: Sequence[Any], where: str) -> ValueError:
-    missing = sum(sample is None for sample in samples)
-    if missing:
-        return ValueError(
-            f"{_place(where)} is None in {missing} of {len(samples)} samples, and a batch of None has no meaning. Fill or "
-            f"filter missing values before .batch, or give .batch a collate_fn"
-        )
-    shapes = [tuple(s.shape) if hasattr(s, "shape") else (len(s),) for s in samples if hasattr(s, "__len__")]
-    distinct = sorted(set(shapes))
-    shown = ", ".join(map(str, distinct[:4])) + (", ..." if len(distinct) > 4 else "")
-    return ValueError(
-        f"samples of a batch differ in shape{' at ' + _place(where) if where else ''}, so they cannot be stacked: {shown}. "
-        f"Pad them with .batch(n, collate_fn=midstream.pad), cut them to one length with .map, or give .batch your own "
-        f"collate_fn."
-    )
-
-
-def pad(samples: list[Any] | None = None, *, value: float | Mapping[str, float] = 0, multiple: int = 1) -> Any:
-    """A collate function that pads sequences to the longest in the batch, or on to a multiple.
-
-    Args:
-        samples: The batch: dicts whose one- or more-dimensional numeric columns (arrays, tensors, lists of numbers) are
-            padded along their first dimension, or such sequences themselves. Left out, a collate function with the
-            other arguments is returned: ``collate_fn=midstream.pad(multiple=8)``.
-        value: What to fill with, for all columns or by name (others get 0).
-        multiple: The padded length is the smallest multiple of this that holds the longest.
-
-    Returns:
-        For dicts, a dict: every padded column as a tensor [batch, length, ...] of its own dtype, its lengths as
-        ``<column>_lengths`` (int64, [batch]), and all other columns as `collate` makes them. For bare sequences the pair
-        (tensor, lengths).
-
-    >>> batch = pad([{"ids": [1, 2, 3]}, {"ids": [4]}], multiple=4)
-    >>> batch["ids"]
-    tensor([[1, 2, 3, 0],
-            [4, 0, 0, 0]])
-    >>> batch["ids_lengths"]
-    tensor([3, 1])
-    """
-    require_int(multiple, "multiple", 1, "pad")
-    if samples is None:
-        return functools.partial(pad, value=value, multiple=multiple)
-    if not isinstance(samples[0], Mapping):
-        fill = value if not isinstance(value, Mapping) else 0
-        return _pad_column(samples, fill, multiple, "a sample")
-    batch: dict[str, Any] = {}
-    _same_keys(samples, "")
-    unknown = sorted(set(map(str, value)) - set(map(str, samples[0]))) if isinstance(value, Mapping) else []
-    if unknown:
-        raise ValueError(
-            f"pad: there is no column {unknown[0]!r} to fill; expected some of {sorted(map(str, samples[0]))}"
-        )
-    for key in samples[0]:
-        column = [sample[key] for sample in samples]
-        if all(_is_sequence(item) for item in column):
-            fill = value.get(key, 0) if isinstance(value, Mapping) else value
-            batch[key], batch[f"{key}_lengths"] = _pad_column(column, fill, multiple, _place(f"[{key!r}]"))
-        else:
-            batch[key] = _collate(column, f"[{key!r}]")
-    return batch
-
-
-def _is_sequence(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.ndim > 0 and value.dtype.kind in "biufc"
-    if isinstance(value, torch.Tensor):
-        return value.ndim > 0
-    return isinstance(value, (list, tuple)) and all(isinstance(item, (int, float, np.number)) for item in value)
-
-
-def _pad_column(column: Sequence[Any], value: float, multiple: int, where: str) -> tuple[torch.Tensor, torch.Tensor]:
-    if not all(_is_sequence(item) for item in column):
-        kinds = sorted({type(item).__name__ for item in column})
-        raise TypeError(
-            f"pad: {where} is not a sequence of numbers in every sample; found {', '.join(kinds)}. Pad dicts of sequences or "
-            f"bare sequences; bring other samples into that form with .map"
-        )
-    if all(isinstance(item, torch.Tensor) for item in column):
-        return _pad_tensors(column, value, multiple, where)
-    arrays = [np.asarray(item) for item in column]
-    filled = [array for array in arrays if array.size] or arrays
-    tails = {array.shape[1:] for array in filled}
-    if len(tails) > 1:
-        raise ValueError(
-            f"pad: {where} differs beyond its first dimension, which is the one that is padded; found shapes "
-            f"{', '.join(map(str, sorted({array.shape for array in filled})[:4]))}"
-        )
-    dtype = np.result_type(*{array.dtype for array in filled})
-    _check_fill(
-        value, np.array(value).astype(dtype).item() if np.isfinite(value) or dtype.kind == "f" else None, dtype, where
-    )
-    lengths = np.array([len(array) for array in arrays], dtype=np.int64)
-    longest = -(-int(lengths.max()) // multiple) * multiple
-    out = np.full((len(arrays), longest, *tails.pop()), value, dtype=dtype)
-    for index, array in enumerate(arrays):
-        if len(array):
-            out[index, : len(array)] = array
-    return torch.from_numpy(out), torch.from_numpy(lengths)
-
-
-def _pad_tensors(column: Sequence[Any], value: float, multiple: int, where: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_pad_column` for tensors, whose dtypes numpy need not have."""
-    filled = [item for item in column if item.numel()] or list(column)
-    if len({(item.shape[1:], item.dtype) for item in filled}) > 1:
-        raise ValueError(
-            f"pad: {where} differs beyond its first dimension, which is the one that is padded; found "
-            f"{', '.join(sorted({f'{tuple(item.shape)} {item.dtype}' for item in filled})[:4])}"
-        )
-    lengths = torch.tensor([len(item) for item in column], dtype=torch.int64)
-    longest = -(-int(lengths.max()) // multiple) * multiple
-    if not filled[0].is_floating_point():
-        _check_fill(value, int(value) if np.isfinite(value) else None, filled[0].dtype, where)
-    out = torch.full((len(column), longest, *filled[0].shape[1:]), value, dtype=filled[0].dtype)
-    for index, item in enumerate(column):
-        if len(item):
-            out[index, : len(item)] = item
-    return out, lengths
-
-
-def _check_fill(value: float, stored: Any, dtype: Any, where: str) -> None:
-    """Refuse a fill value that the column cannot hold."""
-    if stored is None or (stored != value and value == value and not isinstance(stored, float)):
-        raise ValueError(f"pad: {where} holds {dtype}, which cannot hold the value {value}; give value={{column: ...}}")

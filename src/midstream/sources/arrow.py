@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from midstream._state import State
+from midstream.columns import Column, Columns
 from midstream.core import I64, U64, Dataset, Place, Rows
 from midstream.sources.sequence import ReturnedOthers, require_rows, row_failure, row_origins
 
@@ -66,7 +67,7 @@ class ArrowSource(Dataset):
         if reader is not None:
             rows = positions if indices is None else indices[positions]
             try:
-                return Rows(reader.rows(rows), origins)
+                return Rows(None, origins, None, reader.columns(rows))
             except Exception:  # one row at a time tells which one it was (text that is not UTF-8, say)
                 samples: list[Any] = []
                 for row in rows:
@@ -111,9 +112,6 @@ def _decodes(feature: Any) -> bool:
     return type(feature).__name__ in ("Array2D", "Array3D", "Array4D", "Array5D")
 
 
-Getter = Callable[[list[int], list[int]], list[Any]]
-
-
 class TableReader:
     """Rows of an Arrow table by number, as dicts.
 
@@ -128,14 +126,11 @@ class TableReader:
 
     def rows(self, rows: I64) -> list[dict[str, Any]]:
         """The rows with these numbers (int64, shape [k]), in this order."""
-        columns = [column.take(rows) for column in self._columns]
-        names = self.names
-        if len(columns) == 1:
-            name = names[0]
-            return [{name: value} for value in columns[0]]
-        if not columns:
-            return [{} for _ in range(len(rows))]
-        return [dict(zip(names, values)) for values in zip(*columns)]
+        return self.columns(rows).samples()
+
+    def columns(self, rows: I64) -> Columns:
+        """The same, column by column."""
+        return Columns(self.names, [column.take(rows) for column in self._columns], len(rows))
 
 
 class _Column:
@@ -147,8 +142,9 @@ class _Column:
         self.type = column.type
         self.opened: list[Any] = [None] * len(self.chunks)
         self.kind = _kind(column.type)
+        self.dtype = np.dtype(column.type.value_type.to_pandas_dtype()) if self.kind == "list" else None
 
-    def take(self, rows: I64) -> list[Any]:
+    def take(self, rows: I64) -> Column:
         """Values at these rows."""
         if len(self.chunks) == 1:
             chunks, inside = None, rows
@@ -157,41 +153,59 @@ class _Column:
             inside = rows - self.starts[chunks]
         if self.kind == "number":
             return self._numbers(chunks, inside)
+        if self.kind == "list":
+            return self._lists(chunks, inside)
         opened = self.opened
         if chunks is None:
-            if opened[0] is None:
-                self._read(0)
-            get = opened[0]
-            return [get(row) for row in inside.tolist()]
-        result = []
-        for chunk, row in zip(chunks.tolist(), inside.tolist()):
-            get = opened[chunk]
-            if get is None:
-                get = self._read(chunk)
-            result.append(get(row))
-        return result
+            get = opened[0] or self._read(0)
+            return Column([get(row) for row in inside.tolist()])
+        return Column(
+            [(opened[chunk] or self._read(chunk))(row) for chunk, row in zip(chunks.tolist(), inside.tolist())]
+        )
 
     def _read(self, chunk: int) -> Any:
         self.opened[chunk] = _OPEN[self.kind](self.chunks[chunk])
         return self.opened[chunk]
 
-    def _numbers(self, chunks: I64 | None, inside: I64) -> list[Any]:
-        """Numbers are gathered chunk by chunk, and become Python numbers all at once."""
+    def _lists(self, chunks: I64 | None, inside: I64) -> Column:
+        """Views into the chunks' values; the loop of every token pipeline, so nothing is called in it."""
+        opened, views = self.opened, []
         if chunks is None:
-            return self._number_chunk(0)(inside)
-        first = int(chunks[0])
-        if (chunks == first).all():
-            return self._number_chunk(first)(inside)
-        result: list[Any] = [None] * len(inside)
-        for chunk in np.unique(chunks).tolist():
-            here = np.flatnonzero(chunks == chunk)
-            for place, value in zip(here.tolist(), self._number_chunk(chunk)(inside[here])):
-                result[place] = value
-        return result
+            flat, ends, odd = opened[0] or self._read(0)
+            if odd is not None:
+                return Column([odd(row) for row in inside.tolist()])
+            return Column([flat[ends[row] : ends[row + 1]] for row in inside.tolist()], flat.dtype)
+        clean = True
+        for chunk, row in zip(chunks.tolist(), inside.tolist()):
+            flat, ends, odd = opened[chunk] or self._read(chunk)
+            if odd is None:
+                views.append(flat[ends[row] : ends[row + 1]])
+            else:
+                clean = False
+                views.append(odd(row))
+        return Column(views, self.dtype if clean else None)
 
-    def _number_chunk(self, chunk: int) -> Callable[[I64], list[Any]]:
-        get: Callable[[I64], list[Any]] = self.opened[chunk] or self._read(chunk)
-        return get
+    def _numbers(self, chunks: I64 | None, inside: I64) -> Column:
+        """Numbers are gathered chunk by chunk, and become Python numbers all at once."""
+        opened = self.opened
+        if chunks is None:
+            values, valid = opened[0] or self._read(0)
+            if valid is None:
+                return Column(None, None, values[inside])
+            return Column([v if good else None for v, good in zip(values[inside].tolist(), valid[inside].tolist())])
+        distinct = np.unique(chunks).tolist()
+        found = [opened[chunk] or self._read(chunk) for chunk in distinct]
+        if any(valid is not None for _, valid in found):
+            result: list[Any] = []
+            for chunk, row in zip(chunks.tolist(), inside.tolist()):
+                values, valid = opened[chunk]
+                result.append(values[row].item() if valid is None or valid[row] else None)
+            return Column(result)
+        array = np.empty(len(inside), dtype=found[0][0].dtype if found else np.int64)
+        for chunk in distinct:
+            here = np.flatnonzero(chunks == chunk)
+            array[here] = opened[chunk][0][inside[here]]
+        return Column(None, None, array)
 
 
 def _kind(type_: pa.DataType) -> str:
@@ -207,15 +221,12 @@ def _kind(type_: pa.DataType) -> str:
     return "other"
 
 
-def _open_numbers(chunk: pa.Array) -> Callable[[I64], list[Any]]:
+def _open_numbers(chunk: pa.Array) -> tuple[Any, Any]:
+    """Values, and which of them there are where some are null."""
     if chunk.null_count:
         valid = chunk.is_valid().to_numpy(zero_copy_only=False)
-        values = chunk.fill_null(False if pa.types.is_boolean(chunk.type) else 0).to_numpy(zero_copy_only=False)
-        return lambda rows: [
-            value if good else None for value, good in zip(values[rows].tolist(), valid[rows].tolist())
-        ]
-    values = chunk.to_numpy(zero_copy_only=False)
-    return lambda rows: values[rows].tolist()
+        return chunk.fill_null(False if pa.types.is_boolean(chunk.type) else 0).to_numpy(zero_copy_only=False), valid
+    return chunk.to_numpy(zero_copy_only=False), None
 
 
 def _open_strings(chunk: pa.Array) -> Callable[[int], str | None]:
@@ -230,42 +241,33 @@ def _open_strings(chunk: pa.Array) -> Callable[[int], str | None]:
     return lambda row: str(data[ends[row] : ends[row + 1]], "utf-8") if valid[row] else None
 
 
-def _open_lists(chunk: pa.Array) -> Callable[[int], Any]:
+def _open_lists(chunk: pa.Array) -> tuple[Any, memoryview, Callable[[int], Any] | None]:
+    """All values, where each row's begin and end, and, where nulls are among them, what gets a row instead."""
     values = chunk.values
     # Straight from the buffer: the stored dtype, zero-copy, and defined (if meaningless) where a value is null.
     dtype = np.dtype(values.type.to_pandas_dtype())
     flat = np.frombuffer(values.buffers()[1] or b"", dtype=dtype)[values.offset : values.offset + len(values)]
     flat.flags.writeable = False
+    if pa.types.is_fixed_size_list(chunk.type):
+        size = chunk.type.list_size
+        offsets: Any = np.arange(chunk.offset, chunk.offset + len(chunk) + 1, dtype=np.int64) * size
+    else:
+        offsets = chunk.offsets.to_numpy()
+    ends = memoryview(offsets)
+    if not chunk.null_count and not values.null_count:
+        return flat, ends, None
     nulls = np.flatnonzero(~values.is_valid().to_numpy(zero_copy_only=False)).tolist() if values.null_count else []
+    valid = chunk.is_valid().to_numpy(zero_copy_only=False) if chunk.null_count else None
 
-    def view(start: int, stop: int) -> Any:
+    def get(row: int) -> Any:
+        if valid is not None and not valid[row]:
+            return None
+        start, stop = ends[row], ends[row + 1]
         if nulls and bisect.bisect_left(nulls, start) != bisect.bisect_left(nulls, stop):
             return values.slice(start, stop - start).to_pylist()
         return flat[start:stop]
 
-    if pa.types.is_fixed_size_list(chunk.type):
-        size, offset = chunk.type.list_size, chunk.offset
-
-        def get(row: int) -> Any:
-            start = (offset + row) * size
-            return view(start, start + size)
-    else:
-        offsets: Any = chunk.offsets.to_numpy()
-        ends = memoryview(offsets)
-
-        if nulls:
-
-            def get(row: int) -> Any:
-                return view(ends[row], ends[row + 1])
-        else:
-
-            def get(row: int) -> Any:
-                return flat[ends[row] : ends[row + 1]]
-
-    if not chunk.null_count:
-        return get
-    valid = chunk.is_valid().to_numpy(zero_copy_only=False)
-    return lambda row: get(row) if valid[row] else None
+    return flat, ends, get
 
 
 def _open_others(chunk: pa.Array) -> Callable[[int], Any]:

@@ -155,31 +155,32 @@ class ParquetSource(Dataset):
         groups: _Groups = self._handle()
         numbers = np.searchsorted(groups.starts, positions, side="right") - 1
         inside = positions - groups.starts[numbers]
-        samples: list[Any] = [None] * len(positions)
-        read: dict[int, list[int]] = {}
+        parts: dict[int, tuple[I64, Rows]] = {}
 
         def release(number: int) -> None:
             # Views of a group that leaves the cache would keep it in memory all the same, group after group.
-            for place in read.pop(number, ()):
-                samples[place] = _without_views(samples[place])
+            if number in parts:
+                here, rows = parts[number]
+                if rows.columns is not None:
+                    parts[number] = here, Rows(None, rows.origins, None, rows.columns.own())
+                else:
+                    parts[number] = here, Rows([_without_views(sample) for sample in rows.samples], rows.origins)
 
         for number in groups.cached_first(np.unique(numbers).tolist()):
             here = np.flatnonzero(numbers == number)
             reader = groups.reader(number, len(here), release)
             try:
-                found: list[Any] = reader.rows(inside[here])
+                parts[number] = here, Rows(None, origins[here], None, reader.columns(inside[here]))
             except Exception:  # one row at a time tells which one it was (bytes that are no text, say)
-                found = []
+                found: list[Any] = []
                 for row, place in zip(inside[here], here.tolist()):
                     try:
                         found.append(reader.rows(row.reshape(1))[0])
                     except Exception as error:
                         where = f"{groups.place_of(number)}, row {row}"
                         found.append(Hole((Failure(at.path, at.origin(origins[place].tolist()), where, error),)))
-            read[number] = here.tolist()
-            for place, sample in zip(read[number], found):
-                samples[place] = sample
-        return Rows(samples, origins)
+                parts[number] = here, Rows(found, origins[here])
+        return Rows.scatter(len(positions), list(parts.values()))
 
 
 def _without_views(sample: Any) -> Any:

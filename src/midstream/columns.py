@@ -1,0 +1,115 @@
+"""Samples held as columns: what a table gives, until someone needs the rows.
+
+A source over a table has one list per column in hand, not one dict per sample. `Columns` passes them on as they are: nodes that
+only move samples (shuffle, interleave, take, ...) never make a dict, `batch` puts a column into its tensor in one go, and the
+first node that looks at a sample (map, filter) turns them into the dicts it would have got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Column", "Columns"]
+
+
+class Column:
+    """One value per sample.
+
+    Attributes:
+        values: The values as a sample holds them.
+        dtype: Set where every value is a one-dimensional array of this dtype.
+        array: Set where every value is a number: the same numbers, of the stored dtype, shape [k].
+    """
+
+    __slots__ = ("_values", "array", "dtype")
+
+    def __init__(
+        self, values: list[Any] | None, dtype: np.dtype[Any] | None = None, array: npt.NDArray[Any] | None = None
+    ) -> None:
+        self._values, self.dtype, self.array = values, dtype, array
+
+    @property
+    def values(self) -> list[Any]:
+        """As Python objects and views; of numbers made when first asked for."""
+        if self._values is None:
+            assert self.array is not None
+            self._values = self.array.tolist()
+        return self._values
+
+    def __getitem__(self, part: slice) -> Column:
+        """The values of some samples."""
+        if self.array is not None:
+            return Column(None, None, self.array[part])
+        return Column(self.values[part], self.dtype)
+
+    def own(self) -> Column:
+        """The same values without views into someone else's memory."""
+        if self.array is not None:
+            return self
+        return Column([value.copy() if isinstance(value, np.ndarray) else value for value in self.values], self.dtype)
+
+
+class Columns:
+    """The columns of some samples, all of one length.
+
+    Attributes:
+        names: In the order of a sample's keys.
+        columns: One for each name.
+        length: Number of samples.
+    """
+
+    __slots__ = ("columns", "length", "names")
+
+    def __init__(self, names: list[str], columns: list[Column], length: int) -> None:
+        self.names, self.columns, self.length = names, columns, length
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The rows, as dicts."""
+        names, columns = self.names, self.columns
+        if len(columns) == 1:
+            name = names[0]
+            return [{name: value} for value in columns[0].values]
+        if not columns:
+            return [{} for _ in range(self.length)]
+        return [dict(zip(names, values)) for values in zip(*(column.values for column in columns))]
+
+    def __getitem__(self, part: slice) -> Columns:
+        """Some of the samples."""
+        length = len(range(*part.indices(self.length)))
+        return Columns(self.names, [column[part] for column in self.columns], length)
+
+    def own(self) -> Columns:
+        """The same samples without views into someone else's memory."""
+        return Columns(self.names, [column.own() for column in self.columns], self.length)
+
+    @staticmethod
+    def join(parts: Sequence[Columns], order: npt.NDArray[np.int64]) -> Columns | None:
+        """The samples of several parts, one after the other, then picked by ``order`` (int64, shape [k]).
+
+        None where the parts differ in names, their order, or what the columns hold: then there is no such column.
+        """
+        first = parts[0]
+        if any(part.names != first.names for part in parts):
+            return None
+        columns: list[Column] = []
+        for number in range(len(first.names)):
+            same = [part.columns[number] for part in parts]
+            if len({column.dtype for column in same}) > 1:
+                return None
+            arrays = [column.array for column in same if column.array is not None]
+            if len(arrays) == len(same) and len({array.dtype for array in arrays}) == 1:
+                columns.append(Column(None, None, np.concatenate(arrays)[order]))
+                continue
+            if arrays:
+                return None
+            values = [value for column in same for value in column.values] if len(same) > 1 else same[0].values
+            picked = (
+                list(itemgetter(*order.tolist())(values)) if len(order) > 1 else [values[i] for i in order.tolist()]
+            )
+            columns.append(Column(picked, same[0].dtype))
+        return Columns(first.names, columns, len(order))

@@ -1,0 +1,418 @@
+"""What makes a batch of samples: torch's default collate, and `pad`, `flat` and `ragged` for samples of different lengths.
+
+Each works on a list of samples, and, with the same result, on the `Columns` that a table gives: then no sample is ever made,
+and what lies in the table is copied once, into the batch. `over_columns` finds that form of a collate function.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import default_collate
+
+from midstream._check import require_int
+from midstream.columns import Column, Columns
+
+__all__ = ["collate", "flat", "over_columns", "pad", "ragged"]
+
+
+def collate(samples: list[Any]) -> Any:
+    """A batch by torch's rules: dicts and tuples by element, numbers and arrays stacked, strings in a list.
+
+    The result is that of ``torch.utils.data.default_collate``; arrays are copied once (samples are read-only views), and
+    what cannot be stacked gets an error that says what to do. One column need not be of one length: ``seq_lens``, as `pack`
+    makes it, is filled up with zeros to [batch, most].
+
+    Raises:
+        ValueError: If samples differ in shape.
+
+    >>> collate([{"x": 1, "name": "a"}, {"x": 2, "name": "b"}])
+    {'x': tensor([1, 2]), 'name': ['a', 'b']}
+    """
+    return _collate(samples, "")
+
+
+def _collate(samples: Sequence[Any], where: str) -> Any:
+    first = samples[0]
+    kind = type(first)
+    if kind is np.ndarray and first.dtype.kind in "biufc":
+        return _stack(samples, where)
+    if kind is str or kind is bytes:
+        return samples
+    if isinstance(first, Mapping):
+        _same_keys(samples, where)
+        columns = {key: _collate_column(key, [sample[key] for sample in samples], where) for key in first}
+        return columns if kind is dict else _like(first, columns)
+    if any(sample is None for sample in samples):
+        raise ValueError(
+            f"{_place(where)} is None in {sum(sample is None for sample in samples)} of {len(samples)} samples, and a batch "
+            f"of None has no meaning. Fill or filter missing values before .batch, or give .batch a collate_fn"
+        )
+    if isinstance(first, (tuple, list)):
+        if any(not isinstance(sample, (tuple, list)) or len(sample) != len(first) for sample in samples):
+            raise _ragged(samples, where)
+        elements = [_collate(column, f"{where}[{number}]") for number, column in enumerate(zip(*samples))]
+        if hasattr(first, "_fields"):
+            return kind(*elements)
+        return elements  # torch makes a list of a tuple too
+    if isinstance(first, torch.Tensor) and len({sample.shape for sample in samples}) > 1:
+        raise _ragged(samples, where)
+    try:
+        return default_collate(list(samples))
+    except Exception as error:
+        raise ValueError(
+            f"{_place(where)} cannot be put into a batch: torch's default_collate says {type(error).__name__}: {error}. "
+            f"Convert such values with .map, or give .batch a collate_fn"
+        ) from error
+
+
+def _collate_column(key: Any, column: list[Any], where: str) -> Any:
+    """One key of dicts. The ``seq_lens`` of packed rows, which have no one length, are filled up with zeros."""
+    inner = f"{where}[{key!r}]"
+    if key == "seq_lens" and len({np.shape(value) for value in column}) > 1 and all(map(_is_sequence, column)):
+        return _pad_column(Column(column), 0, 1, _place(inner))[0]
+    return _collate(column, inner)
+
+
+def _stack(samples: Sequence[Any], where: str) -> torch.Tensor:
+    """Arrays of one shape, copied once. Mixed dtypes are promoted by torch's rules."""
+    if any(sample is None for sample in samples) or len({np.shape(sample) for sample in samples}) > 1:
+        raise _ragged(samples, where)
+    if len({sample.dtype for sample in samples}) > 1:
+        return torch.stack([torch.from_numpy(np.array(sample)) for sample in samples])
+    return torch.from_numpy(np.stack(samples))
+
+
+def _like(first: Any, columns: dict[Any, Any]) -> Any:
+    """The columns in a mapping of the samples' own type, where that can be made, as torch does."""
+    try:
+        clone = copy.copy(first)
+        clone.update(columns)
+    except (TypeError, AttributeError):
+        return columns
+    return clone
+
+
+def _same_keys(samples: Sequence[Any], where: str) -> None:
+    keys = samples[0].keys()
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, Mapping) or not keys <= sample.keys():
+            found = sorted(map(str, sample)) if isinstance(sample, Mapping) else type(sample).__name__
+            raise ValueError(
+                f"samples of a batch have different keys{' at ' + _place(where) if where else ''}: expected "
+                f"{sorted(map(str, keys))}, found {found} in sample {number}; make them alike with .map before .batch"
+            )
+
+
+def _place(where: str) -> str:
+    return f"sample{where}"
+
+
+def _ragged(samples: Sequence[Any], where: str) -> ValueError:
+    missing = sum(sample is None for sample in samples)
+    if missing:
+        return ValueError(
+            f"{_place(where)} is None in {missing} of {len(samples)} samples, and a batch of None has no meaning. Fill or "
+            f"filter missing values before .batch, or give .batch a collate_fn"
+        )
+    shapes = [tuple(s.shape) if hasattr(s, "shape") else (len(s),) for s in samples if hasattr(s, "__len__")]
+    distinct = sorted(set(shapes))
+    shown = ", ".join(map(str, distinct[:4])) + (", ..." if len(distinct) > 4 else "")
+    return ValueError(
+        f"samples of a batch differ in shape{' at ' + _place(where) if where else ''}, so they cannot be stacked: {shown}. "
+        f"Pad them with .batch(n, collate_fn=midstream.pad), cut them to one length with .map, or give .batch your own "
+        f"collate_fn."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples of different lengths
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pad(samples: list[Any] | None = None, *, value: float | Mapping[str, float] = 0, multiple: int = 1) -> Any:
+    """A collate function that pads sequences to the longest in the batch, or on to a multiple.
+
+    Args:
+        samples: The batch: dicts whose one- or more-dimensional numeric columns (arrays, tensors, lists of numbers) are
+            padded along their first dimension, or such sequences themselves. Left out, a collate function with the
+            other arguments is returned: ``collate_fn=midstream.pad(multiple=8)``.
+        value: What to fill with, for all columns or by name (others get 0).
+        multiple: The padded length is the smallest multiple of this that holds the longest.
+
+    Returns:
+        For dicts, a dict: every padded column as a tensor [batch, length, ...] of its own dtype, its lengths as
+        ``<column>_lengths`` (int64, [batch]), and all other columns as `collate` makes them. For bare sequences the pair
+        (tensor, lengths).
+
+    >>> batch = pad([{"ids": [1, 2, 3]}, {"ids": [4]}], multiple=4)
+    >>> batch["ids"]
+    tensor([[1, 2, 3, 0],
+            [4, 0, 0, 0]])
+    >>> batch["ids_lengths"]
+    tensor([3, 1])
+    """
+    require_int(multiple, "multiple", 1, "pad")
+    if samples is None:
+        return functools.partial(pad, value=value, multiple=multiple)
+    if not isinstance(samples[0], Mapping):
+        fill = value if not isinstance(value, Mapping) else 0
+        return _pad_column(Column(samples), fill, multiple, "a sample")
+    return _pad_columns(_columns(samples), value=value, multiple=multiple)
+
+
+def _pad_columns(columns: Columns, *, value: float | Mapping[str, float] = 0, multiple: int = 1) -> dict[str, Any]:
+    require_int(multiple, "multiple", 1, "pad")
+    unknown = sorted(set(map(str, value)) - set(map(str, columns.names))) if isinstance(value, Mapping) else []
+    if unknown:
+        raise ValueError(
+            f"pad: there is no column {unknown[0]!r} to fill; expected some of {sorted(map(str, columns.names))}"
+        )
+
+    def padded(key: str, column: Column, where: str) -> Iterable[tuple[str, Any]]:
+        fill = value.get(key, 0) if isinstance(value, Mapping) else value
+        tensor, lengths = _pad_column(column, fill, multiple, where)
+        return (key, tensor), (f"{key}_lengths", lengths)
+
+    return _each(columns, padded)
+
+
+def flat(samples: list[Any] | None = None, *, cu_seqlens: bool = False) -> Any:
+    """A collate function that joins sequences end to end: no padding, and what variable-length attention takes.
+
+    Args:
+        samples: As for `pad`. Left out, a collate function with the other argument is returned.
+        cu_seqlens: Also give where each sequence begins and the last one ends, as flash attention wants it.
+
+    Returns:
+        For dicts, a dict: every column of sequences as one tensor [total, ...] of its own dtype, its lengths as
+        ``<column>_lengths`` (int64, [batch]), with ``cu_seqlens`` the running total from 0 as ``<column>_cu_seqlens``
+        (int32, [batch + 1]), and all other columns as `collate` makes them. For bare sequences the pair (tensor, lengths),
+        or the triple.
+
+    Raises:
+        TypeError, ValueError: If a bare sample is not a sequence of numbers, or sequences differ beyond their first
+            dimension.
+
+    >>> batch = flat([{"ids": [1, 2, 3]}, {"ids": [4]}], cu_seqlens=True)
+    >>> batch["ids"], batch["ids_lengths"], batch["ids_cu_seqlens"]
+    (tensor([1, 2, 3, 4]), tensor([3, 1]), tensor([0, 3, 4], dtype=torch.int32))
+    """
+    if samples is None:
+        return functools.partial(flat, cu_seqlens=cu_seqlens)
+    if isinstance(samples[0], Mapping):
+        return _flat_columns(_columns(samples), cu_seqlens=cu_seqlens)
+    tensor, lengths = _flat_column(Column(samples), "flat", "a sample")
+    return (tensor, lengths, _running(lengths)) if cu_seqlens else (tensor, lengths)
+
+
+def _flat_columns(columns: Columns, *, cu_seqlens: bool = False) -> dict[str, Any]:
+    def joined(key: str, column: Column, where: str) -> Iterable[tuple[str, Any]]:
+        tensor, lengths = _flat_column(column, "flat", where)
+        yield key, tensor
+        yield f"{key}_lengths", lengths
+        if cu_seqlens:
+            yield f"{key}_cu_seqlens", _running(lengths)
+
+    return _each(columns, joined)
+
+
+def _running(lengths: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=out[1:])
+    return out
+
+
+def ragged(samples: list[Any]) -> Any:
+    """A collate function that keeps sequences apart: one tensor for each.
+
+    The tensors of a batch lie end to end in one piece of memory, so they cost little to make; who keeps one for long
+    keeps the batch (``.clone()`` it).
+
+    Returns:
+        For dicts, a dict: every column of sequences as a list of tensors [length, ...] of one dtype, and all other columns
+        as `collate` makes them. For bare sequences such a list.
+
+    Raises:
+        TypeError, ValueError: As `flat`.
+
+    >>> ragged([{"ids": [1, 2, 3], "n": 0}, {"ids": [4], "n": 1}])
+    {'ids': [tensor([1, 2, 3]), tensor([4])], 'n': tensor([0, 1])}
+    """
+    if isinstance(samples[0], Mapping):
+        return _ragged_columns(_columns(samples))
+    return _ragged_column(Column(samples), "a sample")
+
+
+def _ragged_columns(columns: Columns) -> dict[str, Any]:
+    return _each(columns, lambda key, column, where: [(key, _ragged_column(column, where))])
+
+
+def _ragged_column(column: Column, where: str) -> list[torch.Tensor]:
+    tensor, lengths = _flat_column(column, "ragged", where)
+    return list(tensor.split_with_sizes(lengths.tolist()))
+
+
+def _columns(samples: Sequence[Mapping[str, Any]]) -> Columns:
+    """Dicts of the same keys, by column."""
+    _same_keys(samples, "")
+    names = list(samples[0])
+    return Columns(names, [Column([sample[key] for sample in samples]) for key in names], len(samples))
+
+
+def _each(columns: Columns, sequences: Callable[[str, Column, str], Iterable[tuple[str, Any]]]) -> dict[str, Any]:
+    """A batch: columns of sequences as ``sequences`` makes them, others by torch's rules."""
+    batch: dict[str, Any] = {}
+    for key, column in zip(columns.names, columns.columns):
+        if column.dtype is not None or (column.array is None and all(map(_is_sequence, column.values))):
+            batch.update(sequences(key, column, f"sample[{key!r}]"))
+        elif column.array is not None:
+            batch[key] = _numbers(column)
+        else:
+            batch[key] = _collate(column.values, f"[{key!r}]")
+    return batch
+
+
+def _is_sequence(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0 and value.dtype.kind in "biufc"
+    if isinstance(value, torch.Tensor):
+        return value.ndim > 0
+    return isinstance(value, (list, tuple)) and all(isinstance(item, (int, float, np.number)) for item in value)
+
+
+def _pad_column(column: Column, value: float, multiple: int, where: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if column.dtype is None and all(isinstance(item, torch.Tensor) for item in column.values):
+        return _pad_tensors(column.values, value, multiple, where)
+    arrays, tail, dtype = _arrays(column, "pad", where)
+    if type(value) is not int or not _any_holds(value, dtype):
+        stored = np.array(value).astype(dtype).item() if np.isfinite(value) or dtype.kind == "f" else None
+        _check_fill(value, stored, dtype, where)
+    sizes = list(map(len, arrays))
+    longest = -(-max(sizes) // multiple) * multiple
+    out = np.full((len(arrays), longest, *tail), value, dtype=dtype)
+    for row, size, array in zip(out, sizes, arrays):
+        if size:
+            row[:size] = array
+    return torch.from_numpy(out), torch.tensor(sizes, dtype=torch.int64)
+
+
+def _any_holds(value: int, dtype: np.dtype[Any]) -> bool:
+    """Whether even the narrowest of a kind of numbers holds the value, so that there is nothing to check."""
+    return dtype.kind in "iuf" and 0 <= value < 128
+
+
+def _flat_column(column: Column, verb: str, where: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if column.dtype is None and all(isinstance(item, torch.Tensor) for item in column.values):
+        tensors = column.values
+        filled = [item for item in tensors if item.numel()] or tensors[:1]
+        if len({(item.shape[1:], item.dtype) for item in filled}) > 1:
+            raise _differ(verb, where, sorted({f"{tuple(item.shape)} {item.dtype}" for item in filled}))
+        return torch.cat(filled), torch.tensor(list(map(len, tensors)), dtype=torch.int64)
+    arrays, tail, dtype = _arrays(column, verb, where)
+    sizes = list(map(len, arrays))
+    out = np.empty((sum(sizes), *tail), dtype=dtype)
+    if out.size:
+        np.concatenate(arrays if tail == () else [array for array in arrays if array.size], out=out)
+    return torch.from_numpy(out), torch.tensor(sizes, dtype=torch.int64)
+
+
+def _arrays(column: Column, verb: str, where: str) -> tuple[list[npt.NDArray[Any]], tuple[int, ...], np.dtype[Any]]:
+    """Sequences as arrays, what shape they share beyond the first dimension, and the dtype that holds them all."""
+    if column.dtype is not None:
+        return column.values, (), column.dtype
+    if not all(_is_sequence(item) for item in column.values):
+        kinds = sorted({type(item).__name__ for item in column.values})
+        what = {"pad": "Pad", "flat": "Join"}.get(verb, "Give")
+        raise TypeError(
+            f"{verb}: {where} is not a sequence of numbers in every sample; found {', '.join(kinds)}. {what} dicts of "
+            f"sequences or bare sequences; bring other samples into that form with .map"
+        )
+    arrays = [np.asarray(item) for item in column.values]
+    filled = [array for array in arrays if array.size] or arrays
+    tails = {array.shape[1:] for array in filled}
+    if len(tails) > 1:
+        raise _differ(verb, where, [f"shape {shape}" for shape in sorted({array.shape for array in filled})])
+    return arrays, tails.pop(), np.result_type(*{array.dtype for array in filled})
+
+
+def _differ(verb: str, where: str, found: list[str]) -> ValueError:
+    return ValueError(
+        f"{verb}: {where} differs beyond its first dimension, which is the one that "
+        f"{'is padded' if verb == 'pad' else 'may differ'}; found {', '.join(found[:4])}"
+    )
+
+
+def _pad_tensors(column: Sequence[Any], value: float, multiple: int, where: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_pad_column` for tensors, whose dtypes numpy need not have."""
+    filled = [item for item in column if item.numel()] or list(column)
+    if len({(item.shape[1:], item.dtype) for item in filled}) > 1:
+        raise _differ("pad", where, sorted({f"{tuple(item.shape)} {item.dtype}" for item in filled}))
+    lengths = torch.tensor([len(item) for item in column], dtype=torch.int64)
+    longest = -(-int(lengths.max()) // multiple) * multiple
+    if not filled[0].is_floating_point():
+        _check_fill(value, int(value) if np.isfinite(value) else None, filled[0].dtype, where)
+    out = torch.full((len(column), longest, *filled[0].shape[1:]), value, dtype=filled[0].dtype)
+    for index, item in enumerate(column):
+        if len(item):
+            out[index, : len(item)] = item
+    return out, lengths
+
+
+def _check_fill(value: float, stored: Any, dtype: Any, where: str) -> None:
+    """Refuse a fill value that the column cannot hold."""
+    if stored is None or (stored != value and value == value and not isinstance(stored, float)):
+        raise ValueError(f"pad: {where} holds {dtype}, which cannot hold the value {value}; give value={{column: ...}}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Over columns
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _collate_columns(columns: Columns) -> dict[str, Any]:
+    batch: dict[str, Any] = {}
+    for key, column in zip(columns.names, columns.columns):
+        if column.array is not None:
+            batch[key] = _numbers(column)
+        elif column.dtype is not None and len(set(map(len, column.values))) == 1:
+            batch[key] = torch.from_numpy(np.stack(column.values))
+        else:
+            batch[key] = _collate_column(key, column.values, "")
+    return batch
+
+
+def _numbers(column: Column) -> torch.Tensor:
+    """Numbers as torch makes a tensor of Python's: int64, float64 or bool."""
+    array = column.array
+    assert array is not None
+    if array.dtype == np.uint64 and array.max() >> np.uint64(63):
+        return _collate(column.values, "")  # type: ignore[no-any-return]  # what torch says of it
+    return torch.from_numpy(array.astype({"b": np.bool_, "f": np.float64}.get(array.dtype.kind, np.int64)))
+
+
+_OVER_COLUMNS: dict[Any, Callable[..., Any]] = {
+    collate: _collate_columns,
+    pad: _pad_columns,
+    flat: _flat_columns,
+    ragged: _ragged_columns,
+}
+
+
+def over_columns(fn: Callable[..., Any]) -> Callable[[Columns], Any] | None:
+    """What makes of columns the batch that ``fn`` makes of samples; None where only ``fn`` itself can tell."""
+    keywords: dict[str, Any] = {}
+    key: Any = fn
+    if isinstance(key, functools.partial) and not key.args and "samples" not in key.keywords:
+        key, keywords = key.func, key.keywords
+    try:
+        over = _OVER_COLUMNS.get(key)
+    except TypeError:  # a callable that cannot be hashed
+        return None
+    return functools.partial(over, **keywords) if over is not None and keywords else over
