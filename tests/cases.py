@@ -233,6 +233,27 @@ def two_documents(bomb: frozenset[int]) -> Dataset:
     )
 
 
+def doubled(batch: dict[str, Any]) -> dict[str, Any]:
+    return {"id": batch["id"], "four times": [2 * value for value in batch["twice"]]}
+
+
+def first_of_pairs(batch: dict[str, Any]) -> dict[str, Any]:
+    """One sample of two, which has both ids."""
+    return {"id": [batch["id"]]}
+
+
+def parts_of_one(batch: list[Any]) -> list[Any]:
+    return copies(batch[0])
+
+
+def apart(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """A batch as its rows again."""
+    ends = batch["tokens_lengths"].cumsum(0).tolist() if "tokens_lengths" in batch else None
+    tokens = batch["tokens"] if ends is None else np.split(batch["tokens"].numpy(), ends[:-1])
+    rows = zip(batch["id"].tolist(), batch["text"], tokens)
+    return [{"id": row, "text": text, "tokens": each} for row, text, each in rows]
+
+
 def not_empty(sample: dict[str, Any]) -> bool:
     return len(sample["input_ids"]) > 0
 
@@ -372,6 +393,57 @@ CASES: dict[str, Case] = {
     "flat_map": Case(lambda b: numbers(0, 60, b).flat_map(copies), DATA, 17, COPIES),
     "flat_map twice": Case(
         lambda b: numbers(0, 60, b).flat_map(copies).flat_map(lambda s: [s, s]), DATA, 34, sorted(COPIES * 2)
+    ),
+    "map batched": Case(
+        lambda b: numbers(0, 60, b).shuffle(1).map(to_dict).map(doubled, batched=True, batch_size=7),
+        DATA,
+        14,
+        ids(0, 60),
+        shifts=True,
+    ),
+    "map batched, fewer": Case(
+        lambda b: (
+            numbers(0, 60, b).map(to_dict).map(first_of_pairs, batched=True, batch_size=2).batch(3, collate_fn=list)
+        ),
+        DATA,
+        10,
+        shifts=True,
+    ),
+    "map batched, more": Case(
+        lambda b: numbers(0, 60, b).filter(not_third).map(parts_of_one, batched=True, batch_size=1),
+        DATA,
+        6,
+        sorted(row for row in ids(0, 60) if row % 3 for _ in range(row % 4)),
+    ),
+    "flat over columns": Case(
+        lambda b: (
+            ms.interleave(
+                {
+                    "web": ms.from_dataset(arrow(0, 60, mapped=True)).shuffle(1),
+                    "code": ms.from_dataset(arrow(1, 40, mapped=False)),
+                },
+                {"web": 3, "code": 2},
+                stopping_strategy="all_exhausted_without_replacement",
+            )
+            .batch(4, collate_fn=ms.flat(cu_seqlens=True))
+            .flat_map(apart)
+            .map(Bomb(b))
+        ),
+        TWO,
+        0,
+        ids(0, 60) + ids(1, 40),
+    ),
+    "ragged over columns": Case(
+        lambda b: (
+            ms.from_dataset(arrow(0, 60, mapped=True))
+            .shuffle(3)
+            .batch(4, collate_fn=ms.ragged)
+            .flat_map(apart)
+            .map(Bomb(b))
+        ),
+        DATA,
+        0,
+        ids(0, 60),
     ),
     "repeat": Case(lambda b: numbers(0, 30, b).shuffle(2).repeat(3), DATA, epoch=sorted(ids(0, 30) * 3)),
     "repeat stream": Case(

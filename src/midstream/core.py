@@ -835,6 +835,8 @@ class Dataset(IterableDataset[Any]):
         seed: int = 0,
         on_error: OnError = "raise",
         max_errors: int | None = None,
+        batched: bool = False,
+        batch_size: int = 1000,
     ) -> Dataset:
         """Replace every sample by ``fn(sample)``, or ``fn(sample, rng)`` with ``with_rng=True``.
 
@@ -847,13 +849,30 @@ class Dataset(IterableDataset[Any]):
             on_error: ``"raise"``; ``"skip"``: the sample is left out and counted, its batch is shorter; ``"refill"``:
                 the same, and batches stay full (makes the pipeline a stream).
             max_errors: With skip and refill: more than so many raise `TooManyErrors`.
+            batched: Give ``fn`` ``batch_size`` samples at once, as a dict of lists (samples that are no dicts: as a list);
+                it returns a dict of columns, or a list of samples, of any number of rows. They replace the group's samples.
+                Makes the pipeline a stream; a group is lost whole when ``fn`` raises.
+            batch_size: For batched: samples in a group, which a resume reads again.
+
+        Raises:
+            ValueError: With batched, if an rng is asked for too.
 
         >>> import midstream as ms
         >>> list(ms.from_dataset([1, 2, 3]).map(lambda x: x * 10))
         [10, 20, 30]
+        >>> rows = ms.from_dataset([{"text": "a b"}, {"text": "c"}])
+        >>> list(rows.map(lambda batch: {"word": " ".join(batch["text"]).split()}, batched=True, batch_size=2))
+        [{'word': 'a'}, {'word': 'b'}, {'word': 'c'}]
         """
         from midstream.nodes.map import Map
+        from midstream.nodes.map_batched import MapBatched
 
+        if batched:
+            if with_rng or isolate_rng:
+                raise ValueError(
+                    "map: batched=True has no generator per sample; draw in a map without it, or seed by what is in the batch"
+                )
+            return MapBatched(self, fn, batch_size, on_error, max_errors)
         return Map(self, fn, with_rng, isolate_rng, seed, on_error, max_errors)
 
     def filter(

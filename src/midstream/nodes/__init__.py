@@ -7,6 +7,7 @@ from midstream.nodes.filter import Filter
 from midstream.nodes.flat_map import FlatMap
 from midstream.nodes.interleave import Interleave, interleave
 from midstream.nodes.map import Map
+from midstream.nodes.map_batched import MapBatched
 from midstream.nodes.pack import Pack
 from midstream.nodes.repeat import Repeat
 from midstream.nodes.shuffle import BufferedShuffle, Shuffle
@@ -21,6 +22,7 @@ __all__ = [
     "FlatMap",
     "Interleave",
     "Map",
+    "MapBatched",
     "Pack",
     "Repeat",
     "Shuffle",

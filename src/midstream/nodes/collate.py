@@ -319,7 +319,8 @@ def _flat_column(column: Column, verb: str, where: str) -> tuple[torch.Tensor, t
     sizes = list(map(len, arrays))
     out = np.empty((sum(sizes), *tail), dtype=dtype)
     if out.size:
-        np.concatenate(arrays if tail == () else [array for array in arrays if array.size], out=out)
+        # An empty list has a dtype of its own, and an empty array may have another shape.
+        np.concatenate([array for array in arrays if array.size] if column.dtype is None else arrays, out=out)
     return torch.from_numpy(out), torch.tensor(sizes, dtype=torch.int64)
 
 

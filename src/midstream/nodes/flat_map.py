@@ -112,7 +112,7 @@ class _FlatMapIterator(Iterator):
             self.parts = parts
         part = self.part
         self.part = part + 1
-        return self.parts[part], _part_origin(self.origins, part, len(self.parts))
+        return self.parts[part], part_origin(self.origins, part, len(self.parts))
 
     def _state(self) -> State:
         if 0 < self.part < len(self.parts):
@@ -152,17 +152,19 @@ def require_depth(node: Dataset) -> None:
     """Refuse parts of parts of parts of parts."""
     if _depth(node) > _DEEPEST:
         raise ValueError(
-            f"at most {_DEEPEST} flat_map or pack above each other: the parts of parts are numbered in 64 bits. Do the work "
-            f"of two in one function"
+            f"at most {_DEEPEST} flat_map, pack or map(batched=True) above each other: the parts of parts are numbered in 64 "
+            f"bits. Do the work of two in one function"
         )
 
 
 def _depth(node: Dataset) -> int:
-    """The most flat_map and pack on a path from here to a source."""
-    return (node.kind in ("flat_map", "pack")) + max((_depth(child) for child in node.inputs().values()), default=0)
+    """The most nodes that make parts on a path from here to a source."""
+    return (node.kind in ("flat_map", "map_batched", "pack")) + max(
+        (_depth(child) for child in node.inputs().values()), default=0
+    )
 
 
-def _part_origin(origins: Origins, part: int, parts: int) -> Origins:
+def part_origin(origins: Origins, part: int, parts: int) -> Origins:
     """A flat_map above another one numbers (outer part, inner part) in one integer."""
     if type(origins) is tuple:
         return (*origins[:3], origins[3] * PARTS + part, 0 if part else origins[4])

@@ -1,0 +1,254 @@
+"""Map over groups of samples at once, as Hugging Face ``datasets`` has it: columns in, columns out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from midstream._check import require_callable, require_choice, require_int
+from midstream._state import State
+from midstream.core import PARTS, Dataset, Item, Iterator, Lane, Place, join_origins, require_dataset
+from midstream.errors import ReplayDiverged, SourceError
+from midstream.failures import Failure, Hole, callable_name, describe_callable
+from midstream.nodes.flat_map import part_origin, require_depth
+from midstream.nodes.map import require_limit
+
+_GIVE_UP = 100_000
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MapBatched(Dataset):
+    """Every ``batch_size`` samples replaced by the samples a function makes of their columns: as many, fewer or more.
+
+    Groups are of consecutive samples of a lane; the last of a lane may be smaller. As many samples as there were keep their
+    origins one by one; otherwise each is a part of all rows of its group, numbered, as in ``flat_map``. Groups of which
+    nothing is left are counted. When the function fails, its whole group is lost.
+
+    A stream, for how many samples there will be is known by calling the function:
+
+        batch_size 3    a b c | d e f | g        fn cuts a b c into A B, d e f into C D E, g into F
+        output          A B     C D E   F        saved after C: safe point before d, 3 inputs, 1 part delivered
+
+    State: ``{"source", "taken", "part", "number"}``: the input before the group in progress, inputs taken of it, samples of
+        it delivered, groups before it.
+    Resume: reads the group in progress again, at most ``batch_size`` inputs and the failures between them, and calls the
+        function once for it.
+    """
+
+    source: Dataset
+    fn: Callable[[Any], Any]
+    batch_size: int = 1000
+    on_error: str = "raise"
+    max_errors: int | None = None
+    kind = "map_batched"
+
+    def __post_init__(self) -> None:
+        require_dataset(self.source, "map")
+        require_callable(self.fn, "map")
+        require_int(self.batch_size, "batch_size", 1, "map")
+        if self.batch_size >= PARTS:
+            raise ValueError(f"map: batch_size is below {PARTS:,}; found {self.batch_size:,}")
+        require_choice(self.on_error, "on_error", ("raise", "skip", "refill"), "map")
+        require_limit(self.on_error, self.max_errors, "map")
+        require_depth(self)
+
+    @property
+    def random_access(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def batch_rows(self) -> int | None:
+        """What comes out need not be batches."""
+        return None
+
+    def spec_fields(self) -> dict[str, State]:
+        """The function's name and the size of a group."""
+        fields: dict[str, State] = {"fn": callable_name(self.fn), "batch_size": int(self.batch_size)}
+        if self.on_error != "raise":
+            fields["on_error"] = self.on_error
+        return fields
+
+    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _MapBatchedIterator(self, at, lane, key, pass_)
+
+
+class _MapBatchedIterator(Iterator):
+    def __init__(self, node: MapBatched, at: Place, lane: Lane, key: int, pass_: int) -> None:
+        self.node, self.at, self.lane, self.pass_ = node, at, lane, pass_
+        self.source = at.input.iterate(lane, key, pass_)
+        self.number = 0
+        self.fruitless = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        """Between two groups."""
+        self.start: State = None  # the input before the group, once it was asked for
+        self.held: list[Item] = []
+        self.taken = 0
+        self.made: list[Any] = []
+        self.origins: Any = None
+        self.part = 0
+
+    def _next(self) -> Item:
+        while True:
+            if self.part < len(self.made):
+                return self._emit()
+            ended = False
+            while self.taken < self.node.batch_size:
+                if self.start is None:
+                    self.start = self.source.snapshot()
+                try:
+                    item = next(self.source)
+                except StopIteration:
+                    ended = True
+                    break
+                self.taken += 1
+                if type(item[0]) is Hole:
+                    return item
+                self.held.append(item)
+            if self.held:
+                hole = self._make()
+                if hole is not None:
+                    origins = self.origins
+                    self._clear()
+                    self.number += 1
+                    return hole, origins
+                if self.made:
+                    continue
+                self._nothing()
+            elif ended:
+                raise StopIteration
+            self._clear()
+            self.number += 1
+
+    def _emit(self) -> Item:
+        part = self.part
+        sample = self.made[part]
+        parts = len(self.made)
+        origins = self.held[part][1] if parts == len(self.held) else part_origin(self.origins, part, parts)
+        self.part = part + 1
+        if self.part == parts:
+            self._clear()
+            self.number += 1
+        return sample, origins
+
+    def _make(self) -> Hole | None:
+        """Call the function on what is held; the hole when it fails."""
+        self.origins = join_origins(self.held)
+        if self.at.trail is not None:
+            self.at.trail.rows(self.origins)
+        node = self.node
+        try:
+            self.made = rows_of(node.fn(columns_of([sample for sample, _ in self.held])))
+        except Exception as raised:
+            error: Exception = raised
+            if isinstance(raised, StopIteration):
+                error = RuntimeError(f"the function raised StopIteration({raised})").with_traceback(
+                    raised.__traceback__
+                )
+            quiet = node.on_error != "raise"
+            failure = Failure(self.at.path, None, describe_callable(node.fn), error, quiet=quiet, limit=node.max_errors)
+            return Hole((failure,))
+        return None
+
+    def _nothing(self) -> None:
+        """Count a group of which nothing was left."""
+        counts: dict[str, int] = {}
+        for _, origins in self.held:
+            source = origins[0] if type(origins) is tuple else int(origins[0, 0])
+            key = f"emptied|{self.at.path}|{source}"
+            counts[key] = counts.get(key, 0) + 1
+        self.lane.ledger.count(self.at.path, self.pass_, self.number, counts)
+        self.fruitless += len(self.held)
+        if self.fruitless >= _GIVE_UP and self.node.source.infinite:
+            raise SourceError(
+                f"{self.at.path}: {describe_callable(self.node.fn)} made nothing of {self.fruitless:,} samples, and the input "
+                f"never ends. Try it on a few samples"
+            )
+
+    def _state(self) -> State:
+        if self.start is None:
+            self.start = self.source.snapshot()
+        return {"source": self.start, "taken": self.taken, "part": self.part, "number": self.number}
+
+    def _load(self, state: State) -> None:
+        self._clear()
+        self.number, self.start, self.fruitless = state["number"], state["source"], 0
+        self.source.load(self.start)
+        for _ in range(state["taken"]):
+            try:
+                item = next(self.source)
+            except StopIteration:
+                raise ReplayDiverged(
+                    f"{self.at.path}: the input ended after {self.taken} of the {state['taken']} samples that are to be read "
+                    f"again; has the data changed since the checkpoint was saved?"
+                ) from None
+            self.taken += 1
+            if type(item[0]) is not Hole:
+                self.held.append(item)
+        if state["part"]:
+            failed = self._make() if self.held else None
+            if failed is not None or len(self.made) <= state["part"]:
+                raise ReplayDiverged(
+                    f"{self.at.path}: the group in progress had more than {state['part']} samples when the state was saved "
+                    f"and has {len(self.made)} now; has the data or the function changed?"
+                )
+            self.part = state["part"]
+
+
+def columns_of(samples: list[Any]) -> Any:
+    """What the function is given: dicts as one dict of lists, other samples as their list."""
+    first = samples[0]
+    if not isinstance(first, Mapping):
+        return samples
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, Mapping) or sample.keys() != first.keys():
+            found = sorted(map(str, sample)) if isinstance(sample, Mapping) else type(sample).__name__
+            raise ValueError(
+                f"samples of a group have different keys: expected {sorted(map(str, first))}, found {found} in sample "
+                f"{number}; make them alike with .map before"
+            )
+    return {key: [sample[key] for sample in samples] for key in first}
+
+
+def rows_of(result: Any) -> list[Any]:
+    """Samples of what the function returned: a dict of columns, or a list of samples.
+
+    Raises:
+        TypeError, ValueError: If it is neither, or columns differ in length.
+    """
+    if isinstance(result, Mapping):
+        columns = {key: _as_list(key, column) for key, column in result.items()}
+        lengths = {key: len(column) for key, column in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"the columns that the function returned differ in length: {lengths}")
+        rows: list[Any] = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    elif isinstance(result, (list, tuple)):
+        rows = list(result)
+        if any(row is None for row in rows):
+            raise TypeError("the function returned None for a sample; leave samples out instead")
+    else:
+        raise TypeError(
+            f"with batched=True the function returns a dict of columns (lists or arrays, one entry for each sample), or a "
+            f"list of samples; found {type(result).__name__}"
+        )
+    if len(rows) >= PARTS:
+        raise ValueError(f"one group became {len(rows):,} samples; the most is {PARTS - 1:,}")
+    return rows
+
+
+def _as_list(key: Any, column: Any) -> list[Any]:
+    if isinstance(column, (np.ndarray, torch.Tensor)):
+        if column.ndim:
+            return column.tolist() if column.ndim == 1 else list(column)
+    elif isinstance(column, Sequence) and not isinstance(column, (str, bytes)):
+        return list(column)
+    raise TypeError(
+        f"with batched=True a column has one entry for each sample: a list or an array; found {type(column).__name__} for "
+        f"{key!r}"
+    )
