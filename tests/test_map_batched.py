@@ -227,4 +227,5 @@ def test_cut_anywhere_it_goes_on_identically(
         assert resumed.state_dict() == state
         again, later = events(resumed)
         assert again == found[step:]
-        assert later == states[step:]
+        if upstream != "buffer":  # whose safe point, at the end of its input, depends on when it was asked for
+            assert later == states[step:]
