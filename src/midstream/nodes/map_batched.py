@@ -122,6 +122,7 @@ class _MapBatchedIterator(Iterator):
                     continue
                 self._nothing()
             elif ended:
+                self._clear()  # so that the state is where the input is, whoever asked for it before
                 raise StopIteration
             self._clear()
             self.number += 1
@@ -193,6 +194,11 @@ class _MapBatchedIterator(Iterator):
                 self.held.append(item)
         if state["part"]:
             failed = self._make() if self.held else None
+            if self.taken < self.node.batch_size and next(self.source, None) is not None:
+                raise ReplayDiverged(
+                    f"{self.at.path}: the group in progress was the last, of {self.taken} samples, when the state was saved, and "
+                    f"there are more now; has the data changed?"
+                )
             if failed is not None or len(self.made) <= state["part"]:
                 raise ReplayDiverged(
                     f"{self.at.path}: the group in progress had more than {state['part']} samples when the state was saved "
