@@ -115,7 +115,7 @@ def measure(make: Make, batches: int, rounds: int) -> dict[str, float]:
         next(iterator)
         firsts.append((time.perf_counter() - start) * 1e3)
         # Every lane has opened its sources, and chunks have grown to what they will be.
-        for _ in itertools.islice(iterator, max(256, batches // 2, 4 * made.lanes)):
+        for _ in itertools.islice(iterator, max(256, batches // 2, 4 * (made.lanes or 48))):
             pass
         blocks = []
         for _ in range(8):

@@ -590,3 +590,14 @@ def test_names_decide_and_not_the_order_of_the_dict(weights: list[int], seed: in
         for order in (sorted(names), names)
     ]
     assert lane(streams[0], 1, 2) == lane(streams[1], 1, 2)
+
+
+@pytest.mark.parametrize("length", [257, 1000, 65_537, 10**9, (1 << 40) + 3])
+def test_few_positions_are_permuted_as_many_are(length: int) -> None:
+    positions = np.concatenate([np.arange(64), length - 1 - np.arange(64)]).astype(np.int64)
+    for seed, key in ((0, 0), (7, 2**63 + 5), (2**64 - 1, 2**64 - 1)):
+        keys = np.array([key], dtype=np.uint64)
+        whole = permute(positions, length, seed, keys)
+        for size in (1, 3, 8):
+            parts = [permute(positions[at : at + size], length, seed, keys) for at in range(0, len(positions), size)]
+            assert np.concatenate(parts).tolist() == whole.tolist()

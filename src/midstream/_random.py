@@ -30,6 +30,7 @@ _GOLDEN_U, _M1_U, _M2_U = _U(_GOLDEN), _U(_M1), _U(_M2)
 _S30, _S27, _S31, _S32, _S64 = _U(30), _U(27), _U(31), _U(32), 64
 _ROUNDS = 6
 _SMALL = 256
+_FEW = 8
 
 
 def mix(value: int) -> int:
@@ -129,7 +130,11 @@ def permute(positions: I64, length: int, seed: int, keys: U64) -> I64:
     low_size = -(-length // high_size)
     if keys.size == 1:
         base = mix(fold(seed) * _GOLDEN + int(keys[0]) + _GOLDEN)
-        rounds: list[Any] = [_U(mix(base + index * _GOLDEN)) for index in range(_ROUNDS)]
+        plain = [mix(base + index * _GOLDEN) for index in range(_ROUNDS)]
+        if len(positions) <= _FEW:  # numpy's overhead would be most of it: many sources are asked for a few rows each
+            few = [_permute_one(position, length, plain, high_size, low_size) for position in positions.tolist()]
+            return np.array(few, dtype=np.int64)
+        rounds: list[Any] = list(map(_U, plain))
     else:
         bases = fold_array(fold(seed), keys)
         rounds = [mix_array(bases + _U(index * _GOLDEN & _MASK)) for index in range(_ROUNDS)]
@@ -142,6 +147,22 @@ def permute(positions: I64, length: int, seed: int, keys: U64) -> I64:
         values[outside] = walked
         outside = outside[walked >= limit]
     return values.astype(np.int64)
+
+
+def _permute_one(value: int, length: int, rounds: list[int], high_size: int, low_size: int) -> int:
+    """The network of `_feistel` in Python's integers, walked until it lands inside."""
+    while True:
+        high, low = divmod(value, low_size)
+        size, other = high_size, low_size
+        for key in rounds:
+            hashed = ((low ^ key) * _M1) & _MASK
+            hashed ^= hashed >> 32
+            hashed = (hashed * _M2) & _MASK
+            high += ((hashed >> 32) * size) >> 32
+            high, low, size, other = low, high if high < size else high - size, other, size
+        value = high * low_size + low
+        if value < length:
+            return value
 
 
 def _permute_small(positions: I64, length: int, seed: int, keys: U64) -> I64:

@@ -365,15 +365,17 @@ class Iterator:
 
 _MAX_CHUNK = 512
 _CHUNK_BYTES = 8 << 20
-_FAST, _SLOW = 1e-3, 4e-3
+_FAST, _SLOW, _LONG = 1e-3, 4e-3, 16e-3
+_SETTLED = 64  # chunks until a larger one is tried again
 
 
 class Cursor(Iterator):
     """Reads a random-access dataset forward, in chunks of positions.
 
     Lane l reads the blocks of ``lane.block`` positions whose number is l modulo ``lane.num_lanes``. Chunks grow while
-    reading is fast and shrink when it is slow, so a cheap pipeline is vectorised and an expensive one starts at once;
-    that changes when rows are read, never which.
+    reading is fast and shrink when it is slow, so a cheap pipeline is vectorised and an expensive one starts at once; in
+    between a larger chunk is tried, and kept where it makes a row cheaper (a mix of many sources). That changes when rows
+    are read, never which.
 
     State: ``[at, told, block]``: rows of this lane delivered; errors of the next row already raised; block size.
     Resume: nothing is read again but the row in progress when part of it failed.
@@ -390,6 +392,7 @@ class Cursor(Iterator):
         self.at = 0
         self.told = 0
         self.floor, self.cost = 1, 0.0
+        self.tried, self.paid, self.settled = 0.0, False, 0  # cost of a row before the chunk was doubled; did that pay?
         self.chunk = min(lane.block, _MAX_CHUNK)  # what takes rows by blocks needs a whole one at once
 
     @property
@@ -451,10 +454,24 @@ class Cursor(Iterator):
         elapsed = time.perf_counter() - start
         self.first, self.items, self.at = first, items, 0
         self.lane.ledger.reads += 1
-        if elapsed > _SLOW:
-            self._shrink(elapsed / len(items))
-        elif elapsed < _FAST and 2 * self.chunk * num_bytes(items[0][0]) <= _CHUNK_BYTES:
-            self.chunk = min(2 * self.chunk, _MAX_CHUNK)
+        self._adapt(elapsed, elapsed / len(items), 2 * self.chunk * num_bytes(items[0][0]) <= _CHUNK_BYTES)
+
+    def _adapt(self, elapsed: float, cost: float, room: bool) -> None:
+        """Choose the size of the next chunk; ``cost`` is of a row, both in seconds."""
+        if self.tried:
+            self.paid, self.tried = cost < 0.75 * self.tried, 0.0
+            if not self.paid:
+                self.chunk, self.settled = self.chunk // 2, _SETTLED
+                return
+            self.floor = self.chunk
+        room = room and self.chunk < _MAX_CHUNK
+        if elapsed < _FAST:
+            self.chunk = min(2 * self.chunk, _MAX_CHUNK) if room else self.chunk
+        elif room and not self.settled and elapsed < (_LONG if self.paid else _SLOW):
+            self.tried, self.chunk = cost, min(2 * self.chunk, _MAX_CHUNK)
+        elif elapsed > _SLOW:
+            self._shrink(cost)
+        self.settled = max(0, self.settled - 1)
 
     def _shrink(self, cost: float) -> None:
         """Read less at a time, unless that made a row dearer (where one row costs a whole row group, say)."""

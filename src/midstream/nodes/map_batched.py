@@ -196,8 +196,8 @@ class _MapBatchedIterator(Iterator):
             failed = self._make() if self.held else None
             if self.taken < self.node.batch_size and next(self.source, None) is not None:
                 raise ReplayDiverged(
-                    f"{self.at.path}: the group in progress was the last, of {self.taken} samples, when the state was saved, and "
-                    f"there are more now; has the data changed?"
+                    f"{self.at.path}: the group in progress was the last, of {self.taken} samples, when the state was saved, "
+                    f"and there are more now; has the data changed?"
                 )
             if failed is not None or len(self.made) <= state["part"]:
                 raise ReplayDiverged(
