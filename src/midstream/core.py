@@ -319,11 +319,13 @@ class Iterator:
     """
 
     _loaded: State = None
+    _known: State = None  # the state, since it was last asked for: of hundreds of inputs of a mix, one moves at a time
 
     def __iter__(self) -> Iterator:
         return self
 
     def __next__(self) -> Item:
+        self._known = None
         if self._loaded is not None:
             try:
                 self._load(self._loaded)
@@ -347,11 +349,15 @@ class Iterator:
 
     def snapshot(self) -> State:
         """`state_dict` without the copy: for a caller that encodes it at once or keeps it unchanged."""
-        return self._loaded if self._loaded is not None else self._state()
+        if self._loaded is not None:
+            return self._loaded
+        if self._known is None:
+            self._known = self._state()
+        return self._known
 
     def load(self, state: State) -> None:
         """`load_state_dict` without the copy."""
-        self._loaded = state
+        self._loaded, self._known = state, None
 
     def _next(self) -> Item:
         raise NotImplementedError
@@ -480,6 +486,10 @@ class Cursor(Iterator):
             self.cost = 0.0
         elif self.chunk > self.floor:
             self.chunk, self.cost = max(self.floor, self.chunk // 2), cost
+
+    def snapshot(self) -> State:
+        """As ever, but made anew each time: the way around `Iterator.__next__` does not forget it."""
+        return self._loaded if self._loaded is not None else self._state()
 
     def _state(self) -> State:
         return [self.number, self.told, self.block]
