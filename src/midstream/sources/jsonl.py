@@ -17,6 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+try:
+    import orjson as _orjson
+except ImportError:  # the extra ``fast``; the same samples without it, later
+    _orjson = None
+
 from midstream._check import require_name
 from midstream._state import State
 from midstream.core import I64, U64, Dataset, Iterator, Lane, Place, Rows
@@ -48,7 +53,8 @@ def read_json(paths: Paths, *, name: str | None = None) -> Dataset:
     Returns:
         Plain local files: a random-access dataset. With a ``.gz`` or ``.zst`` file or a URL among ``paths``: a stream
         with one shard per file, so lanes, and with them workers and ranks, are at most as many as files. Which of the two
-        is told by the names alone. A sample is what ``json.loads`` makes of a line.
+        is told by the names alone. A sample is what ``json.loads`` makes of a line (with orjson installed, the extra
+        ``fast``, the same in a third of the time).
 
     Nothing is opened here. The first use (``len``, ``print``, iteration) lists the files; which there are is settled then,
     for this dataset and every worker process. For random access it also finds where each line starts (about 1 GB/s); of
@@ -166,7 +172,7 @@ class JsonSource(Dataset):
             data = lines.read(number, inside[here])
             for place, (start, line) in zip(here.tolist(), data):
                 try:
-                    samples[place] = json.loads(str(line, "utf-8"))
+                    samples[place] = parse(line)
                 except Exception as error:
                     where = lines.place_of(number, start)
                     origin = at.origin(origins[place].tolist())
@@ -176,6 +182,29 @@ class JsonSource(Dataset):
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         files = [found.file for found in self._found()]
         return ShardIterator(_JsonShards(files), at, lane, pass_, len(files), False)
+
+
+_ANY_DIGIT = bytes(48 if chr(byte).isdigit() and byte < 128 else byte for byte in range(256))
+_LONG_NUMBER = b"0" * 19  # what orjson makes a float of
+_DEEP = 900  # orjson nests deeper than json, whose limit is Python's
+
+
+def parse(line: bytes) -> Any:
+    """What ``json.loads`` makes of a line, by orjson where that is installed and makes the same of it.
+
+    Whatever orjson refuses (NaN, lone surrogates, bytes that are no text, ...) and whatever it reads differently (integers of
+    more than 64 bits) is left to ``json``, which also words the errors.
+
+    >>> parse(b'{"a": [1, NaN, 123456789012345678901234567890]}')
+    {'a': [1, nan, 123456789012345678901234567890]}
+    """
+    same = _orjson is not None and line.translate(_ANY_DIGIT).find(_LONG_NUMBER) < 0
+    if same and line.count(b"[") + line.count(b"{") < _DEEP:
+        try:
+            return _orjson.loads(line)
+        except ValueError:
+            pass
+    return json.loads(str(line, "utf-8"))
 
 
 def _codec(path: str) -> str | None:
@@ -444,7 +473,7 @@ class _LineStream:
                 continue
             self.row += 1
             try:
-                return json.loads(str(line, "utf-8"))
+                return parse(line)
             except Exception as error:
                 raise _not_json(f"{self.file}, line {self.line}", line, error) from error
 
