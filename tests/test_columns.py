@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 
 import midstream as ms
 import midstream.sources.parquet
-from midstream.core import Dataset, bind, epoch_key
-from midstream.failures import Failure, Hole
+from midstream.columns import rows_of_block
+from midstream.core import Dataset, Delivery, Lane, as_origin_array, bind, epoch_key
+from midstream.failures import Failure, Hole, Ledger
 from midstream.nodes.collate import over_columns
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -223,3 +225,65 @@ def test_flat_and_ragged_take_arrays_tensors_and_lists() -> None:
     assert wide["x"].dtype == torch.float32
     assert ms.flat([[], []])[0].shape == (0,)
     assert ms.flat(cu_seqlens=True)([[1]])[2].dtype == torch.int32
+
+
+def deliveries(ds: Dataset, lane: Lane, state: Any = None, most: int = 10_000) -> list[Any]:
+    """Every row with its origins, the state after it and what was counted on the way."""
+    delivery = Delivery(bind(ds), lane, int(epoch_key(0)[0]), 0)
+    if state is not None:
+        delivery.iterator.load_state_dict(state)
+    found = []
+    for _ in range(most):
+        try:
+            sample, origins = delivery.next()
+        except StopIteration:
+            break
+        after = json.loads(json.dumps(delivery.iterator.state_dict()))
+        found.append((whole(sample), as_origin_array(origins).tolist(), after, dict(lane.ledger.events)))
+    return [*found, dict(lane.ledger.events)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 40]), min_size=1, max_size=80),
+    seq_len=st.sampled_from([1, 4, 8, 16]),
+    overflow=st.sampled_from(["split", "truncate", "drop"]),
+    last=st.sampled_from(["pad", "drop"]),
+    lane=st.sampled_from([(0, 1, 1), (0, 1, 8), (1, 2, 3), (2, 3, 64)]),
+    data=st.data(),
+)
+def test_documents_are_packed_from_columns_as_from_samples(
+    sizes: list[int], seq_len: int, overflow: Any, last: Any, lane: tuple[int, int, int], data: st.DataObject
+) -> None:
+    rows = {"input_ids": [[row] * size for row, size in enumerate(sizes)]}
+    types = pa.schema({"input_ids": pa.list_(pa.int32())})
+    source = ms.from_dataset(datasets.Dataset(datasets.table.InMemoryTable(pa.table(rows, types)))).shuffle(1)
+    options = {"overflow": overflow, "last": last}
+    columns, samples = source.pack(seq_len, **options), source.map(same).pack(seq_len, **options)
+    expected = deliveries(samples, Lane(*lane, Ledger()))
+    assert deliveries(columns, Lane(*lane, Ledger())) == expected
+    if len(expected) > 1:
+        cut = data.draw(st.integers(0, len(expected) - 2), "cut")
+        again = deliveries(columns, Lane(*lane, Ledger()), expected[cut][2])
+        assert [each[:3] for each in again[:-1]] == [each[:3] for each in expected[cut + 1 : -1]]
+
+
+def test_rows_that_are_packed_together_are_batched_without_a_copy_and_only_then() -> None:
+    ds = ms.from_dataset(table_of(400)).pack(16, key="ids")
+    rows = list(ds)
+    assert rows[0]["input_ids"].base is None or rows[0]["input_ids"].base.shape[0] == 1
+    batches = list(ds.batch(4))
+    assert [batch["input_ids"].tolist() for batch in batches[:3]] == [
+        [row["input_ids"].tolist() for row in rows[4 * number : 4 * number + 4]] for number in range(3)
+    ]
+    block = rows_of_block((3, 2), np.int64)
+    block[:] = np.arange(6).reshape(3, 2)
+    one, two, three = block
+    whole_one = ms.collate([one, two, three])
+    assert whole_one.data_ptr() == block.__array_interface__["data"][0]
+    for others in ([two, one, three], [one, two], [one, two, two], [one[:1], two[:1], three[:1]]):
+        made = ms.collate(others)
+        assert made.tolist() == [other.tolist() for other in others]
+        assert made.data_ptr() != block.__array_interface__["data"][0]
+    table = np.arange(6).reshape(3, 2)
+    assert ms.collate(list(table)).data_ptr() != table.__array_interface__["data"][0]

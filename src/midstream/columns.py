@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Column", "Columns"]
+__all__ = ["Block", "Column", "Columns", "rows_of_block", "whole_block"]
 
 
 class Column:
@@ -113,3 +113,24 @@ class Columns:
             )
             columns.append(Column(picked, same[0].dtype))
         return Columns(first.names, columns, len(order))
+
+
+class Block(np.ndarray):
+    """Rows that one node made together and hands out one by one, each to one owner."""
+
+
+def rows_of_block(shape: tuple[int, int], dtype: Any) -> npt.NDArray[Any]:
+    """An array of rows to be filled, whose rows `whole_block` knows again."""
+    return Block(shape, dtype).view(np.ndarray)
+
+
+def whole_block(rows: Sequence[Any]) -> npt.NDArray[Any] | None:
+    """The array of `rows_of_block` of which these are all rows in order; None if they are anything else."""
+    whole = rows[0].base
+    if type(whole) is not np.ndarray or type(whole.base) is not Block or len(whole) != len(rows):
+        return None
+    if any(type(row) is not np.ndarray or row.base is not whole or row.shape != whole.shape[1:] for row in rows):
+        return None
+    first, stride = whole.__array_interface__["data"][0], whole.strides[0]
+    places = [row.__array_interface__["data"][0] for row in rows]
+    return whole if places == list(range(first, first + stride * len(rows), stride)) else None

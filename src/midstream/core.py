@@ -391,10 +391,13 @@ class Cursor(Iterator):
         self.place, self.lane = place, lane
         self.keys = np.array([key], dtype=np.uint64)
         self.passes = np.array([pass_], dtype=np.int64)
-        self.block = lane.block
+        self.blocks_of = lane.block
         self.length = place.node.length()
         self.first = 0  # number, in this lane, of the first item read ahead
         self.items: list[Item] = []
+        self.ahead: Rows | None = None  # the same, while nobody asked for them one by one
+        self.count = 0  # how many are read ahead
+        self.by_block = False
         self.at = 0
         self.told = 0
         self.floor, self.cost = 1, 0.0
@@ -416,10 +419,11 @@ class Cursor(Iterator):
         return super().__next__()
 
     def _next(self) -> Item:
-        at = self.at
-        if at == len(self.items):
+        if self.at == self.count:
             self._fill()
-            at = 0
+        if self.ahead is not None:
+            self.items, self.ahead = self.ahead.items(), None
+        at = self.at
         item = self.items[at]
         if type(item[0]) is Hole:
             return self._hole(item[0], item[1])
@@ -438,11 +442,11 @@ class Cursor(Iterator):
         return hole.rest, origins
 
     def _fill(self) -> None:
-        first = self.first + len(self.items)
+        first = self.first + self.count
         numbers = np.arange(first, first + self.chunk, dtype=np.int64)
         if self.lane.num_lanes > 1 or self.lane.index:
-            blocks, inside = np.divmod(numbers, self.block)
-            positions = (blocks * self.lane.num_lanes + self.lane.index) * self.block + inside
+            blocks, inside = np.divmod(numbers, self.blocks_of)
+            positions = (blocks * self.lane.num_lanes + self.lane.index) * self.blocks_of + inside
         else:
             positions = numbers
         if self.length is not None and positions[-1] >= self.length:
@@ -451,16 +455,43 @@ class Cursor(Iterator):
                 raise StopIteration
         start = time.perf_counter()
         try:
-            items = self.place.rows(positions, self.keys, self.passes).items()
+            rows = self.place.rows(positions, self.keys, self.passes)
+            items = [] if self.by_block and rows.columns is not None else rows.items()
         except Exception:
             if len(positions) == 1:
                 raise
             self.chunk = 1  # what can still be read comes first; then the error meets whoever asks for its row
-            items = self.place.rows(positions[:1], self.keys, self.passes).items()
+            rows = self.place.rows(positions[:1], self.keys, self.passes)
+            items = rows.items()
         elapsed = time.perf_counter() - start
         self.first, self.items, self.at = first, items, 0
+        self.ahead, self.count = (None, len(items)) if items else (rows, len(rows.origins))
         self.lane.ledger.reads += 1
-        self._adapt(elapsed, elapsed / len(items), 2 * self.chunk * num_bytes(items[0][0]) <= _CHUNK_BYTES)
+        first_sample = items[0][0] if items else rows.columns[:1].samples()[0]  # type: ignore[index]
+        self._adapt(elapsed, elapsed / self.count, 2 * self.chunk * num_bytes(first_sample) <= _CHUNK_BYTES)
+
+    def block(self) -> tuple[Columns, I64] | None:
+        """What is read ahead, as columns, and its origins; call `pass_by` for what was taken of it.
+
+        None where samples must be taken one by one: there are no columns, a failure is being told, or this is the end.
+        """
+        self.by_block = True
+        if self._loaded is not None:
+            self._load(self._loaded)
+            self._loaded = None
+        if self.at == self.count:
+            try:
+                self._fill()
+            except StopIteration:
+                return None
+        rows = self.ahead
+        if rows is None or rows.columns is None or self.told:
+            return None
+        return rows.columns[self.at :], rows.origins[self.at :]
+
+    def pass_by(self, number: int) -> None:
+        """So many samples of the `block` were taken."""
+        self.at += number
 
     def _adapt(self, elapsed: float, cost: float, room: bool) -> None:
         """Choose the size of the next chunk; ``cost`` is of a row, both in seconds."""
@@ -492,11 +523,11 @@ class Cursor(Iterator):
         return self._loaded if self._loaded is not None else self._state()
 
     def _state(self) -> State:
-        return [self.number, self.told, self.block]
+        return [self.number, self.told, self.blocks_of]
 
     def _load(self, state: State) -> None:
-        self.first, self.told, self.block = state
-        self.items, self.at = [], 0
+        self.first, self.told, self.blocks_of = state
+        self.items, self.at, self.ahead, self.count = [], 0, None, 0
 
 
 def num_bytes(sample: Any) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import default_collate
 
 from midstream._check import require_int
-from midstream.columns import Column, Columns
+from midstream.columns import Column, Columns, whole_block
 
 __all__ = ["collate", "flat", "over_columns", "pad", "ragged"]
 
@@ -86,7 +86,8 @@ def _stack(samples: Sequence[Any], where: str) -> torch.Tensor:
         raise _ragged(samples, where)
     if len({sample.dtype for sample in samples}) > 1:
         return torch.stack([torch.from_numpy(np.array(sample)) for sample in samples])
-    return torch.from_numpy(np.stack(samples))
+    whole = whole_block(samples)  # rows that pack made together need no copy
+    return torch.from_numpy(np.stack(samples) if whole is None else whole)
 
 
 def _like(first: Any, columns: dict[Any, Any]) -> Any:

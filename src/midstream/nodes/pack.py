@@ -16,8 +16,10 @@ import numpy.typing as npt
 
 from midstream._check import require_choice, require_int
 from midstream._state import State
+from midstream.columns import rows_of_block
 from midstream.core import (
     PARTS,
+    Cursor,
     Dataset,
     Item,
     Iterator,
@@ -34,6 +36,7 @@ from midstream.nodes.flat_map import require_depth
 
 IGNORED = -100
 _EVERY = 16
+_MOST = 64
 _GIVE_UP = 100_000
 _WINDOW, _MAX_WINDOW = 256, 1024
 _MIN_FILL = 0.95
@@ -155,7 +158,11 @@ class Pack(Dataset):
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         packer = _Packer(self, at, lane, pass_)
         upstream = at.input.iterate(lane, key, pass_)
-        return _Concat(packer, upstream) if self.mode == "concat" else _Fit(packer, upstream, *_fit_options(self))
+        return (
+            _Concat(packer, upstream, lane.block)
+            if self.mode == "concat"
+            else _Fit(packer, upstream, *_fit_options(self))
+        )
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -341,10 +348,13 @@ def _source(origins: Origins) -> int:
 class _Concat(Iterator):
     """Documents joined and cut."""
 
-    def __init__(self, packer: _Packer, upstream: Iterator) -> None:
+    def __init__(self, packer: _Packer, upstream: Iterator, batch: int) -> None:
         self.packer, self.seq_len = packer, packer.seq_len
         self.source = SafePoint(upstream, _EVERY)
         self.made = 0
+        self.together = min(batch, _MOST)  # rows made at a time where documents come as columns
+        self.cursor = upstream if type(upstream) is Cursor and packer.bare and not packer.node.separator else None
+        self.ready: _Ready | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -355,6 +365,14 @@ class _Concat(Iterator):
         self.offset, self.taken = 0, 0
 
     def _next(self) -> Item:
+        if self.ready is not None and self.ready.at == len(self.ready.rows):
+            self.ready = None  # not before: its states do not know of documents taken beyond its last row
+        if self.ready is None and self.cursor is not None and self.rest is None:
+            self._make_ready(self.cursor)
+        if self.ready is not None:
+            self.made += 1
+            self.ready.at += 1
+            return self.ready.rows[self.ready.at - 1]
         while self.filled < self.seq_len:
             if self.start is None:
                 self.start, self.offset, self.taken = self.source.snapshot(), 0, 0
@@ -374,6 +392,62 @@ class _Concat(Iterator):
             if document is not None:
                 return document, origins
         return self._emit()
+
+    def _make_ready(self, cursor: Cursor) -> None:
+        """Make several rows at once of documents that come as columns; what is left over is held as ever.
+
+        Only documents that go into rows as they are: at an empty or over-long one this ends, and they are taken one by one.
+        """
+        source, seq_len, packer = self.source, self.seq_len, self.packer
+        began, before = source.number, (source.state_at, source.state)
+        if (began % _EVERY and before[0] != began - began % _EVERY) or any(
+            type(p[3]) is not tuple for p in self.pieces
+        ):
+            return
+        views: list[Any] = []
+        origins: list[Any] = []
+        row_of_first, need = 0, self.together * seq_len - self.filled
+        while need > 0:
+            found = cursor.block()
+            if found is None or packer.node.key not in found[0].names:
+                break
+            column = found[0].columns[found[0].names.index(packer.node.key)]
+            if column.dtype is None or column.dtype.kind not in "iu":
+                break
+            if not views:
+                row_of_first = cursor.number
+            lengths = np.fromiter(map(len, column.values), dtype=np.int64, count=found[0].length)
+            odd = np.flatnonzero((lengths == 0) | (lengths > seq_len))
+            ends = lengths[: odd[0] if len(odd) else None].cumsum()
+            taken = min(int(np.searchsorted(ends, need)) + 1, len(ends))
+            if not taken:
+                break
+            views.extend(column.values[:taken])
+            origins.append(found[1][:taken])
+            cursor.pass_by(taken)
+            need -= int(ends[taken - 1])
+            if len(odd) and taken == len(ends):
+                break
+        if not views:
+            return
+        packer.fruitless = 0
+        ready = _Ready(
+            packer, self.pieces, views, np.concatenate(origins), began, row_of_first, cursor.blocks_of, before
+        )
+        held = ready.held()
+        source.number = began + len(views)
+        source.state_at = source.number - source.number % _EVERY
+        source.state = ready.upstream(source.state_at)
+        if not ready.rows:
+            if self.start is None:
+                self.start, self.offset, self.taken = ready.snapshot(began), 0, 0
+            self.taken += len(views)
+        else:
+            number, offset = ready.cut(len(ready.rows))
+            self.start, self.offset = (ready.snapshot(number), offset) if held else (None, 0)
+            self.taken = source.number - number if held else 0
+            self.ready = ready
+        self.pieces, self.filled = held, sum(stop - start for _, start, stop, _ in held)
 
     def _add(self, document: _Piece) -> None:
         """Take a document into the row, as much of it as there is room for."""
@@ -408,6 +482,8 @@ class _Concat(Iterator):
         raise StopIteration
 
     def _state(self) -> State:
+        if self.ready is not None:
+            return {**self.ready.state(), "row": self.made}
         if self.start is None:
             self.start, self.offset, self.taken = self.source.snapshot(), 0, 0
         return {
@@ -420,6 +496,7 @@ class _Concat(Iterator):
 
     def _load(self, state: State) -> None:
         self._clear()
+        self.ready = None
         self.source.load(state["source"])
         self.made = state["row"]
         self.start, self.offset, self.taken = state["source"], state["offset"], state["taken"]
@@ -435,6 +512,102 @@ class _Concat(Iterator):
                 columns, _, stop, origins = document
                 self._add((columns, self.offset if number == 0 else 0, stop, origins))
         _require_tokens(self.packer.path, self._tokens(), state["tokens"])
+
+
+class _Ready:
+    """Rows made together, and the state after each, which is a formula: the input is a cursor.
+
+    Attributes:
+        rows: Each with its origins.
+        at: How many were delivered.
+    """
+
+    def __init__(
+        self,
+        packer: _Packer,
+        pieces: list[_Piece],
+        views: list[Any],
+        origins: npt.NDArray[np.int64],
+        began: int,
+        first: int,
+        block: int,
+        before: tuple[int, State],
+    ) -> None:
+        self.seq_len, self.pieces, self.views, self.origins = packer.seq_len, pieces, views, origins
+        self.began, self.first, self.block, self.before = began, first, block, before
+        sizes = [*(stop - start for _, start, stop, _ in pieces), *map(len, views)]
+        self.starts = np.zeros(len(sizes) + 1, dtype=np.int64)
+        np.cumsum(sizes, out=self.starts[1:])
+        self.at = 0
+        count = int(self.starts[-1]) // self.seq_len
+        self.rows: list[Item] = self._make(packer, count) if count else []
+
+    def _make(self, packer: _Packer, count: int) -> list[Item]:
+        seq_len, starts = self.seq_len, self.starts
+        total = count * seq_len
+        last = int(np.searchsorted(starts, total))  # documents that begin before the end
+        tokens = [*(columns[0][a:b] for columns, a, b, _ in self.pieces), *self.views][:last]
+        tokens[-1] = tokens[-1][: total - int(starts[last - 1])]
+        ids, labels = rows_of_block((count, seq_len), np.int64), rows_of_block((count, seq_len), np.int64)
+        positions = rows_of_block((count, seq_len), np.int64)
+        np.concatenate(tokens, out=ids.reshape(-1), casting="unsafe")
+        begins = np.union1d(starts[:last], np.arange(0, total, seq_len))
+        lengths = np.diff(begins, append=total)
+        labels[:] = ids
+        labels.reshape(-1)[begins] = IGNORED
+        positions.reshape(-1)[:] = np.arange(total)
+        positions.reshape(-1)[:] -= begins.repeat(lengths)
+        document = np.searchsorted(starts, begins, side="right") - 1
+        held = [(*origin[:3], origin[3] * PARTS, start) for _, start, _, origin in self.pieces]
+        of_views = self.origins * np.array([1, 1, 1, PARTS, 0])
+        origins = np.concatenate([np.array(held, dtype=np.int64).reshape(-1, 5), of_views])[document]
+        inside = begins - starts[document] + origins[:, 4]
+        origins[:, 3] += -(-inside // seq_len)
+        origins[:, 4] = lengths
+        ends = np.searchsorted(begins, np.arange(seq_len, total + 1, seq_len)).tolist()
+        lengths = lengths.astype(np.int32)
+        rows: list[Item] = []
+        for row, (a, b) in enumerate(zip([0, *ends], ends)):
+            made = {"input_ids": ids[row], "labels": labels[row], "position_ids": positions[row]}
+            rows.append(({**made, "seq_lens": lengths[a:b].copy()}, origins[a:b]))
+        return rows
+
+    def cut(self, rows: int) -> tuple[int, int]:
+        """The input in which so many rows end (or which comes next), and how many of its tokens are in them."""
+        tokens = rows * self.seq_len
+        document = int(np.searchsorted(self.starts, tokens, side="right")) - 1
+        return self.began + document - len(self.pieces), tokens - int(self.starts[document])
+
+    def held(self) -> list[_Piece]:
+        """What is left after the last row."""
+        new = [((view,), 0, len(view), tuple(o)) for view, o in zip(self.views, self.origins.tolist())]
+        if not self.rows:
+            return [*self.pieces, *new]
+        number, offset = self.cut(len(self.rows))
+        left: list[_Piece] = list(new[number - self.began :])
+        if offset:
+            left[0] = (left[0][0], offset, *left[0][2:])
+        return left
+
+    def upstream(self, number: int) -> State:
+        """The state of the cursor before an input on the grid of safe points."""
+        return self.before[1] if number < self.began else [self.first + number - self.began, 0, self.block]
+
+    def snapshot(self, number: int) -> list[State]:
+        """As `SafePoint.snapshot` before an input."""
+        grid = number - number % _EVERY
+        return [number, number - grid, self.upstream(grid)]
+
+    def state(self) -> dict[str, State]:
+        """The state after the rows delivered so far, but for the number of the row."""
+        number, offset = self.cut(self.at)
+        size = int(self.starts[number - self.began + len(self.pieces) + 1]) if offset else 0
+        return {
+            "source": self.snapshot(number),
+            "offset": offset,
+            "taken": int(offset > 0),
+            "tokens": size - self.at * self.seq_len if offset else 0,
+        }
 
 
 class _Fit(Iterator):
