@@ -276,12 +276,18 @@ def test_rows_that_are_packed_together_are_batched_without_a_copy_and_only_then(
     assert [batch["input_ids"].tolist() for batch in batches[:3]] == [
         [row["input_ids"].tolist() for row in rows[4 * number : 4 * number + 4]] for number in range(3)
     ]
-    block = rows_of_block((3, 2), np.int64)
+    block, (one, two, three) = rows_of_block((3, 2), np.int64)
     block[:] = np.arange(6).reshape(3, 2)
-    one, two, three = block
     whole_one = ms.collate([one, two, three])
     assert whole_one.data_ptr() == block.__array_interface__["data"][0]
-    for others in ([two, one, three], [one, two], [one, two, two], [one[:1], two[:1], three[:1]]):
+    for others in (
+        [two, one, three],
+        [one, two],
+        [one, two, two],
+        [one, two, three[:]],
+        [one[::-1], two, three],
+        [one[:1], two[:1], three[:1]],
+    ):
         made = ms.collate(others)
         assert made.tolist() == [other.tolist() for other in others]
         assert made.data_ptr() != block.__array_interface__["data"][0]

@@ -7,6 +7,7 @@ first node that looks at a sample (map, filter) turns them into the dicts it wou
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
@@ -116,21 +117,27 @@ class Columns:
 
 
 class Block(np.ndarray):
-    """Rows that one node made together and hands out one by one, each to one owner."""
+    """Rows that one node made together and hands out one by one, each to one owner.
+
+    Attributes:
+        refs: Weak references to the arrays that are its rows.
+    """
+
+    refs: list[weakref.ref[Any]]
 
 
-def rows_of_block(shape: tuple[int, int], dtype: Any) -> npt.NDArray[Any]:
-    """An array of rows to be filled, whose rows `whole_block` knows again."""
-    return Block(shape, dtype).view(np.ndarray)
+def rows_of_block(shape: tuple[int, int], dtype: Any) -> tuple[npt.NDArray[Any], list[npt.NDArray[Any]]]:
+    """An array to be filled, and its rows, which `whole_block` knows again."""
+    block = Block(shape, dtype)
+    whole = block.view(np.ndarray)
+    rows = list(whole)
+    block.refs = list(map(weakref.ref, rows))
+    return whole, rows
 
 
 def whole_block(rows: Sequence[Any]) -> npt.NDArray[Any] | None:
-    """The array of `rows_of_block` of which these are all rows in order; None if they are anything else."""
+    """The array of which these are all rows, in order; None if they are anything else."""
     whole = rows[0].base
-    if type(whole) is not np.ndarray or type(whole.base) is not Block or len(whole) != len(rows):
+    if type(whole) is not np.ndarray or type(whole.base) is not Block or len(whole.base.refs) != len(rows):
         return None
-    if any(type(row) is not np.ndarray or row.base is not whole or row.shape != whole.shape[1:] for row in rows):
-        return None
-    first, stride = whole.__array_interface__["data"][0], whole.strides[0]
-    places = [row.__array_interface__["data"][0] for row in rows]
-    return whole if places == list(range(first, first + stride * len(rows), stride)) else None
+    return whole if all(ref() is row for ref, row in zip(whole.base.refs, rows)) else None

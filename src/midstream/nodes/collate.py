@@ -82,12 +82,13 @@ def _collate_column(key: Any, column: list[Any], where: str) -> Any:
 
 def _stack(samples: Sequence[Any], where: str) -> torch.Tensor:
     """Arrays of one shape, copied once. Mixed dtypes are promoted by torch's rules."""
+    if (whole := whole_block(samples)) is not None:
+        return torch.from_numpy(whole)  # rows that pack made together need no copy
     if any(sample is None for sample in samples) or len({np.shape(sample) for sample in samples}) > 1:
         raise _ragged(samples, where)
     if len({sample.dtype for sample in samples}) > 1:
         return torch.stack([torch.from_numpy(np.array(sample)) for sample in samples])
-    whole = whole_block(samples)  # rows that pack made together need no copy
-    return torch.from_numpy(np.stack(samples) if whole is None else whole)
+    return torch.from_numpy(np.stack(samples))
 
 
 def _like(first: Any, columns: dict[Any, Any]) -> Any:

@@ -548,15 +548,18 @@ class _Ready:
         last = int(np.searchsorted(starts, total))  # documents that begin before the end
         tokens = [*(columns[0][a:b] for columns, a, b, _ in self.pieces), *self.views][:last]
         tokens[-1] = tokens[-1][: total - int(starts[last - 1])]
-        ids, labels = rows_of_block((count, seq_len), np.int64), rows_of_block((count, seq_len), np.int64)
-        positions = rows_of_block((count, seq_len), np.int64)
+        ids, id_rows = rows_of_block((count, seq_len), np.int64)
+        labels, label_rows = rows_of_block((count, seq_len), np.int64)
+        positions, position_rows = rows_of_block((count, seq_len), np.int64)
         np.concatenate(tokens, out=ids.reshape(-1), casting="unsafe")
-        begins = np.union1d(starts[:last], np.arange(0, total, seq_len))
+        begins = np.concatenate((starts[:last], np.arange(0, total, seq_len)))
+        begins.sort()
         lengths = np.diff(begins, append=total)
+        begins, lengths = begins[lengths > 0], lengths[lengths > 0]
         labels[:] = ids
         labels.reshape(-1)[begins] = IGNORED
-        positions.reshape(-1)[:] = np.arange(total)
-        positions.reshape(-1)[:] -= begins.repeat(lengths)
+        places = packer.places
+        np.concatenate([places[:length] for length in lengths.tolist()], out=positions.reshape(-1))
         document = np.searchsorted(starts, begins, side="right") - 1
         held = [(*origin[:3], origin[3] * PARTS, start) for _, start, _, origin in self.pieces]
         of_views = self.origins * np.array([1, 1, 1, PARTS, 0])
@@ -568,7 +571,7 @@ class _Ready:
         lengths = lengths.astype(np.int32)
         rows: list[Item] = []
         for row, (a, b) in enumerate(zip([0, *ends], ends)):
-            made = {"input_ids": ids[row], "labels": labels[row], "position_ids": positions[row]}
+            made = {"input_ids": id_rows[row], "labels": label_rows[row], "position_ids": position_rows[row]}
             rows.append(({**made, "seq_lens": lengths[a:b].copy()}, origins[a:b]))
         return rows
 
@@ -580,11 +583,11 @@ class _Ready:
 
     def held(self) -> list[_Piece]:
         """What is left after the last row."""
-        new = [((view,), 0, len(view), tuple(o)) for view, o in zip(self.views, self.origins.tolist())]
-        if not self.rows:
-            return [*self.pieces, *new]
-        number, offset = self.cut(len(self.rows))
-        left: list[_Piece] = list(new[number - self.began :])
+        number, offset = self.cut(len(self.rows)) if self.rows else (self.began, 0)
+        first = number - self.began
+        left: list[_Piece] = [] if self.rows else list(self.pieces)
+        for view, origin in zip(self.views[first:], self.origins[first:].tolist()):
+            left.append(((view,), 0, len(view), tuple(origin)))
         if offset:
             left[0] = (left[0][0], offset, *left[0][2:])
         return left
