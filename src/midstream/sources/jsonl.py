@@ -54,7 +54,7 @@ def read_json(paths: Paths, *, name: str | None = None) -> Dataset:
         Plain local files: a random-access dataset. With a ``.gz`` or ``.zst`` file or a URL among ``paths``: a stream
         with one shard per file, so lanes, and with them workers and ranks, are at most as many as files. Which of the two
         is told by the names alone. A sample is what ``json.loads`` makes of a line (with orjson installed, the extra
-        ``fast``, the same in a third of the time).
+        ``fast``, the same in less time).
 
     Nothing is opened here. The first use (``len``, ``print``, iteration) lists the files; which there are is settled then,
     for this dataset and every worker process. For random access it also finds where each line starts (about 1 GB/s); of
@@ -184,7 +184,7 @@ class JsonSource(Dataset):
         return ShardIterator(_JsonShards(files), at, lane, pass_, len(files), False)
 
 
-_ANY_DIGIT = bytes(48 if chr(byte).isdigit() and byte < 128 else byte for byte in range(256))
+_ANY_DIGIT = bytes.maketrans(b"123456789", b"000000000")
 _LONG_NUMBER = b"0" * 19  # what orjson makes a float of
 _DEEP = 900  # orjson nests deeper than json, whose limit is Python's
 
@@ -198,8 +198,11 @@ def parse(line: bytes) -> Any:
     >>> parse(b'{"a": [1, NaN, 123456789012345678901234567890]}')
     {'a': [1, nan, 123456789012345678901234567890]}
     """
-    same = _orjson is not None and line.translate(_ANY_DIGIT).find(_LONG_NUMBER) < 0
-    if same and line.count(b"[") + line.count(b"{") < _DEEP:
+    if (
+        _orjson is not None
+        and line.translate(_ANY_DIGIT).find(_LONG_NUMBER) < 0
+        and (len(line) < _DEEP or line.count(b"[") + line.count(b"{") < _DEEP)
+    ):
         try:
             return _orjson.loads(line)
         except ValueError:
