@@ -391,7 +391,7 @@ class Cursor(Iterator):
         self.place, self.lane = place, lane
         self.keys = np.array([key], dtype=np.uint64)
         self.passes = np.array([pass_], dtype=np.int64)
-        self.blocks_of = lane.block
+        self.block = lane.block
         self.length = place.node.length()
         self.first = 0  # number, in this lane, of the first item read ahead
         self.items: list[Item] = []
@@ -445,8 +445,8 @@ class Cursor(Iterator):
         first = self.first + self.count
         numbers = np.arange(first, first + self.chunk, dtype=np.int64)
         if self.lane.num_lanes > 1 or self.lane.index:
-            blocks, inside = np.divmod(numbers, self.blocks_of)
-            positions = (blocks * self.lane.num_lanes + self.lane.index) * self.blocks_of + inside
+            blocks, inside = np.divmod(numbers, self.block)
+            positions = (blocks * self.lane.num_lanes + self.lane.index) * self.block + inside
         else:
             positions = numbers
         if self.length is not None and positions[-1] >= self.length:
@@ -470,7 +470,7 @@ class Cursor(Iterator):
         first_sample = items[0][0] if items else rows.columns[:1].samples()[0]  # type: ignore[index]
         self._adapt(elapsed, elapsed / self.count, 2 * self.chunk * num_bytes(first_sample) <= _CHUNK_BYTES)
 
-    def block(self) -> tuple[Columns, I64] | None:
+    def ahead_by_column(self) -> tuple[Columns, I64] | None:
         """What is read ahead, as columns, and its origins; call `pass_by` for what was taken of it.
 
         None where samples must be taken one by one: there are no columns, a failure is being told, or this is the end.
@@ -490,7 +490,7 @@ class Cursor(Iterator):
         return rows.columns[self.at :], rows.origins[self.at :]
 
     def pass_by(self, number: int) -> None:
-        """So many samples of the `block` were taken."""
+        """So many samples of `ahead_by_column` were taken."""
         self.at += number
 
     def _adapt(self, elapsed: float, cost: float, room: bool) -> None:
@@ -523,10 +523,10 @@ class Cursor(Iterator):
         return self._loaded if self._loaded is not None else self._state()
 
     def _state(self) -> State:
-        return [self.number, self.told, self.blocks_of]
+        return [self.number, self.told, self.block]
 
     def _load(self, state: State) -> None:
-        self.first, self.told, self.blocks_of = state
+        self.first, self.told, self.block = state
         self.items, self.at, self.ahead, self.count = [], 0, None, 0
 
 

@@ -76,7 +76,8 @@ def _collate_column(key: Any, column: list[Any], where: str) -> Any:
     """One key of dicts. The ``seq_lens`` of packed rows, which have no one length, are filled up with zeros."""
     inner = f"{where}[{key!r}]"
     if key == "seq_lens" and len({np.shape(value) for value in column}) > 1 and all(map(_is_sequence, column)):
-        return _pad_column(Column(column), 0, 1, _place(inner))[0]
+        kinds = {value.dtype if type(value) is np.ndarray and value.ndim == 1 else None for value in column}
+        return _pad_column(Column(column, kinds.pop() if len(kinds) == 1 else None), 0, 1, _place(inner))[0]
     return _collate(column, inner)
 
 
