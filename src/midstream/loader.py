@@ -43,7 +43,7 @@ from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, deliver
 from midstream.rest import adopt, running
 from midstream.shield import Context, Orphanage, quiet_at_exit
 from midstream.sources import from_dataset
-from midstream.threads import ThreadReaders
+from midstream.threads import Launch, ThreadReaders
 from midstream.transport import Arena, Parcel
 
 __all__ = ["DataLoader"]
@@ -460,7 +460,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._current: Position | None = None
         self._runner: Runner | None = None
         self._warned_restart = False
-        self._started: tuple[Any, Position, Iter[Any]] | None = None
+        self._started: tuple[Any, Position, Any] | None = None
 
     def _set_pipeline(self, pipeline: Dataset) -> None:
         self._pipeline, self._facts = pipeline, Facts(pipeline)
@@ -652,6 +652,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if self._started_for_now():
             assert self._started is not None
             (_, epoch, inner), self._started = self._started, None
+            if isinstance(inner, Launch):
+                inner = self._iterator = inner.result()
         else:
             self._drop_started()
             epoch, inner = self._open()
@@ -680,7 +682,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if self._started_for_now():
             return
         self._drop_started()
-        epoch, inner = self._open()
+        epoch, inner = self._open(early=True)
         self._started = self._standing(), epoch, inner
 
     def _started_for_now(self) -> bool:
@@ -706,8 +708,11 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             return bool(self.prefetch_factor)
         return bool(self.worker_type == "thread")
 
-    def _open(self) -> tuple[Position, Iter[Any]]:
-        """The epoch to iterate, and its envelopes: its readers run from here on."""
+    def _open(self, early: bool = False) -> tuple[Position, Any]:
+        """The epoch to iterate, and its envelopes: its readers run from here on.
+
+        Called early, it does not wait for processes that take long to come up.
+        """
         topology = self._topology()
         if self._seed_from_torch and topology.world_size > 1 and not self._ever_loaded:
             self._agree_on_seed()
@@ -741,11 +746,16 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 self.worker_init_fn if self.num_workers else None,
                 self.pin_memory,
             )
-            self._iterator: Any = inner
+            self._iterator = inner
         else:
-            with self._engine(runner):
-                inner = super().__iter__()
-            quiet_at_exit(inner)
+            double = self._double(runner)
+            if (
+                early
+                and double.multiprocessing_context is not None
+                and _comes_up_slowly(double.multiprocessing_context)
+            ):
+                return epoch, Launch(lambda: _readers_of(double))
+            self._iterator = inner = _readers_of(double)
         return epoch, inner
 
     def _arena(self) -> Arena | None:
@@ -807,30 +817,22 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 )
         return self._epoch_from(topology, current.num_lanes, self._next_epoch, current.tallies), same
 
-    @contextlib.contextmanager
-    def _engine(self, runner: Runner) -> Iter[None]:
-        """What torchdata sees while it builds its iterator: our runner, one envelope at a time, nothing global drawn."""
-        inside = {
-            "dataset": runner,
-            "collate_fn": send,
-            "batch_size": None,
-            "drop_last": False,
-            "snapshot_every_n_steps": 0,  # our envelopes carry the state; torchdata's would cost and hold nothing
-            "generator": torch.Generator().manual_seed(runner.epoch),
-        }
-        shielded = self.num_workers > 0 and os.name == "posix"
-        if shielded:
-            inside["worker_init_fn"] = Orphanage(self.worker_init_fn)
-        outside = {name: self.__dict__[name] for name in inside}
-        context = self.multiprocessing_context  # type: ignore[has-type]
-        self.__dict__.update(inside)
-        if shielded:
-            self.multiprocessing_context = Context(context or torch.multiprocessing)
-        try:
-            yield
-        finally:
-            self.__dict__.update(outside)
-            self.multiprocessing_context = context
+    def _double(self, runner: Runner) -> StatefulDataLoader:
+        """This loader as torchdata is to see it: our runner, one envelope at a time, nothing global drawn."""
+        double = object.__new__(StatefulDataLoader)
+        double.__dict__.update(
+            self.__dict__,
+            dataset=runner,
+            collate_fn=send,
+            batch_size=None,
+            drop_last=False,
+            snapshot_every_n_steps=0,  # our envelopes carry the state; torchdata's would cost and hold nothing
+            generator=torch.Generator().manual_seed(runner.epoch),
+        )
+        if self.num_workers > 0 and os.name == "posix":
+            double.__dict__["worker_init_fn"] = Orphanage(self.worker_init_fn)
+            double.multiprocessing_context = Context(self.multiprocessing_context or torch.multiprocessing)
+        return double
 
     def close(self) -> None:
         """Shut the workers down. The position stays; iterating again starts new ones."""
@@ -841,7 +843,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._shut(iterator)
 
     def _shut(self, iterator: Any) -> None:
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+        if isinstance(iterator, Launch):
+            with contextlib.suppress(Exception):  # nobody will read there
+                self._shut(iterator.result())
+        elif iterator is not None and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
 
     # -- epochs -------------------------------------------------------------------------------------------------------
@@ -1044,6 +1049,17 @@ _FOREIGN = (
     "{} is for midstream pipelines; this loader passes its arguments to torchdata's StatefulDataLoader unchanged. Give it a "
     "midstream dataset, or map-style data without sampler and generator."
 )
+
+
+def _comes_up_slowly(context: Any) -> bool:
+    return bool(context.get_context().get_start_method() != "fork")
+
+
+def _readers_of(double: StatefulDataLoader) -> Any:
+    """Start its workers, and wait until they are there."""
+    inner = iter(double)
+    quiet_at_exit(inner)
+    return inner
 
 
 def _exit_status(code: int) -> str:

@@ -20,12 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.data._utils import pin_memory
+from torch.utils.data._utils import pin_memory, signal_handling
 
 from midstream.errors import WorkerError
 from midstream.readers import Runner
 
-__all__ = ["ThreadReaders"]
+__all__ = ["Launch", "ThreadReaders"]
 
 _JOIN_S = 5.0
 
@@ -149,3 +149,32 @@ def _read(runner: Runner, number: int, line: _Line, init_fn: Callable[[int], Non
 
 def _pinned(payload: Any) -> Any:
     return pin_memory.pin_memory(payload)  # type: ignore[no-untyped-call]
+
+
+class Launch:
+    """Worker processes that come up in the background: a new interpreter takes seconds to import torch.
+
+    Args:
+        start: Starts them, waits, and returns what reads from them.
+    """
+
+    def __init__(self, start: Callable[[], Any]) -> None:
+        self._found: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(start,), name="midstream-start")
+        self._thread.start()
+
+    def _run(self, start: Callable[[], Any]) -> None:
+        try:
+            self._found = start()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> Any:
+        """What ``start`` returned or raised, once, when it has."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        signal_handling._set_SIGCHLD_handler()  # torch can do it in the main thread alone
+        found, self._found = self._found, None
+        return found

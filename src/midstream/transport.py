@@ -17,9 +17,9 @@ goes through the queue however large: nobody ever waits for a slot.
     no memory  a slot's pages are reserved before they are written, so that a full machine is an error that is caught
                here and not a SIGBUS: then the batch goes through the queue, and the loader warns once
 
-What plain pickle cannot take goes as torch sends it (tensors as file descriptors), and what that cannot take either is an
-error at its turn. Slots know of the main process alone: a process that it forks while it looks into one may see it change.
-Tensors that were views of one storage arrive as copies of their own.
+What is no plain tensor or array (a sparse tensor, a parameter, a masked array) is pickled whole; nothing goes by files, of
+which torch needs one for each tensor. What cannot be pickled is an error at its turn. Slots know of the main process alone: a
+process that it forks while it looks into one may see it change. Tensors that were views of one storage arrive as copies.
 
 Whoever forms batches may write them straight into the slot: `empty` gives an array that lies there, where there is a slot
 being filled, and an ordinary one elsewhere. Nothing has to be told about it afterwards.
@@ -201,21 +201,6 @@ def _arrive(header: bytes, spans: list[int], body: Any, route: tuple[bytes, int]
     return Parcel(header, spans, body, route, notice)
 
 
-class _Whole(Parcel):
-    """What went as torch sends it. It is rebuilt as it arrives, while who sent it is there to hand over its files."""
-
-    __slots__ = ()
-
-    def __reduce__(self) -> Any:
-        return _arrive_whole, (self._header, self.notice)
-
-
-def _arrive_whole(data: bytes, notice: str) -> Parcel:
-    parcel = _Whole(b"", [], b"", None, notice)
-    parcel._opened = (pickle.loads(data),)
-    return parcel
-
-
 # -- packing ---------------------------------------------------------------------------------------------------------
 
 
@@ -224,9 +209,18 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, file: io.BytesIO, parts: list[npt.NDArray[np.uint8]]) -> None:
         super().__init__(file, protocol=5, buffer_callback=_out_of_band)
-        self.dispatch_table = copyreg.dispatch_table.copy()
+        extra = reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+        self.dispatch_table = {**copyreg.dispatch_table, **{kind: extra[kind] for kind in extra.keys() - _torch_sends}}
         self.dispatch_table[torch.Tensor] = lambda tensor: _reduce_tensor(tensor, parts)
         self.dispatch_table[np.ndarray] = lambda array: _reduce_array(array, parts)
+
+
+_torch_sends = {
+    kind
+    for kind in reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+    if kind.__module__.split(".")[0] == "torch"
+}
+"""By files: not here. What others registered (pipes, say) goes as they want it."""
 
 
 def _out_of_band(buffer: pickle.PickleBuffer) -> bool:
@@ -433,9 +427,6 @@ def pack(value: Any) -> Parcel:
     filling = _filling
     try:
         _Pickler(file, parts).dump(value)
-    except Exception:
-        return _Whole(bytes(reduction.ForkingPickler.dumps(value)), [], b"", None, "")
-    else:
         header = file.getvalue()
         parcel = filling.pack(header, parts) if filling is not None else None
         if parcel is None:
