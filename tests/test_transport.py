@@ -373,10 +373,11 @@ def test_without_memory_batches_go_through_the_pipe_and_the_loader_says_so_once(
 
 
 def test_a_worker_lets_go_of_the_memory_of_other_loaders() -> None:
-    first = uneven(1, multiprocessing_context="fork")
-    iterator = iter(first)
-    next(iterator)
-    next(iterator)
+    """But for slots that the main process looked into just when it forked."""
+    first = uneven(1, multiprocessing_context="fork", persistent_workers=True)
+    for batch in first:
+        pass
+    del batch
     ds = ms.from_dataset(range(4)).map(lambda x: [os.readlink(f"/proc/self/fd/{fd}") for fd in held_files()])
     second = ms.DataLoader(ds, None, num_workers=1, multiprocessing_context="fork")
     found = list(second)[-1]

@@ -411,7 +411,9 @@ def begin(arena: Arena, worker: int) -> None:
     global _filling
     if _filling is None or _filling.arena is not arena:
         _filling = _Filling(arena, worker)
-        for other in list(_arenas.values()):  # which a fork inherited: their memory must not live as long as this
+        # What a fork inherited: the memory of other loaders must not live as long as this. (Slots that the parent looked into
+        # just then stay mapped here.)
+        for other in list(_arenas.values()):
             if other is not arena:
                 other.leave()
 
