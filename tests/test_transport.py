@@ -16,9 +16,12 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from multiprocessing.context import set_spawning_popen
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,7 +29,7 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream import readers, transport
-from midstream.transport import INLINE, Arena, Parcel, begin, empty, pack
+from midstream.transport import INLINE, Arena, Once, Parcel, begin, empty, pack
 
 
 def travel(value: Any) -> Any:
@@ -435,6 +438,68 @@ def test_origins_do_not_hold_a_slot(worker: Arena, monkeypatch: pytest.MonkeyPat
     del out
     assert not any(worker.used[:3])
     assert np.array_equal(kept, origins)
+
+
+class Spawning:
+    """What multiprocessing keeps while it starts a process: here the files go to this one."""
+
+    def duplicate_for_child(self, fd: int) -> int:
+        return os.dup(fd)
+
+    def DupFd(self, fd: int) -> Any:
+        return Detached(fd)
+
+
+@dataclasses.dataclass
+class Detached:
+    fd: int
+
+    def detach(self) -> int:
+        return self.fd
+
+
+@pytest.fixture
+def spawning() -> Iterator[None]:
+    set_spawning_popen(Spawning())
+    yield
+    set_spawning_popen(None)
+
+
+class Counts:
+    pickled = 0
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+    def __getstate__(self) -> Any:
+        Counts.pickled += 1
+        return self.__dict__
+
+
+@pytest.mark.usefixtures("spawning")
+def test_what_is_shipped_to_new_interpreters_is_pickled_once_and_lies_in_memory_once() -> None:
+    table = pa.table({"x": np.arange(50_000)})
+    array = np.arange(70_000)
+    once = Once(Counts([table, array]))
+    first, second = (pickle.loads(pickle.dumps(once)).value.table for _ in range(2))
+    assert Counts.pickled == 1
+    assert first[0] == second[0] == table
+    assert len(pickle.dumps(once)) < 10_000
+    first[1][0] = 99  # its own
+    assert second[1][0] == array[0] == 0
+    set_spawning_popen(None)
+    assert pickle.loads(pickle.dumps(once)).value.table[0] == table
+
+
+def test_the_memory_of_a_loader_travels_only_while_a_worker_is_started() -> None:
+    with pytest.raises(TypeError, match="only to a worker"):
+        pickle.dumps(Arena(1, 1))
+
+
+@pytest.mark.usefixtures("spawning")
+def test_what_only_multiprocessing_can_send_is_left_to_it() -> None:
+    once = Once({"lock": torch.ones(3)})
+    assert ForkingPickler.loads(ForkingPickler.dumps(once)).value["lock"].equal(torch.ones(3))
 
 
 LEAK = """

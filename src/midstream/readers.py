@@ -23,7 +23,7 @@ from midstream.core import I64, Cursor, Dataset, Delivery, Item, Lane, Place, as
 from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError
 from midstream.failures import Failure, Hole, Ledger
 from midstream.lanes import Topology, first_batch, slots
-from midstream.transport import Arena, Parcel, begin, pack
+from midstream.transport import Arena, Once, Parcel, begin, pack
 
 __all__ = ["BATCH", "ERROR", "FATAL", "NOTHING", "Out", "Plan", "Runner", "deliver", "send", "source_of"]
 
@@ -85,11 +85,19 @@ class Runner(IterableDataset[Any]):
         self, dataset: Dataset, topology: Topology, lanes: int, epoch: int, plan: Plan, next_turns: int | None
     ) -> None:
         self.dataset, self.topology, self.lanes = dataset, topology, lanes
+        self._once = Once(dataset)
         self.epoch, self.generation, self.plan, self.next_turns = epoch, 0, plan, next_turns
         self.shared: torch.Tensor | None = None
         self.crumbs: torch.Tensor | None = None
         self.arena: Arena | None = None
         self.frozen = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "dataset": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.dataset = self._once.value
 
     def __iter__(self) -> Iter[Any]:
         worker = get_worker_info()
