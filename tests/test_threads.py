@@ -287,7 +287,7 @@ def test_workers_that_were_started_early_are_the_ones_that_read(kind: str) -> No
     made.close()
 
 
-@pytest.mark.parametrize("kind", ["threads", "fork"])
+@pytest.mark.parametrize("kind", ["threads", "fork", "persistent"])
 def test_what_changes_after_start_is_what_counts(kind: str) -> None:
     ds: Dataset = ms.from_dataset(range(40)).shuffle(1)
     plainly = loader(ds)

@@ -700,6 +700,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         started, self._started = self._started, None
         if started is not None:
             self._shut(started[2])
+            self._iterator = None  # persistent workers were among them
 
     @property
     def _in_threads(self) -> bool:
