@@ -451,6 +451,14 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         # torch refuses to set these after its constructor, and has other uses for them inside it.
         self.__dict__.update(own, batch_size=batch_size, drop_last=drop_last, collate_fn=collate_fn)
         self._set_pipeline(pipeline)
+        if self._in_threads:
+            for place in self._facts.place.walk():
+                if getattr(place.node, "isolate_rng", False):
+                    raise ValueError(
+                        f"{place.path} has isolate_rng=True, which sets the global random generators while its function runs. "
+                        f"In a thread the training loop and other readers would draw from them meanwhile: use with_rng=True "
+                        f"there, or read with worker_type='process' or without prefetch_factor."
+                    )
         self._noticed: set[str] = set()
         self._together: Agreement | None = None
         self._resumed_at = (0, 0, 0)
