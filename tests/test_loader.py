@@ -31,7 +31,7 @@ def loader(ds: Dataset, workers: int = 0, **options: Any) -> ms.DataLoader:
         options.setdefault("batch_size", 4)
         if "collate_fn" not in options:
             options["collate_fn"] = list
-    if workers and options.get("multiprocessing_context") is None:
+    if workers and options.get("multiprocessing_context") is None and options.get("worker_type") != "thread":
         options["multiprocessing_context"] = "fork"
     return ms.DataLoader(ds, num_workers=workers, lanes=LANES, **options)
 

@@ -131,8 +131,8 @@ BUGS = {
     ),
     "the global generator is drawn from": Bug(
         "loader.py",
-        '            "generator": torch.Generator().manual_seed(runner.epoch),\n',
-        '            "generator": None,\n',
+        "            generator=torch.Generator().manual_seed(runner.epoch),\n",
+        "            generator=None,\n",
         ("test_contract.py", "global_generators and sequence"),
     ),
     "a loaded state is followed in the next epoch too": Bug(

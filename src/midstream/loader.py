@@ -39,10 +39,12 @@ from midstream.lanes import Agreement, Topology, batches_of_rank, choose_lanes, 
 from midstream.nodes.collate import collate
 from midstream.position import Facts, Position, Tally, Trace
 from midstream.progress import Progress, progress
-from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, identity
+from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, deliver, send
 from midstream.rest import adopt, running
 from midstream.shield import Context, Orphanage, quiet_at_exit
 from midstream.sources import from_dataset
+from midstream.threads import Launch, ThreadReaders
+from midstream.transport import Arena, Parcel
 
 __all__ = ["DataLoader"]
 
@@ -172,10 +174,13 @@ class _LoaderIterator:
         while not self._ended:
             if self._loud >= loud and (self._agreement is None or self._in_hand() >= loud):
                 break
-            number, lane, outs = next(self._inner)
+            arrived = next(self._inner)
+            if type(arrived) is Parcel and arrived.notice:
+                self._loader._no_memory(arrived.notice)
+            number, lane, outs = deliver(arrived)
             for out in outs:
-                self._ready.append((number, lane, Out(*out)))
-                self._loud += out[0] != NOTHING
+                self._ready.append((number, lane, out))
+                self._loud += out.kind != NOTHING
 
     def _in_hand(self) -> int:
         """Batches that are ready; what will fail counts too, it is told in its turn."""
@@ -322,6 +327,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         sync_end: End the epoch of a stream on all ranks at the same step; what is left on some is in the state and comes
             first in the next epoch. True, or the process group of the data-parallel ranks (any backend that takes CPU
             tensors): one all-reduce of a number before each batch.
+        worker_type: ``"process"``, or ``"thread"``: the ``num_workers`` readers are threads of this process. Right where
+            reading waits or works outside the GIL; see `midstream.threads`. Order and checkpoints are the same.
+        prefetch_factor: Batches that each worker has ready (2). With ``num_workers=0`` it may be given too: then one thread
+            reads so many batches ahead while the model trains.
         collate_fn, drop_last, num_workers, ...: As in torch. ``in_order=False`` is refused.
 
     Raises:
@@ -365,6 +374,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         remainder: Literal["drop", "pad", "uneven"] = "drop",
         strict_order: bool = False,
         sync_end: Any = False,
+        worker_type: Literal["process", "thread"] = "process",
     ) -> None:
         if isinstance(sampler, _InfiniteConstantSampler):
             sampler = None  # what torch puts in place of none, seen by whoever rebuilds a loader from its attributes
@@ -388,10 +398,15 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             "strict_order": strict_order,
             "sync_end": sync_end,
             "shuffle": shuffle,
+            "worker_type": worker_type,
         }
+        if worker_type not in ("process", "thread"):
+            raise ValueError(f"worker_type is 'process' or 'thread'; found {worker_type!r}")
         self._foreign = not _ours(dataset, sampler, batch_sampler, generator)
         self._active: object = None  # the token of the iterator in use; the iterator itself would make a cycle
         if self._foreign:
+            if worker_type == "thread":
+                raise TypeError(_FOREIGN.format("worker_type='thread'"))
             with _quiet_vital():
                 super().__init__(
                     dataset,
@@ -418,6 +433,15 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             raise ValueError(f"remainder is 'drop', 'pad' or 'uneven'; found {remainder!r}")
         if lanes is not None and (isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1):
             raise ValueError(f"lanes is an integer of at least 1; found {lanes!r}")
+        if worker_type == "thread" and multiprocessing_context is not None:
+            raise ValueError("worker_type='thread' starts no process, so multiprocessing_context does not apply")
+        if num_workers == 0 and prefetch_factor is not None:
+            if isinstance(prefetch_factor, bool) or not isinstance(prefetch_factor, int) or prefetch_factor < 1:
+                raise ValueError(f"prefetch_factor is an integer of at least 1; found {prefetch_factor!r}")
+            own["prefetch_factor"], common["prefetch_factor"] = (
+                prefetch_factor,
+                None,
+            )  # torch knows it of processes alone
         source = dataset if isinstance(dataset, Dataset) else from_dataset(dataset)
         pipeline, batch_size, drop_last, collate_fn, self._seed_from_torch = _pipeline(
             source, batch_size, shuffle, drop_last, collate_fn, torch.initial_seed()
@@ -427,6 +451,14 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         # torch refuses to set these after its constructor, and has other uses for them inside it.
         self.__dict__.update(own, batch_size=batch_size, drop_last=drop_last, collate_fn=collate_fn)
         self._set_pipeline(pipeline)
+        if self._in_threads:
+            for place in self._facts.place.walk():
+                if getattr(place.node, "isolate_rng", False):
+                    raise ValueError(
+                        f"{place.path} has isolate_rng=True, which sets the global random generators while its function runs. "
+                        f"In a thread the training loop and other readers would draw from them meanwhile: use with_rng=True "
+                        f"there, or read with worker_type='process' or without prefetch_factor."
+                    )
         self._noticed: set[str] = set()
         self._together: Agreement | None = None
         self._resumed_at = (0, 0, 0)
@@ -436,6 +468,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._current: Position | None = None
         self._runner: Runner | None = None
         self._warned_restart = False
+        self._started: tuple[Any, Position, Any] | None = None
 
     def _set_pipeline(self, pipeline: Dataset) -> None:
         self._pipeline, self._facts = pipeline, Facts(pipeline)
@@ -624,6 +657,71 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def __iter__(self) -> Any:
         if self._foreign:
             return super().__iter__()
+        if self._started_for_now():
+            assert self._started is not None
+            (_, epoch, inner), self._started = self._started, None
+            if isinstance(inner, Launch):
+                inner = self._iterator = inner.result()
+        else:
+            self._drop_started()
+            epoch, inner = self._open()
+        self._current, self._loaded = epoch, None
+        self._next_epoch = epoch.epoch
+        return _LoaderIterator(self, epoch, inner)
+
+    def start(self) -> None:
+        """Start the workers now, so that they read while the model loads; the next ``iter()`` goes on with them.
+
+        Changes no state, and nothing of what is handed out. Does nothing while an epoch is in progress, without workers, and
+        when they are started already; a state that is loaded afterwards starts others. With several ranks and a seed that
+        they have to agree on (``shuffle=True`` without a seed), all of them have to call it.
+
+        >>> import midstream as ms
+        >>> loader = ms.DataLoader(ms.from_dataset(range(6)), batch_size=3, num_workers=1, worker_type="thread")
+        >>> loader.start()
+        >>> [batch.tolist() for batch in loader]
+        [[0, 1, 2], [3, 4, 5]]
+        """
+        self._no_foreign("start")
+        if self.num_workers == 0 and not self._in_threads:
+            return
+        if self._current is not None and not self._current.complete and self._loaded is None:
+            return
+        if self._started_for_now():
+            return
+        self._drop_started()
+        epoch, inner = self._open(early=True)
+        self._started = self._standing(), epoch, inner
+
+    def _started_for_now(self) -> bool:
+        """Whether workers were started early, and are the right ones still."""
+        if self._started is None:
+            return False
+        (*objects, topology), _, _ = self._started
+        return all(a is b for a, b in zip(objects, self._standing())) and topology == self._topology()
+
+    def _standing(self) -> tuple[Any, ...]:
+        """What the readers of the next epoch depend on."""
+        return self._loaded, self._current, self._pipeline, self._iterator, self._next_epoch, self._topology()
+
+    def _drop_started(self) -> None:
+        started, self._started = self._started, None
+        if started is not None:
+            self._shut(started[2])
+            self._iterator = None  # persistent workers were among them
+
+    @property
+    def _in_threads(self) -> bool:
+        """Whether threads of this process read."""
+        if self.num_workers == 0:
+            return bool(self.prefetch_factor)
+        return bool(self.worker_type == "thread")
+
+    def _open(self, early: bool = False) -> tuple[Position, Any]:
+        """The epoch to iterate, and its envelopes: its readers run from here on.
+
+        Called early, it does not wait for processes that take long to come up.
+        """
         topology = self._topology()
         if self._seed_from_torch and topology.world_size > 1 and not self._ever_loaded:
             self._agree_on_seed()
@@ -637,22 +735,50 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             runner = Runner(
                 epoch.facts.running, topology, epoch.num_lanes, epoch.epoch, epoch.plan(), self._turns(topology, 0)
             )
-            if self.persistent_workers and self.num_workers > 0:
-                runner.shared = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-            if self.num_workers > 0:
+            if self.num_workers > 0 and not self._in_threads:
+                if self.persistent_workers:
+                    runner.shared = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
                 runner.crumbs = new_table(self.num_workers)
+                runner.arena = self._arena()
             self._runner = runner
         if runner.shared is not None:
             runner.shared[0] = epoch.epoch
             runner.shared[1] += 1
             if not reuse:
                 runner.generation = int(runner.shared[1])
-        with self._engine(runner):
-            inner = super().__iter__()
-        quiet_at_exit(inner)
-        self._current, self._loaded = epoch, None
-        self._next_epoch = epoch.epoch
-        return _LoaderIterator(self, epoch, inner)
+        if self._in_threads:
+            inner: Any = ThreadReaders(
+                runner,
+                topology.readers,
+                self.prefetch_factor or 2,
+                self.timeout,
+                self.worker_init_fn if self.num_workers else None,
+                self.pin_memory,
+            )
+            self._iterator = inner
+        else:
+            double = self._double(runner)
+            if (
+                early
+                and double.multiprocessing_context is not None
+                and _comes_up_slowly(double.multiprocessing_context)
+            ):
+                return epoch, Launch(lambda: _readers_of(double))
+            self._iterator = inner = _readers_of(double)
+        return epoch, inner
+
+    def _arena(self) -> Arena | None:
+        """Shared memory for batches; what every worker holds ready, what is handed out, and what the training holds on to."""
+        try:
+            return Arena(self.num_workers, self.prefetch_factor + 4)
+        except (OSError, ValueError) as error:
+            self._no_memory(f"no shared memory for batches ({error}): they go through a pipe, which is slower.")
+            return None
+
+    def _no_memory(self, text: str) -> None:
+        if "memory" not in self._noticed:
+            self._noticed.add("memory")
+            log.warning("%s", text)
 
     def _agree_on_seed(self) -> None:
         """torch's seed may differ between ranks, and then each would shuffle in its own order: rank 0's is taken."""
@@ -670,7 +796,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def _begin(self, topology: Topology) -> tuple[Position, bool]:
         """The epoch to iterate, and whether living workers may go on with it from its start."""
         current = self._current
-        alive = self.persistent_workers and self.num_workers > 0 and self._iterator is not None
+        alive = self.persistent_workers and self.num_workers > 0 and not self._in_threads and self._iterator is not None
         if self._loaded is not None:
             canonical = self._loaded[0]
             at = self._epoch_at(topology, canonical)
@@ -700,37 +826,36 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 )
         return self._epoch_from(topology, current.num_lanes, self._next_epoch, current.tallies), same
 
-    @contextlib.contextmanager
-    def _engine(self, runner: Runner) -> Iter[None]:
-        """What torchdata sees while it builds its iterator: our runner, one envelope at a time, nothing global drawn."""
-        inside = {
-            "dataset": runner,
-            "collate_fn": identity,
-            "batch_size": None,
-            "drop_last": False,
-            "snapshot_every_n_steps": 0,  # our envelopes carry the state; torchdata's would cost and hold nothing
-            "generator": torch.Generator().manual_seed(runner.epoch),
-        }
-        shielded = self.num_workers > 0 and os.name == "posix"
-        if shielded:
-            inside["worker_init_fn"] = Orphanage(self.worker_init_fn)
-        outside = {name: self.__dict__[name] for name in inside}
-        context = self.multiprocessing_context  # type: ignore[has-type]
-        self.__dict__.update(inside)
-        if shielded:
-            self.multiprocessing_context = Context(context or torch.multiprocessing)
-        try:
-            yield
-        finally:
-            self.__dict__.update(outside)
-            self.multiprocessing_context = context
+    def _double(self, runner: Runner) -> StatefulDataLoader:
+        """This loader as torchdata is to see it: our runner, one envelope at a time, nothing global drawn."""
+        double = object.__new__(StatefulDataLoader)
+        double.__dict__.update(
+            self.__dict__,
+            dataset=runner,
+            collate_fn=send,
+            batch_size=None,
+            drop_last=False,
+            snapshot_every_n_steps=0,  # our envelopes carry the state; torchdata's would cost and hold nothing
+            generator=torch.Generator().manual_seed(runner.epoch),
+        )
+        if self.num_workers > 0 and os.name == "posix":
+            double.__dict__["worker_init_fn"] = Orphanage(self.worker_init_fn)
+            double.multiprocessing_context = Context(self.multiprocessing_context or torch.multiprocessing)
+        return double
 
     def close(self) -> None:
         """Shut the workers down. The position stays; iterating again starts new ones."""
+        self._drop_started()
         iterator: Any = self._iterator
-        self._iterator: Any = None
+        self._iterator = None
         self._active = None
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+        self._shut(iterator)
+
+    def _shut(self, iterator: Any) -> None:
+        if isinstance(iterator, Launch):
+            with contextlib.suppress(Exception):  # nobody will read there
+                self._shut(iterator.result())
+        elif iterator is not None and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
 
     # -- epochs -------------------------------------------------------------------------------------------------------
@@ -880,6 +1005,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             canonical.num_lanes = merged["num_lanes"] = choose_lanes(None, topology, None)
         own = [f"{index:04d}" for index in range(topology.rank, canonical.num_lanes, topology.world_size)]
         merged["lanes"] = {key: merged["lanes"].get(key, "") for key in own}
+        self._drop_started()
         super().load_state_dict({})
         self._active = None
         self._current, self._runner = None, None
@@ -932,6 +1058,17 @@ _FOREIGN = (
     "{} is for midstream pipelines; this loader passes its arguments to torchdata's StatefulDataLoader unchanged. Give it a "
     "midstream dataset, or map-style data without sampler and generator."
 )
+
+
+def _comes_up_slowly(context: Any) -> bool:
+    return bool(context.get_context().get_start_method() != "fork")
+
+
+def _readers_of(double: StatefulDataLoader) -> Any:
+    """Start its workers, and wait until they are there."""
+    inner = iter(double)
+    quiet_at_exit(inner)
+    return inner
 
 
 def _exit_status(code: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -208,6 +208,7 @@ class Position:
         self.log: deque[Entry] = deque()
         self.log_bytes = 0
         self.applied = 0  # number of the last delivery that is done: assigned last
+        self._rendered: tuple[int, dict[str, str]] | None = None  # lanes as text, after the delivery of that number
 
     def _mine(self, number: int) -> bool:
         return (number - self.topology.rank) % self.topology.world_size == 0
@@ -278,7 +279,7 @@ class Position:
 
     def undo_to(self, applied: int) -> None:
         """Take back every delivery after number ``applied``, and one that was interrupted half-way."""
-        self.applied = applied
+        self.applied, self._rendered = applied, None
         while self.log and self.log[-1].number > applied:
             entry = self.log[-1]
             self.complete = False
@@ -314,12 +315,14 @@ class Position:
     def state_at(self, step: int | None) -> State:
         """The state after batch ``step`` of this epoch, or now."""
         applied, log = self.applied, list(self.log)
+        whole, number = log.copy(), log[-1].number if log else applied
         steps, passed, told, complete = self.steps, self.passed, self.told, self.complete
         states, tallies = dict(self.states), dict(self.tallies)
         oldest = log[0].step if log else steps
 
         def undo(entry: Entry) -> None:
-            nonlocal steps, passed, told, complete
+            nonlocal steps, passed, told, complete, number
+            number = entry.number - 1
             steps, passed, told, complete = entry.step, entry.passed, entry.told, False
             _put(states, entry.lane, entry.state)
             _put(tallies, entry.lane, entry.tally)
@@ -334,7 +337,7 @@ class Position:
                 )
             while log and log[-1].step >= step:
                 undo(log.pop())
-        return self._render(passed, steps, states, tallies, told, complete)
+        return self._render(passed, steps, states, tallies, told, complete, number, whole)
 
     @property
     def left_over(self) -> bool:
@@ -355,6 +358,8 @@ class Position:
         tallies: Mapping[int, Tally],
         told: Mapping[int, int],
         complete: bool,
+        number: int,
+        log: Sequence[Entry],
     ) -> State:
         """The canonical state. A complete epoch is the start of the next, where the other ranks are there too."""
         ranks, over = self.topology.world_size, complete and self.together
@@ -376,18 +381,12 @@ class Position:
                 extra.setdefault(self._leaf(number), {})["told"] = [number, errors]
         if self.own:
             extra.setdefault(self.own[0], {})["at"] = [epoch, batches, steps, int(complete and not over)]
-        leaves = {}
-        for index in self.own:
-            text, tally = states.get(index), tallies.get(index)
-            counted = tally is not None and (tally.samples.any() or tally.events)
-            if not text and index not in extra and not counted:
-                leaves[f"{index:04d}"] = ""
-                continue
-            tally = tally or Tally(self.num_sources)
-            counts = {"samples": tally.samples.tolist(), "rows": tally.rows.tolist(), "events": tally.events}
-            tokens = {"tokens": tally.tokens.tolist()} if tally.tokens.any() else {}
-            body = encode({**counts, **tokens, **extra.get(index, {})})
-            leaves[f"{index:04d}"] = seal(f'{body[:-1]},"lane":{text}}}' if text else body)
+        if over:
+            leaves = {f"{index:04d}": self._leaf_text(states.get(index), tallies.get(index)) for index in self.own}
+        else:
+            leaves = self._leaf_texts(states, tallies, number, log)
+        for index, more in extra.items() if self.own else ():
+            leaves[f"{index:04d}"] = self._leaf_text(states.get(index), tallies.get(index), more)
         return {
             "midstream": FORMAT,
             "fingerprint": self.facts.pipeline.fingerprint,
@@ -399,6 +398,39 @@ class Position:
             "rest": rest,
             "lanes": leaves,
         }
+
+    def _leaf_texts(
+        self, states: Mapping[int, str], tallies: Mapping[int, Tally], number: int, log: Sequence[Entry]
+    ) -> dict[str, str]:
+        """All lanes as text after delivery ``number``: of those rendered before, only what changed since is made anew."""
+        if self._rendered is not None:
+            before, kept = self._rendered
+            first, last = min(before, number), max(before, number)
+            if first == last or (log and log[0].number <= first + 1):
+                leaves = kept.copy()
+                changed = set()
+                for entry in reversed(log):
+                    if entry.number <= first:
+                        break
+                    if entry.number <= last:
+                        changed.add(entry.lane)
+                for index in changed if self.own else ():
+                    leaves[f"{index:04d}"] = self._leaf_text(states.get(index), tallies.get(index))
+                self._rendered = number, leaves
+                return leaves.copy()
+        leaves = {f"{index:04d}": self._leaf_text(states.get(index), tallies.get(index)) for index in self.own}
+        self._rendered = number, leaves
+        return leaves.copy()
+
+    def _leaf_text(self, text: str | None, tally: Tally | None, more: Mapping[str, State] | None = None) -> str:
+        """One lane's part of the checkpoint, "" where there is nothing to say."""
+        if not text and not more and (tally is None or not (tally.samples.any() or tally.events)):
+            return ""
+        tally = tally or Tally(self.num_sources)
+        counts = {"samples": tally.samples.tolist(), "rows": tally.rows.tolist(), "events": tally.events}
+        tokens = {"tokens": tally.tokens.tolist()} if tally.tokens.any() else {}
+        body = encode({**counts, **tokens, **(more or {})})
+        return seal(f'{body[:-1]},"lane":{text}}}' if text else body)
 
     def _by_leaf(self, numbers: list[int]) -> dict[int, list[int]]:
         leaves: dict[int, list[int]] = {}

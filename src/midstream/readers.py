@@ -13,17 +13,19 @@ import traceback
 from collections.abc import Iterator as Iter
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._state import encode
 from midstream.breadcrumbs import Trail
 from midstream.core import I64, Cursor, Dataset, Delivery, Item, Lane, Place, as_origin_array, bind, epoch_key
-from midstream.errors import CheckpointError, MidstreamError, SourceError
+from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError
 from midstream.failures import Failure, Hole, Ledger
 from midstream.lanes import Topology, first_batch, slots
+from midstream.transport import Arena, Once, Parcel, begin, pack
 
-__all__ = ["BATCH", "ERROR", "FATAL", "NOTHING", "Out", "Plan", "Runner", "identity", "source_of"]
+__all__ = ["BATCH", "ERROR", "FATAL", "NOTHING", "Out", "Plan", "Runner", "deliver", "send", "source_of"]
 
 _ERRORS_A_TURN = 1000
 
@@ -83,25 +85,38 @@ class Runner(IterableDataset[Any]):
         self, dataset: Dataset, topology: Topology, lanes: int, epoch: int, plan: Plan, next_turns: int | None
     ) -> None:
         self.dataset, self.topology, self.lanes = dataset, topology, lanes
+        self._once = Once(dataset)
         self.epoch, self.generation, self.plan, self.next_turns = epoch, 0, plan, next_turns
         self.shared: torch.Tensor | None = None
         self.crumbs: torch.Tensor | None = None
+        self.arena: Arena | None = None
         self.frozen = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "dataset": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.dataset = self._once.value
 
     def __iter__(self) -> Iter[Any]:
         worker = get_worker_info()
         if worker is not None and not self.frozen:
             gc.freeze()  # what a fork inherited: collecting it here would run the parent's destructors and copy its pages
             self.frozen = True
+        if worker is not None and self.arena is not None:
+            begin(self.arena, worker.id)
         epoch, plan = self.epoch, self.plan
         if self.shared is not None:
             epoch, generation = self.shared.tolist()
             if generation != self.generation:
                 plan = Plan(0, self.next_turns, {}, {})
-        index = worker.id if worker is not None else 0
-        if self.dataset.random_access:
-            return _RandomReader(self, index, epoch, plan)
-        return _StreamReader(self, index, epoch, plan)
+        return self.read(worker.id if worker is not None else 0, epoch, plan)
+
+    def read(self, worker: int, epoch: int, plan: Plan) -> Iter[Any]:
+        """The envelopes of one reader of `Topology.readers`."""
+        kind = _RandomReader if self.dataset.random_access else _StreamReader
+        return kind(self, worker, epoch, plan)
 
     def bind(self, worker: int) -> Place:
         """The pipeline's places; in a worker, with the trail it leaves."""
@@ -317,6 +332,36 @@ def _fatal(error: Exception) -> Out:
     return Out(FATAL, (f"{type(error).__name__}: {error}", text, data))
 
 
-def identity(item: Any) -> Any:
-    """The collate function of envelopes."""
-    return item
+def send(envelope: tuple[int, int, list[Out]]) -> Any:
+    """The collate function of envelopes: in a worker process they are packed for the way, in the main one they stay.
+
+    Origins go in the header: the main process keeps them for long, and would keep a slot with them.
+    """
+    if get_worker_info() is None:
+        return envelope
+    number, lane, outs = envelope
+    try:
+        return pack((number, lane, [_flat(out) for out in outs]))
+    except Exception as error:
+        what = ", ".join(sorted({type(out.payload).__name__ for out in outs if out.kind != NOTHING}))
+        failure = WorkerError(
+            f"batch {number} ({what}) cannot leave its worker process: {type(error).__name__}: {error}. Let the pipeline make "
+            f"what pickle can take, or read with worker_type='thread' or num_workers=0."
+        )
+        return pack((number, lane, [_flat(_fatal(failure))]))
+
+
+def _flat(out: Out) -> tuple[Any, ...]:
+    return (out.kind, out.payload, None if out.origins is None else out.origins.tobytes(), *out[3:])
+
+
+def deliver(arrived: Any) -> tuple[int, int, list[Out]]:
+    """The envelope that `send` was given."""
+    if not isinstance(arrived, Parcel):
+        return arrived  # type: ignore[no-any-return]
+    number, lane, flat = arrived.open()
+    outs = [
+        Out(kind, payload, None if origins is None else np.frombuffer(origins, np.int64).reshape(-1, 5), *rest)
+        for kind, payload, origins, *rest in flat
+    ]
+    return number, lane, outs

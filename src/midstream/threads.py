@@ -1,0 +1,180 @@
+"""Readers in threads of the main process, instead of worker processes.
+
+Each reader makes what worker ``w`` of ``W`` would make, so order and checkpoints are the same. It reads ahead until so many
+envelopes wait; the iterator takes one from each in turn.
+
+    right where    reading waits (network, disks) or works outside the GIL (decoding, numpy, pyarrow), or batches are so
+                   large or so quickly made that the way from a process costs more than the work
+    wrong where    samples are made by Python code: threads take turns there, and with the training loop
+
+User code runs in this process: it shares memory with it, and ``torch.utils.data.get_worker_info()`` is None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data._utils import pin_memory, signal_handling
+
+from midstream.errors import WorkerError
+from midstream.readers import Runner
+
+__all__ = ["Launch", "ThreadReaders"]
+
+_JOIN_S = 5.0
+
+_ITEM, _END, _ERROR = range(3)
+
+
+class _Line:
+    """Between one reading thread and who takes: what waits, room for more, and whether it is over."""
+
+    def __init__(self, room: int) -> None:
+        self.items: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self.room = threading.Semaphore(room)
+        self.stopped = False
+        self.ended = False  # known to who takes
+
+
+class ThreadReaders:
+    """Iterates the envelopes of all readers, in the order of turns.
+
+    Args:
+        runner: What they read.
+        readers: How many threads.
+        prefetch: How many envelopes each keeps ready.
+        timeout: Seconds to wait for one; 0 for ever.
+        init_fn: Called in each thread with its number.
+        pin: Whether batches are pinned, in the thread.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        readers: int,
+        prefetch: int,
+        timeout: float,
+        init_fn: Callable[[int], None] | None,
+        pin: bool,
+    ) -> None:
+        self._lines = [_Line(prefetch) for _ in range(readers)]
+        self._turn = 0
+        self._timeout = timeout or None
+        pin = pin and torch.accelerator.is_available()
+        threads = [
+            threading.Thread(
+                target=_read, args=(runner, number, line, init_fn, pin), name=f"midstream-reader-{number}", daemon=True
+            )
+            for number, line in enumerate(self._lines)
+        ]
+        # Ends them when this goes, and before the interpreter does: they must not be in the middle of C code then.
+        self._end = weakref.finalize(self, _stop, self._lines, threads)
+        for thread in threads:
+            thread.start()
+
+    def __iter__(self) -> ThreadReaders:
+        return self
+
+    def __next__(self) -> Any:
+        for _ in self._lines:
+            line = self._lines[self._turn]
+            while not line.ended:
+                try:
+                    kind, item = line.items.get(timeout=self._timeout)
+                except queue.Empty:
+                    raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
+                if kind == _ITEM:
+                    line.room.release()
+                    self._turn = (self._turn + 1) % len(self._lines)
+                    return item
+                line.ended = True
+                if kind == _ERROR:
+                    raise self._error(item)
+            self._turn = (self._turn + 1) % len(self._lines)
+        raise StopIteration
+
+    def _error(self, error: BaseException) -> BaseException:
+        if isinstance(error, Exception):
+            return error
+        failure = WorkerError(
+            f"reading thread {self._turn} was ended by {type(error).__name__}: {error}. The position stays at the last batch "
+            f"handed out; to go on from there: loader.load_state_dict(loader.state_dict()), and iterate again."
+        )
+        failure.__cause__ = error
+        return failure
+
+    def _shutdown_workers(self) -> None:
+        """End the threads; each after the batch that it is making."""
+        self._end()
+        for line in self._lines:
+            line.ended = True
+
+
+def _stop(lines: list[_Line], threads: list[threading.Thread]) -> None:
+    for line in lines:
+        line.stopped = True
+        line.room.release()
+    for thread in threads:
+        if thread is not threading.current_thread():
+            with contextlib.suppress(RuntimeError):  # not started
+                thread.join(_JOIN_S)
+
+
+def _read(runner: Runner, number: int, line: _Line, init_fn: Callable[[int], None] | None, pin: bool) -> None:
+    try:
+        if init_fn is not None:
+            init_fn(number)
+        reader = runner.read(number, runner.epoch, runner.plan)
+        while True:
+            line.room.acquire()
+            if line.stopped:
+                return
+            item = next(reader)
+            if pin:
+                batch, lane, outs = item
+                item = batch, lane, [out._replace(payload=_pinned(out.payload)) for out in outs]
+            line.items.put((_ITEM, item))
+            del item  # else it lives until the next one is made
+    except StopIteration:
+        line.items.put((_END, None))
+    except BaseException as error:
+        line.items.put((_ERROR, error))
+
+
+def _pinned(payload: Any) -> Any:
+    return pin_memory.pin_memory(payload)  # type: ignore[no-untyped-call]
+
+
+class Launch:
+    """Worker processes that come up in the background: a new interpreter takes seconds to import torch.
+
+    Args:
+        start: Starts them, waits, and returns what reads from them.
+    """
+
+    def __init__(self, start: Callable[[], Any]) -> None:
+        self._found: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(start,), name="midstream-start")
+        self._thread.start()
+
+    def _run(self, start: Callable[[], Any]) -> None:
+        try:
+            self._found = start()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> Any:
+        """What ``start`` returned or raised, once, when it has."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        signal_handling._set_SIGCHLD_handler()  # torch can do it in the main thread alone
+        found, self._found = self._found, None
+        return found
