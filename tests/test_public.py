@@ -72,8 +72,9 @@ LAYERS = [
     "position",
     "progress",
     "loader",
-    "midstream",
     "display",
+    "plot",
+    "midstream",
     "testing",
     "demo",
     "examples",
@@ -82,7 +83,7 @@ LAYERS = [
 ]
 
 # The only imports against that order, and only inside functions: the fluent verbs, and how things look in a notebook.
-LATE = {("core", "nodes"), ("core", "display"), ("progress", "display")}
+LATE = {("core", "nodes"), ("core", "display"), ("progress", "display"), ("loader", "display")}
 
 
 # -- names --------------------------------------------------------------------------------------------------------------
@@ -228,7 +229,9 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
                 for alias in child.names:
                     submodule = PACKAGE.parent.joinpath(*child.module.split("."), f"{alias.name}.py")
                     yield (f"{child.module}.{alias.name}" if submodule.is_file() else child.module), late
-            else:
+            elif not (
+                isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+            ):  # names for types run nothing
                 yield from visit(child, late or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
 
     yield from visit(ast.parse(path.read_text(encoding="utf-8")), False)

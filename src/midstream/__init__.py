@@ -1,5 +1,7 @@
 """A stateful data pipeline and drop-in DataLoader for PyTorch that resumes mid-stream, exactly."""
 
+from midstream import checkpoint as checkpoint
+from midstream import plot as plot
 from midstream.attention import document_mask
 from midstream.checkpoint import merge_states
 from midstream.core import Dataset

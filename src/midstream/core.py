@@ -25,7 +25,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import dill
 import numpy as np
@@ -38,6 +38,9 @@ from midstream.breadcrumbs import Trail
 from midstream.columns import Columns
 from midstream.errors import CheckpointError, MidstreamError, Origin, ReplayDiverged, TooManyErrors
 from midstream.failures import Failure, Hole, Ledger, check_limits
+
+if TYPE_CHECKING:
+    from midstream.display import Preview
 
 __all__ = [
     "FORMAT",
@@ -610,9 +613,9 @@ class Dataset(IterableDataset[Any]):
     >>> import midstream as ms
     >>> ds = ms.from_dataset(list("abcdef"), name="letters").shuffle(seed=1).take(4)
     >>> ds
-    take(n=4)
-    └─ shuffle(seed=1)
-       └─ letters: from_dataset(list, 6 rows)
+    take(n=4)                                  # random access, 4
+    └─ shuffle(seed=1)                         # random access, 6
+       └─ letters: from_dataset(list, 6 rows)  # random access, 6
     >>> list(ds) == list(ds), len(ds)
     (True, 4)
     """
@@ -725,7 +728,9 @@ class Dataset(IterableDataset[Any]):
         return int(self.fingerprint, 16) >> 4
 
     def __repr__(self) -> str:
-        return "\n".join(tree_lines(bind(self)))
+        lines = tree_lines(bind(self))
+        width = min(72, max(len(line) for line, _ in lines))
+        return "\n".join(f"{line.ljust(width)}  # {note}" for line, note in lines)
 
     def _repr_html_(self) -> str:
         from midstream.display import tree_html
@@ -736,6 +741,39 @@ class Dataset(IterableDataset[Any]):
         """This node in one line of a tree: its arguments."""
         fields = ((key, value) for key, value in self.spec_fields().items() if key != "length")
         return f"{self.kind}({', '.join(f'{key}={_short(value)}' for key, value in fields)})"
+
+    def reads_again(self) -> str:
+        """What this node itself reads again on a resume, at most, in words; empty where nothing."""
+        return ""
+
+    def face(self) -> str:
+        """Random access or stream, how long, and what a resume reads again, in words.
+
+        >>> import midstream as ms
+        >>> ms.from_dataset(range(1000)).face(), ms.from_dataset(range(9)).filter(bool).shuffle(0, buffer_size=48).face()
+        ('random access, 1,000', 'stream, a resume reads again at most 54/lanes + 1 inputs of a lane')
+        """
+        if self.random_access:
+            length = self.length()
+            return "random access, endless" if length is None else f"random access, {length:,}"
+        again = self.reads_again()
+        return f"stream{', endless' if self.infinite else ''}{f', a resume reads again {again}' if again else ''}"
+
+    def preview(self, n: int = 5) -> Preview:
+        """The first samples as a table, with their origins. Changes nothing: no position, no state, no random generator.
+
+        Args:
+            n: Samples, at most. One that user code fails on is shown as its error.
+
+        >>> import midstream as ms
+        >>> print(ms.from_dataset([{"id": i, "text": "ab" * i} for i in range(9)], name="web").shuffle(1).preview(2))
+        origin  id  text
+        web[8]  8   'abababababababab'
+        web[6]  6   'abababababab'
+        """
+        from midstream.display import preview
+
+        return preview(self, n)
 
     # -- pickling and hidden slots ------------------------------------------------------------------------------------
 
@@ -1118,18 +1156,18 @@ def _short(value: State) -> str:
     return repr(value) if isinstance(value, (str, float)) else str(value)
 
 
-def tree_lines(place: Place, prefix: str = "") -> list[str]:
-    """A tree in words, one line per node."""
+def tree_lines(place: Place) -> list[tuple[str, str]]:
+    """A tree in words: for each node its line, and its face."""
     label = place.node.summary()
     if place.source >= 0:
         label = f"{place.names[place.source]}: {label}"
-    lines = [f"{prefix}{label}"]
-    children = list(place.inputs.items())
-    for index, (_, child) in enumerate(children):
-        last = index == len(children) - 1
-        head, *tail = tree_lines(child)
-        lines.append(f"{'└─ ' if last else '├─ '}{head}")
-        lines.extend(f"{'   ' if last else '│  '}{line}" for line in tail)
+    lines = [(label, place.node.face())]
+    children = list(place.inputs.values())
+    for child in children:
+        last = child is children[-1]
+        (head, face), *tail = tree_lines(child)
+        lines.append((f"{'└─ ' if last else '├─ '}{head}", face))
+        lines.extend((f"{'   ' if last else '│  '}{line}", face) for line, face in tail)
     return lines
 
 

@@ -1033,6 +1033,20 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 f"lanes={canonical.num_lanes}, so that it asks for all.)"
             )
 
+    def __repr__(self) -> str:
+        if self._foreign:
+            return f"DataLoader({type(self.dataset).__name__}, by torchdata's StatefulDataLoader)"
+        from midstream.display import loader_head
+
+        return f"{loader_head(self)}\n{self._pipeline!r}"
+
+    def _repr_html_(self) -> str | None:
+        if self._foreign:
+            return None
+        from midstream.display import loader_html
+
+        return loader_html(self)
+
     def progress(self) -> Progress:
         """How far this rank has come, per source: samples, epochs, failures, counted as delivered."""
         self._no_foreign("progress")

@@ -26,6 +26,7 @@ class SourceProgress:
         padded: Samples delivered once more so that every rank gets as many batches; in no other number.
         tokens: Tokens delivered; 0 where the pipeline does not count them (``pack`` does).
         counts: What else was counted, by name: documents ``split`` and ``truncated``, ``tokens dropped``.
+        asked: The share that the weights of the mixes above it ask for now; None where no weights say.
     """
 
     name: str
@@ -38,6 +39,7 @@ class SourceProgress:
     padded: int = 0
     tokens: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    asked: float | None = None
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,10 @@ class FlatMap(Dataset):
             fields["on_error"] = self.on_error
         return fields
 
+    def reads_again(self) -> str:
+        """See `Dataset.reads_again`."""
+        return "at most 16 inputs of a lane"
+
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         return _FlatMapIterator(self, at, lane, key, pass_)
 

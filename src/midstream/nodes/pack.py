@@ -155,6 +155,12 @@ class Pack(Dataset):
                 fields[name] = list(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
         return fields
 
+    def reads_again(self) -> str:
+        """See `Dataset.reads_again`."""
+        if self.mode == "concat":
+            return "at most 17 inputs of a lane"
+        return f"at most two windows of {_fit_options(self)[0]:,} inputs of a lane"
+
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         packer = _Packer(self, at, lane, pass_)
         upstream = at.input.iterate(lane, key, pass_)

@@ -151,6 +151,10 @@ class BufferedShuffle(Dataset):
         """Seed and buffer size."""
         return {"seed": int(self.seed), "buffer_size": int(self.buffer_size)}
 
+    def reads_again(self) -> str:
+        """See `Dataset.reads_again`."""
+        return f"at most {self.buffer_size * 9 // 8:,}/lanes + 1 inputs of a lane"
+
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         return _BufferedShuffleIterator(self, at, lane, key, pass_)
 

@@ -85,6 +85,10 @@ class IterableSource(Dataset):
             f"it more shards (to_iterable_dataset(num_shards=n), or .reshard())"
         )
 
+    def reads_again(self) -> str:
+        """See `Dataset.reads_again`."""
+        return "at most 256 rows of a lane"
+
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         return ShardIterator(_HubShards(self.data), at, lane, pass_, self._num_shards, False)
 

@@ -88,6 +88,10 @@ class FromIterable(Dataset):
             f"every lane reads all and keeps its part"
         )
 
+    def reads_again(self) -> str:
+        """See `Dataset.reads_again`."""
+        return "the shard in progress, from its start"
+
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         return ShardIterator(_IterableShards(self), at, lane, pass_, self.num_shards, self.split == "stride")
 

@@ -77,7 +77,7 @@ def read_json(paths: Paths, *, name: str | None = None) -> Dataset:
     ...     ds = ms.read_json(f"{folder}/*.jsonl", name="ids")
     ...     print(ds)
     ...     print(ds.rows([1, 0]))
-    ids: read_json(2 rows in 1 file)
+    ids: read_json(2 rows in 1 file)  # random access, 2
     [{'id': 1}, {'id': 0}]
     """
     require_name(name, "read_json")
@@ -178,6 +178,10 @@ class JsonSource(Dataset):
                     origin = at.origin(origins[place].tolist())
                     samples[place] = Hole((Failure(at.path, origin, "json.loads", _not_json(where, line, error)),))
         return Rows(samples, origins)
+
+    def reads_again(self) -> str:
+        """See `Dataset.reads_again`."""
+        return "at most 256 rows of a lane"
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         files = [found.file for found in self._found()]

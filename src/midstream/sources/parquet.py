@@ -74,7 +74,7 @@ def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None, name: st
     ...     ds = ms.read_parquet(f"{folder}/*.parquet", columns=["text"], name="letters")
     ...     print(ds)
     ...     print(ds.rows([2, 0]))
-    letters: read_parquet([text], 3 rows in 2 row groups of 1 file)
+    letters: read_parquet([text], 3 rows in 2 row groups of 1 file)  # random access, 3
     [{'text': 'c'}, {'text': 'a'}]
     """
     require_name(name, "read_parquet")

@@ -1,0 +1,253 @@
+"""Pictures of a pipeline: what a mix asked for and got, what a shuffle does, how long samples are.
+
+Needs matplotlib: ``pip install 'midstream[plot]'``. Every function draws into the axes it is given, or into new ones, and
+returns them; reading a pipeline for a picture changes nothing about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from midstream._check import require_int
+from midstream._state import State
+from midstream.core import Dataset, as_origin_array, bind, require_dataset
+from midstream.display import look
+from midstream.failures import Failure
+from midstream.progress import Progress, progress
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["lengths", "mix", "shuffle"]
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#555555")
+"""Told apart without colour vision (Okabe and Ito), the last two added; further sources begin again."""
+_MOST = 24
+
+
+def mix(
+    data: Progress | Mapping[str, State] | Sequence[Progress | Mapping[str, State]],
+    *,
+    unit: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Asked and real share of every source: bars for one moment, lines over the run for several.
+
+    Args:
+        data: A `Progress`, a checkpoint's state, or a sequence of either in the order of the run.
+        unit: ``"samples"`` or ``"tokens"``; left out, tokens where the pipeline counts them.
+        ax: Axes to draw in.
+
+    Raises:
+        ValueError: If there is nothing in ``data``, or tokens are asked for and not counted.
+
+    >>> import midstream as ms
+    >>> ds = ms.interleave({"a": ms.from_dataset(range(70)), "b": ms.from_dataset(range(30))}, {"a": 7, "b": 3})
+    >>> loader = ms.DataLoader(ds, batch_size=10)
+    >>> states = [loader.state_dict() for _ in loader]
+    >>> ax = ms.plot.mix(states)
+    >>> ax.get_ylabel(), len(ax.lines) >= 2
+    ('share of samples', True)
+    """
+    several = [data] if isinstance(data, (Progress, Mapping)) else list(data)
+    told = [item if isinstance(item, Progress) else progress(dict(item)) for item in several]
+    if not told:
+        raise ValueError("plot.mix draws a progress, a state, or a sequence of them; found an empty sequence")
+    if unit is None:
+        unit = "tokens" if told[-1].tokens else "samples"
+    if unit not in ("samples", "tokens"):
+        raise ValueError(f"unit is 'samples' or 'tokens'; found {unit!r}")
+    if unit == "tokens" and not told[-1].tokens:
+        raise ValueError("this pipeline counts no tokens (pack does); use unit='samples'")
+    names = list(told[-1].sources)
+    ax = _axes(ax)
+    if len(told) == 1:
+        _bars(ax, told[0], names, unit)
+    else:
+        _lines(ax, told, names, unit)
+    return ax
+
+
+def _bars(ax: Axes, told: Progress, names: list[str], unit: str) -> None:
+    places = np.arange(len(names))
+    real = [_share(told, name, unit) for name in names]
+    bars = ax.barh(places, real, height=0.6, color=[_colour(index) for index in range(len(names))])
+    ax.bar_label(bars, [f"{value:.1%}" for value in real], padding=4, fontsize=9)
+    asked = [told.sources[name].asked for name in names]
+    for place, value in zip(places, asked):
+        if value is not None:
+            ax.plot([value, value], [place - 0.4, place + 0.4], color="black", linewidth=1.5, solid_capstyle="butt")
+    if any(value is not None for value in asked):
+        ax.plot([], [], color="black", linewidth=1.5, label="asked")
+        ax.legend(frameon=False, fontsize=9, loc="lower right")
+    ax.set_yticks(places, names)
+    ax.invert_yaxis()
+    ax.set_xlim(0, max([*real, *(value or 0 for value in asked), 0.01]) * 1.15)
+    ax.xaxis.set_major_formatter(_percent())
+    ax.set_xlabel(f"share of {unit}")
+    ax.set_title(f"epoch {told.epoch}, {getattr(told, unit):,} {unit} delivered", fontsize=10)
+
+
+def _lines(ax: Axes, told: list[Progress], names: list[str], unit: str) -> None:
+    over = [getattr(item, unit) for item in told]
+    for index, name in enumerate(names):
+        real = [_share(item, name, unit) if getattr(item, unit) else np.nan for item in told]
+        ax.plot(over, real, color=_colour(index), linewidth=1.6, label=name)
+        asked = [_asked(item, name) for item in told]
+        if not all(np.isnan(asked)):
+            ax.plot(over, asked, color=_colour(index), linewidth=1, linestyle=(0, (4, 3)))
+    ax.plot([], [], color="grey", linewidth=1, linestyle=(0, (4, 3)), label="asked")
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_formatter(_percent())
+    ax.set_xlabel(f"{unit} delivered")
+    ax.xaxis.set_major_formatter(_thousands())
+    ax.set_ylabel(f"share of {unit}")
+    if len(names) <= _MOST:
+        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def shuffle(dataset: Dataset, *, n: int = 2000, epoch: int = 0, ax: Axes | None = None) -> Axes:
+    """Position in against position out: where in its source each sample stood that comes out.
+
+    A line is no shuffle, a cloud is a whole one, a band is one in a buffer.
+
+    Args:
+        dataset: A pipeline; it is read as one lane.
+        n: Samples to read, from the start.
+        epoch: Which epoch's order.
+        ax: Axes to draw in.
+
+    >>> import midstream as ms
+    >>> ax = ms.plot.shuffle(ms.from_dataset(range(100), name="hundred").shuffle(seed=1))
+    >>> ax.get_xlabel(), ax.get_ylabel()
+    ('position out', 'row of the source')
+    """
+    require_dataset(dataset, "plot.shuffle")
+    require_int(n, "n", 1, "plot.shuffle")
+    places = []
+    for out, (sample, origins) in enumerate(islice(look(dataset, epoch), n)):
+        if not isinstance(sample, Failure):
+            places += [(out, origin[0], origin[2]) for origin in as_origin_array(origins).tolist()]
+    ax = _axes(ax)
+    found = np.array(places, dtype=np.int64).reshape(-1, 3)
+    names = bind(dataset).names
+    for index, name in enumerate(names):
+        here = found[found[:, 1] == index]
+        if len(here):
+            size = float(np.clip(3000 / len(found), 2, 20))
+            ax.scatter(here[:, 0], here[:, 2], s=size, color=_colour(index), linewidths=0, alpha=0.8, label=name)
+    ax.set_xlabel("position out")
+    ax.set_ylabel("row of the source")
+    ax.xaxis.set_major_formatter(_thousands())
+    ax.yaxis.set_major_formatter(_thousands())
+    if 1 < len(names) <= _MOST:
+        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+    return ax
+
+
+def lengths(
+    dataset: Dataset,
+    key: str | Callable[[Any], int] | None = None,
+    *,
+    n: int = 2000,
+    bins: int = 40,
+    ax: Axes | None = None,
+) -> Axes:
+    """How long samples are, per source: a histogram over the first ``n`` samples.
+
+    Args:
+        dataset: A pipeline; it is read as one lane.
+        key: A column whose ``len`` is taken, or a function from sample to length; None: the sample's own ``len``.
+        n: Samples to read, from the start.
+        bins: Bars.
+        ax: Axes to draw in.
+
+    Raises:
+        TypeError: If a sample has no length.
+
+    >>> import midstream as ms
+    >>> ax = ms.plot.lengths(ms.from_dataset([[0] * (i % 7) for i in range(50)], name="lists"))
+    >>> ax.get_xlabel()
+    'length'
+    """
+    require_dataset(dataset, "plot.lengths")
+    require_int(n, "n", 1, "plot.lengths")
+    names = bind(dataset).names
+    found: dict[int, list[int]] = {index: [] for index in range(len(names))}
+    for sample, origins in islice(look(dataset), n):
+        if not isinstance(sample, Failure):
+            first = as_origin_array(origins)
+            found[int(first[0, 0]) if len(first) else 0].append(_length(sample, key))
+    ax = _axes(ax)
+    every = np.concatenate([np.array(values, dtype=np.float64) for values in found.values()])
+    if len(every):
+        low, high = float(every.min()), float(every.max())
+        far = low > 0 and high / low > 50
+        edges = np.geomspace(low, high + 1, bins + 1) if far else np.linspace(low, high + 1, bins + 1)
+        for index, values in found.items():
+            if values:
+                middle = int(np.median(values))
+                label = f"{names[index]} (median {middle:,})"
+                ax.hist(values, edges.tolist(), color=_colour(index), alpha=0.55, label=label)
+        if far:
+            ax.set_xscale("log")
+        ax.legend(frameon=False, fontsize=9)
+    ax.xaxis.set_major_formatter(_thousands())
+    ax.set_xlabel(f"length of {key}" if isinstance(key, str) else "length")
+    ax.set_ylabel("samples")
+    return ax
+
+
+def _length(sample: Any, key: str | Callable[[Any], int] | None) -> int:
+    try:
+        if callable(key):
+            return int(key(sample))
+        return len(sample if key is None else sample[key])
+    except (TypeError, KeyError, IndexError) as error:
+        raise TypeError(
+            f"plot.lengths cannot tell the length of a sample ({type(error).__name__}: {error}); give the key of a "
+            f"column, or a function: {sample!r:.120}"
+        ) from None
+
+
+def _share(told: Progress, name: str, unit: str) -> float:
+    total = getattr(told, unit)
+    return getattr(told.sources[name], unit) / total if total and name in told.sources else 0.0
+
+
+def _asked(told: Progress, name: str) -> float:
+    asked = told.sources[name].asked if name in told.sources else None
+    return float("nan") if asked is None else asked
+
+
+def _colour(index: int) -> str:
+    return _COLOURS[index % len(_COLOURS)]
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is None:
+        try:
+            from matplotlib.pyplot import subplots
+        except ImportError as error:
+            raise ImportError("midstream.plot draws with matplotlib: pip install 'midstream[plot]'") from error
+        _, ax = subplots(figsize=(7, 3.5), layout="constrained")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25, linewidth=0.6)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def _percent() -> Any:
+    from matplotlib.ticker import PercentFormatter
+
+    return PercentFormatter(1.0)
+
+
+def _thousands() -> Any:
+    from matplotlib.ticker import StrMethodFormatter
+
+    return StrMethodFormatter("{x:,.0f}")
