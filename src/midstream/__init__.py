@@ -13,10 +13,13 @@ from midstream.errors import (
     TooManyErrors,
     WorkerError,
 )
+from midstream.failures import ErrorRate
 from midstream.loader import DataLoader
 from midstream.nodes import collate, concatenate, interleave, pad
 from midstream.preemption import PreemptionGuard
 from midstream.progress import Progress, progress
+from midstream.quarantine import read_quarantine
+from midstream.replay import Replay, replay
 from midstream.sources import from_dataset, from_iterable, read_json, read_parquet
 
 __version__ = "0.1.0"
@@ -25,10 +28,12 @@ __all__ = [
     "CheckpointError",
     "DataLoader",
     "Dataset",
+    "ErrorRate",
     "MidstreamError",
     "Origin",
     "PreemptionGuard",
     "Progress",
+    "Replay",
     "ReplayDiverged",
     "SampleError",
     "SourceError",
@@ -45,4 +50,6 @@ __all__ = [
     "progress",
     "read_json",
     "read_parquet",
+    "read_quarantine",
+    "replay",
 ]
