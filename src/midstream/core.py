@@ -37,7 +37,7 @@ from midstream._state import MISSING, State, copy_plain, fingerprint
 from midstream.breadcrumbs import Trail
 from midstream.columns import Columns
 from midstream.errors import CheckpointError, MidstreamError, Origin, ReplayDiverged, TooManyErrors
-from midstream.failures import Failure, Hole, Ledger, check_limits
+from midstream.failures import ErrorRate, Failure, Hole, Ledger, Windows, check_limits
 
 if TYPE_CHECKING:
     from midstream.display import Preview
@@ -870,6 +870,35 @@ class Dataset(IterableDataset[Any]):
                 raise sample.errors[0].error()
         return samples
 
+    def row(self, origin: Origin | Sequence[Any]) -> Any:
+        """The raw row behind an origin: what its source holds, before any node.
+
+        Args:
+            origin: As `DataLoader.trace`, a `SampleError` or a quarantine tells it: source, epoch, row (further numbers do
+                not matter here).
+
+        Raises:
+            ValueError: If the pipeline has no source of that name.
+            IndexError: If the source has no such row.
+            SampleError: If the row cannot be read.
+
+        A source that is a stream is read from the start of the row's shard.
+
+        >>> import midstream as ms
+        >>> ds = ms.from_dataset(["a", "b", "c"], name="letters").shuffle(1).map(str.upper)
+        >>> ds.row(ms.Origin("letters", epoch=0, row=2))
+        'c'
+        """
+        source, _, row, *_ = origin
+        root = bind(self)
+        place = next((place for place in root.walk() if place.source >= 0 and root.names[place.source] == source), None)
+        if place is None:
+            raise ValueError(f"there is no source {source!r} in this pipeline; its sources: {', '.join(root.names)}")
+        sample = _row(place, int(row))
+        if type(sample) is Hole:
+            raise sample.errors[0].error()
+        return sample
+
     def state_dict(self) -> State:
         """The state of the iteration in progress (or, before any, of its start). Plain values, fresh each time."""
         waiting = self.__dict__.get("_waiting")
@@ -930,7 +959,8 @@ class Dataset(IterableDataset[Any]):
         isolate_rng: bool = False,
         seed: int = 0,
         on_error: OnError = "raise",
-        max_errors: int | None = None,
+        max_errors: int | ErrorRate | None = None,
+        quarantine: str | os.PathLike[str] | None = None,
         batched: bool = False,
         batch_size: int = 1000,
     ) -> Dataset:
@@ -944,7 +974,10 @@ class Dataset(IterableDataset[Any]):
             seed: For the two above.
             on_error: ``"raise"``; ``"skip"``: the sample is left out and counted, its batch is shorter; ``"refill"``:
                 the same, and batches stay full (makes the pipeline a stream).
-            max_errors: With skip and refill: more than so many raise `TooManyErrors`.
+            max_errors: With skip and refill: more than so many raise `TooManyErrors`; `midstream.ErrorRate` for a part of
+                the last samples.
+            quarantine: With skip and refill: a folder in which every process writes what it skipped, with origin, traceback
+                and a preview (`midstream.read_quarantine`).
             batched: Give ``fn`` ``batch_size`` samples at once, as a dict of lists (samples that are no dicts: as a list);
                 it returns a dict of columns, or a list of samples, of any number of rows. They replace the group's samples.
                 Makes the pipeline a stream; a group is lost whole when ``fn`` raises.
@@ -968,13 +1001,18 @@ class Dataset(IterableDataset[Any]):
                 raise ValueError(
                     "map: batched=True has no generator per sample; draw in a map without it, or seed by what is in the batch"
                 )
-            return MapBatched(self, fn, batch_size, on_error, max_errors)
-        return Map(self, fn, with_rng, isolate_rng, seed, on_error, max_errors)
+            return MapBatched(self, fn, batch_size, on_error, max_errors, _path(quarantine))
+        return Map(self, fn, with_rng, isolate_rng, seed, on_error, max_errors, _path(quarantine))
 
     def filter(
-        self, fn: Callable[[Any], Any], *, on_error: Literal["raise", "skip"] = "raise", max_errors: int | None = None
+        self,
+        fn: Callable[[Any], Any],
+        *,
+        on_error: Literal["raise", "skip"] = "raise",
+        max_errors: int | ErrorRate | None = None,
+        quarantine: str | os.PathLike[str] | None = None,
     ) -> Dataset:
-        """Keep the samples for which ``fn(sample)`` is true; what is dropped is counted.
+        """Keep the samples for which ``fn(sample)`` is true; what is dropped is counted. For the other arguments see `map`.
 
         >>> import midstream as ms
         >>> list(ms.from_dataset(range(6)).filter(lambda x: x % 2))
@@ -982,16 +1020,17 @@ class Dataset(IterableDataset[Any]):
         """
         from midstream.nodes.filter import Filter
 
-        return Filter(self, fn, on_error, max_errors)
+        return Filter(self, fn, on_error, max_errors, _path(quarantine))
 
     def flat_map(
         self,
         fn: Callable[[Any], Iterable[Any]],
         *,
         on_error: Literal["raise", "skip"] = "raise",
-        max_errors: int | None = None,
+        max_errors: int | ErrorRate | None = None,
+        quarantine: str | os.PathLike[str] | None = None,
     ) -> Dataset:
-        """Replace every sample by the samples ``fn`` returns: none, one or many.
+        """Replace every sample by the samples ``fn`` returns: none, one or many. For the other arguments see `map`.
 
         >>> import midstream as ms
         >>> list(ms.from_dataset(["ab", "", "c"]).flat_map(list))
@@ -999,7 +1038,7 @@ class Dataset(IterableDataset[Any]):
         """
         from midstream.nodes.flat_map import FlatMap
 
-        return FlatMap(self, fn, on_error, max_errors)
+        return FlatMap(self, fn, on_error, max_errors, _path(quarantine))
 
     def pack(
         self,
@@ -1096,6 +1135,29 @@ class Dataset(IterableDataset[Any]):
         from midstream.nodes.batch import Batch
 
         return Batch(self, batch_size, drop_last, collate_fn)
+
+
+def _row(place: Place, row: int) -> Any:
+    """A row of a source, or a `Hole`."""
+    node = place.node
+    if node.random_access:
+        length = node.length()
+        if not 0 <= row < (length or 0):
+            raise IndexError(f"source {place.names[place.source]!r} has the rows 0 to {(length or 0) - 1}; found {row}")
+        return place.rows(np.array([row], dtype=np.int64), epoch_key(0), np.zeros(1, dtype=np.int64)).samples[0]
+    limit = node.max_lanes()
+    shards = limit[0] if limit is not None else 1
+    # One lane for each shard: row r of shard s is row r * shards + s.
+    for sample, origins in place.iterate(Lane(row % shards, shards, 1, Ledger(writes=False)), 0, 0):
+        if origins[2] == row:
+            return sample
+        if origins[2] > row:
+            break
+    raise IndexError(f"source {place.names[place.source]!r} has no row {row}")
+
+
+def _path(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.fspath(path)
 
 
 class _ByValue:
@@ -1217,6 +1279,7 @@ class Run:
         self._epoch = epoch
         self._events: dict[str, int] = {}
         self._over: list[TooManyErrors] = []
+        self._windows, self._seen = Windows(), [0]
         self._noticed: set[str] = set()
         self._done = False
         self._waiting: State = None
@@ -1240,6 +1303,7 @@ class Run:
             raise self._over[0]
         if self._done:
             raise StopIteration
+        self._seen[0] += 1
         try:
             sample = (self._delivery or self._start()).next()[0]
         except StopIteration:
@@ -1252,7 +1316,7 @@ class Run:
 
     def _start(self) -> Delivery:
         # Not a method of this object: that would be a cycle.
-        skipped = functools.partial(_check_skipped, self._events, self._ledger, self._over)
+        skipped = functools.partial(_check_skipped, self._events, self._ledger, self._over, self._windows, self._seen)
         delivery = Delivery(self._place, self._lane, int(epoch_key(self._epoch)[0]), self._epoch, skipped)
         if self._waiting is not None:
             delivery.iterator.load(self._waiting["state"])
@@ -1303,6 +1367,8 @@ class Run:
         self._epoch, self._done = state["epoch"], state["done"]
         self._events = dict(self._waiting["events"])
         self._ledger.events, self._over = {}, []
+        self._windows.begin(self._events)
+        self._seen[0] = 0
         self._delivery = None
 
 
@@ -1314,10 +1380,13 @@ def _add_events(events: Mapping[str, int], more: Mapping[str, int]) -> dict[str,
     return total
 
 
-def _check_skipped(events: Mapping[str, int], ledger: Ledger, over: list[TooManyErrors]) -> None:
+def _check_skipped(
+    events: Mapping[str, int], ledger: Ledger, over: list[TooManyErrors], windows: Windows, seen: list[int]
+) -> None:
     """A sample was skipped: is that one too many?"""
+    seen[0] += 1
     try:
-        check_limits(_add_events(events, ledger.events), ledger.limits)
+        check_limits(_add_events(events, ledger.events), ledger.limits, windows, seen[0])
     except TooManyErrors as error:
         over.append(error)
         raise

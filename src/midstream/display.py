@@ -50,7 +50,7 @@ def _node(place: Place) -> str:
 def look(dataset: Dataset, epoch: int = 0) -> Iter[Item]:
     """The samples of one lane with their origins, a `Failure` where user code failed; touches nothing of the dataset's own
     iteration, and what is dropped on the way is counted nowhere."""
-    delivery = Delivery(bind(dataset), Lane(0, 1, 1, Ledger()), int(epoch_key(epoch)[0]), epoch)
+    delivery = Delivery(bind(dataset), Lane(0, 1, 1, Ledger(writes=False)), int(epoch_key(epoch)[0]), epoch)
     while True:
         try:
             item = delivery.next()

@@ -5,13 +5,52 @@ from __future__ import annotations
 import functools
 import pickle
 import traceback
+from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from midstream._state import MISSING
 from midstream.errors import Origin, SampleError, TooManyErrors, bullet_list
+from midstream.quarantine import Record, write_record
 
-__all__ = ["Failure", "Hole", "Ledger", "callable_name", "check_limits", "describe_callable"]
+__all__ = [
+    "ErrorRate",
+    "Failure",
+    "Hole",
+    "Ledger",
+    "Windows",
+    "add_counts",
+    "callable_name",
+    "check_limits",
+    "describe_callable",
+    "failed_in",
+]
+
+
+class ErrorRate(NamedTuple):
+    """How many samples a node may skip, as a part of those that a rank reads.
+
+    Attributes:
+        rate: Part of the samples of a window, in (0, 1).
+        window: Samples looked at together. More than ``rate * window`` failures among so many raise, wherever they lie; the
+            window begins anew at a resume.
+
+    >>> import midstream as ms
+    >>> ds = ms.from_dataset(range(1000)).map(lambda x: 1 // (x % 100), on_error="skip", max_errors=ms.ErrorRate(0.02, 500))
+    >>> sum(1 for _ in ds)
+    990
+    """
+
+    rate: float
+    window: int = 10_000
+
+    @property
+    def most(self) -> int:
+        """Failures that a window may have."""
+        return int(self.rate * self.window + 1e-9)
+
+    def __str__(self) -> str:
+        return f"ErrorRate({self.rate:g}, window={self.window:,})"
 
 
 def describe_callable(fn: Any) -> str:
@@ -47,9 +86,21 @@ class Failure:
         origin: Where the sample came from; None when a whole batch failed.
         quiet: Counted (``on_error="skip"``) instead of raised.
         limit: ``max_errors`` of the node, or None.
+        record: What is written to the node's quarantine when it is counted, or None.
     """
 
-    __slots__ = ("error_type", "exception", "function", "limit", "message", "node", "origin", "quiet", "traceback")
+    __slots__ = (
+        "error_type",
+        "exception",
+        "function",
+        "limit",
+        "message",
+        "node",
+        "origin",
+        "quiet",
+        "record",
+        "traceback",
+    )
 
     def __init__(
         self,
@@ -59,7 +110,7 @@ class Failure:
         error: BaseException,
         *,
         quiet: bool = False,
-        limit: int | None = None,
+        limit: int | ErrorRate | None = None,
     ) -> None:
         self.node, self.origin, self.function, self.quiet, self.limit = node, origin, function, quiet, limit
         self.error_type = type(error).__qualname__
@@ -67,6 +118,14 @@ class Failure:
         # The first frame is ours: the call of the user's function.
         self.traceback = "" if quiet else _traceback(error)
         self.exception = b"" if quiet else _pickle_exception(error)
+        self.record: Record | None = None
+
+    def quarantined(self, folder: str, error: BaseException, sample: Any) -> Failure:
+        """The same, to be written to a quarantine when it is counted."""
+        self.record = Record(
+            folder, self.node, self.origin, self.function, self.error_type, self.message, _traceback(error), sample
+        )
+        return self
 
     def error(self) -> SampleError:
         """The exception to raise for it, with the original as its cause where that could be carried over."""
@@ -153,16 +212,18 @@ class Ledger:
         events: Counts since the last delivery, keyed ``kind|path|source index``.
         notices: (key, text) of warnings for the user, to be given once.
         limits: ``max_errors`` of the nodes that failed.
+        writes: Whether quarantines are written; not where somebody only looks.
         reads: Grows when a source of the lane gives anything: tells an empty pass from one of which nothing was left.
     """
 
-    __slots__ = ("events", "limits", "marks", "notices", "reads")
+    __slots__ = ("events", "limits", "marks", "notices", "reads", "writes")
 
-    def __init__(self) -> None:
+    def __init__(self, *, writes: bool = True) -> None:
         self.marks: dict[str, list[int]] = {}
         self.events: dict[str, int] = {}
         self.notices: list[tuple[str, str]] = []
-        self.limits: dict[str, int] = {}
+        self.limits: dict[str, int | ErrorRate] = {}
+        self.writes = writes
         self.reads = 0
 
     def dropped(self, kind: str, path: str, source: int, pass_: int, number: int, count: int = 1) -> None:
@@ -182,20 +243,66 @@ class Ledger:
         self.events[key] = self.events.get(key, 0) + 1
         if failure.limit is not None:
             self.limits[failure.node] = failure.limit
+        if failure.record is not None and self.writes:
+            trouble = write_record(failure.record)
+            if trouble:
+                self.notice(f"quarantine|{failure.node}", f"{failure.node}: {trouble}")
 
     def notice(self, key: str, text: str) -> None:
         """Leave a warning for the user."""
         self.notices.append((key, text))
 
-    def take(self) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
+    def take(self) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int | ErrorRate]]:
         """Events, notices and limits since the last call."""
         taken = (self.events, self.notices, self.limits)
         self.events, self.notices, self.limits = {}, [], {}
         return taken
 
 
-def check_limits(events: Mapping[str, int], limits: Mapping[str, int]) -> None:
+def add_counts(counts: Mapping[str, int], more: Mapping[str, int], times: int) -> dict[str, int]:
+    """Two counts as one, the second one so many times."""
+    total = dict(counts)
+    for key, count in more.items():
+        total[key] = total.get(key, 0) + count * times
+    return total
+
+
+def failed_in(events: Mapping[str, int]) -> int:
+    """Samples that failed, of all nodes."""
+    return sum(count for key, count in events.items() if key.startswith("failed "))
+
+
+class Windows:
+    """The last failures of nodes that have a rate for a limit: after how many samples, and how many, for each node."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, int] = {}
+        self._last: dict[str, deque[tuple[int, int]]] = {}
+
+    def begin(self, events: Mapping[str, int]) -> None:
+        """What failed before does not count."""
+        self._known, self._last = _failed_by_node(events), {}
+
+    def add(self, path: str, failed: int, seen: int, limit: ErrorRate) -> int:
+        """Failures of a node among the last samples, when it has ``failed`` in all after ``seen`` samples of the rank."""
+        last = self._last.setdefault(path, deque())
+        new = failed - self._known.get(path, 0)
+        if new > 0:
+            last.append((seen, new))
+        self._known[path] = failed
+        while last and last[0][0] <= seen - limit.window:
+            last.popleft()
+        return sum(count for _, count in last)
+
+
+def check_limits(events: Mapping[str, int], limits: Mapping[str, int | ErrorRate], windows: Windows, seen: int) -> None:
     """Compare the failures counted so far with every node's ``max_errors``.
+
+    Args:
+        events: Counts of the rank.
+        limits: Of the nodes that failed just now.
+        windows: What is remembered for limits that are rates.
+        seen: Samples of the rank so far, failed ones included.
 
     Raises:
         TooManyErrors: If a node is over its limit.
@@ -204,9 +311,27 @@ def check_limits(events: Mapping[str, int], limits: Mapping[str, int]) -> None:
         failed = {
             key: count for key, count in events.items() if key.startswith("failed ") and key.split("|")[1] == path
         }
-        if sum(failed.values()) > limit:
-            kinds = [f"{count} x {key.split('|')[0].removeprefix('failed ')}" for key, count in sorted(failed.items())]
+        kinds = [f"{count} x {key.split('|')[0].removeprefix('failed ')}" for key, count in sorted(failed.items())]
+        total = sum(failed.values())
+        if isinstance(limit, ErrorRate):
+            recent = windows.add(path, total, seen, limit)
+            if recent > limit.most:
+                raise TooManyErrors(
+                    f"{path} skipped {recent:,} of the last {min(seen, limit.window):,} samples, more than "
+                    f"max_errors={limit} allows ({limit.most:,}); in all:{bullet_list(kinds)}\n"
+                    f"Look at one of them with on_error='raise' or in a quarantine=..., or raise max_errors."
+                )
+        elif total > limit:
             raise TooManyErrors(
-                f"{path} skipped {sum(failed.values())} samples, more than max_errors={limit}:{bullet_list(kinds)}\n"
-                f"Look at one of them with on_error='raise', or raise max_errors."
+                f"{path} skipped {total} samples, more than max_errors={limit}:{bullet_list(kinds)}\n"
+                f"Look at one of them with on_error='raise' or in a quarantine=..., or raise max_errors."
             )
+
+
+def _failed_by_node(events: Mapping[str, int]) -> dict[str, int]:
+    failed: dict[str, int] = {}
+    for key, count in events.items():
+        kind, path, _ = key.split("|")
+        if kind.startswith("failed "):
+            failed[path] = failed.get(path, 0) + count
+    return failed

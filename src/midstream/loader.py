@@ -34,7 +34,7 @@ from midstream.breadcrumbs import describe, new_table
 from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, render, settle
 from midstream.core import Dataset
 from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError, bullet_list
-from midstream.failures import check_limits
+from midstream.failures import Windows, add_counts, check_limits, failed_in
 from midstream.lanes import Agreement, Topology, batches_of_rank, choose_lanes, current_topology, slots
 from midstream.nodes.collate import collate
 from midstream.position import Facts, Position, Tally, Trace
@@ -71,6 +71,7 @@ class _LoaderIterator:
         self._dead_known = False
         self._ended = False
         self._broken: BaseException | None = None
+        self._windows: Windows | None = None  # begun where the first sample is skipped
         self._settled = False  # whether the call in progress has come to its result
         self._taken: list[tuple[int, int, Out]] = []  # what the call in progress took of `_ready`
 
@@ -116,7 +117,10 @@ class _LoaderIterator:
             raise self._explain(self._broken)
         if epoch.complete:
             while self._late:
-                self._tell(self._late.pop())
+                late = self._late.pop()
+                self._tell(late)
+                if late.notes is not None:
+                    self._limits(late, counted=True)
             self._drain()
             self._settled = True
             raise StopIteration
@@ -243,16 +247,19 @@ class _LoaderIterator:
                 self._loader._noticed.add(key)
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
 
-    def _limits(self, out: Out) -> None:
+    def _limits(self, out: Out, *, counted: bool = False) -> None:
+        """Were too many samples skipped? With ``counted`` what it tells is in the position already."""
         assert out.notes is not None
         events, _, limits = out.notes
         if not limits:
             return
         totals = self._epoch.totals()
-        for key, count in events.items():
-            totals[key] = totals.get(key, 0) + count
+        after = totals if counted else add_counts(totals, events, 1)
+        if self._windows is None:
+            self._windows = Windows()
+            self._windows.begin(add_counts(totals, events, -1) if counted else totals)
         try:
-            check_limits(totals, limits)
+            check_limits(after, limits, self._windows, self._epoch.seen() + (0 if counted else failed_in(events)))
         except MidstreamError as error:
             self._broken = error
             self._tell_others()

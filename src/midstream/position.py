@@ -13,6 +13,7 @@ from midstream._state import State, decode, encode, seal
 from midstream.checkpoint import Canonical
 from midstream.core import FORMAT, I64, PARTS, Dataset, bind
 from midstream.errors import Origin
+from midstream.failures import failed_in
 from midstream.lanes import Topology, first_batch
 from midstream.nodes.batch import Batch
 from midstream.nodes.map import Map
@@ -303,6 +304,10 @@ class Position:
         """Samples of a batch that is a repeat, by source."""
         counts = np.bincount(origins[:, 0], minlength=self.num_sources).tolist() if origins is not None else []
         return {f"padded|{self.facts.place.path}|{source}": count for source, count in enumerate(counts) if count}
+
+    def seen(self) -> int:
+        """Samples of this rank over the whole run, failed ones included."""
+        return sum(int(tally.rows.sum()) + failed_in(tally.events) for tally in self.tallies.values())
 
     def totals(self) -> dict[str, int]:
         """All events counted so far on this rank."""

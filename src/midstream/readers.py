@@ -21,7 +21,7 @@ from midstream._state import encode
 from midstream.breadcrumbs import Trail
 from midstream.core import I64, Cursor, Dataset, Delivery, Item, Lane, Place, as_origin_array, bind, epoch_key
 from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError
-from midstream.failures import Failure, Hole, Ledger
+from midstream.failures import ErrorRate, Failure, Hole, Ledger
 from midstream.lanes import Topology, first_batch, slots
 from midstream.transport import Arena, Once, Parcel, begin, pack
 
@@ -49,10 +49,10 @@ class Out(NamedTuple):
     origins: I64 | None = None
     final: bool = False
     state: str | None = None
-    notes: tuple[dict[str, int], list[tuple[str, str]], dict[str, int]] | None = None
+    notes: tuple[dict[str, int], list[tuple[str, str]], dict[str, int | ErrorRate]] | None = None
 
 
-def _take_notes(ledger: Ledger) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]] | None:
+def _take_notes(ledger: Ledger) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int | ErrorRate]] | None:
     return ledger.take() if ledger.events or ledger.notices else None
 
 

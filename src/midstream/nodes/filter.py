@@ -10,7 +10,7 @@ from midstream._check import require_callable, require_choice
 from midstream._state import State
 from midstream.core import Dataset, Item, Iterator, Lane, Place, as_origin_array, require_dataset
 from midstream.errors import SourceError
-from midstream.failures import Hole, callable_name, describe_callable
+from midstream.failures import ErrorRate, Hole, callable_name, describe_callable
 from midstream.nodes.map import Call, require_limit
 
 _LOOK_AT = 1_000
@@ -31,14 +31,15 @@ class Filter(Dataset):
     source: Dataset
     fn: Callable[[Any], Any]
     on_error: str = "raise"
-    max_errors: int | None = None
+    max_errors: int | ErrorRate | None = None
+    quarantine: str | None = None
     kind = "filter"
 
     def __post_init__(self) -> None:
         require_dataset(self.source, "filter")
         require_callable(self.fn, "filter")
         require_choice(self.on_error, "on_error", ("raise", "skip"), "filter")
-        require_limit(self.on_error, self.max_errors, "filter")
+        require_limit(self.on_error, self.max_errors, self.quarantine, "filter")
 
     @property
     def random_access(self) -> bool:
@@ -61,7 +62,9 @@ class _FilterIterator(Iterator):
         self.node, self.at, self.lane, self.pass_ = node, at, lane, pass_
         self.source = at.input.iterate(lane, key, pass_)
         fn = node.fn
-        self.call = Call(at, fn, node.on_error == "skip", node.max_errors, lambda sample, _: bool(fn(sample)))
+        self.call = Call(
+            at, fn, node.on_error == "skip", node.max_errors, lambda sample, _: bool(fn(sample)), node.quarantine
+        )
         self.seen = 0
         self.started_at, self.passed = 0, 0
         self.look_at = _LOOK_AT

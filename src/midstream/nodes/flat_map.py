@@ -21,7 +21,7 @@ from midstream.core import (
     require_dataset,
 )
 from midstream.errors import ReplayDiverged, SourceError
-from midstream.failures import Hole, callable_name, describe_callable
+from midstream.failures import ErrorRate, Hole, callable_name, describe_callable
 from midstream.nodes.map import Call, require_limit
 
 _EVERY = 16
@@ -46,14 +46,15 @@ class FlatMap(Dataset):
     source: Dataset
     fn: Callable[[Any], Iterable[Any]]
     on_error: str = "raise"
-    max_errors: int | None = None
+    max_errors: int | ErrorRate | None = None
+    quarantine: str | None = None
     kind = "flat_map"
 
     def __post_init__(self) -> None:
         require_dataset(self.source, "flat_map")
         require_callable(self.fn, "flat_map")
         require_choice(self.on_error, "on_error", ("raise", "skip"), "flat_map")
-        require_limit(self.on_error, self.max_errors, "flat_map")
+        require_limit(self.on_error, self.max_errors, self.quarantine, "flat_map")
         require_depth(self)
 
     @property
@@ -87,7 +88,9 @@ class _FlatMapIterator(Iterator):
         self.source = SafePoint(at.input.iterate(lane, key, pass_), _EVERY)
         fn = self.fn = node.fn
         self.endless = node.source.infinite
-        self.call = Call(at, fn, node.on_error == "skip", node.max_errors, lambda sample, _: _collect(fn, sample))
+        self.call = Call(
+            at, fn, node.on_error == "skip", node.max_errors, lambda sample, _: _collect(fn, sample), node.quarantine
+        )
         self.parts: list[Any] = []
         self.origins: Origins = None
         self.part = 0

@@ -29,7 +29,7 @@ from midstream.core import (
     as_origin_array,
     require_dataset,
 )
-from midstream.failures import Failure, Hole, callable_name, describe_callable
+from midstream.failures import ErrorRate, Failure, Hole, callable_name, describe_callable
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,7 +46,8 @@ class Map(Dataset):
     isolate_rng: bool = False
     seed: int = 0
     on_error: OnError = "raise"
-    max_errors: int | None = None
+    max_errors: int | ErrorRate | None = None
+    quarantine: str | None = None
     kind = "map"
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class Map(Dataset):
         require_callable(self.fn, "map")
         require_int(self.seed, "seed", -(1 << 63), "map")
         require_choice(self.on_error, "on_error", ("raise", "skip", "refill"), "map")
-        require_limit(self.on_error, self.max_errors, "map")
+        require_limit(self.on_error, self.max_errors, self.quarantine, "map")
 
     @property
     def random_access(self) -> bool:
@@ -80,7 +81,7 @@ class Map(Dataset):
 
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
         rows = at.input.rows(positions, keys, passes)
-        call = Call(at, self.fn, self.on_error != "raise", self.max_errors, self._caller(at))
+        call = Call(at, self.fn, self.on_error != "raise", self.max_errors, self._caller(at), self.quarantine)
         if rows.sizes is None and not self.with_rng and not self.isolate_rng:
             fn, out = self.fn, []
             for sample in rows.samples:  # the fast path: no origin is looked at unless something fails
@@ -93,7 +94,7 @@ class Map(Dataset):
                         error: Exception = TypeError(_NONE)
                     except Exception as raised:
                         error = raised
-                    out.append(call.failed(error, tuple(rows.origins[len(out)].tolist())))
+                    out.append(call.failed(error, tuple(rows.origins[len(out)].tolist()), sample))
                 else:
                     out.append(call(sample, tuple(rows.origins[len(out)].tolist())))
             return Rows(out, rows.origins)
@@ -134,7 +135,7 @@ _NONE = "the function returned None; a sample is what it returns (to drop sample
 class _MapIterator(Iterator):
     def __init__(self, node: Map, at: Place, lane: Lane, key: int, pass_: int) -> None:
         self.source = at.input.iterate(lane, key, pass_)
-        self.call = Call(at, node.fn, node.on_error != "raise", node.max_errors, node._caller(at))
+        self.call = Call(at, node.fn, node.on_error != "raise", node.max_errors, node._caller(at), node.quarantine)
 
     def _next(self) -> Item:
         sample, origins = next(self.source)
@@ -152,12 +153,19 @@ class _MapIterator(Iterator):
 class Call:
     """User code applied to one sample: returns its value, or a `Hole` that says what went wrong."""
 
-    __slots__ = ("at", "call", "fn", "limit", "quiet", "trail")
+    __slots__ = ("at", "call", "fn", "limit", "quarantine", "quiet", "trail")
 
     def __init__(
-        self, at: Place, fn: Callable[..., Any], quiet: bool, limit: int | None, call: Callable[[Any, Origins], Any]
+        self,
+        at: Place,
+        fn: Callable[..., Any],
+        quiet: bool,
+        limit: int | ErrorRate | None,
+        call: Callable[[Any, Origins], Any],
+        quarantine: str | None = None,
     ) -> None:
         self.at, self.fn, self.quiet, self.limit, self.call = at, fn, quiet, limit, call
+        self.quarantine = quarantine
         self.trail = at.trail
 
     def __call__(self, sample: Any, origins: Origins) -> Any:
@@ -180,25 +188,35 @@ class Call:
             if value is None:
                 raise TypeError(_NONE)
         except Exception as error:
-            return self.failed(error, origins)
+            return self.failed(error, origins, sample)
         return value
 
-    def failed(self, error: BaseException, origins: Origins) -> Hole:
+    def failed(self, error: BaseException, origins: Origins, sample: Any) -> Hole:
         """The hole in the sample's place."""
         if isinstance(error, StopIteration):  # it would end the stream of whoever re-raises it
             error = RuntimeError(f"the function raised StopIteration({error})").with_traceback(error.__traceback__)
         array = as_origin_array(origins)
         origin = self.at.origin(array[0].tolist()) if len(array) else None
         function = describe_callable(self.fn)
-        return Hole((Failure(self.at.path, origin, function, error, quiet=self.quiet, limit=self.limit),))
+        failure = Failure(self.at.path, origin, function, error, quiet=self.quiet, limit=self.limit)
+        return Hole((failure if self.quarantine is None else failure.quarantined(self.quarantine, error, sample),))
 
 
-def require_limit(on_error: str, max_errors: int | None, where: str) -> None:
-    """Refuse a limit that would do nothing."""
-    if max_errors is not None:
+def require_limit(on_error: str, max_errors: int | ErrorRate | None, quarantine: str | None, where: str) -> None:
+    """Refuse a limit or a quarantine that would do nothing."""
+    if isinstance(max_errors, ErrorRate):
+        require_int(max_errors.window, "the window of max_errors", 1, where)
+        if not 0 < max_errors.rate < 1:
+            raise ValueError(f"{where}: the rate of max_errors is in (0, 1); found {max_errors.rate!r}")
+    elif max_errors is not None:
         require_int(max_errors, "max_errors", 0, where)
+    if on_error == "raise" and max_errors is not None:
+        raise ValueError(f'{where}: max_errors counts skipped samples, so it goes with on_error="skip"')
+    if quarantine is not None:
+        if not isinstance(quarantine, str):
+            raise TypeError(f"{where}: quarantine is the path of a folder; found {quarantine!r}")
         if on_error == "raise":
-            raise ValueError(f'{where}: max_errors counts skipped samples, so it goes with on_error="skip"')
+            raise ValueError(f'{where}: quarantine keeps skipped samples, so it goes with on_error="skip"')
 
 
 def _origin_key(seed: int, origins: Origins) -> int:

@@ -13,7 +13,7 @@ from midstream._check import require_callable, require_choice, require_int
 from midstream._state import State
 from midstream.core import PARTS, Dataset, Item, Iterator, Lane, Place, join_origins, require_dataset
 from midstream.errors import ReplayDiverged, SourceError
-from midstream.failures import Failure, Hole, callable_name, describe_callable
+from midstream.failures import ErrorRate, Failure, Hole, callable_name, describe_callable
 from midstream.nodes.flat_map import part_origin, require_depth
 from midstream.nodes.map import require_limit
 
@@ -43,7 +43,8 @@ class MapBatched(Dataset):
     fn: Callable[[Any], Any]
     batch_size: int = 1000
     on_error: str = "raise"
-    max_errors: int | None = None
+    max_errors: int | ErrorRate | None = None
+    quarantine: str | None = None
     kind = "map_batched"
 
     def __post_init__(self) -> None:
@@ -53,7 +54,7 @@ class MapBatched(Dataset):
         if self.batch_size >= PARTS:
             raise ValueError(f"map: batch_size is below {PARTS:,}; found {self.batch_size:,}")
         require_choice(self.on_error, "on_error", ("raise", "skip", "refill"), "map")
-        require_limit(self.on_error, self.max_errors, "map")
+        require_limit(self.on_error, self.max_errors, self.quarantine, "map")
         require_depth(self)
 
     @property
@@ -154,6 +155,8 @@ class _MapBatchedIterator(Iterator):
                 )
             quiet = node.on_error != "raise"
             failure = Failure(self.at.path, None, describe_callable(node.fn), error, quiet=quiet, limit=node.max_errors)
+            if node.quarantine is not None:
+                failure = failure.quarantined(node.quarantine, error, [sample for sample, _ in self.held])
             return Hole((failure,))
         return None
 
