@@ -37,7 +37,7 @@ from midstream._state import MISSING, State, copy_plain, fingerprint
 from midstream.breadcrumbs import Trail
 from midstream.columns import Columns
 from midstream.errors import CheckpointError, MidstreamError, Origin, ReplayDiverged, TooManyErrors
-from midstream.failures import ErrorRate, Failure, Hole, Ledger, Windows, check_limits
+from midstream.failures import ErrorRate, Failure, Hole, Ledger, Windows, add_counts, check_limits
 
 if TYPE_CHECKING:
     from midstream.display import Preview
@@ -1346,7 +1346,7 @@ class Run:
                 "done": self._done,
                 "state": delivery.iterator.snapshot(),
                 "marks": self._ledger.marks,
-                "events": _add_events(self._events, self._ledger.events),
+                "events": add_counts(self._events, self._ledger.events),
             }
         )
 
@@ -1372,21 +1372,13 @@ class Run:
         self._delivery = None
 
 
-def _add_events(events: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
-    """Two counts as one."""
-    total = dict(events)
-    for key, count in more.items():
-        total[key] = total.get(key, 0) + count
-    return total
-
-
 def _check_skipped(
     events: Mapping[str, int], ledger: Ledger, over: list[TooManyErrors], windows: Windows, seen: list[int]
 ) -> None:
     """A sample was skipped: is that one too many?"""
     seen[0] += 1
     try:
-        check_limits(_add_events(events, ledger.events), ledger.limits, windows, seen[0])
+        check_limits(add_counts(events, ledger.events), ledger.limits, windows, seen[0])
     except TooManyErrors as error:
         over.append(error)
         raise

@@ -259,11 +259,11 @@ class Ledger:
         return taken
 
 
-def add_counts(counts: Mapping[str, int], more: Mapping[str, int], times: int) -> dict[str, int]:
-    """Two counts as one, the second one so many times."""
+def add_counts(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    """Two counts as one."""
     total = dict(counts)
     for key, count in more.items():
-        total[key] = total.get(key, 0) + count * times
+        total[key] = total.get(key, 0) + count
     return total
 
 

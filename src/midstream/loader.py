@@ -71,7 +71,8 @@ class _LoaderIterator:
         self._dead_known = False
         self._ended = False
         self._broken: BaseException | None = None
-        self._windows: Windows | None = None  # begun where the first sample is skipped
+        self._windows = Windows()
+        self._windows.begin(epoch.totals())
         self._settled = False  # whether the call in progress has come to its result
         self._taken: list[tuple[int, int, Out]] = []  # what the call in progress took of `_ready`
 
@@ -254,10 +255,7 @@ class _LoaderIterator:
         if not limits:
             return
         totals = self._epoch.totals()
-        after = totals if counted else add_counts(totals, events, 1)
-        if self._windows is None:
-            self._windows = Windows()
-            self._windows.begin(add_counts(totals, events, -1) if counted else totals)
+        after = totals if counted else add_counts(totals, events)
         try:
             check_limits(after, limits, self._windows, self._epoch.seen() + (0 if counted else failed_in(events)))
         except MidstreamError as error:

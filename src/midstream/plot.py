@@ -15,7 +15,6 @@ import numpy as np
 from midstream._check import require_int
 from midstream._state import State
 from midstream.core import Dataset, as_origin_array, bind, require_dataset
-from midstream.display import look
 from midstream.failures import Failure
 from midstream.progress import Progress, progress
 
@@ -126,6 +125,8 @@ def shuffle(dataset: Dataset, *, n: int = 2000, epoch: int = 0, ax: Axes | None 
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('position out', 'row of the source')
     """
+    from midstream.display import look
+
     require_dataset(dataset, "plot.shuffle")
     require_int(n, "n", 1, "plot.shuffle")
     places = []
@@ -174,6 +175,8 @@ def lengths(
     >>> ax.get_xlabel()
     'length'
     """
+    from midstream.display import look
+
     require_dataset(dataset, "plot.lengths")
     require_int(n, "n", 1, "plot.lengths")
     names = bind(dataset).names

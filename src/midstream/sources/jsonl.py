@@ -20,7 +20,7 @@ import pyarrow as pa
 try:
     import orjson as _orjson
 except ImportError:  # the extra ``fast``; the same samples without it, later
-    _orjson = None
+    _orjson = None  # type: ignore[assignment]
 
 from midstream._check import require_name
 from midstream._state import State
