@@ -14,7 +14,7 @@ from midstream.errors import (
     WorkerError,
 )
 from midstream.loader import DataLoader
-from midstream.nodes import collate, concatenate, interleave, pad
+from midstream.nodes import collate, concatenate, interleave, pad, schedule
 from midstream.preemption import PreemptionGuard
 from midstream.progress import Progress, progress
 from midstream.sources import from_dataset, from_iterable, read_json, read_parquet
@@ -45,4 +45,5 @@ __all__ = [
     "progress",
     "read_json",
     "read_parquet",
+    "schedule",
 ]

@@ -16,8 +16,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from midstream._random import fold, salt
 from midstream._state import State, decode, encode
 from midstream.checkpoint import Canonical, diff_specs, source_names
@@ -144,9 +142,7 @@ def _counts(old: State, mix: Interleave, offsets: dict[str, int], rows: int, lin
     weights = old["weights"]
     names = list(weights)
     picks = Picks(weights, fold(old["seed"], salt("/".join([mix.label, *sorted(names)]))))
-    block, inside = divmod(rows, picks.block)
-    pattern = picks.pattern[int(picks.choose(block)[0])][:inside]
-    found = block * picks.quotas + np.bincount(pattern, minlength=len(names))
+    found = picks.counts(rows)
     counts = dict(zip(names, found.tolist()))
     lengths = {name: dataset.length() for name, dataset in mix.datasets}
     for name in names:

@@ -6,6 +6,7 @@ from midstream.nodes.filter import Filter
 from midstream.nodes.flat_map import FlatMap
 from midstream.nodes.interleave import Interleave, interleave
 from midstream.nodes.map import Map
+from midstream.nodes.mixing import Schedule, schedule
 from midstream.nodes.pack import Pack
 from midstream.nodes.repeat import Repeat
 from midstream.nodes.shuffle import BufferedShuffle, Shuffle
@@ -22,6 +23,7 @@ __all__ = [
     "Map",
     "Pack",
     "Repeat",
+    "Schedule",
     "Shuffle",
     "Skip",
     "Take",
@@ -29,4 +31,5 @@ __all__ = [
     "concatenate",
     "interleave",
     "pad",
+    "schedule",
 ]
