@@ -32,6 +32,7 @@ PUBLIC = [
     "SourceError",
     "TooManyErrors",
     "WorkerError",
+    "asked_shares",
     "collate",
     "concatenate",
     "document_mask",
@@ -43,6 +44,8 @@ PUBLIC = [
     "progress",
     "read_json",
     "read_parquet",
+    "schedule",
+    "weights_history",
 ]
 
 # A file imports only from files above it. Folders count as one; `midstream` is the package itself.
@@ -63,6 +66,7 @@ LAYERS = [
     "readers",
     "storage",
     "checkpoint",
+    "edits",
     "rest",
     "position",
     "progress",

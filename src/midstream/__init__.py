@@ -3,6 +3,7 @@
 from midstream.attention import document_mask
 from midstream.checkpoint import merge_states
 from midstream.core import Dataset
+from midstream.edits import asked_shares, weights_history
 from midstream.errors import (
     CheckpointError,
     MidstreamError,
@@ -34,6 +35,7 @@ __all__ = [
     "SourceError",
     "TooManyErrors",
     "WorkerError",
+    "asked_shares",
     "collate",
     "concatenate",
     "document_mask",
@@ -46,4 +48,5 @@ __all__ = [
     "read_json",
     "read_parquet",
     "schedule",
+    "weights_history",
 ]

@@ -99,8 +99,10 @@ def interleave(
         raise ValueError(f"interleave: a name is part of paths, so it has no '/'; found {name!r}")
     if max_epochs is not None:
         if stopping_strategy is not None:
-            raise ValueError("interleave: max_epochs says when the mix ends, so it takes no stopping_strategy; use then=")
-        require_choice(then, "then", (None, "stop", "share"), "interleave")
+            raise ValueError(
+                "interleave: max_epochs says when the mix ends, so it takes no stopping_strategy; use then="
+            )
+        require_choice("stop" if then is None else then, "then", ("stop", "share"), "interleave")
         datasets = _limited(datasets, max_epochs)
         stopping_strategy = "all_exhausted_without_replacement" if then == "share" else "first_exhausted"
     elif then is not None:
@@ -215,7 +217,9 @@ class Interleave(Dataset):
         if self.later:
             fields["schedule"] = [[border, dict(weights)] for border, weights in self.later]
         if self.weights_by is not None:
-            fields["weights_by"] = self.weights_by if isinstance(self.weights_by, str) else callable_name(self.weights_by)
+            fields["weights_by"] = (
+                self.weights_by if isinstance(self.weights_by, str) else callable_name(self.weights_by)
+            )
         if self.name is not None:
             fields["label"] = self.name
         if self.stopping_strategy != "first_exhausted":
@@ -331,8 +335,8 @@ class _InterleaveIterator(Iterator):
         self.pattern: list[int] = []
         self.pattern_of = -1
 
-    def _turn(self) -> None:
-        """See whether other weights are in force from this pick on."""
+    def _turn(self) -> bool:
+        """See whether other weights are in force from this pick on; returns whether there is anything to pick."""
         node = self.node
         if self.edits is not None:
             number = self.edits.at(self.pass_, self.picks, live=not replaying())
@@ -343,9 +347,10 @@ class _InterleaveIterator(Iterator):
                 self._use(-1 - number, check_weights(weights, self.names, self.at.path))
                 self._settle()
             if self.edit >= 0:
-                return
+                return not self.ended
         while self.phase + 1 < len(node.phases) and self.given >= self.lane.share(node.phases[self.phase + 1][0]):
             self._next_phase()
+        return not self.ended
 
     def _next_phase(self) -> None:
         self.phase += 1
@@ -362,9 +367,7 @@ class _InterleaveIterator(Iterator):
         some = [
             child.flags for name, child in zip(self.names, self.children) if name in wanted and not child.flags & _EMPTY
         ]
-        if not some or (
-            node.stopping_strategy != "first_exhausted" and all(flags & _EXHAUSTED for flags in some)
-        ):
+        if not some or (node.stopping_strategy != "first_exhausted" and all(flags & _EXHAUSTED for flags in some)):
             self.ended = True
         elif all(child.flags & (_EMPTY if restarts else _EMPTY | _EXHAUSTED) for child in here):
             if to_come:
@@ -384,10 +387,8 @@ class _InterleaveIterator(Iterator):
 
     def _next(self) -> Item:
         while not self.ended:
-            if self.watch:
-                self._turn()
-                if self.ended:
-                    break
+            if self.watch and not self._turn():
+                break
             index = self._choose()
             child = self.children[index]
             if not child.flags & _EMPTY and (

@@ -55,16 +55,16 @@ def schedule(phases: Sequence[tuple[int, Mapping[str, float]]]) -> Schedule:
     ([0, 0, 0, 0, 0], 5)
     """
     if isinstance(phases, (str, Mapping)) or not isinstance(phases, Sequence) or not phases:
-        raise TypeError(f"schedule takes a list of (border, weights), like [(0, {{'web': 1}}), ...]; found {phases!r:.80}")
+        raise TypeError(
+            f"schedule takes a list of (border, weights), like [(0, {{'web': 1}}), ...]; found {phases!r:.80}"
+        )
     made: list[tuple[int, Weights]] = []
     for phase in phases:
         if not isinstance(phase, Sequence) or len(phase) != 2 or not isinstance(phase[1], Mapping):
             raise TypeError(f"schedule: a phase is (border, weights by name); found {phase!r:.80}")
         require_int(phase[0], "a border", 0, "schedule")
         if (phase[0] == 0) != (not made) or (made and phase[0] <= made[-1][0]):
-            raise ValueError(
-                f"schedule: borders begin with 0 and rise; found {[phase[0] for phase in phases][:12]}"
-            )
+            raise ValueError(f"schedule: borders begin with 0 and rise; found {[phase[0] for phase in phases][:12]}")
         made.append((int(phase[0]), tuple(phase[1].items())))
     return Schedule(tuple(made))
 
@@ -184,12 +184,14 @@ class Picks:
     def of(self, pool: int) -> npt.NDArray[np.int32]:
         """int32, shape [block]: the datasets picked in one pattern."""
         self._make(np.array([pool]))
-        return self._pattern[pool]
+        found: npt.NDArray[np.int32] = self._pattern[pool]
+        return found
 
     def number(self, pool: int) -> npt.NDArray[np.int32]:
         """int32, shape [block]: how many times each of them was picked before in the block."""
         self._make(np.array([pool]))
-        return self._number[pool]
+        found: npt.NDArray[np.int32] = self._number[pool]
+        return found
 
     def locate(self, picks: I64) -> tuple[npt.NDArray[Any], I64]:
         """For picks by number: the dataset, and how many times it was picked before; both of shape [k]."""
@@ -322,9 +324,7 @@ class Layout:
         picks = self.picks(number)
         left = [
             _far(quota) if endless else max(0, length - used)
-            for length, endless, used, quota in zip(
-                self.lengths, self.endless, taken.tolist(), picks.quotas.tolist()
-            )
+            for length, endless, used, quota in zip(self.lengths, self.endless, taken.tolist(), picks.quotas.tolist())
         ]
         return Segments(picks, left)
 
