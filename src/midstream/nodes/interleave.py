@@ -400,8 +400,9 @@ class _InterleaveIterator(Iterator):
                     self.picks += 1
                     return self._counted(index, item)
                 except StopIteration:
-                    if self._ran_out(index, child):
-                        continue  # it starts over: the same pick, from its beginning
+                    phase = self.phase
+                    if self._ran_out(index, child) or self.phase != phase:
+                        continue  # it starts over: the same pick, from its beginning; or another phase begins
             self.picks += 1
         raise StopIteration
 
