@@ -10,7 +10,7 @@ import numpy as np
 
 from midstream._check import require_callable, require_choice, require_int, require_name
 from midstream._random import fold, pass_key, salt
-from midstream._state import State
+from midstream._state import Fragment, State, copy_plain, encode
 from midstream.core import (
     I64,
     U64,
@@ -316,6 +316,10 @@ class _InterleaveIterator(Iterator):
         self.edits = lane.edits.of(at.path) if lane.edits is not None else None
         self.edit = -1  # which of them is in force
         self.watch = bool(node.later) or self.edits is not None
+        # The state of an input is made again only after it was read: with hundreds of them, most were not.
+        self.texts = [""] * len(self.names)
+        self.touched = set(range(len(self.names)))
+        self.by_name = [(f"{encode(name)}:", index) for name, index in sorted(zip(self.names, range(len(self.names))))]
         self._use(0, node.weights)
 
     def _open(self, name: str, number: int) -> Iterator:
@@ -391,6 +395,7 @@ class _InterleaveIterator(Iterator):
                 break
             index = self._choose()
             child = self.children[index]
+            self.touched.add(index)
             if not child.flags & _EMPTY and (
                 not child.flags & _EXHAUSTED or self.node.stopping_strategy == "all_exhausted"
             ):
@@ -433,11 +438,15 @@ class _InterleaveIterator(Iterator):
         return [child.number, child.flags, child.source.snapshot()]
 
     def _state(self) -> State:
-        inputs = {
-            name: self._input_state(index, child) for index, (name, child) in enumerate(zip(self.names, self.children))
-        }
-        state = {"picks": self.picks, "ended": self.ended, "inputs": inputs}
+        for index in self.touched:
+            self.texts[index] = encode(self._input_state(index, self.children[index]))
+        self.touched.clear()
+        inputs = ",".join([name + self.texts[index] for name, index in self.by_name])
+        state = {"picks": self.picks, "ended": self.ended, "inputs": Fragment(f"{{{inputs}}}")}
         return {**state, "phase": [self.phase, self.start, self.given]} if self.node.later else state
+
+    def _load_input(self, index: int, state: list[State]) -> None:
+        """What an input's state has beyond pass, flags and its own."""
 
     def _load(self, state: State) -> None:
         self.picks, self.ended = state["picks"], state["ended"]
@@ -452,10 +461,13 @@ class _InterleaveIterator(Iterator):
             if self.edit >= 0:
                 weights, self.start = self.edits.weights(self.edit, self.pass_)
                 self._use(-1 - self.edit, check_weights(weights, self.names, self.at.path))
-        for name, child in zip(self.names, self.children):
-            if name not in state["inputs"]:
+        self.touched = set(range(len(self.names)))
+        inputs = copy_plain(state["inputs"]) if type(state["inputs"]) is Fragment else state["inputs"]
+        for index, (name, child) in enumerate(zip(self.names, self.children)):
+            if name not in inputs:
                 continue  # new since the state was saved: it begins at its beginning
-            child.number, child.flags, source = state["inputs"][name][:3]
+            self._load_input(index, inputs[name])
+            child.number, child.flags, source = inputs[name][:3]
             child.source = self._open(name, child.number)
             child.source.load(source)
 
@@ -472,6 +484,7 @@ class _MeasuredIterator(_InterleaveIterator):
     def _use(self, draws: int, weights: Weights) -> None:
         self.weights, self.seed = weights, fold(self.node.draws(draws), self.lane.index)
         self.counted[:] = 0
+        self.touched = set(range(len(self.counted)))
         self.shares: Any = None
 
     def _settle(self) -> None:
@@ -486,15 +499,16 @@ class _MeasuredIterator(_InterleaveIterator):
             [0.0 if child.flags & gone else weight for child, (_, weight) in zip(self.children, self.weights)]
         )
         self.counted[left == 0] = 0
+        self.touched = set(range(len(self.counted)))
         self.shares = left / left.sum()
         # By name, so that the same mix written in another order is the same.
-        self.by_name = np.array(sorted(np.flatnonzero(left).tolist(), key=self.names.__getitem__))
+        self.live = np.array(sorted(np.flatnonzero(left).tolist(), key=self.names.__getitem__))
 
     def _choose(self) -> int:
         if self.shares is None:
             self._share()
-        behind = (self.shares * self.counted.sum() - self.counted)[self.by_name]
-        most = self.by_name[behind == behind.max()]
+        behind = (self.shares * self.counted.sum() - self.counted)[self.live]
+        most = self.live[behind == behind.max()]
         if len(most) > 1:
             draw = (fold(self.seed, self.picks) >> 11) * 2.0**-53
             ends = np.cumsum(self.shares[most])
@@ -514,16 +528,15 @@ class _MeasuredIterator(_InterleaveIterator):
         again = super()._ran_out(index, child)
         if not again and not self.ended:
             self.counted[:] = 0
+            self.touched = set(range(len(self.counted)))
         return again
 
     def _input_state(self, index: int, child: _Input) -> list[State]:
         return [*super()._input_state(index, child), int(self.counted[index])]
 
-    def _load(self, state: State) -> None:
-        super()._load(state)
-        for index, name in enumerate(self.names):
-            if len(state["inputs"].get(name, ())) > 3:
-                self.counted[index] = state["inputs"][name][3]
+    def _load_input(self, index: int, state: list[State]) -> None:
+        if len(state) > 3:
+            self.counted[index] = state[3]
 
 
 def _measure(by: Any, sample: Any) -> int:
