@@ -313,6 +313,28 @@ def everything(bomb: frozenset[int]) -> Dataset:
     )
 
 
+PLAN = ms.schedule([(0, {"web": 7, "code": 3}), (17, {"web": 1, "code": 1}), (60, {"web": 2, "code": 9})])
+
+
+def planned(bomb: frozenset[int], stream: bool = False, **options: Any) -> Dataset:
+    web, code = numbers(0, 90, bomb).shuffle(1), numbers(1, 60, bomb)
+    return ms.interleave({"web": web.filter(not_third) if stream else web, "code": code}, PLAN, **options)
+
+
+def size_of(sample: Any) -> int:
+    """What a sample counts: up to 40, by its row."""
+    return (0, 3, 40, 1, 7, 5)[identify(sample)[0] % 6]
+
+
+def measured(bomb: frozenset[int], weights: Any = None, **options: Any) -> Dataset:
+    return ms.interleave(
+        {"web": numbers(0, 90, bomb).shuffle(1).filter(not_third), "code": numbers(1, 60, bomb)},
+        weights or {"web": 7, "code": 3},
+        weights_by=size_of,
+        **options,
+    )
+
+
 DATA = {"data": 0}
 TWO = {"web": 0, "code": 1}
 ODD = [row for row in ids(0, 90) if row % 2]
@@ -363,6 +385,52 @@ CASES: dict[str, Case] = {
         lambda b: ms.interleave({"web": numbers(0, 60, b), "code": numbers(1, 60, b)}, {"web": 1, "code": 0}),
         TWO,
         epoch=ids(0, 60),
+    ),
+    "interleave schedule": Case(planned, TWO),
+    "interleave schedule all": Case(lambda b: planned(b, stopping_strategy="all_exhausted"), TWO),
+    "interleave schedule once": Case(
+        lambda b: planned(b, stopping_strategy="all_exhausted_without_replacement"), TWO, epoch=ids(0, 90) + ids(1, 60)
+    ),
+    "interleave schedule streams": Case(lambda b: planned(b, True), TWO, shifts=True),
+    "interleave schedule streams all": Case(
+        lambda b: planned(b, True, stopping_strategy="all_exhausted").batch(3), TWO, shifts=True
+    ),
+    "interleave schedule streams once": Case(
+        lambda b: planned(b, True, stopping_strategy="all_exhausted_without_replacement"),
+        TWO,
+        epoch=PASSES + ids(1, 60),
+        shifts=True,
+    ),
+    "interleave by tokens": Case(measured, TWO, shifts=True),
+    "interleave by tokens all": Case(lambda b: measured(b, stopping_strategy="all_exhausted"), TWO, shifts=True),
+    "interleave by tokens once": Case(
+        lambda b: measured(b, stopping_strategy="all_exhausted_without_replacement"),
+        TWO,
+        epoch=PASSES + ids(1, 60),
+        shifts=True,
+    ),
+    "interleave by tokens, schedule, buffered": Case(
+        lambda b: measured(b, PLAN).shuffle(2, buffer_size=20).batch(3), TWO, 90, shifts=True
+    ),
+    "interleave max_epochs": Case(
+        lambda b: ms.interleave(
+            {"web": numbers(0, 30, b).shuffle(1), "code": numbers(1, 20, b)},
+            {"web": 7, "code": 3},
+            max_epochs={"web": 2, "code": 1},
+            then="share",
+        ),
+        TWO,
+        epoch=ids(0, 30) * 2 + ids(1, 20),
+    ),
+    "interleave max_epochs streams all": Case(
+        lambda b: ms.interleave(
+            {"web": numbers(0, 30, b).shuffle(1).filter(is_odd), "code": numbers(1, 20, b)},
+            {"web": 1, "code": 3},
+            max_epochs={"web": 2},
+            weights_by=size_of,
+        ),
+        TWO,
+        shifts=True,
     ),
     "concatenate": Case(
         lambda b: ms.concatenate([numbers(0, 40, b).shuffle(1), numbers(1, 30, b)]),

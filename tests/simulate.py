@@ -12,6 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import midstream as ms
 from midstream import readers
+from midstream.lanes import first_batch
 
 
 class _Workers:
@@ -47,6 +48,13 @@ def simulated_workers() -> Iterator[None]:
         yield
 
 
+def _first(loader: Any) -> int:
+    """The first batch of the rank in the pass in progress (or, where weights were set, in the one that goes on for it)."""
+    if loader._current is not None:
+        return int(loader._current.first)
+    return first_batch(loader._loaded[0].batches, loader.rank, loader.world_size)
+
+
 class Cluster:
     """The loaders of all ranks, in step.
 
@@ -72,7 +80,7 @@ class Cluster:
     def step(self) -> bool:
         """One step on every rank; False when no rank has anything more."""
         batches = []
-        for rank in sorted(range(len(self.loaders)), key=lambda rank: self.loaders[rank]._current.first):  # type: ignore[union-attr]
+        for rank in sorted(range(len(self.loaders)), key=lambda rank: _first(self.loaders[rank])):
             try:
                 batches.append(next(self.iterators[rank]))
             except StopIteration:

@@ -34,6 +34,7 @@ PUBLIC = [
     "SourceError",
     "TooManyErrors",
     "WorkerError",
+    "asked_shares",
     "collate",
     "concatenate",
     "document_mask",
@@ -49,6 +50,8 @@ PUBLIC = [
     "read_parquet",
     "read_quarantine",
     "replay",
+    "schedule",
+    "weights_history",
 ]
 
 # A file imports only from files above it. Folders count as one; `midstream` is the package itself.
@@ -73,6 +76,7 @@ LAYERS = [
     "threads",
     "storage",
     "checkpoint",
+    "edits",
     "rest",
     "position",
     "progress",

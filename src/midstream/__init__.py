@@ -5,6 +5,7 @@ from midstream import plot as plot
 from midstream.attention import document_mask
 from midstream.checkpoint import merge_states
 from midstream.core import Dataset
+from midstream.edits import asked_shares, weights_history
 from midstream.errors import (
     CheckpointError,
     MidstreamError,
@@ -17,7 +18,7 @@ from midstream.errors import (
 )
 from midstream.failures import ErrorRate
 from midstream.loader import DataLoader
-from midstream.nodes import collate, concatenate, flat, interleave, pad, ragged
+from midstream.nodes import collate, concatenate, flat, interleave, pad, ragged, schedule
 from midstream.preemption import PreemptionGuard
 from midstream.progress import Progress, progress
 from midstream.quarantine import read_quarantine
@@ -41,6 +42,7 @@ __all__ = [
     "SourceError",
     "TooManyErrors",
     "WorkerError",
+    "asked_shares",
     "collate",
     "concatenate",
     "document_mask",
@@ -56,4 +58,6 @@ __all__ = [
     "read_parquet",
     "read_quarantine",
     "replay",
+    "schedule",
+    "weights_history",
 ]

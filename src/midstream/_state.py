@@ -10,7 +10,7 @@ import json
 import zlib
 from typing import Any
 
-__all__ = ["MISSING", "Missing", "State", "copy_plain", "decode", "encode", "fingerprint", "seal", "unseal"]
+__all__ = ["MISSING", "Fragment", "Missing", "State", "copy_plain", "decode", "encode", "fingerprint", "seal", "unseal"]
 
 State = Any
 """A plain JSON value. (A recursive alias would say more and check less: every use narrows it at once.)"""
@@ -38,6 +38,19 @@ MISSING = Missing()
 """Stands for "no value" where None is a value."""
 
 
+class Fragment:
+    """A part of a state that is JSON text already, so that what has not changed is not encoded again.
+
+    >>> encode({"a": Fragment('{"b":1}')}), copy_plain([Fragment('{"b":1}')])
+    ('{"a":{"b":1}}', [{'b': 1}])
+    """
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
 def copy_plain(state: State) -> State:
     """A copy that shares nothing mutable with ``state``.
 
@@ -57,7 +70,13 @@ def copy_plain(state: State) -> State:
         return {key: copy_plain(value) for key, value in state.items()}
     if kind is list:
         return [copy_plain(value) for value in state]
+    if kind is Fragment:
+        return decode(state.text)
     raise TypeError(f"a state holds plain JSON values; found {kind.__name__}: {state!r:.80}")
+
+
+_HERE = "\x00fragment\x00"
+_PLACED = json.dumps(_HERE)
 
 
 def encode(state: State) -> str:
@@ -66,7 +85,21 @@ def encode(state: State) -> str:
     >>> encode({"b": 1, "a": None})
     '{"a":null,"b":1}'
     """
-    return json.dumps(state, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    texts: list[str] = []
+
+    def place(value: Any) -> str:
+        if type(value) is not Fragment:
+            raise TypeError(f"a state holds plain JSON values; found {type(value).__name__}: {value!r:.80}")
+        texts.append(value.text)
+        return _HERE
+
+    text = json.dumps(state, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False, default=place)
+    if not texts:
+        return text
+    parts = text.split(_PLACED)
+    if len(parts) != len(texts) + 1:
+        raise ValueError("a state holds a string that stands for something else")
+    return "".join(part for pair in zip(parts, [*texts, ""]) for part in pair)
 
 
 def decode(text: str) -> State:

@@ -9,6 +9,7 @@
       "steps_done": 48,          batches of the epoch that a rank handed out
       "num_lanes": 48,           fixed for the run
       "rest": "",                what the epoch has left, where it began with another batch size or mix (see rest.py)
+      "edits": "",               weights that were changed on the way (see edits.py)
       "lanes": {"0000": "...", ...}
     }
 
@@ -25,7 +26,7 @@ it has anything to say, else a JSON object; its entries, of which all but "sampl
     "lane"                      streams: {"epoch", "rounds", "done", "state", "marks"}: the lane's epoch (an earlier one than
                                 the run's when something was left over), batches made in it, whether it ended, the nodes'
                                 state, and up to where events were counted; "dealt": the batch size by which rows were dealt
-                                to lanes, where it is not this one
+                                to lanes, where it is not this one; "edits": where in the lane weights were changed
     "crc"                       check number of the text before it
 
 Random access needs "batches" alone to go on, and what is "ahead" where a rank lost whole batches; streams need their lanes.
@@ -40,7 +41,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from midstream._state import State, copy_plain, encode, fingerprint, seal, unseal
+from midstream._state import State, copy_plain, decode, encode, fingerprint, seal, unseal
 from midstream.core import FORMAT
 from midstream.errors import CheckpointError, bullet_list
 from midstream.storage import latest, load, save
@@ -91,6 +92,7 @@ class Canonical:
         self.steps_done: int = state["steps_done"]
         self.num_lanes: int = state["num_lanes"]
         self.rest: str = state["rest"]
+        self.edits: str = _edits(state.get("edits", ""))
         self.lanes: dict[int, dict[str, Any] | None] = {
             int(key): _lane(key, value) for key, value in state["lanes"].items()
         }
@@ -194,6 +196,25 @@ def parse(state: Any) -> Canonical:
     return Canonical(state)
 
 
+def _edits(text: Any) -> str:
+    """The weights that were changed on the way, if they look it."""
+    try:
+        entries = decode(text) if text else []
+        good = isinstance(text, str) and all(
+            isinstance(entry["mix"], str)
+            and isinstance(entry["weights"], (dict, list))
+            and entry["by"] in ("set_weights", "load_state_dict")
+            and _counts([entry["epoch"], entry["step"]])
+            and (entry["at"] is None or _count(entry["at"]))
+            for entry in entries
+        )
+    except (KeyError, TypeError, ValueError, RecursionError):
+        good = False
+    if not good:
+        raise CheckpointError(f"this state is damaged: its edits are not what was saved: {text!r:.80}")
+    return str(text)
+
+
 def _is_lane(key: str, num_lanes: int) -> bool:
     return len(key) < 12 and int(key) < num_lanes and key == f"{int(key):04d}"
 
@@ -227,6 +248,13 @@ def _run(value: Any) -> bool:
         and "state" in value
         and isinstance(value.get("marks"), dict)
         and ("dealt" not in value or (_count(value["dealt"]) and value["dealt"] > 0))
+        and ("edits" not in value or _placed(value["edits"]))
+    )
+
+
+def _placed(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(places, list) and all(_counts(place, 3) for place in places) for places in value.values()
     )
 
 
@@ -294,6 +322,11 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
                 f"the states of different pipelines do not merge; state {index} differs from state 0:"
                 f"{bullet_list(diff_specs(first.spec, canonical.spec))}"
             )
+        if canonical.edits != first.edits:
+            raise CheckpointError(
+                f"state {index} has other changes of weights than state 0: call set_weights on every rank, after the same "
+                f"step and with the same weights"
+            )
         if canonical.num_lanes != first.num_lanes:
             raise CheckpointError(
                 f"state {index} has num_lanes={canonical.num_lanes}, state 0 has {first.num_lanes}: they are of different runs"
@@ -350,6 +383,7 @@ def render(canonical: Canonical, state: dict[str, State]) -> dict[str, State]:
         "steps_done": canonical.steps_done,
         "num_lanes": canonical.num_lanes,
         "rest": canonical.rest,
+        "edits": canonical.edits,
         "lanes": lanes,
     }
 

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import os
 import pickle
+import threading
 import time
 import warnings
 import weakref
@@ -64,6 +65,7 @@ __all__ = [
     "epoch_key",
     "join_origins",
     "pick",
+    "replaying",
     "require_dataset",
     "require_passes",
 ]
@@ -295,6 +297,7 @@ class Lane:
         block: How many consecutive positions of a random-access input belong to one lane (the batch size).
         ledger: Where the lane counts what it drops.
         dealt: The batch size by which this epoch's rows were dealt to lanes, where the pipeline has another one by now.
+        edits: Weights of mixes that were changed on the way (`midstream.nodes.mixing.LaneEdits`), or None.
     """
 
     index: int
@@ -302,6 +305,7 @@ class Lane:
     block: int
     ledger: Ledger
     dealt: int = 0
+    edits: Any = None
 
     def widen(self, factor: int) -> Lane:
         """The lane as seen below a node that takes ``factor`` inputs for one output."""
@@ -310,6 +314,18 @@ class Lane:
     def share(self, count: int) -> int:
         """How many of ``count`` things are this lane's."""
         return count // self.num_lanes + (self.index < count % self.num_lanes)
+
+
+class _Loading(threading.local):
+    depth = 0
+
+
+_loading = _Loading()
+
+
+def replaying() -> bool:
+    """Whether what is read now was read before: some iterator of this thread is taking a state."""
+    return _loading.depth > 0
 
 
 class Iterator:
@@ -330,6 +346,7 @@ class Iterator:
     def __next__(self) -> Item:
         self._known = None
         if self._loaded is not None:
+            _loading.depth += 1
             try:
                 self._load(self._loaded)
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -339,6 +356,8 @@ class Iterator:
                     f"{type(self).__name__.strip('_')} cannot take this state ({type(error).__name__}: {error}): "
                     f"{self._loaded!r:.200}"
                 ) from error
+            finally:
+                _loading.depth -= 1
             self._loaded = None
         return self._next()
 

@@ -19,7 +19,7 @@ import pickle
 import signal
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Iterator as Iter
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from midstream._state import State
 from midstream.breadcrumbs import describe, new_table
 from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, render, settle
 from midstream.core import Dataset
+from midstream.edits import add, in_epoch, lane_edits
 from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError, bullet_list
 from midstream.failures import Windows, add_counts, check_limits, failed_in
 from midstream.lanes import Agreement, Topology, batches_of_rank, choose_lanes, current_topology, slots
@@ -83,6 +84,9 @@ class _LoaderIterator:
         return len(self._loader)
 
     def __next__(self) -> Any:
+        if self._loader._active is not self._token and self._loader._renewed is self._token:
+            self._loader._renewed = None
+            self.__dict__.update(self._loader.__iter__().__dict__)  # goes on under other weights
         if self._loader._active is not self._token:
             raise RuntimeError(
                 "this iterator was left behind: the loader was iterated again, closed, or a state was loaded after it was "
@@ -409,6 +413,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             raise ValueError(f"worker_type is 'process' or 'thread'; found {worker_type!r}")
         self._foreign = not _ours(dataset, sampler, batch_sampler, generator)
         self._active: object = None  # the token of the iterator in use; the iterator itself would make a cycle
+        self._renewed: object = None  # the token of one that starts reading again at its next batch
         if self._foreign:
             if worker_type == "thread":
                 raise TypeError(_FOREIGN.format("worker_type='thread'"))
@@ -455,6 +460,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             super().__init__(source, None, collate_fn=collate_fn, **common)
         # torch refuses to set these after its constructor, and has other uses for them inside it.
         self.__dict__.update(own, batch_size=batch_size, drop_last=drop_last, collate_fn=collate_fn)
+        self._edits = ""
         self._set_pipeline(pipeline)
         if self._in_threads:
             for place in self._facts.place.walk():
@@ -476,35 +482,38 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._started: tuple[Any, Position, Any] | None = None
 
     def _set_pipeline(self, pipeline: Dataset) -> None:
-        self._pipeline, self._facts = pipeline, Facts(pipeline)
+        self._pipeline, self._facts = pipeline, Facts(pipeline, "", self._edits)
 
     def _epoch_from(
         self, topology: Topology, num_lanes: int, epoch: int, tallies: dict[int, Tally] | None = None
     ) -> Position:
         """The position at the start of an epoch."""
-        turns = self._turns(topology, 0)
+        facts = self._facts_of("", epoch)
+        turns = self._turns(topology, 0, facts)
         return Position(
-            self._facts,
+            facts,
             topology,
             num_lanes,
             epoch,
             turns,
             None,
             tallies,
-            even=self._even(topology, 0),
+            even=self._even(topology, 0, facts),
             keep=self._synced,
         )
 
     def _epoch_at(self, topology: Topology, canonical: Canonical) -> Position:
         """The position of a checked state."""
-        start, facts = canonical.batches, self._facts_of(canonical.rest)
+        start, facts = canonical.batches, self._facts_of(canonical.rest, canonical.epoch)
         turns, even = self._turns(topology, start, facts), self._even(topology, start, facts)
         return Position(
             facts, topology, canonical.num_lanes, canonical.epoch, turns, canonical, even=even, keep=self._synced
         )
 
-    def _facts_of(self, rest: str) -> Facts:
-        return Facts(self._pipeline, rest) if rest else self._facts
+    def _facts_of(self, rest: str, epoch: int) -> Facts:
+        if not rest and not in_epoch(self._edits, epoch):
+            return self._facts
+        return Facts(self._pipeline, rest, self._edits, epoch)
 
     # -- topology -----------------------------------------------------------------------------------------------------
 
@@ -650,7 +659,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if current is not None and current.turns is not None and not current.complete:
             return current.first_step + current.turns
         if current is None and self._loaded is not None:
-            turns = self._turns(topology, self._loaded[0].batches, self._facts_of(self._loaded[0].rest))
+            turns = self._turns(topology, self._loaded[0].batches, self._facts_of(self._loaded[0].rest, self.epoch))
             if turns is not None and not self._loaded[0].finished:
                 return self._loaded[0].steps_done + turns
         turns = self._turns(topology, 0)
@@ -745,6 +754,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                     runner.shared = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
                 runner.crumbs = new_table(self.num_workers)
                 runner.arena = self._arena()
+            runner.edits = lane_edits(self._edits)
             self._runner = runner
         if runner.shared is not None:
             runner.shared[0] = epoch.epoch
@@ -811,14 +821,15 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if current is None:
             return self._epoch_from(topology, self._num_lanes(topology), self._next_epoch), False
         runner = self._runner
-        same = alive and runner is not None and runner.topology == topology and runner.dataset is self._pipeline
+        same = alive and runner is not None and runner.topology == topology and runner.dataset is self._facts.running
         if current.complete and current.left_over and self._next_epoch in (current.epoch, current.epoch + 1):
             return self._epoch_at(topology, parse(current.state_at(None))), False
         if current.complete:
             following = current.epoch + 1 if self._next_epoch == current.epoch else self._next_epoch
             return self._epoch_from(topology, current.num_lanes, following, current.tallies), same
         if self._next_epoch == current.epoch:
-            if self._pipeline.infinite or (self._pipeline.random_access and self._pipeline.length() is None):
+            runs = current.facts.running
+            if runs.infinite or (runs.random_access and runs.length() is None):
                 return self._epoch_at(topology, parse(current.state_at(None))), False
             if current.steps > 0 and not self._warned_restart:
                 self._warned_restart = True
@@ -853,7 +864,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._drop_started()
         iterator: Any = self._iterator
         self._iterator = None
-        self._active = None
+        self._active = self._renewed = None
         self._shut(iterator)
 
     def _shut(self, iterator: Any) -> None:
@@ -1000,10 +1011,13 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                     f"comes exactly once in this epoch, but in another order.",
                 )
             log.info("going on with another pipeline than was saved:%s", bullet_list(lines))
-        running(pipeline, canonical.rest)  # raises what is wrong with it before anything is changed
+        running(
+            pipeline, canonical.rest, canonical.edits, canonical.epoch
+        )  # raises what is wrong before anything is changed
         topology = self._topology()
         self._check_lanes(canonical, topology)
-        if pipeline is not self._pipeline:
+        if pipeline is not self._pipeline or canonical.edits != self._edits:
+            self._edits = canonical.edits
             self._set_pipeline(pipeline)
         if pipeline.random_access and canonical.num_lanes < topology.world_size:
             # Here lanes only keep counts, and every rank needs one.
@@ -1012,11 +1026,45 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         merged["lanes"] = {key: merged["lanes"].get(key, "") for key in own}
         self._drop_started()
         super().load_state_dict({})
-        self._active = None
+        self._active = self._renewed = None
         self._current, self._runner = None, None
         self._next_epoch, self._ever_loaded = canonical.epoch, True
         self._loaded = (canonical, merged)
         self._resumed_at = (canonical.epoch, canonical.batches, canonical.steps_done)
+
+    def set_weights(self, mix: str, weights: Mapping[str, float]) -> None:
+        """Give a mix other weights from the next batch on; what is left of a schedule no longer applies.
+
+        The run goes on exactly: no sample is lost or comes twice, and the state holds the change, so that a checkpoint goes on
+        with it in any topology, and `midstream.weights_history` tells it. It holds for the following epochs too. Batches that
+        workers made ahead are made again. Call it on every rank, after the same step.
+
+        Random access: the next batch over all ranks is the first by the new weights. Streams: in each lane, the next sample
+        that the mix picks; what buffers above it (``shuffle(buffer_size=...)``, ``pack``) hold comes first. `state_at` and
+        `trace` answer for the batches from here on.
+
+        Args:
+            mix: Its name (``interleave(..., name="mix")``) or path.
+            weights: By the names of its datasets.
+
+        Raises:
+            ValueError: If there is no such mix, the weights do not fit it, or it cannot be done exactly here: the mix is below
+                a global shuffle, say. Then nothing was changed.
+        """
+        self._no_foreign("set_weights")
+        merged, canonical = settle(self.state_dict())
+        facts = self._facts_of(canonical.rest, canonical.epoch + canonical.finished)
+        canonical.edits = merged["edits"] = add(canonical, facts.place, mix, weights)
+        over = self._current is not None and self._current.complete and self._loaded is None
+        self._drop_started()
+        self._edits = canonical.edits
+        self._set_pipeline(self._pipeline)
+        super().load_state_dict({})
+        if not over and self._active is not None:
+            self._active, self._renewed = None, self._active
+        self._current, self._runner = None, None
+        self._next_epoch = canonical.epoch
+        self._loaded = (canonical, merged)
 
     def _check_lanes(self, canonical: Canonical, topology: Topology) -> None:
         """All lanes of this rank must be there, and of this run's number."""

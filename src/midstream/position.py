@@ -115,9 +115,9 @@ class Trace(list[Origin]):
 class Facts:
     """What a position has to know of its loader's pipeline. No way back to the loader: no cycle keeps workers alive."""
 
-    def __init__(self, pipeline: Dataset, rest: str = "") -> None:
-        self.pipeline, self.rest = pipeline, rest
-        self.running = running(pipeline, rest)
+    def __init__(self, pipeline: Dataset, rest: str = "", edits: str = "", epoch: int = -1) -> None:
+        self.pipeline, self.rest, self.edits = pipeline, rest, edits
+        self.running = running(pipeline, rest, edits, epoch)
         self.place = bind(self.running)
         self.names = self.place.names
         self._spec: bytes | None = None
@@ -401,6 +401,7 @@ class Position:
             "steps_done": steps,
             "num_lanes": self.num_lanes,
             "rest": rest,
+            "edits": self.facts.edits,
             "lanes": leaves,
         }
 

@@ -23,6 +23,7 @@ from midstream.core import I64, Cursor, Dataset, Delivery, Item, Lane, Place, as
 from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError
 from midstream.failures import ErrorRate, Failure, Hole, Ledger
 from midstream.lanes import Topology, first_batch, slots
+from midstream.nodes.mixing import LaneEdits
 from midstream.transport import Arena, Once, Parcel, begin, pack
 
 __all__ = ["BATCH", "ERROR", "FATAL", "NOTHING", "Out", "Plan", "Runner", "deliver", "send", "source_of"]
@@ -90,6 +91,7 @@ class Runner(IterableDataset[Any]):
         self.shared: torch.Tensor | None = None
         self.crumbs: torch.Tensor | None = None
         self.arena: Arena | None = None
+        self.edits: dict[str, list[dict[str, float]]] = {}  # streams: weights set on the way, by mix
         self.frozen = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -203,10 +205,11 @@ class _LaneRun:
 
     __slots__ = ("dealt", "delivery", "done", "epoch", "index", "lane", "last_epoch", "place", "resumed", "rounds")
 
-    def __init__(self, place: Place, index: int, num_lanes: int, epoch: int, state: Any) -> None:
+    def __init__(self, place: Place, index: int, num_lanes: int, epoch: int, state: Any, edits: Any = None) -> None:
         self.place, self.index, self.last_epoch = place, index, epoch
         self.dealt = 0 if state is None else state.get("dealt", 0)
-        self.lane = Lane(index, num_lanes, 1, Ledger(), self.dealt)
+        placed = None if state is None else state.get("edits")
+        self.lane = Lane(index, num_lanes, 1, Ledger(), self.dealt, LaneEdits(edits, placed) if edits else None)
         self.rounds, self.done = 0, False
         self.epoch = epoch if state is None else state["epoch"]
         self.delivery, self.resumed = self._delivery(), False
@@ -236,6 +239,8 @@ class _LaneRun:
                 self.epoch += 1
                 self.dealt, self.lane = 0, dataclasses.replace(self.lane, dealt=0)
                 self.lane.ledger.marks = {}
+                if self.lane.edits is not None:
+                    self.lane.edits.forget()
                 self.delivery = self._delivery()
             except Exception as error:
                 if not self.resumed:
@@ -254,7 +259,11 @@ class _LaneRun:
             "state": None if self.done else self.delivery.iterator.snapshot(),
             "marks": {} if self.done else self.lane.ledger.marks,
         }
-        return encode({**state, "dealt": self.dealt} if self.dealt else state)
+        if self.dealt:
+            state["dealt"] = self.dealt
+        if self.lane.edits is not None and not self.done:
+            state["edits"] = self.lane.edits.state()
+        return encode(state)
 
 
 class _StreamReader:
@@ -265,7 +274,8 @@ class _StreamReader:
         self.lanes = runner.lanes
         mine = slots(runner.topology, runner.lanes, worker)
         self.runs = [
-            None if index < 0 else _LaneRun(place, index, runner.lanes, epoch, plan.lanes.get(index)) for index in mine
+            None if index < 0 else _LaneRun(place, index, runner.lanes, epoch, plan.lanes.get(index), runner.edits)
+            for index in mine
         ]
         # All lanes of the rank count, not only this worker's: the turns of all workers start in the same round.
         rank_lanes = range(runner.topology.rank, runner.lanes, runner.topology.world_size)

@@ -16,12 +16,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from midstream._random import fold, salt
 from midstream._state import State, decode, encode
 from midstream.checkpoint import Canonical, diff_specs, source_names
-from midstream.core import Dataset
+from midstream.core import Dataset, Place, bind
+from midstream.edits import apply, edits_of, note_load, phases_in, weights_of
 from midstream.errors import CheckpointError, bullet_list
 from midstream.nodes.batch import Batch
 from midstream.nodes.interleave import Interleave, Picks
@@ -31,12 +30,13 @@ from midstream.nodes.skip import Skip
 __all__ = ["adopt", "running"]
 
 
-def running(pipeline: Dataset, rest: str) -> Dataset:
+def running(pipeline: Dataset, rest: str, edits: str = "", epoch: int = -1) -> Dataset:
     """The pipeline that makes what is left of an epoch.
 
     Raises:
-        CheckpointError: If ``rest`` does not fit the pipeline.
+        CheckpointError: If ``rest`` or ``edits`` do not fit the pipeline.
     """
+    pipeline = apply(pipeline, edits, epoch)
     if not rest:
         return pipeline
     try:
@@ -96,7 +96,7 @@ def adopt(canonical: Canonical, pipeline: Dataset, *, strict: bool) -> list[str]
             above.append("map")
         while _kind(old) == _kind(new) == "map" and _alike(old, new):
             old, new = old["inputs"][""], new["inputs"][""]
-        same = _kind(old) == _kind(new) == "interleave" and _alike(old, new, "weights")
+        same = _kind(old) == _kind(new) == "interleave" and _alike(old, new, "weights", "schedule")
         kept = set(old.get("inputs", {})) & set(new.get("inputs", {}))
         if not same or any(old["inputs"][name] != new["inputs"][name] for name in kept):
             raise _refusal(lines, "only weights, new and removed inputs of a mix right below the batch can be honoured")
@@ -104,26 +104,34 @@ def adopt(canonical: Canonical, pipeline: Dataset, *, strict: bool) -> list[str]
             raise _refusal(
                 lines, "load_state_dict(state, strict=False) goes on with these weights and inputs from here on"
             )
+    given = 0
     if pipeline.random_access:
-        _adopt_random(canonical, pipeline, old if other_mix else None, size, lines)
+        given = _adopt_random(canonical, pipeline, old if other_mix else None, size, lines)
     else:
-        _adopt_stream(canonical, sorted(new["inputs"]) if other_mix else None, size, bool(above), lines)
+        _adopt_stream(canonical, new if other_mix else None, size, bool(above), lines)
     if other_mix:
         _rename(canonical, source_names(canonical.spec), source_names(here))
+        canonical.edits = note_load(canonical, _find(bind(pipeline)).path, weights_of(old), weights_of(new), given)
     canonical.spec, canonical.fingerprint = here, pipeline.fingerprint
     return lines
 
 
-def _adopt_random(canonical: Canonical, pipeline: Dataset, old: State, size: int, lines: list[str]) -> None:
+def _adopt_random(canonical: Canonical, pipeline: Dataset, old: State, size: int, lines: list[str]) -> int:
+    """Returns how many rows the mix has given in this epoch."""
     if canonical.ahead:
         raise _refusal(lines, "a rank is ahead because it lost whole batches; finish the epoch as it is")
     left: dict[str, Any] = decode(canonical.rest) if canonical.rest else {"offsets": {}, "skip": 0}
     offsets, skip = left["offsets"], left["skip"] + canonical.batches * size
+    given = 0
     if old is not None:
-        mix = _find(pipeline)
+        place = _find(bind(pipeline))
+        mix: Any = place.node
         if mix.stopping_strategy == "all_exhausted":
             raise _refusal(lines, "with all_exhausted, sources start over, and a mix of passes cannot be counted anew")
-        counts = _counts(old, mix, offsets, skip, lines)
+        edits = edits_of(canonical.edits, place.path)
+        counts = _counts(old, mix, offsets, skip, lines, edits, canonical.epoch)
+        loads = [edit["given"] for edit in edits if "given" in edit and edit["epoch"] == canonical.epoch]
+        given = skip + (loads[-1] if loads else 0)
         offsets = {name: counts.get(name, 0) for name, _ in mix.datasets}
         skip = 0
     canonical.rest = encode({"offsets": offsets, "skip": skip})
@@ -131,23 +139,37 @@ def _adopt_random(canonical: Canonical, pipeline: Dataset, old: State, size: int
     for lane in canonical.lanes.values():
         if lane is not None:
             lane.pop("told", None)
+    return given
 
 
-def _find(node: Dataset) -> Interleave:
-    while not isinstance(node, Interleave):
-        node = node.inputs()[""]
-    return node
+def _find(place: Place) -> Place:
+    while not isinstance(place.node, Interleave):
+        place = place.input
+    return place
 
 
-def _counts(old: State, mix: Interleave, offsets: dict[str, int], rows: int, lines: list[str]) -> dict[str, int]:
+def _counts(
+    old: State,
+    mix: Interleave,
+    offsets: dict[str, int],
+    rows: int,
+    lines: list[str],
+    edits: list[dict[str, Any]],
+    epoch: int,
+) -> dict[str, int]:
     """Rows of each input among the first rows of the mix as it was."""
-    weights = old["weights"]
-    names = list(weights)
-    picks = Picks(weights, fold(old["seed"], salt("/".join([mix.label, *sorted(names)]))))
-    block, inside = divmod(rows, picks.block)
-    pattern = picks.pattern[int(picks.choose(block)[0])][:inside]
-    found = block * picks.quotas + np.bincount(pattern, minlength=len(names))
-    counts = dict(zip(names, found.tolist()))
+    names = list(old["weights"])
+    seed = fold(old["seed"], salt("/".join([mix.label, *sorted(names)])))
+    steps = [[0, old["weights"]], *old.get("schedule", [])]
+    planned = [(border, tuple((name, weights[name]) for name in names)) for border, weights in steps]
+    phases, _ = phases_in(planned, names, edits, epoch)
+    counts = dict.fromkeys(names, 0)
+    for number, (border, weights) in enumerate(phases):
+        end = phases[number + 1][0] if number + 1 < len(phases) else rows
+        if border < rows:
+            picks = Picks(dict(weights), fold(seed, number) if number else seed)
+            for name, count in zip(names, picks.counts(min(end, rows) - border).tolist()):
+                counts[name] += count
     lengths = {name: dataset.length() for name, dataset in mix.datasets}
     for name in names:
         counts[name] += offsets.get(name, 0)
@@ -161,7 +183,8 @@ def _counts(old: State, mix: Interleave, offsets: dict[str, int], rows: int, lin
     return counts
 
 
-def _adopt_stream(canonical: Canonical, inputs: list[str] | None, size: int, above: bool, lines: list[str]) -> None:
+def _adopt_stream(canonical: Canonical, mix_spec: State, size: int, above: bool, lines: list[str]) -> None:
+    inputs = None if mix_spec is None else sorted(mix_spec["inputs"])
     if inputs is not None and above:
         raise _refusal(lines, "in a stream, only a mix right below the batch can change")
     for index, lane in canonical.lanes.items():
@@ -180,8 +203,14 @@ def _adopt_stream(canonical: Canonical, inputs: list[str] | None, size: int, abo
             number, since, mix = run["state"]
             if since:
                 raise _refusal(lines, "a batch is half read; save the state after a batch, not after an error")
-            kept = {name: mix["inputs"][name] for name in inputs if name in mix["inputs"]}
-            run["state"] = [number, 0, {"picks": 0, "ended": False, "inputs": kept}]
+            kept = {name: mix["inputs"][name][:3] for name in inputs if name in mix["inputs"]}
+            changed: dict[str, Any] = {"picks": 0, "ended": False, "inputs": kept}
+            if "schedule" in mix_spec:
+                if "phase" not in mix and "weights_by" in mix_spec:
+                    raise _refusal(lines, "without a schedule it was not counted how much the mix has given")
+                changed["phase"] = [0, 0, mix["phase"][2] if "phase" in mix else mix["picks"]]
+            run["state"] = [number, 0, changed]
+            run.pop("edits", None)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise

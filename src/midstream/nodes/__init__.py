@@ -8,6 +8,7 @@ from midstream.nodes.flat_map import FlatMap
 from midstream.nodes.interleave import Interleave, interleave
 from midstream.nodes.map import Map
 from midstream.nodes.map_batched import MapBatched
+from midstream.nodes.mixing import Schedule, schedule
 from midstream.nodes.pack import Pack
 from midstream.nodes.repeat import Repeat
 from midstream.nodes.shuffle import BufferedShuffle, Shuffle
@@ -25,6 +26,7 @@ __all__ = [
     "MapBatched",
     "Pack",
     "Repeat",
+    "Schedule",
     "Shuffle",
     "Skip",
     "Take",
@@ -34,4 +36,5 @@ __all__ = [
     "interleave",
     "pad",
     "ragged",
+    "schedule",
 ]

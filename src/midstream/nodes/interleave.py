@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from midstream._check import require_choice, require_int, require_name
-from midstream._random import draw, fold, fold_array, pass_key, salt
-from midstream._state import State
+from midstream._check import require_callable, require_choice, require_int, require_name
+from midstream._random import fold, pass_key, salt
+from midstream._state import Fragment, State, copy_plain, encode
 from midstream.core import (
     I64,
     U64,
@@ -25,39 +22,53 @@ from midstream.core import (
     Rows,
     bind,
     pick,
+    replaying,
     require_dataset,
     require_passes,
 )
+from midstream.failures import Hole, callable_name
+from midstream.nodes.map import Call
+from midstream.nodes.mixing import PASSES, Layout, Picks, Schedule, Weights, check_weights, quotas
+from midstream.nodes.repeat import Repeat
+
+__all__ = ["Interleave", "Picks", "interleave", "quotas"]
 
 StoppingStrategy = Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"]
 _STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
-_PATTERNS = 16
-_EXACT_BLOCK = 4096
-_LARGE_BLOCK = 1 << 16
-_PASSES = 1 << 20  # passes over one dataset inside an endless epoch, for numbering
 
 
 def interleave(
     datasets: Mapping[str, Dataset],
-    weights: Mapping[str, float] | None = None,
+    weights: Mapping[str, float] | Schedule | None = None,
     *,
     seed: int = 0,
-    stopping_strategy: StoppingStrategy = "first_exhausted",
+    stopping_strategy: StoppingStrategy | None = None,
+    weights_by: str | Callable[[Any], int] | None = None,
+    max_epochs: int | Mapping[str, int] | None = None,
+    then: Literal["stop", "share"] | None = None,
     name: str | None = None,
 ) -> Dataset:
     """Mix datasets by weight.
 
     After any number of samples each of k sources is strictly within 1 + share * (k - 2) samples of its share, as long
-    as the shares are ratios of small numbers (on streams: in every lane).
+    as the shares are ratios of small numbers (on streams: in every lane). With ``weights_by`` the same is asked of tokens:
+    in every lane a source is never more than one of its documents above its share.
 
     Args:
         datasets: By name. A source that has no name of its own takes it from here.
-        weights: Relative, by the same names; equal when left out. A weight of 0 leaves a dataset out but in the tree.
+        weights: Relative, by the same names; equal when left out. A weight of 0 leaves a dataset out but in the tree. Or a
+            `midstream.schedule` of them.
         seed: Chooses the order of picks. The order is the same every epoch, so that ``len`` is too.
-        stopping_strategy: As Hugging Face ``datasets`` has them. ``"first_exhausted"``: the end is the last sample of
-            the first dataset to run out. ``"all_exhausted"``: the last sample of the last one; the others start over,
-            in a new order where they are shuffled. ``"all_exhausted_without_replacement"``: every sample once. On
+        stopping_strategy: As Hugging Face ``datasets`` has them. ``"first_exhausted"``, the default: the end is the last
+            sample of the first dataset to run out. ``"all_exhausted"``: the last sample of the last one; the others start
+            over, in a new order where they are shuffled. ``"all_exhausted_without_replacement"``: every sample once. On
             streams each lane stops by itself, when it would pick from a dataset that has run out.
+        weights_by: What a sample counts: a function that returns a whole number (of tokens, say), or the name of a column
+            whose length it is. Makes the mix a stream.
+        max_epochs: How often each dataset may be gone through, one number for all or by name; those not named start over
+            without end. Takes the place of a stopping strategy.
+        then: With ``max_epochs``, when a dataset has had them: ``"stop"``, the default, ends the mix; ``"share"`` shares
+            its weight out among the others, until all that are limited and not endless have had theirs.
         name: Name of this node in paths and checkpoints.
 
     Raises:
@@ -69,6 +80,10 @@ def interleave(
     >>> mix = ms.interleave({"a": ms.from_dataset([0] * 70), "b": ms.from_dataset([1] * 30)}, {"a": 7, "b": 3})
     >>> len(mix), sum(list(mix)[:50])
     (98, 15)
+    >>> texts = {"short": ms.from_dataset(["ab"] * 90), "long": ms.from_dataset(["x" * 20] * 9)}
+    >>> mix = list(ms.interleave(texts, weights_by=len))
+    >>> sum(map(len, mix[:22])), mix[:22].count("ab")
+    (80, 20)
     """
     if not isinstance(datasets, Mapping):
         raise TypeError(
@@ -77,22 +92,52 @@ def interleave(
         )
     if weights is None:
         weights = dict.fromkeys(datasets, 1)
-    if set(weights) != set(datasets):
-        raise ValueError(
-            f"interleave: weights are by the names of the datasets; expected {sorted(datasets)}, found {sorted(weights)}"
-        )
-    for key, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float, np.number)):
-            raise TypeError(f"interleave: the weight of {key!r} is a number; found {weight!r}")
+    phases = weights.phases if isinstance(weights, Schedule) else ((0, tuple(weights.items())),)
+    checked = tuple((border, check_weights(dict(pairs), list(datasets), "interleave")) for border, pairs in phases)
     require_name(name, "interleave")
     if name is not None and "/" in name:
         raise ValueError(f"interleave: a name is part of paths, so it has no '/'; found {name!r}")
-    pairs = tuple((key, float(weights[key]) if not _is_whole(weights[key]) else int(weights[key])) for key in datasets)
-    return Interleave(tuple(datasets.items()), pairs, seed, stopping_strategy, name)
+    if max_epochs is not None:
+        if stopping_strategy is not None:
+            raise ValueError(
+                "interleave: max_epochs says when the mix ends, so it takes no stopping_strategy; use then="
+            )
+        require_choice("stop" if then is None else then, "then", ("stop", "share"), "interleave")
+        datasets = _limited(datasets, max_epochs)
+        stopping_strategy = "all_exhausted_without_replacement" if then == "share" else "first_exhausted"
+    elif then is not None:
+        raise ValueError("interleave: then= says what follows max_epochs, and none are given")
+    return Interleave(
+        tuple(datasets.items()),
+        checked[0][1],
+        seed,
+        stopping_strategy or "first_exhausted",
+        name,
+        weights_by,
+        checked[1:],
+    )
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) or (isinstance(value, float) and value.is_integer())
+def _limited(datasets: Mapping[str, Dataset], max_epochs: int | Mapping[str, int]) -> dict[str, Dataset]:
+    """The datasets, each repeated as often as it may be gone through."""
+    limits = dict(max_epochs) if isinstance(max_epochs, Mapping) else dict.fromkeys(datasets, max_epochs)
+    unknown = sorted(set(limits) - set(datasets))
+    if unknown or not limits:
+        raise ValueError(
+            f"interleave: max_epochs are by the names of the datasets; expected some of {sorted(datasets)}, "
+            f"found {sorted(limits)}"
+        )
+    made = {}
+    for key, dataset in datasets.items():
+        require_dataset(dataset, f"interleave {key!r}")
+        if key in limits:
+            require_int(limits[key], f"max_epochs of {key!r}", 1, "interleave")
+            if dataset.infinite:
+                raise ValueError(
+                    f"interleave: {key!r} never ends, so its epochs cannot be counted; leave .repeat() to max_epochs"
+                )
+        made[key] = dataset if dataset.infinite else Repeat(dataset, limits.get(key))
+    return made
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -101,17 +146,26 @@ class Interleave(Dataset):
 
     In a block, pick j of dataset c has the key (j + u) / q_c with u uniform in [0, 1); the picks in key order are the
     block's pattern. Sixteen patterns are made once and a hash of the block's number chooses one, so the dataset and the
-    position at any place of the mix are one lookup: dataset c's j-th pick of block b is its position b * q_c + j.
+    position at any place of the mix are one lookup: dataset c's j-th pick of block b is its position b * q_c + j. In each
+    phase of a schedule blocks are counted anew, and dataset c goes on where it stood.
 
-    State: random access: none but the position. Stream: ``{"picks", "ended", "inputs": {name: [pass, flags, state]}}``.
+    With ``weights_by`` there are no blocks: the dataset is picked that is furthest below its share of what was counted so
+    far (of those equally far, by a hash); counting starts again where the shares change.
+
+    State: random access: none but the position. Stream: ``{"picks", "ended", "inputs": {name: [pass, flags, state]}}``,
+    with a schedule ``"phase": [phase, its first pick, samples or tokens given]``, with ``weights_by`` a fourth entry of
+    each input: what it has given since the shares changed.
     Resume: reads nothing again.
     """
 
     datasets: tuple[tuple[str, Dataset], ...]
-    weights: tuple[tuple[str, float], ...]
+    weights: Weights
     seed: int = 0
     stopping_strategy: StoppingStrategy = "first_exhausted"
     name: str | None = None
+    weights_by: str | Callable[[Any], int] | None = None
+    later: tuple[tuple[int, Weights], ...] = ()
+    edited: bool = False
     kind = "interleave"
 
     def __post_init__(self) -> None:
@@ -123,10 +177,10 @@ class Interleave(Dataset):
             if not isinstance(key, str) or not key or "/" in key or "|" in key:
                 raise ValueError(f"interleave: a name is a string without '/' and '|'; found {key!r}")
             require_dataset(dataset, f"interleave {key!r}")
-        for key, weight in self.weights:
-            if not math.isfinite(weight) or weight < 0:
-                raise ValueError(f"interleave: the weight of {key!r} is a finite number of at least 0; found {weight}")
-        quotas(dict(self.weights))
+        if self.weights_by is not None and not isinstance(self.weights_by, str):
+            require_callable(self.weights_by, "interleave: weights_by")
+        for _, weights in self.phases:
+            quotas(dict(weights))
         bind(self)
 
     def inputs(self) -> dict[str, Dataset]:
@@ -134,47 +188,85 @@ class Interleave(Dataset):
         return dict(self.datasets)
 
     @property
+    def phases(self) -> tuple[tuple[int, Weights], ...]:
+        """(where it begins, weights) of each phase of the schedule; one where there is none."""
+        return ((0, self.weights), *self.later)
+
+    @property
     def label(self) -> str:
         """The name it was given, or the verb."""
         return self.name or self.kind
 
     @property
+    def random_access(self) -> bool:
+        """As the inputs, but what is counted by a function is known only by reading it."""
+        return self.weights_by is None and super().random_access
+
+    @property
     def infinite(self) -> bool:
         """Whether every dataset that can end the mix is endless."""
-        endless = [dataset.infinite for (_, dataset), (_, weight) in zip(self.datasets, self.weights) if weight]
-        return all(endless) if self.stopping_strategy == "first_exhausted" else any(endless)
+        used = {key for _, weights in self.phases for key, weight in weights if weight}
+        at_the_end = {key for key, weight in self.phases[-1][1] if weight}
+        if self.stopping_strategy == "first_exhausted":
+            return all(dataset.infinite for key, dataset in self.datasets if key in used)
+        return any(dataset.infinite for key, dataset in self.datasets if key in at_the_end)
 
     def spec_fields(self) -> dict[str, State]:
-        """Weights by name, seed and strategy."""
+        """Weights by name, schedule, seed and strategy."""
         fields: dict[str, State] = {"weights": dict(self.weights), "seed": int(self.seed)}
+        if self.later:
+            fields["schedule"] = [[border, dict(weights)] for border, weights in self.later]
+        if self.weights_by is not None:
+            fields["weights_by"] = (
+                self.weights_by if isinstance(self.weights_by, str) else callable_name(self.weights_by)
+            )
         if self.name is not None:
             fields["label"] = self.name
         if self.stopping_strategy != "first_exhausted":
             fields["stopping_strategy"] = self.stopping_strategy
         return fields
 
-    def picks(self) -> Picks:
-        """The choice sequence, made once. Its salt is the names, not the place: else ``len`` would vary with the tree."""
-        cached: Picks | None = self.__dict__.get("_picks")
-        if cached is None:
-            names = "/".join([self.label, *sorted(key for key, _ in self.datasets)])
-            cached = Picks(dict(self.weights), fold(self.seed, salt(names)))
-            self._set("_picks", cached)
-        return cached
+    def picks(self, phase: int = 0) -> Picks:
+        """The choice sequence of a phase; of few at a time, for a long one takes megabytes."""
+        return self._picks(phase, self.phases[phase][1])
+
+    def _picks(self, phase: int, weights: Weights) -> Picks:
+        """Its salt is the names, not the place: else ``len`` would vary with the tree."""
+        cached: dict[Any, Picks] = self.__dict__.get("_picks_made") or {}
+        if (phase, weights) not in cached:
+            while len(cached) >= 8:
+                cached.pop(next(iter(cached)))
+            cached[phase, weights] = Picks(dict(weights), self.draws(phase))
+            self._set("_picks_made", cached)
+        return cached[phase, weights]
+
+    def draws(self, phase: int) -> int:
+        """The seed of a phase's draws."""
+        names = "/".join([self.label, *sorted(key for key, _ in self.datasets)])
+        seed = fold(self.seed, salt(names))
+        return fold(seed, phase) if phase else seed
 
     def _length(self) -> int | None:
-        return self._layout().length
+        return self.layout().length
 
-    def _layout(self) -> _Layout:
-        cached: _Layout | None = self.__dict__.get("_layout_made")
+    def layout(self) -> Layout:
+        """The closed forms, made once."""
+        cached: Layout | None = self.__dict__.get("_layout_made")
         if cached is None:
             lengths = [dataset.length() for _, dataset in self.datasets]
-            cached = _Layout(self.picks(), [key for key, _ in self.datasets], lengths, self.stopping_strategy)
+            cached = Layout(
+                [border for border, _ in self.phases],
+                self.picks,
+                [key for key, _ in self.datasets],
+                lengths,
+                self.stopping_strategy,
+                many=self.edited,
+            )
             self._set("_layout_made", cached)
         return cached
 
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
-        layout = self._layout()
+        layout = self.layout()
         source, inside = layout.locate(positions)
         parts: list[tuple[I64, Rows]] = []
         order = np.argsort(source, kind="stable")
@@ -195,209 +287,9 @@ class Interleave(Dataset):
         return Rows.scatter(len(positions), parts)
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+        if self.weights_by is not None:
+            return _MeasuredIterator(self, at, lane, key, pass_)
         return _InterleaveIterator(self, at, lane, key, pass_)
-
-
-def quotas(weights: Mapping[str, float]) -> tuple[list[int], int]:
-    """Integer quotas per block and the block's size.
-
-    Exact when the weights are ratios of small numbers (a block of at most 4,096 picks), else within 2**-17 of the share
-    over blocks of 2**16.
-
-    Raises:
-        ValueError: If all weights are 0, or one that is not would round to 0.
-
-    >>> quotas({"web": 0.7, "code": 0.3})
-    ([7, 3], 10)
-    """
-    names, values = list(weights), list(weights.values())
-    largest = max(values)
-    if not largest:
-        raise ValueError(f"interleave: at least one weight is above 0; found {dict(weights)}")
-    # Floats are taken relative to the largest, so that neither tiny nor huge ones lose what they mean.
-    fractions = [
-        Fraction(value) if isinstance(value, int) else Fraction(value / largest).limit_denominator(1_000_000)
-        for value in (values if all(isinstance(value, int) for value in values) else map(float, values))
-    ]
-    total = sum(fractions)
-    shares = [fraction / total for fraction in fractions]
-    exact_total = math.fsum(values)
-    close = all(abs(float(share) - value / exact_total) <= 1e-12 for share, value in zip(shares, values))
-    block = math.lcm(*(share.denominator for share in shares))
-    if close and block <= _EXACT_BLOCK:
-        result, size = [int(share * block) for share in shares], block
-    else:
-        size = _LARGE_BLOCK
-        ideal = [value / exact_total * size for value in values]
-        result = [int(value) for value in ideal]
-        # What rounded down to nothing comes first: a source of the mix is never left out for want of a remainder.
-        by_remainder = sorted(
-            range(len(ideal)),
-            key=lambda index: (result[index] > 0 or ideal[index] < 0.5, result[index] - ideal[index], names[index]),
-        )
-        for index in by_remainder[: size - sum(result)]:
-            result[index] += 1
-    for name, value, quota in zip(names, values, result):
-        if value and not quota:
-            raise ValueError(
-                f"interleave: the weight of {name!r} is {value / exact_total:.2g} of the whole, too small to be kept "
-                f"(under 1 in {2 * _LARGE_BLOCK:,}). Give it 0 to leave it out, or more."
-            )
-    return result, size
-
-
-class Picks:
-    """The choice sequence: which dataset is picked when, as a pool of block patterns.
-
-    Attributes:
-        quotas: int64, shape [k]: picks of each dataset per block.
-        block: Picks per block.
-        pattern: int32, shape [16, block]: the dataset picked.
-        number: int32, shape [16, block]: how many times it was picked before in the block.
-    """
-
-    def __init__(self, weights: Mapping[str, float], seed: int) -> None:
-        shares, self.block = quotas(weights)
-        self.quotas = np.array(shares, dtype=np.int64)
-        self.seed = seed
-        self.pattern = np.empty((_PATTERNS, self.block), dtype=np.int32)
-        self.number = np.empty((_PATTERNS, self.block), dtype=np.int32)
-        # Everything is laid out by name, not by place in the dict: the same mix written in another order is the same.
-        names = list(weights)
-        by_name = sorted(range(len(names)), key=names.__getitem__)
-        source = np.concatenate([np.full(shares[index], index, dtype=np.int32) for index in by_name])
-        number = np.concatenate([np.arange(shares[index], dtype=np.int32) for index in by_name])
-        for pool in range(_PATTERNS):
-            unit = np.concatenate([_unit(fold(seed, pool, salt(names[index])), shares[index]) for index in by_name])
-            order = np.argsort((number + unit) / self.quotas[source], kind="stable")
-            self.pattern[pool], self.number[pool] = source[order], number[order]
-
-    def choose(self, blocks: I64 | int, lane: int = 0) -> npt.NDArray[np.int64]:
-        """Which of the patterns each block has, int64."""
-        return (fold_array(fold(self.seed, -1 - lane), blocks) & np.uint64(_PATTERNS - 1)).astype(np.int64)
-
-
-def _unit(seed: int, count: int) -> npt.NDArray[np.float64]:
-    return (draw(seed, 0, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-class _Layout:
-    """The closed forms of a mix of random-access datasets: its length, and what stands at a position.
-
-    Attributes:
-        length: Samples in all, None when endless.
-        lengths: Of the datasets; 0 where there is no end.
-        repeats: Passes over each dataset within one epoch of the mix.
-    """
-
-    def __init__(self, picks: Picks, names: list[str], lengths: list[int | None], strategy: str) -> None:
-        self.picks = picks
-        self.lengths = [length or 0 for length in lengths]
-        self.repeats = [1] * len(lengths)
-        self.segments: _Segments | None = None
-        used = [index for index, quota in enumerate(picks.quotas.tolist()) if quota]
-        finite = [index for index in used if lengths[index] is not None]
-        if strategy == "first_exhausted":
-            ends = [self._end(index) for index in finite]
-            self.length: int | None = min(ends) if ends else None
-        elif len(finite) < len(used):
-            self.length = None
-            if strategy == "all_exhausted":
-                for index in finite:
-                    self._nonempty(names[index], index)
-                    self.repeats[index] = _PASSES
-        elif strategy == "all_exhausted":
-            for index in finite:
-                self._nonempty(names[index], index)
-            self.length = max(self._end(index) for index in finite)
-            for index in finite:
-                most = -(-self.length // picks.block) * int(picks.quotas[index])
-                self.repeats[index] = -(-most // self.lengths[index])
-        else:
-            self.length = sum(self.lengths[index] for index in finite)
-            self.segments = _Segments(picks, self.lengths)
-        if self.length is None and strategy == "all_exhausted_without_replacement":
-            self.segments = _Segments(
-                picks,
-                [_far(quota) if length is None else length for length, quota in zip(lengths, picks.quotas.tolist())],
-            )
-
-    def _nonempty(self, name: str, index: int) -> None:
-        if not self.lengths[index]:
-            raise ValueError(
-                f"interleave: {name!r} has no rows, so with all_exhausted it can neither be read nor start over; leave it "
-                f"out or give it the weight 0"
-            )
-
-    def _end(self, index: int) -> int:
-        """The position after the last row of a dataset."""
-        if not self.lengths[index]:
-            return 0
-        block, number = divmod(self.lengths[index] - 1, int(self.picks.quotas[index]))
-        pattern = self.picks.pattern[int(self.picks.choose(block)[0])]
-        return block * self.picks.block + int(np.flatnonzero(pattern == index)[number]) + 1
-
-    def locate(self, positions: I64) -> tuple[npt.NDArray[Any], I64]:
-        """Dataset index and position in it, for positions of the mix; all of shape [k]."""
-        picks = self.picks
-        if self.segments is not None:
-            return self.segments.locate(positions)
-        block, inside = np.divmod(positions, picks.block)
-        chosen = picks.choose(block)
-        source = picks.pattern[chosen, inside]
-        return source, block * picks.quotas[source] + picks.number[chosen, inside]
-
-
-def _far(quota: int) -> int:
-    """A length for what never ends: 2**40 blocks, which no run reaches and no product of which overflows."""
-    return max(1, quota) << 40
-
-
-class _Segments:
-    """Every sample once: picks of a dataset that has run out are left out.
-
-    Between two blocks in which some dataset runs out, every block has the same limits: how many of each dataset's picks
-    are still served. So the block of a position is a division inside the right segment.
-    """
-
-    def __init__(self, picks: Picks, lengths: list[int]) -> None:
-        self.picks = picks
-        length = np.array(lengths, dtype=np.int64)
-        quota = picks.quotas
-        last = length // np.maximum(quota, 1)
-        starts = np.unique(np.concatenate([[0], last, last + 1]))
-        self.starts = starts
-        self.limits = np.clip(length[None, :] - starts[:, None] * quota[None, :], 0, quota[None, :])
-        self.rates = self.limits.sum(axis=1)
-        blocks = np.diff(starts, append=starts[-1] + 1)
-        self.before = np.concatenate([[0], np.cumsum(self.rates * blocks)[:-1]])
-        self.offsets: dict[tuple[int, int], I64] = {}
-
-    def locate(self, positions: I64) -> tuple[npt.NDArray[Any], I64]:
-        """As `_Layout.locate`."""
-        picks = self.picks
-        segment = np.searchsorted(self.before, positions, side="right") - 1
-        blocks, inside = np.divmod(positions - self.before[segment], np.maximum(self.rates[segment], 1))
-        blocks = blocks + self.starts[segment]
-        chosen = picks.choose(blocks)
-        offsets = np.empty_like(positions)
-        joint = segment * _PATTERNS + chosen
-        for value in np.unique(joint).tolist():
-            here = np.flatnonzero(joint == value)
-            offsets[here] = self._served(*divmod(value, _PATTERNS))[inside[here]]
-        source = picks.pattern[chosen, offsets]
-        return source, blocks * picks.quotas[source] + picks.number[chosen, offsets]
-
-    def _served(self, segment: int, pattern: int) -> I64:
-        """Places in a pattern whose picks are served in a segment."""
-        known = self.offsets.get((segment, pattern))
-        if known is None:
-            picks = self.picks
-            if len(self.offsets) >= 256:
-                self.offsets.clear()
-            known = np.flatnonzero(picks.number[pattern] < self.limits[segment][picks.pattern[pattern]])
-            self.offsets[segment, pattern] = known
-        return known
 
 
 _YIELDED, _EXHAUSTED, _EMPTY = 1, 2, 4
@@ -413,31 +305,97 @@ class _Input:
 
 
 class _InterleaveIterator(Iterator):
+    """Picks by the patterns of blocks, each lane by its own."""
+
     def __init__(self, node: Interleave, at: Place, lane: Lane, key: int, pass_: int) -> None:
         self.node, self.at, self.lane, self.key, self.pass_ = node, at, lane, key, pass_
-        self.choices = node.picks()
         self.names = [name for name, _ in node.datasets]
         self.children = [_Input(self._open(name, 0)) for name in self.names]
         self.picks, self.ended = 0, False
-        self.pattern: list[int] = []
-        self.pattern_of = -1
+        self.phase, self.start, self.given = 0, 0, 0  # of the schedule: phase, its first pick, what the mix has given
+        self.edits = lane.edits.of(at.path) if lane.edits is not None else None
+        self.edit = -1  # which of them is in force
+        self.watch = bool(node.later) or self.edits is not None
+        # The state of an input is made again only after it was read: with hundreds of them, most were not.
+        self.texts = [""] * len(self.names)
+        self.touched = set(range(len(self.names)))
+        self.by_name = [(f"{encode(name)}:", index) for name, index in sorted(zip(self.names, range(len(self.names))))]
+        self._use(0, node.weights)
 
     def _open(self, name: str, number: int) -> Iterator:
         key = int(pass_key(np.array([self.key], dtype=np.uint64), np.array([number]))[0])
         pass_ = self.pass_
         if self.node.stopping_strategy == "all_exhausted":  # how many passes there will be is not known
-            require_passes(np.array([pass_]), _PASSES)
-            pass_ = pass_ * _PASSES + number
+            require_passes(np.array([pass_]), PASSES)
+            pass_ = pass_ * PASSES + number
         return self.at.inputs[name].iterate(self.lane, key, pass_)
+
+    # -- which weights ------------------------------------------------------------------------------------------------
+
+    def _use(self, draws: int, weights: Weights) -> None:
+        """Pick by these weights."""
+        self.weights = weights
+        self.choices = self.node._picks(draws, weights)
+        self.pattern: list[int] = []
+        self.pattern_of = -1
+
+    def _turn(self) -> bool:
+        """See whether other weights are in force from this pick on; returns whether there is anything to pick."""
+        node = self.node
+        if self.edits is not None:
+            number = self.edits.at(self.pass_, self.picks, live=not replaying())
+            if number != self.edit:
+                self.edit = number
+                weights, first = self.edits.weights(number, self.pass_)
+                self.start = first
+                self._use(-1 - number, check_weights(weights, self.names, self.at.path))
+                self._settle()
+            if self.edit >= 0:
+                return not self.ended
+        while self.phase + 1 < len(node.phases) and self.given >= self.lane.share(node.phases[self.phase + 1][0]):
+            self._next_phase()
+        return not self.ended
+
+    def _next_phase(self) -> None:
+        self.phase += 1
+        self.start = self.picks
+        self._use(self.phase, self.node.phases[self.phase][1])
+        self._settle()
+
+    def _settle(self) -> None:
+        """Weights changed, or a dataset ran out: is there anything that can be picked?"""
+        node, restarts = self.node, self.node.stopping_strategy == "all_exhausted"
+        to_come = () if self.edit >= 0 else node.phases[self.phase + 1 :]
+        here = [child for child, (_, weight) in zip(self.children, self.weights) if weight]
+        wanted = {key for _, weights in ((0, self.weights), *to_come) for key, weight in weights if weight}
+        some = [
+            child.flags for name, child in zip(self.names, self.children) if name in wanted and not child.flags & _EMPTY
+        ]
+        if not some or (node.stopping_strategy != "first_exhausted" and all(flags & _EXHAUSTED for flags in some)):
+            self.ended = True
+        elif all(child.flags & (_EMPTY if restarts else _EMPTY | _EXHAUSTED) for child in here):
+            if to_come:
+                self._next_phase()
+            else:
+                self.ended = True
+
+    # -- picking ------------------------------------------------------------------------------------------------------
+
+    def _choose(self) -> int:
+        """The dataset of this pick."""
+        block, inside = divmod(self.picks - self.start, self.choices.block)
+        if block != self.pattern_of:
+            chosen = int(self.choices.choose(block, 1 + self.lane.index)[0])
+            self.pattern, self.pattern_of = self.choices.of(chosen).tolist(), block
+        return self.pattern[inside]
 
     def _next(self) -> Item:
         while not self.ended:
-            block, inside = divmod(self.picks, self.choices.block)
-            if block != self.pattern_of:
-                chosen = int(self.choices.choose(block, 1 + self.lane.index)[0])
-                self.pattern, self.pattern_of = self.choices.pattern[chosen].tolist(), block
-            index = self.pattern[inside]
+            if self.watch and not self._turn():
+                break
+            index = self._choose()
             child = self.children[index]
+            self.touched.add(index)
             if not child.flags & _EMPTY and (
                 not child.flags & _EXHAUSTED or self.node.stopping_strategy == "all_exhausted"
             ):
@@ -445,12 +403,17 @@ class _InterleaveIterator(Iterator):
                     item = next(child.source)
                     child.flags |= _YIELDED
                     self.picks += 1
-                    return item
+                    return self._counted(index, item)
                 except StopIteration:
-                    if self._ran_out(index, child):
-                        continue  # it starts over: the same pick, from its beginning
+                    phase = self.phase
+                    if self._ran_out(index, child) or self.phase != phase:
+                        continue  # it starts over: the same pick, from its beginning; or another phase begins
             self.picks += 1
         raise StopIteration
+
+    def _counted(self, index: int, item: Item) -> Item:
+        self.given += 1
+        return item
 
     def _ran_out(self, index: int, child: _Input) -> bool:
         """A dataset has no more; returns whether it starts over."""
@@ -459,12 +422,9 @@ class _InterleaveIterator(Iterator):
             child.flags |= _EMPTY
         else:
             child.flags |= _EXHAUSTED
-        live = [other.flags for other, quota in zip(self.children, self.choices.quotas.tolist()) if quota]
-        some = [flags for flags in live if not flags & _EMPTY]
-        if strategy == "first_exhausted":
-            self.ended = not some or bool(child.flags & _EXHAUSTED)
-        else:
-            self.ended = all(flags & _EXHAUSTED for flags in some)
+            self.ended = strategy == "first_exhausted"
+        if not self.ended:
+            self._settle()
         if self.ended or child.flags & _EMPTY or strategy != "all_exhausted":
             return False
         child.number += 1
@@ -472,17 +432,116 @@ class _InterleaveIterator(Iterator):
         child.source = self._open(self.names[index], child.number)
         return True
 
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def _input_state(self, index: int, child: _Input) -> list[State]:
+        return [child.number, child.flags, child.source.snapshot()]
+
     def _state(self) -> State:
-        inputs = {
-            name: [child.number, child.flags, child.source.snapshot()] for name, child in zip(self.names, self.children)
-        }
-        return {"picks": self.picks, "ended": self.ended, "inputs": inputs}
+        for index in self.touched:
+            self.texts[index] = encode(self._input_state(index, self.children[index]))
+        self.touched.clear()
+        inputs = ",".join([name + self.texts[index] for name, index in self.by_name])
+        state = {"picks": self.picks, "ended": self.ended, "inputs": Fragment(f"{{{inputs}}}")}
+        return {**state, "phase": [self.phase, self.start, self.given]} if self.node.later else state
+
+    def _load_input(self, index: int, state: list[State]) -> None:
+        """What an input's state has beyond pass, flags and its own."""
 
     def _load(self, state: State) -> None:
         self.picks, self.ended = state["picks"], state["ended"]
-        for name, child in zip(self.names, self.children):
-            if name not in state["inputs"]:
+        if self.node.later:
+            self.phase, self.start, self.given = state["phase"]
+            self._use(self.phase, self.node.phases[self.phase][1])
+        else:
+            self._use(0, self.node.weights)
+        self.edit = -1
+        if self.edits is not None:
+            self.edit = self.edits.at(self.pass_, self.picks - 1, live=False) if self.picks else -1
+            if self.edit >= 0:
+                weights, self.start = self.edits.weights(self.edit, self.pass_)
+                self._use(-1 - self.edit, check_weights(weights, self.names, self.at.path))
+        self.touched = set(range(len(self.names)))
+        inputs = copy_plain(state["inputs"]) if type(state["inputs"]) is Fragment else state["inputs"]
+        for index, (name, child) in enumerate(zip(self.names, self.children)):
+            if name not in inputs:
                 continue  # new since the state was saved: it begins at its beginning
-            child.number, child.flags, source = state["inputs"][name]
+            self._load_input(index, inputs[name])
+            child.number, child.flags, source = inputs[name][:3]
             child.source = self._open(name, child.number)
             child.source.load(source)
+
+
+class _MeasuredIterator(_InterleaveIterator):
+    """Picks the dataset that is furthest below its share of what was counted."""
+
+    def __init__(self, node: Interleave, at: Place, lane: Lane, key: int, pass_: int) -> None:
+        by = node.weights_by
+        self.counted = np.zeros(len(node.datasets), dtype=np.float64)
+        super().__init__(node, at, lane, key, pass_)
+        self.call = Call(at, by if callable(by) else len, False, None, lambda sample, _: _measure(by, sample))
+
+    def _use(self, draws: int, weights: Weights) -> None:
+        self.weights, self.seed = weights, fold(self.node.draws(draws), self.lane.index)
+        self.counted[:] = 0
+        self.touched = set(range(len(self.counted)))
+        self.shares: Any = None
+
+    def _settle(self) -> None:
+        super()._settle()
+        self.shares = None
+
+    def _share(self) -> None:
+        """The shares of what can be picked; counting starts again where something has dropped out."""
+        restarts = self.node.stopping_strategy == "all_exhausted"
+        gone = _EMPTY if restarts or self.node.stopping_strategy == "first_exhausted" else _EMPTY | _EXHAUSTED
+        left = np.array(
+            [0.0 if child.flags & gone else weight for child, (_, weight) in zip(self.children, self.weights)]
+        )
+        self.counted[left == 0] = 0
+        self.touched = set(range(len(self.counted)))
+        self.shares = left / left.sum()
+        # By name, so that the same mix written in another order is the same.
+        self.live = np.array(sorted(np.flatnonzero(left).tolist(), key=self.names.__getitem__))
+
+    def _choose(self) -> int:
+        if self.shares is None:
+            self._share()
+        behind = (self.shares * self.counted.sum() - self.counted)[self.live]
+        most = self.live[behind == behind.max()]
+        if len(most) > 1:
+            draw = (fold(self.seed, self.picks) >> 11) * 2.0**-53
+            ends = np.cumsum(self.shares[most])
+            return int(most[min(int(np.searchsorted(ends, draw * ends[-1], side="right")), len(most) - 1)])
+        return int(most[0])
+
+    def _counted(self, index: int, item: Item) -> Item:
+        if type(item[0]) is not Hole:
+            size = self.call(*item)
+            if type(size) is Hole:
+                return size, item[1]
+            self.counted[index] += size
+            self.given += size
+        return item
+
+    def _ran_out(self, index: int, child: _Input) -> bool:
+        again = super()._ran_out(index, child)
+        if not again and not self.ended:
+            self.counted[:] = 0
+            self.touched = set(range(len(self.counted)))
+        return again
+
+    def _input_state(self, index: int, child: _Input) -> list[State]:
+        return [*super()._input_state(index, child), int(self.counted[index])]
+
+    def _load_input(self, index: int, state: list[State]) -> None:
+        if len(state) > 3:
+            self.counted[index] = state[3]
+
+
+def _measure(by: Any, sample: Any) -> int:
+    """What a sample counts."""
+    size = len(sample[by]) if isinstance(by, str) else by(sample)
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 0:
+        raise TypeError(f"weights_by counts what a sample has, in whole numbers of at least 0; found {size!r:.60}")
+    return int(size)
