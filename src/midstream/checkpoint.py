@@ -299,9 +299,10 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
                 f"state {index} has num_lanes={canonical.num_lanes}, state 0 has {first.num_lanes}: they are of different runs"
             )
         for key, value in state["lanes"].items():
-            if lanes.get(key):
+            if value and lanes.get(key):
                 raise CheckpointError(f"lane {key} is in two of the states; each rank's state is given once")
-            lanes[key] = value
+            if value or key not in lanes:  # before the first batch a rank names the lanes of others too, empty
+                lanes[key] = value
     missing = [key for key in map("{:04d}".format, range(first.num_lanes)) if key not in lanes]
     if missing:
         shown = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
