@@ -69,6 +69,7 @@ LAYERS = [
     "loader",
     "midstream",
     "display",
+    "inspection",
     "testing",
     "demo",
     "examples",

@@ -136,7 +136,9 @@ class Canonical:
         elif running:
             agreed = running[0]
             fits = len(running) == 1 and all(end[0] == agreed[0] and end[2] <= agreed[2] for end in ended)
-        if not fits or here not in (agreed, *running, *ended):
+        # A rank that had come to its end and saves right after a load knows where the others stood: at a later step.
+        later = self.finished and here[0] == agreed[0] and here[2] >= agreed[2]
+        if not fits or not (later or here in (agreed, *running, *ended)):
             places = sorted({*running, *ended, here})
             shown = "; ".join(f"epoch {epoch}, step {step} (batch {batches})" for epoch, batches, step in places[:4])
             raise CheckpointError(

@@ -58,7 +58,7 @@ class Child:
             "saved": base64.b64encode(pickle.dumps(saved)).decode(),
             "steps": steps,
         }
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the child
         read, write = os.pipe()
         os.set_inheritable(write, True)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -137,9 +137,11 @@ def main(handle: int) -> None:
 
 
 if __name__ == "__main__":
+    import logging
     import warnings
 
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     try:
         main(int(sys.argv[1]))
     except BaseException:

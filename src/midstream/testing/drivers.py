@@ -42,8 +42,12 @@ class Topology(NamedTuple):
     workers: int
 
     def __str__(self) -> str:
+        return f"{self.ranks}×{self.workers}"
+
+    def words(self) -> str:
+        """The same in words."""
         workers = f"{self.workers} worker{'s' * (self.workers != 1)}"
-        return workers if self.ranks == 1 else f"{self.ranks} ranks × {workers}"
+        return workers if self.ranks == 1 else f"{self.ranks} ranks with {workers} each"
 
 
 class Item(NamedTuple):
@@ -278,6 +282,8 @@ class Session:
                     break
                 except ms.SampleError as error:
                     items.append(self._error(error, str(error.origin), rank))
+                    if self._errors > 50 * _SAME_ERRORS:
+                        raise
                     self._empty = False
                     if len(self.loaders) == 1:
                         return Step(items)
@@ -297,7 +303,7 @@ class Session:
         return Step(items)
 
     def _step_foreign(self) -> Step | None:
-        if self._epoch >= (self.setup.epochs if self._kind == "state_dict" else 1):
+        if self._epoch >= (self.setup.epochs if self._kind == "state_dict" else 1) or self._errors > _SAME_ERRORS:
             return None
         if self._iterators is None:
             _set_epoch(self.loaders[0], self._epoch)
@@ -316,8 +322,6 @@ class Session:
 
     def _error(self, error: Exception, origin: str = "", rank: int = 0) -> Item:
         self._errors += 1
-        if self._errors > _SAME_ERRORS:
-            raise error
         lines = str(error).strip().splitlines() or [""]
         text = f"{type(error).__name__} {origin or lines[-1][:80]}".strip()
         return Item(self._epoch, "", (), error=text, rank=rank)
@@ -338,6 +342,11 @@ class Session:
                 raise EOFError
             return Saved(self._epoch, (pickle.dumps(self._iterators[0].get_state()),), False)
         return Saved(self._epoch, (pickle.dumps(self.loaders[0].state_dict()),), False)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether nothing but errors comes."""
+        return self._errors > _SAME_ERRORS
 
     @property
     def stream(self) -> bool:
@@ -373,7 +382,7 @@ def _set_epoch(loader: Any, epoch: int) -> None:
         loader.set_epoch(epoch)
     elif type(loader).__module__.partition(".")[0] in ("torch", "torchdata", "midstream"):
         part = getattr(loader, "dataset", None)
-        if hasattr(part, "set_epoch"):
+        if part is not None and hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
 
 
@@ -388,6 +397,7 @@ class Recording:
         places: For every cut, where it is, in words.
         edges: The cuts at the end of an epoch: after its last batch, and after its end was seen.
         over: Whether all epochs came to their end (else the window did).
+        stuck: The error that came for ever, where one did: reading ended there.
         whole: The epochs that were read from beginning to end.
         ordered: For every epoch, after how many of its items the first lane of a stream had drained.
         reads: For every cut, source rows read so far, where they are counted.
@@ -402,6 +412,7 @@ class Recording:
     places: list[str] = field(default_factory=list)
     edges: list[int] = field(default_factory=list)
     over: bool = False
+    stuck: str = ""
     whole: list[int] = field(default_factory=list)
     ordered: dict[int, int] = field(default_factory=dict)
     reads: list[int] = field(default_factory=list)
@@ -459,6 +470,8 @@ def record(
             step = session.step()
             if step is None:
                 found.over = True
+                if found.items and found.items[-1].error and session.stuck:
+                    found.stuck = found.items[-1].error
                 break
             if first:
                 found.first_seconds, first = time.perf_counter() - start, False
@@ -472,7 +485,8 @@ def record(
                     found.whole.append(epoch)
                 continue
             done += 1
-            for item in step.items:
+            batches = [item for item in step.items if not item.error]
+            for item in batches:
                 counts[item.epoch] = counts.get(item.epoch, 0) + 1
             found.items.extend(step.items)
             epoch = step.items[-1].epoch if step.items else 0
@@ -480,7 +494,7 @@ def record(
             if save and session.ours and session.stream and epoch not in found.ordered:
                 _, drained = session.lanes()
                 if drained:
-                    found.ordered[epoch] = max(0, counts.get(epoch, 0) - topology.ranks - len(step.items))
+                    found.ordered[epoch] = max(0, counts.get(epoch, 0) - topology.ranks - len(batches))
             if watch is not None:
                 watch()
         if not found.over and setup.epochs == 1 and found.whole:
@@ -513,7 +527,8 @@ def counting_reads() -> Iterator[Reads]:
         return rows(place, positions, *args, **options)
 
     def counted_init(iterator: Any, shards: Any, *args: Any) -> None:
-        init(iterator, _CountedShards(shards, reads), *args)
+        counted: Any = _CountedShards(shards, reads)
+        init(iterator, counted, *args)
 
     with mock.patch.object(Place, "rows", counted_rows), mock.patch.object(ShardIterator, "__init__", counted_init):
         yield reads

@@ -190,21 +190,26 @@ class ResumeReport:
 
     def rows(self) -> list[list[str]]:
         """The table as text: a header, then one row per check."""
-        table = [["check", "saved with", "resumed with", "cuts", "outcome"]]
+        table = [["ranks × workers", "saved", "resumed", "cuts", "outcome"]]
+        last = ""
         for check in self.checks:
             cuts = f"{check.cuts} of {check.of}" if check.of else ""
             outcome = check.verdict() + ("" if check.required else " [not promised]")
-            table.append([check.name, check.saved, check.resumed, cuts, outcome])
+            table.append([check.name if check.name != last else "", check.saved, check.resumed, cuts, outcome])
+            last = check.name
         return table
 
     def headline(self) -> str:
         """The verdict in a line."""
-        where = f"{self.batches} batches, {self.samples} samples, {self.epochs} whole epochs"
-        return f"{'EXACT' if self.exact else 'NOT EXACT'}: {self.target} ({self.kind}), {where}, in {self.seconds:.0f} s"
+        where = f"{self.batches} batches, {self.samples} samples, {self.epochs} whole epoch{'s' * (self.epochs != 1)}"
+        return (
+            f"{'EXACT' if self.exact else 'NOT EXACT'}: {self.target} ({self.kind}), {where}, in {self.seconds:.0f} s"
+        )
 
     def costs(self) -> str:
         """State and replay in a line."""
-        text = f"state {self.state_bytes:,} bytes at most; first batch after a resume within {1000 * self.first_batch_seconds:.0f} ms"
+        first = f"{1000 * self.first_batch_seconds:.0f} ms"
+        text = f"state {self.state_bytes:,} bytes at most; first batch after a resume within {first}"
         if self.replayed_rows is not None:
             text += f"; at most {self.replayed_rows:,} source rows read again"
         return text
@@ -215,7 +220,7 @@ class ResumeReport:
         for check in self.checks:
             if check.passed:
                 continue
-            title = f"{check.name}, saved with {check.saved}, resumed with {check.resumed}" if check.resumed else check.name
+            title = f"{check.name}, saved on {check.saved}, resumed on {check.resumed}" if check.resumed else check.name
             lines.append(f"{title}: {check.verdict()}")
             if check.difference is not None:
                 lines.extend(f"  {line}" for line in check.difference.lines())
@@ -285,10 +290,10 @@ def compare(
     """
     if by_rank:
         for rank in sorted({item.rank for item in (*expected, *found)}):
-            parts = [[item for item in items if item.rank == rank] for items in (before, expected, found)]
-            outcome, difference = compare(*parts, f"{place}, rank {rank}", over=over)
-            if outcome != "exact":
-                return outcome, difference
+            one, two, three = ([item for item in items if item.rank == rank] for items in (before, expected, found))
+            of_rank, difference = compare(one, two, three, f"{place}, rank {rank}", over=over)
+            if of_rank != "exact":
+                return of_rank, difference
         return "exact", None
     epochs = sorted({item.epoch for item in (*expected, *found)})
     outcome: Outcome = "exact"
@@ -318,7 +323,9 @@ def compare(
         if wrong is None and short:
             wrong = size
         if wrong is not None:
-            return "differs", _difference(earlier, rest, came, wrong, f"{place}, batch {at + wrong + 1}", to_the_end=not last)
+            return "differs", _difference(
+                earlier, rest, came, wrong, f"{place}, batch {at + wrong + 1}", to_the_end=not last
+            )
         at += len(rest)
     return outcome, None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -98,7 +100,7 @@ def check_resume(
             raise ValueError(f"{name} are integers of at least {least}, one or more; found {values}")
     if epochs < 1 or (steps is not None and steps < 1):
         raise ValueError(f"at least one step of one epoch is read; found steps={steps}, epochs={epochs}")
-    with Ticker(progress) as ticker, warnings.catch_warnings():
+    with Ticker(progress) as ticker, warnings.catch_warnings(), _quiet_logs():
         # Of the loaders that are made again and again here, and of torch about the number of cores.
         warnings.simplefilter("ignore")
         plan = _Plan(target, workers, ranks, steps or _WINDOW, Setup(epochs, batch_size, None, key), seconds, ticker)
@@ -106,6 +108,17 @@ def check_resume(
     if raises:
         report.raise_for_difference()
     return report
+
+
+@contextlib.contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """Loaders that are made hundreds of times say what they have to say hundreds of times."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class _Plan:
@@ -193,10 +206,14 @@ class _Plan:
         self.report.seconds = time.perf_counter() - self.started
         return self.report
 
-    def _begin(self, name: str, saved: Topology | None = None, resumed: Topology | None = None, **options: Any) -> Check:
+    def _begin(
+        self, name: str, saved: Topology | None = None, resumed: Topology | None = None, **options: Any
+    ) -> Check:
         check = Check(name, str(saved or ""), str(resumed or ""), **options)
         self.report.checks.append(check)
-        self.ticker.say(name + (f", saved with {saved}, resumed with {resumed}" if resumed else f", {saved}" if saved else ""))
+        self.ticker.say(
+            name + (f", saved on {saved}, resumed on {resumed}" if resumed else f", {saved}" if saved else "")
+        )
         self.todo -= 1
         check.seconds = -time.perf_counter()
         return check
@@ -234,7 +251,9 @@ class _Plan:
         try:
             if topology.workers == 0 and self.ours:
                 with counting_reads() as reads:
-                    reference = record(self.target, topology, self.setup, steps=steps, reads=reads, watch=self.ticker.tick)
+                    reference = record(
+                        self.target, topology, self.setup, steps=steps, reads=reads, watch=self.ticker.tick
+                    )
             else:
                 reference = record(self.target, topology, self.setup, steps=steps, watch=self.ticker.tick)
             plain = record(self.target, topology, self.setup, steps=steps, save=False, watch=self.ticker.tick)
@@ -244,7 +263,9 @@ class _Plan:
             self._end(check)
             return
         self.references[topology] = reference
-        outcome, difference = compare((), reference.items, plain.items, "read once more", over=reference.over and plain.over)
+        outcome, difference = compare(
+            (), reference.items, plain.items, "read once more", over=reference.over and plain.over
+        )
         check.note(outcome, difference)
         if outcome != "exact":
             check.text = (
@@ -321,7 +342,9 @@ class _Plan:
                 if self.ours and topology == reference.topology and not _equal(saved, twice):
                     return "differs", None, f"{place}: loaded and saved at once, the state is another", None
                 saved = twice
-            found = record(self.target, topology, self.setup, steps=steps, saved=saved, save=False, watch=self.ticker.tick)
+            found = record(
+                self.target, topology, self.setup, steps=steps, saved=saved, save=False, watch=self.ticker.tick
+            )
         except Exception as error:
             refused = isinstance(error, (CheckpointError, AssertionError, LookupError, KeyError)) or not self.ours
             return ("refused" if refused else "failed"), None, f"{place}: {_in_words(error)}", None
@@ -345,7 +368,9 @@ class _Plan:
     def _pair(self, saved: Topology, resumed: Topology) -> None:
         """Stop everywhere on one topology, go on on another (or the same)."""
         reference = self.references[saved]
-        name = "stopped at every batch" if saved == resumed else "on other workers" if saved.ranks == resumed.ranks else "on other ranks"
+        name = "on other workers" if saved.ranks == resumed.ranks else "on other ranks"
+        if saved == resumed:
+            name = "stopped at every batch"
         check = self._begin(name, saved, resumed, required=self.ours or saved == resumed, of=len(reference.saves))
         cost = self._cost(resumed, len(reference.starts) // 2)
         counted = self.ours and resumed == saved and saved.workers == 0 and saved.ranks == 1
@@ -400,7 +425,9 @@ class _Plan:
         items: list[Item] = []
         while True:
             try:
-                part = record(self.target, reference.topology, self.setup, steps=stride, saved=saved, watch=self.ticker.tick)
+                part = record(
+                    self.target, reference.topology, self.setup, steps=stride, saved=saved, watch=self.ticker.tick
+                )
             except Exception as error:
                 kind: Outcome = "refused" if not self.ours else "failed"
                 return kind, None, f"stopped every {stride} steps, after {len(items)} batches: {_in_words(error)}"
@@ -511,5 +538,3 @@ def _in_words(error: BaseException) -> str:
     if not isinstance(error, MidstreamError) and len(lines) > 6:
         lines = [*lines[:2], "…", *lines[-3:]]
     return f"{type(error).__name__}: " + "\n".join(lines)
-
-
