@@ -115,7 +115,10 @@ def _add_verify(to: Any) -> None:
         target: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="Or FILE.py:FUNCTION.")],
         workers: Annotated[str, typer.Option(help="Numbers of worker processes.")] = "0,2",
         ranks: Annotated[str, typer.Option(help="Numbers of ranks.")] = "1,2",
-        steps: Annotated[int, typer.Option(min=1, help="Batches to read, over all ranks.")] = 48,
+        steps: Annotated[
+            int | None,
+            typer.Option(min=1, help="Batches to read, over all ranks.", show_default="48, or 3 of every lane"),
+        ] = None,
         epochs: Annotated[int, typer.Option(min=1, help="Epochs to read at most.")] = 2,
         batch_size: Annotated[int, typer.Option(min=1, help="For datasets that do not end in .batch.")] = 4,
         seconds: Annotated[float, typer.Option(min=1, help="About how long it may take.")] = 60,

@@ -41,7 +41,7 @@ class Child:
         Unreachable: If the target cannot be pickled.
     """
 
-    def __init__(self, given: Any, topology: Topology, setup: Setup, saved: Saved | None, steps: int | None) -> None:
+    def __init__(self, given: Any, topology: Topology, setup: Setup, saved: Saved | None, batches: int | None) -> None:
         try:
             target, key = _to_bytes(given), _to_bytes(setup.key)
         except Exception as error:
@@ -56,7 +56,7 @@ class Child:
             "key": base64.b64encode(key).decode(),
             "topology": list(topology),
             "saved": base64.b64encode(pickle.dumps(saved)).decode(),
-            "steps": steps,
+            "batches": batches,
         }
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the child
         read, write = os.pipe()
@@ -121,13 +121,13 @@ def main(handle: int) -> None:
     saved = pickle.loads(base64.b64decode(job["saved"]))
     session = Session(target, Topology(*job["topology"]), setup, saved)
     done = 0
-    while job["steps"] is None or done < job["steps"]:
+    while job["batches"] is None or done < job["batches"]:
         step = session.step()
         if step is None:
             break
         if step.end:
             continue
-        done += 1
+        done += len(step.items)
         line = base64.b64encode(pickle.dumps((step.items, session.save())))
         out.write(line + b"\n")
         out.flush()

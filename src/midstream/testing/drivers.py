@@ -31,6 +31,7 @@ from midstream.testing.content import digest, name_samples
 
 __all__ = ["Item", "Reads", "Recording", "Saved", "Session", "Setup", "Target", "Topology", "counting_reads", "record"]
 
+_MANY_LANES = 4096
 _SAME_ERRORS = 20
 """So many errors one after the other, and no batch between them, are taken for one that comes for ever."""
 
@@ -184,17 +185,17 @@ class Target:
         )
 
 
-def fitting_lanes(dataset: Dataset, ranks: tuple[int, ...], workers: tuple[int, ...], batch_size: int) -> int | None:
-    """A number of lanes that every topology can run, where a small stream has not enough data for the usual one."""
+def fitting_lanes(
+    dataset: Dataset, ranks: tuple[int, ...], workers: tuple[int, ...], batch_size: int, window: int
+) -> int | None:
+    """A number of lanes for a stream, so small that each is stopped in its middle several times within the window."""
     if dataset.random_access:
         return None
     step = math.lcm(*ranks)
-    lanes = math.lcm(DEFAULT_LANES, step)
     limit = dataset.max_lanes()
-    lanes = lanes if limit is None else min(lanes, limit[0])
-    full, _ = dataset.full_lanes(lanes, 1 if dataset.batch_rows else batch_size)
-    lanes = full if 0 < full < lanes else lanes
-    return max(step * max(1, *workers), lanes - lanes % step)
+    blocks, _ = dataset.full_lanes(_MANY_LANES, 1 if dataset.batch_rows else batch_size)
+    lanes = max(1, min(DEFAULT_LANES, window // 4, blocks // 3, *([limit[0]] if limit is not None else [])))
+    return max(max(ranks) * max(1, *workers), step, lanes - lanes % step)
 
 
 def _is_ours(loader: Any) -> bool:
@@ -242,7 +243,7 @@ class Session:
         else:
             self._kind = "get_state"
             made = self.loaders[0]
-            iterator = made if hasattr(made, "__next__") else iter(made)
+            iterator = made if hasattr(made, "__next__") or not hasattr(made, "__iter__") else iter(made)
             if not hasattr(iterator, "set_state") or not hasattr(iterator, "get_state"):
                 raise TypeError(
                     f"a {type(made).__name__} cannot be resumed: it has neither state_dict and load_state_dict nor get_state "
@@ -434,6 +435,7 @@ def record(
     setup: Setup,
     *,
     steps: int | None = None,
+    batches: int | None = None,
     saved: Saved | None = None,
     save: bool = True,
     reads: Reads | None = None,
@@ -443,6 +445,7 @@ def record(
 
     Args:
         steps: At most so many steps; None: all epochs.
+        batches: Until so many batches (and errors) came, of all ranks.
         saved: Where to go on.
         save: Whether to save.
         reads: What counts source rows.
@@ -466,7 +469,7 @@ def record(
 
         cut("before the first batch")
         done, first = 0, True
-        while steps is None or done < steps:
+        while (steps is None or done < steps) and (batches is None or len(found.items) < batches):
             step = session.step()
             if step is None:
                 found.over = True
@@ -485,8 +488,8 @@ def record(
                     found.whole.append(epoch)
                 continue
             done += 1
-            batches = [item for item in step.items if not item.error]
-            for item in batches:
+            made = [item for item in step.items if not item.error]
+            for item in made:
                 counts[item.epoch] = counts.get(item.epoch, 0) + 1
             found.items.extend(step.items)
             epoch = step.items[-1].epoch if step.items else 0
@@ -494,7 +497,7 @@ def record(
             if save and session.ours and session.stream and epoch not in found.ordered:
                 _, drained = session.lanes()
                 if drained:
-                    found.ordered[epoch] = max(0, counts.get(epoch, 0) - topology.ranks - len(batches))
+                    found.ordered[epoch] = max(0, counts.get(epoch, 0) - topology.ranks - len(made))
             if watch is not None:
                 watch()
         if not found.over and setup.epochs == 1 and found.whole:
