@@ -180,7 +180,9 @@ def shards(shard: int) -> range:
 def ours(data: Any, options: dict[str, Any]) -> Any:
     import midstream as ms
 
-    return ms.DataLoader(data, batch_size=8, remainder="uneven", **options)
+    return ms.DataLoader(
+        data, batch_size=8, lanes=12, remainder="uneven", **options
+    )  # few, so that each is stopped often
 
 
 def ours_shuffle(**options: Any) -> Any:
