@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import midstream as ms
 from midstream import cli
@@ -133,3 +136,224 @@ def test_numbers_that_make_no_demonstration_exit_with_2(
 ) -> None:
     assert status("demo", "--steps", "60", "--kill-at", "10", monkeypatch=monkeypatch) == 2
     assert "after the first checkpoint (step 20)" in capsys.readouterr().err
+
+
+# -- verify, inspect, diff, trace ----------------------------------------------------------------------------------------
+
+PIPES = """
+import midstream as ms
+
+def not_third(row):
+    return row % 3 != 0
+
+def make(seed=1):
+    web = ms.from_dataset(range(400)).shuffle(seed=seed)
+    code = ms.from_dataset(range(300)).shuffle(seed=1).filter(not_third)
+    return ms.interleave({"web": web, "code": code}, weights={"web": 7, "code": 3}).batch(8)
+
+def other():
+    return make(seed=2)
+
+def fails():
+    return ms.from_dataset(range(40)).map(lambda row: 1 // (row - 5)).batch(4)
+
+def broken():
+    loader = ms.DataLoader(make(), rank=0, world_size=1)
+    loader.load_state_dict = lambda state: None
+    return loader
+
+number = 7
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a module of pipelines, and checkpoints of one after 20 batches and after 35."""
+    (tmp_path / "cli_pipes.py").write_text(PIPES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    make = importlib.import_module("cli_pipes").make
+    loader = ms.DataLoader(make(), rank=0, world_size=1)
+    batches = iter(loader)
+    for _ in range(20):
+        next(batches)
+    ms.checkpoint.save(tmp_path / "run", loader, state={"weights": torch.ones(2)})
+    (tmp_path / "a.json").write_text(json.dumps(loader.state_dict()))
+    for _ in range(15):
+        next(batches)
+    ms.checkpoint.save(tmp_path / "run", loader)
+    (tmp_path / "b.json").write_text(json.dumps({"trainer": {"loader": loader.state_dict()}}))
+    torch.save({"trainer": {"loader": loader.state_dict()}, "weights": torch.ones(2)}, tmp_path / "b.pt")
+    yield tmp_path
+    sys.modules.pop("cli_pipes", None)
+
+
+Told = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def told_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Told:
+    """Exit status, output and errors of a command."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        ended = status(*arguments, monkeypatch=monkeypatch)
+        said = capsys.readouterr()
+        return ended, said.out, said.err
+
+    return call
+
+
+@pytest.mark.parametrize("path", ["run", "run/epoch-000000-batch-000000000035", "b.json", "b.pt"])
+def test_inspect_reads_every_kind_of_checkpoint(path: str, place: Path, told_by: Told) -> None:
+    ended, out, _ = told_by("inspect", path)
+    assert ended == 0
+    assert f"{path}: epoch 0, 35 batches of it over all ranks, 35 steps; 280 samples in all" in out
+    for words in ("web         198", "48 lanes: 0 to 1 batches each", "batch(batch_size=8)", '"web": 7', "not_third"):
+        assert words in out
+    found = json.loads(told_by("inspect", path, "--json")[1])
+    assert (found["batches"], found["progress"]["samples"], len(found["lanes"])) == (35, 280, 48)
+    assert "0034" in told_by("inspect", path, "--lanes")[1]
+
+
+def test_diff_tells_how_far_a_run_came(place: Path, told_by: Told) -> None:
+    ended, out, _ = told_by("diff", "a.json", "run")
+    assert ended == 1
+    assert re.search(r"batches +20 +35 +\+15", out)
+    assert re.search(r"samples +160 +280 +\+120", out)
+    assert "pipeline" not in out
+    found = json.loads(told_by("diff", "a.json", "b.pt", "--json")[1])
+    assert found["position"]["batches"] == [20, 35]
+    assert told_by("diff", "b.pt", "b.json") == (0, "SAME: both checkpoints say the same.\n", "")
+
+
+def test_diff_tells_how_pipelines_differ(place: Path, told_by: Told) -> None:
+    loader = ms.DataLoader(importlib.import_module("cli_pipes").other(), rank=0, world_size=1)
+    (place / "o.json").write_text(json.dumps(loader.state_dict()))
+    ended, out, _ = told_by("diff", "a.json", "o.json")
+    assert ended == 1
+    assert "pipeline: shuffle 'web': seed 1 → 2" in out
+
+
+def test_trace_names_the_rows_that_come(place: Path, told_by: Told) -> None:
+    loader = ms.DataLoader(importlib.import_module("cli_pipes").make(), rank=0, world_size=1)
+    loader.load_state_dict(json.loads((place / "a.json").read_text()))
+    batches, expected = iter(loader), []
+    for _ in range(3):
+        next(batches)
+        expected.append([list(origin) for origin in loader.trace()])
+    ended, out, _ = told_by("trace", "cli_pipes:make", "a.json", "--steps", "3", "--json")
+    assert ended == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["origins"] for line in lines] == expected
+    assert [(line["epoch"], line["batch"]) for line in lines] == [(0, 21), (0, 22), (0, 23)]
+    assert "epoch 0  batch     36  " in told_by("trace", "cli_pipes.py:make", "run", "--steps", "1")[1]
+
+
+def test_trace_goes_on_over_epochs_and_errors(place: Path, told_by: Told) -> None:
+    loader = ms.DataLoader(importlib.import_module("cli_pipes").fails(), rank=0, world_size=1)
+    (place / "f.json").write_text(json.dumps(loader.state_dict()))
+    ended, out, _ = told_by("trace", "cli_pipes:fails", "f.json", "--steps", "14")
+    assert ended == 0
+    assert "ZeroDivisionError: integer division or modulo by zero at data[5]" in out
+    assert "epoch 1  batch      1  " in out
+
+
+def damaged(place: Path) -> dict[str, str]:
+    """Checkpoints that cannot be read: file and what is said of it."""
+    state = json.loads((place / "a.json").read_text())
+    lane = state["lanes"]["0003"]
+    (place / "lane.json").write_text(
+        json.dumps({**state, "lanes": {**state["lanes"], "0003": lane.replace("1", "2", 1)}})
+    )
+    (place / "spec.json").write_text(json.dumps({**state, "spec": {"node": "batch"}}))
+    (place / "format.json").write_text(json.dumps({**state, "midstream": 99}))
+    (place / "key.json").write_text(json.dumps({key: value for key, value in state.items() if key != "epoch"}))
+    (place / "kind.json").write_text(json.dumps({**state, "batches": "many"}))
+    (place / "cut.json").write_text(json.dumps(state)[:-20])
+    (place / "none.json").write_text("{}")
+    (place / "list.json").write_text("[1, 2]")
+    (place / "two.json").write_text(json.dumps({"train": state, "test": state}))
+    (place / "twice.json").write_text(json.dumps([state, state]))
+    (place / "bytes.pt").write_bytes(b"\x00\x01\x02 no file of torch")
+    (place / "empty.pt").write_bytes(b"")
+    torch.save({"function": damaged}, place / "code.pt")
+    (place / "nothing").mkdir()
+    return {
+        "lane.json": "lane 0003",
+        "spec.json": "its spec has the fingerprint",
+        "format.json": "format 99",
+        "key.json": "'epoch' is missing",
+        "kind.json": "'batches' is a int",
+        "cut.json": "begins as JSON, and is none",
+        "none.json": "holds no midstream state",
+        "list.json": "holds no midstream state",
+        "two.json": "choose one with --key: train, test",
+        "twice.json": "in two of the states",
+        "bytes.pt": "weights_only",
+        "empty.pt": "neither JSON nor a file of torch.save",
+        "code.pt": "weights_only",
+        "nothing": "no committed checkpoint",
+        "missing": "cannot be read",
+    }
+
+
+def test_what_cannot_be_read_is_told_in_words(place: Path, told_by: Told) -> None:
+    for file, words in damaged(place).items():
+        for command in (("inspect", file), ("diff", "a.json", file), ("trace", "cli_pipes:make", file)):
+            ended, out, err = told_by(*command)
+            assert (ended, out) == (2, ""), f"{command}: {out}{err}"
+            assert words in err, f"{command}: {err}"
+            assert err.startswith("CheckpointError: ")
+            assert "Traceback" not in err
+    assert told_by("inspect", "two.json", "--key", "test")[0] == 0
+    assert "has no 'train.loader'" in told_by("inspect", "two.json", "--key", "train.loader")[2]
+
+
+def test_trace_of_another_pipeline_shows_the_difference(place: Path, told_by: Told) -> None:
+    ended, _, err = told_by("trace", "cli_pipes:other", "a.json")
+    assert ended == 2
+    assert "shuffle 'web': seed 1 → 2" in err
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("cli_pipes", "give module:function"),
+        ("cli_pipes:nothing", "it has not_third, make, other"),
+        ("no_such_module:make", "No module named"),
+        ("no_such_file.py:make", "there is no file"),
+        ("cli_pipes:number", "found int"),
+    ],
+)
+def test_verify_of_what_is_not_there(target: str, words: str, place: Path, told_by: Told) -> None:
+    ended, _, err = told_by("verify", target)
+    assert ended == 2
+    assert words in err
+
+
+def test_verify_finds_what_is_exact_and_what_is_not(place: Path, told_by: Told) -> None:
+    quick = ("--no-kill", "--workers", "0", "--steps", "24")
+    ended, out, _ = told_by("verify", "cli_pipes:make", *quick)
+    assert ended == 0, out
+    assert out.startswith("EXACT: make (midstream), 24 batches")
+    ended, out, _ = told_by("verify", "cli_pipes.py:broken", *quick)
+    assert ended == 1
+    assert "DIFFERS" in out
+    assert "repeated" in out
+    ended, out, _ = told_by("verify", "cli_pipes:broken", *quick, "--json")
+    assert ended == 1
+    assert json.loads(out)["exact"] is False
+    ended, _, err = told_by("verify", "cli_pipes:make", "--workers", "two")
+    assert ended == 2
+    assert "--workers takes integers" in err
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "diff", "trace"])
+def test_every_command_explains_its_exit_status(command: str, told_by: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    ended, out, _ = told_by(command, "--help")
+    assert ended == 0
+    assert "Exit status: 0" in out
+    assert "--json" in re.sub(r"\x1b\[[0-9;]*m", "", out)

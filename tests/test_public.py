@@ -85,6 +85,7 @@ LAYERS = [
     "display",
     "plot",
     "midstream",
+    "inspection",
     "testing",
     "demo",
     "examples",

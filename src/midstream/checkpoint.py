@@ -138,7 +138,9 @@ class Canonical:
         elif running:
             agreed = running[0]
             fits = len(running) == 1 and all(end[0] == agreed[0] and end[2] <= agreed[2] for end in ended)
-        if not fits or here not in (agreed, *running, *ended):
+        # A rank that had come to its end and saves right after a load knows where the others stood: at a later step.
+        later = self.finished and here[0] == agreed[0] and here[2] >= agreed[2]
+        if not fits or not (later or here in (agreed, *running, *ended)):
             places = sorted({*running, *ended, here})
             shown = "; ".join(f"epoch {epoch}, step {step} (batch {batches})" for epoch, batches, step in places[:4])
             raise CheckpointError(
@@ -332,9 +334,10 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
                 f"state {index} has num_lanes={canonical.num_lanes}, state 0 has {first.num_lanes}: they are of different runs"
             )
         for key, value in state["lanes"].items():
-            if lanes.get(key):
+            if value and lanes.get(key):
                 raise CheckpointError(f"lane {key} is in two of the states; each rank's state is given once")
-            lanes[key] = value
+            if value or key not in lanes:  # before the first batch a rank names the lanes of others too, empty
+                lanes[key] = value
     missing = [key for key in map("{:04d}".format, range(first.num_lanes)) if key not in lanes]
     if missing:
         shown = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")

@@ -1,7 +1,9 @@
 """The command line. Needs the extra ``cli`` (typer and rich); nothing else in the package does."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,7 +100,275 @@ def _app() -> Any:
             raise typer.Exit(2) from None
         raise typer.Exit(0 if exact else 1)
 
+    _add_verify(app)
+    _add_looking(app)
     return app
+
+
+def _add_verify(to: Any) -> None:
+    import typer
+
+    app: typer.Typer = to
+
+    @app.command()
+    def verify(
+        target: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="Or FILE.py:FUNCTION.")],
+        workers: Annotated[str, typer.Option(help="Numbers of worker processes.")] = "0,2",
+        ranks: Annotated[str, typer.Option(help="Numbers of ranks.")] = "1,2",
+        steps: Annotated[
+            int | None,
+            typer.Option(min=1, help="Batches to read, over all ranks.", show_default="48, or 3 of every lane"),
+        ] = None,
+        epochs: Annotated[int, typer.Option(min=1, help="Epochs to read at most.")] = 2,
+        batch_size: Annotated[int, typer.Option(min=1, help="For datasets that do not end in .batch.")] = 4,
+        seconds: Annotated[float, typer.Option(min=1, help="About how long it may take.")] = 60,
+        kill: Annotated[bool, typer.Option("--kill/--no-kill", help="Kill processes, too.")] = True,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+    ) -> None:
+        """Prove that your pipeline or loader resumes exactly.
+
+        The function returns a midstream dataset (or is one); or it returns
+        a loader and takes any of num_workers, rank and world_size by
+        keyword. Any loader with state_dict and load_state_dict can be
+        checked, and iterators with get_state and set_state.
+
+        It is read once and left alone. Then it is stopped at every batch,
+        at the ends of epochs, again and again, killed by SIGKILL, and
+        resumed, each time made anew; midstream's also on the other numbers
+        of workers and ranks. The rest must be the same, in order.
+
+        Exit status: 0 exact, 1 not exact, 2 it could not run.
+        """
+        from midstream.inspection import find
+        from midstream.testing import check_resume
+
+        with _bad_input(typer):
+            report = check_resume(
+                find(target),
+                workers=_numbers(workers, "--workers"),
+                ranks=_numbers(ranks, "--ranks"),
+                steps=steps,
+                epochs=epochs,
+                batch_size=batch_size,
+                seconds=seconds,
+                kill=kill,
+                raises=False,
+                progress=False if as_json else None,
+            )
+        if as_json:
+            print(json.dumps(report.to_dict()))
+        else:
+            report.show()
+        raise typer.Exit(0 if report.exact else 1)
+
+
+_KEY = "Where in the file the state is, trainer.loader say. Needed where there are several."
+_STEPS = "How many batches."
+
+
+def _add_looking(to: Any) -> None:
+    import typer
+
+    app: typer.Typer = to
+    checkpoint = typer.Argument(
+        metavar="CHECKPOINT",
+        help="A folder of midstream.checkpoint.save, a JSON file, or a file of torch.save.",
+    )
+
+    @app.command("inspect")
+    def inspect_(
+        path: Annotated[str, checkpoint],
+        key: Annotated[str | None, typer.Option(help=_KEY, show_default=False)] = None,
+        lanes: Annotated[bool, typer.Option("--lanes", help="A line for every lane.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, and nothing else.")] = False,
+    ) -> None:
+        """Show what a checkpoint says: position, progress, lanes, pipeline.
+
+        Needs neither the data nor the code that made it.
+
+        Exit status: 0 it could be read, 2 it could not.
+        """
+        from midstream import inspection
+
+        with _bad_input(typer):
+            state = inspection.read(path, key)
+            found = inspection.describe(state)
+        if as_json:
+            print(json.dumps(found))
+        else:
+            _show_checkpoint(path, state, found, lanes)
+
+    @app.command("diff")
+    def diff_(
+        one: Annotated[str, checkpoint],
+        other: Annotated[str, checkpoint],
+        key: Annotated[str | None, typer.Option(help=_KEY, show_default=False)] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, and nothing else.")] = False,
+    ) -> None:
+        """Show what lies between two checkpoints.
+
+        How the pipelines differ, how far the run came from one to the
+        other, and which lanes are not the same.
+
+        Exit status: 0 they say the same, 1 they do not, 2 one could not be read.
+        """
+        from midstream import inspection
+
+        with _bad_input(typer):
+            found = inspection.difference(inspection.read(one, key), inspection.read(other, key))
+        if as_json:
+            print(json.dumps(found))
+        else:
+            _show_difference(found)
+        raise typer.Exit(0 if found["same"] else 1)
+
+    @app.command()
+    def trace(
+        target: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="Makes the dataset or the loader.")],
+        path: Annotated[str, checkpoint],
+        steps: Annotated[int, typer.Option(min=1, help=_STEPS)] = 10,
+        key: Annotated[str | None, typer.Option(help=_KEY, show_default=False)] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for every batch.")] = False,
+    ) -> None:
+        """Show which rows come next after a checkpoint.
+
+        In the run's order of batches, over all ranks. Reads the data, and
+        changes nothing.
+
+        Exit status: 0, or 2 if the checkpoint is not of this pipeline.
+        """
+        from rich.console import Console
+
+        from midstream import inspection
+
+        with _bad_input(typer):
+            loader = inspection.loader_for(inspection.find(target), inspection.read(path, key))
+            console = Console(highlight=False)
+            for epoch, batch, origins in inspection.follow(loader, steps):
+                if as_json:
+                    print(json.dumps({"epoch": epoch, "batch": batch, "origins": origins}))
+                else:
+                    words = origins if isinstance(origins, str) else ", ".join(map(str, origins))
+                    console.print(_line(f"epoch {epoch}  batch {batch:>6,}  ", words, console.width), markup=False)
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} takes integers with commas between them, 0,2 say; found {text!r}") from None
+
+
+@contextlib.contextmanager
+def _bad_input(typer: Any) -> Iterator[None]:
+    """What cannot be read or run is told in words; exit status 2."""
+    from midstream.errors import MidstreamError
+
+    try:
+        yield
+    except (MidstreamError, ValueError, TypeError, OSError) as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _line(head: str, text: str, width: int) -> str:
+    """A head, and text below each other behind it."""
+    import textwrap
+
+    room = max(30, width - len(head))
+    return head + f"\n{' ' * len(head)}".join(textwrap.wrap(text, room, break_on_hyphens=False) or [""])
+
+
+def _table(rows: list[list[str]]) -> Any:
+    """A plain table: the first row is its header; all columns but the first are numbers."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    header, *rest = rows
+    for index, column in enumerate(header):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rest:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _show_checkpoint(path: str, state: dict[str, Any], found: dict[str, Any], every_lane: bool) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    from midstream.inspection import spec_lines
+    from midstream.progress import progress
+
+    console = Console(highlight=False)
+    told = progress(state)
+    part = "" if found["lanes_here"] == found["num_lanes"] else f" (of {found['lanes_here']} lanes: one rank's part)"
+    console.print(
+        f"[bold]{escape(path)}[/]: epoch {found['epoch']}, {found['batches']:,} batches of it over all ranks, "
+        f"{found['steps_done']:,} steps; {told.samples:,} samples in all{part}",
+        soft_wrap=False,
+    )
+    console.print(
+        f"[dim]format {found['format']}, pipeline {found['fingerprint']}, {found['bytes']:,} bytes, "
+        f"{found['bytes_of_spec']:,} of them the pipeline[/]"
+    )
+    console.print()
+    console.print(_table(told.rows()))
+    for kind, count in told.unattributed.items():
+        console.print(f"of no single source: {count:,} {kind}", markup=False)
+    lanes = found["lanes"]
+    spoken = [lane for lane in lanes.values() if lane["batches"] is not None]
+    console.print()
+    if spoken:
+        made = [lane["batches"] or 0 for lane in lanes.values()]
+        text = f"{found['num_lanes']} lanes: {min(made):,} to {max(made):,} batches each"
+        for name, words in (("done", "at their end"), ("left_over", "with something left over from the epoch before")):
+            count = sum(lane[name] for lane in spoken)
+            text += f", {count} {words}" if count else ""
+        console.print(text)
+    else:
+        console.print(f"{found['num_lanes']} lanes, which only keep counts: the position is the number of batches")
+    if every_lane:
+        rows = [["lane", "batches", "samples", "bytes", "", ""]]
+        for name, lane in lanes.items():
+            batches = "–" if lane["batches"] is None else f"{lane['batches']:,}"
+            marks = ["done" if lane["done"] else "", "left over" if lane["left_over"] else ""]
+            rows.append([name, batches, f"{lane['samples']:,}", f"{lane['bytes']:,}", *marks])
+        console.print(_table(rows))
+    console.print()
+    for line in spec_lines(found["spec"]):
+        console.print(line, markup=False)
+
+
+def _show_difference(found: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if found["same"]:
+        console.print("[bold green]SAME[/]: both checkpoints say the same.")
+        return
+    for line in found["pipeline"]:
+        console.print(f"pipeline: {line}", markup=False)
+    rows = [["", "first", "second", "change"]]
+    for name, (before, after) in {**found["position"], **found["progress"]}.items():
+        both = before is not None and after is not None
+        rows.append(
+            [name.replace("_", " "), _number(before), _number(after), _number(after - before, "+") if both else ""]
+        )
+    if len(rows) > 1:
+        console.print(_table(rows))
+    if found["lanes"]:
+        lanes = found["lanes"]
+        shown = ", ".join(lanes[:8]) + (f" and {len(lanes) - 8} more" if len(lanes) > 8 else "")
+        console.print(f"lanes that differ: {shown}", markup=False)
+    if len(rows) == 1 and not found["pipeline"] and not found["lanes"]:
+        console.print("what the epoch has left differs")
+
+
+def _number(value: Any, sign: str = "") -> str:
+    if value is None:
+        return "–"
+    return f"{value:{sign},}" if isinstance(value, int) else f"{value:{sign}.4f}"
 
 
 def _show_demo(as_json: bool, *, steps: int, **options: Any) -> bool:

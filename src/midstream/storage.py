@@ -148,6 +148,27 @@ def load(
     Raises:
         CheckpointError: If there is none, or it is damaged, incomplete, or of another pipeline. Nothing was loaded.
     """
+    _, bodies, extra = _read(path)
+    if loader is not None:
+        loader.load_state_dict([body.get("loader") for body in bodies], strict=strict)
+    return torch.load(io.BytesIO(extra[0]), map_location, weights_only=weights_only) if extra else None
+
+
+def states(path: str | os.PathLike[str]) -> tuple[str, list[Any]]:
+    """The states of all ranks in a checkpoint, and where it is, without a loader: for looking at it.
+
+    Args:
+        path: As in `load`.
+
+    Raises:
+        CheckpointError: If there is none, or it is damaged.
+    """
+    where, bodies, _ = _read(path)
+    return where, [body.get("loader") for body in bodies]
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[str, list[dict[str, Any]], list[bytes]]:
+    """Where a checkpoint is, its ranks' files, and what else was saved, as bytes."""
     path = os.fspath(path)
     root, _, name = path.rstrip("/").rpartition("/")
     if _FOLDER.fullmatch(name) is None:
@@ -161,10 +182,7 @@ def load(
     store = _Store(root or ".")
     files = _verified(store, name)
     bodies = [_parsed(name, file, data) for file, data in files.items() if file.startswith("rank-")]
-    if loader is not None:
-        loader.load_state_dict([body.get("loader") for body in bodies], strict=strict)
-    extra = [data for file, data in files.items() if file.startswith("state-")]
-    return torch.load(io.BytesIO(extra[0]), map_location, weights_only=weights_only) if extra else None
+    return store.full(name), bodies, [data for file, data in files.items() if file.startswith("state-")]
 
 
 class _Store:

@@ -1,0 +1,265 @@
+"""Checkpoints to look at: read from anywhere, described, compared, followed. What the command line shows.
+
+read       the state in a folder of `midstream.checkpoint.save`, a JSON file, or a file of ``torch.save``
+describe   what it says
+difference what lies between two
+follow     which rows come next
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import midstream as ms
+from midstream._state import State
+from midstream.checkpoint import diff_specs, merge_states, parse, settle
+from midstream.core import Dataset
+from midstream.errors import CheckpointError, Origin
+from midstream.progress import progress
+from midstream.storage import states as stored_states
+
+__all__ = ["describe", "difference", "find", "follow", "loader_for", "read", "spec_lines"]
+
+
+def find(name: str) -> Any:
+    """What ``module:function`` (or ``file.py:function``) names.
+
+    Raises:
+        ValueError: If there is no such thing, or importing it fails.
+    """
+    place, colon, path = name.partition(":")
+    if not colon or not place or not path:
+        raise ValueError(f"give module:function, or file.py:function; found {name!r}")
+    if place.endswith(".py"):
+        file = Path(place)
+        if not file.is_file():
+            raise ValueError(f"there is no file {place}")
+        folder, place = str(file.resolve().parent), file.stem
+    else:
+        folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        found = importlib.import_module(place)
+    except Exception as error:
+        raise ValueError(f"importing {place} failed: {type(error).__name__}: {error}") from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            names = [key for key, value in vars(found).items() if not key.startswith("_") and callable(value)]
+            raise ValueError(f"{place} has no {path!r}; it has {', '.join(names[:12]) or 'nothing'}")
+        found = getattr(found, part)
+    return found
+
+
+def read(path: str, key: str | None = None) -> dict[str, State]:
+    """The state of a run, whole or one rank's part, checked.
+
+    Args:
+        path: A checkpoint of `midstream.checkpoint.save` or the folder of them (also by URL), a JSON file, or a file of
+            ``torch.save`` (read with ``weights_only``).
+        key: Where in the file the state is, ``trainer.loader`` say; needed only where there are several.
+
+    Raises:
+        CheckpointError: If there is none, or it is damaged.
+    """
+    if "://" in path or os.path.isdir(path):
+        found: list[Any] = stored_states(path)[1]
+    else:
+        content = _content(path)
+        if key is not None:
+            for part in key.split("."):
+                if not isinstance(content, dict) or part not in content:
+                    keys = sorted(map(str, content))[:12] if isinstance(content, dict) else type(content).__name__
+                    raise CheckpointError(f"{path} has no {key!r}: at {part!r} there is {keys}")
+                content = content[part]
+        where = dict(_states_in(content))
+        if not where:
+            keys = f"with the keys {sorted(map(str, content))[:12]}" if isinstance(content, dict) else ""
+            raise CheckpointError(f"{path} holds no midstream state: found a {type(content).__name__} {keys}".rstrip())
+        places = {place.rpartition("[")[0] for place in where}
+        if len(where) > 1 and (len(places) > 1 or ("" in places and not isinstance(content, list))):
+            raise CheckpointError(f"{path} holds several states: choose one with --key: {', '.join(map(str, where))}")
+        found = list(where.values())
+    return merge_states(found) if len(found) > 1 else settle(found[0])[0]
+
+
+def _content(path: str) -> Any:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1024)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    if start.lstrip()[:1] in (b"{", b"["):
+        try:
+            return json.loads(Path(path).read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged: it begins as JSON, and is none ({error})") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} is no file that can be read: it is not JSON, and torch.load(weights_only=True) refuses it, which it does "
+            f"to what is no file of torch.save, and to one that holds more than tensors and plain values"
+        ) from None
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is neither JSON nor a file of torch.save ({type(error).__name__}: {str(error)[:120]})"
+        ) from None
+
+
+def _states_in(value: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """States anywhere inside, with the way to them."""
+    if depth > 8:
+        return
+    if isinstance(value, dict):
+        if ("midstream" in value and "lanes" in value) or (not depth and "midstream" in value):
+            yield place, value
+            return
+        for key, item in value.items():
+            yield from _states_in(item, f"{place}.{key}" if place else str(key), depth + 1)
+    elif isinstance(value, (list, tuple)) and len(value) <= 100_000:
+        for index, item in enumerate(value):
+            yield from _states_in(item, f"{place}[{index}]", depth + 1)
+
+
+def describe(state: dict[str, State]) -> dict[str, Any]:
+    """What a state says, as plain values."""
+    canonical = parse(state)
+    lanes = {
+        index: {
+            "batches": lane["lane"]["rounds"] if lane and "lane" in lane else None,
+            "done": bool(lane and lane.get("lane", {}).get("done")),
+            "left_over": bool(lane and "lane" in lane and lane["lane"]["epoch"] < canonical.epoch),
+            "samples": sum(lane["samples"]) if lane else 0,
+            "bytes": len(state["lanes"][f"{index:04d}"]),
+        }
+        for index, lane in sorted(canonical.lanes.items())
+    }
+    return {
+        "format": state["midstream"],
+        "fingerprint": canonical.fingerprint,
+        "epoch": canonical.epoch,
+        "batches": canonical.batches,
+        "steps_done": canonical.steps_done,
+        "num_lanes": canonical.num_lanes,
+        "lanes_here": len(canonical.lanes),
+        "bytes": len(json.dumps(state, separators=(",", ":"))),
+        "bytes_of_spec": len(json.dumps(state["spec"], separators=(",", ":"))),
+        "progress": progress(state).to_dict(),
+        "lanes": {f"{index:04d}": lane for index, lane in lanes.items()},
+        "spec": canonical.spec,
+    }
+
+
+def spec_lines(spec: State, name: str = "") -> list[str]:
+    """A checkpoint's pipeline as a tree, one line per node."""
+    fields = {key: value for key, value in spec.items() if key not in ("node", "name", "inputs")}
+    label = spec.get("name") or name
+    words = ", ".join(
+        f"{key}={json.dumps(value, ensure_ascii=False, sort_keys=True)}" for key, value in sorted(fields.items())
+    )
+    lines = [f"{f'{label}: ' if label else ''}{spec.get('node')}({words})"]
+    inputs = sorted(spec.get("inputs", {}).items())
+    for number, (key, child) in enumerate(inputs):
+        last = number == len(inputs) - 1
+        head, *tail = spec_lines(child, key)
+        lines.append(f"{'└─ ' if last else '├─ '}{head}")
+        lines.extend(f"{'   ' if last else '│  '}{line}" for line in tail)
+    return lines
+
+
+def difference(one: dict[str, State], other: dict[str, State]) -> dict[str, Any]:
+    """What lies between two states: of the same run, say, or of two that should agree.
+
+    Returns:
+        ``same``; ``pipeline``: lines that say how the pipelines differ; ``position``: epoch, batches, ... as pairs;
+        ``progress``: what was counted, as pairs, where it differs; ``lanes``: numbers of the lanes that differ.
+    """
+    a, b = parse(one), parse(other)
+    pairs = {
+        name: [getattr(a, name), getattr(b, name)]
+        for name in ("epoch", "batches", "steps_done", "num_lanes")
+        if getattr(a, name) != getattr(b, name)
+    }
+    counted = [progress(state).to_dict() for state in (one, other)]
+    skip = {"epoch", "batches"}
+    names = [name for name in dict.fromkeys(chain(*counted)) if name not in skip]
+    counts = {n: [counted[0].get(n), counted[1].get(n)] for n in names if counted[0].get(n) != counted[1].get(n)}
+    keys = sorted({*one["lanes"], *other["lanes"]})
+    lanes = [key for key in keys if one["lanes"].get(key) != other["lanes"].get(key)]
+    pipeline = diff_specs(a.spec, b.spec) if a.fingerprint != b.fingerprint else []
+    same = not (pairs or counts or lanes or pipeline or a.rest != b.rest)
+    return {"same": same, "pipeline": pipeline, "position": pairs, "progress": counts, "lanes": lanes}
+
+
+def loader_for(target: Any, state: dict[str, State]) -> ms.DataLoader:
+    """The loader that goes on from a state: of a function that makes it, or a dataset batched as the state was.
+
+    Raises:
+        TypeError: If the target makes no midstream dataset or loader.
+        CheckpointError: If the state is of another pipeline.
+    """
+    made = target
+    if not isinstance(target, Dataset):
+        takes = inspect.signature(target).parameters
+        values = {"num_workers": 0, "rank": 0, "world_size": 1}
+        every = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        made = target(**{name: value for name, value in values.items() if every or name in takes})
+    if isinstance(made, Dataset):
+        options: dict[str, Any] = {}
+        spec = state["spec"]
+        if made.fingerprint != state["fingerprint"] and not made.batch_rows and spec.get("node") == "batch":
+            options = {"batch_size": spec["batch_size"], "drop_last": bool(spec.get("drop_last"))}
+            if "collate_fn" in spec:
+                options["collate_fn"] = _named(spec["collate_fn"])
+        made = ms.DataLoader(made, rank=0, world_size=1, remainder="uneven", **options)
+    if not isinstance(made, ms.DataLoader):
+        raise TypeError(f"the function makes a {type(made).__name__}; a midstream dataset or loader is needed")
+    made.load_state_dict(state)
+    return made
+
+
+def _named(name: str) -> Any:
+    """A collate function that has the name that was saved: only rows are looked at here, not what is made of them."""
+    if name == "pad":
+        return ms.pad
+
+    def collate(samples: list[Any]) -> list[Any]:
+        return samples
+
+    collate.__name__ = collate.__qualname__ = name
+    return collate
+
+
+def follow(loader: ms.DataLoader, steps: int) -> Iterator[tuple[int, int, list[Origin] | str]]:
+    """Epoch, batch of the epoch and origins of the batches that come; an error's text where one is raised."""
+    left = steps
+    while left > 0:
+        epoch, seen = loader.epoch, 0
+        batches = iter(loader)
+        done = loader.state_dict()["steps_done"]
+        while left > 0:
+            try:
+                next(batches)
+            except StopIteration:
+                break
+            except ms.SampleError as error:
+                yield epoch, done + seen + 1, f"{error.error_type}: {error.original_message} at {error.origin}"
+                left -= 1
+                continue
+            seen += 1
+            left -= 1
+            yield epoch, done + seen, list(loader.trace())
+        if not seen and loader.epoch <= epoch:
+            return

@@ -1,0 +1,149 @@
+"""Processes of their own that read a loader, tell every step, and can be killed at any."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from midstream.core import _from_bytes, _to_bytes
+from midstream.testing.drivers import Item, Saved, Session, Setup, Target, Topology
+
+__all__ = ["Child", "ChildStep", "Unreachable"]
+
+
+class Unreachable(RuntimeError):
+    """The target could not be run in another process, or failed there."""
+
+
+class ChildStep(NamedTuple):
+    """What a child did in a step, and its checkpoint after it."""
+
+    items: list[Item]
+    saved: Saved
+
+
+class Child:
+    """A process that reads a target's loaders from a checkpoint on.
+
+    Use as a context manager: it is gone afterwards.
+
+    Raises:
+        Unreachable: If the target cannot be pickled.
+    """
+
+    def __init__(self, given: Any, topology: Topology, setup: Setup, saved: Saved | None, batches: int | None) -> None:
+        try:
+            target, key = _to_bytes(given), _to_bytes(setup.key)
+        except Exception as error:
+            raise Unreachable(
+                f"the target cannot be sent to another process ({type(error).__name__}: {error}). Define it at the top of a "
+                f"module, or leave the kills out with kill=False."
+            ) from error
+        job = {
+            "path": sys.path,
+            "target": base64.b64encode(target).decode(),
+            "setup": base64.b64encode(pickle.dumps(dataclasses.replace(setup, key=None))).decode(),
+            "key": base64.b64encode(key).decode(),
+            "topology": list(topology),
+            "saved": base64.b64encode(pickle.dumps(saved)).decode(),
+            "batches": batches,
+        }
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the child
+        read, write = os.pipe()
+        os.set_inheritable(write, True)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-m", "midstream.testing.children", str(write)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, env=environment, pass_fds=(write,)
+        )
+        os.close(write)
+        self._lines = os.fdopen(read, "rb")
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(job).encode())
+            self._process.stdin.close()
+
+    def steps(self) -> Iterator[ChildStep]:
+        """What it does, as it does it.
+
+        Raises:
+            Unreachable: If it fails.
+        """
+        while True:
+            line = self._lines.readline()
+            if not line.endswith(b"\n"):
+                status = self._process.wait()
+                self._log.seek(0)
+                text = self._log.read().decode(errors="replace").strip()
+                raise Unreachable(f"a process of its own ended with status {status}:\n{text[-1500:]}")
+            if line == b"end\n":
+                return
+            yield ChildStep(*pickle.loads(base64.b64decode(line)))
+
+    def kill(self) -> None:
+        """SIGKILL, at once, whatever it is doing."""
+        self._process.kill()
+
+    def rest(self) -> int:
+        """How many steps it still told before it was gone."""
+        told = sum(1 for line in self._lines if line.endswith(b"\n") and line != b"end\n")
+        self._process.wait()
+        return told
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._lines.close()
+        self._log.close()
+
+
+def main(handle: int) -> None:
+    """Read a job from the standard input, do it, tell each step on ``handle``."""
+    job = json.load(sys.stdin)
+    sys.path[:] = job["path"]
+    out = os.fdopen(handle, "wb")
+    setup: Setup = pickle.loads(base64.b64decode(job["setup"]))
+    target, key = (_from_bytes(base64.b64decode(job[name])).value for name in ("target", "key"))
+    setup, target = dataclasses.replace(setup, key=key), Target(target)
+    saved = pickle.loads(base64.b64decode(job["saved"]))
+    session = Session(target, Topology(*job["topology"]), setup, saved)
+    done = 0
+    while job["batches"] is None or done < job["batches"]:
+        step = session.step()
+        if step is None:
+            break
+        if step.end:
+            continue
+        done += len(step.items)
+        line = base64.b64encode(pickle.dumps((step.items, session.save())))
+        out.write(line + b"\n")
+        out.flush()
+    session.close()
+    out.write(b"end\n")
+    out.flush()
+
+
+if __name__ == "__main__":
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    try:
+        main(int(sys.argv[1]))
+    except BaseException:
+        traceback.print_exc()
+        raise SystemExit(1) from None

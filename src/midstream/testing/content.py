@@ -1,0 +1,148 @@
+"""What a batch is made of: samples, each known by its content."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["digest", "name_samples", "plain", "some"]
+
+_LONGEST = 48
+_SMALL = 16
+
+
+def plain(value: Any) -> Any:
+    """A value as plain Python, to be compared whole: arrays and tensors with their type, dicts, lists, dataclasses.
+
+    >>> plain({"x": np.arange(2, dtype=np.int32)})
+    {'x': ['int32', [0, 1]]}
+    """
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return [str(value.dtype).removeprefix("torch."), value.tolist()]
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), value.tolist()]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return value
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits of a value's content: types, shapes and bytes.
+
+    >>> digest({"a": 1, "b": [2.0]}) == digest({"b": [2.0], "a": 1})
+    True
+    >>> digest(torch.zeros(2)) == digest(torch.zeros(2, dtype=torch.int64))
+    False
+    """
+    state = hashlib.blake2b(digest_size=8)
+    _feed(state.update, value)
+    return state.hexdigest()
+
+
+def _feed(put: Callable[[bytes], None], value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().contiguous()
+        put(f"tensor {value.dtype} {tuple(value.shape)}:".encode())
+        put(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        put(f"array {value.dtype.str} {value.shape}:".encode())
+        put(value.tobytes())
+    elif isinstance(value, Mapping):
+        put(f"dict {len(value)}:".encode())
+        for key in sorted(value, key=repr):
+            _feed(put, key)
+            _feed(put, value[key])
+    elif isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype == object):
+        put(f"list {len(value)}:".encode())  # torch makes lists of tuples here and there: not a difference in the data
+        for item in value:
+            _feed(put, item)
+    elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
+        put(f"{type(value).__name__} {value!r};".encode())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        put(type(value).__qualname__.encode())
+        _feed(put, {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    else:
+        data = value.tobytes() if hasattr(value, "tobytes") else pickle.dumps(value)
+        put(f"{type(value).__qualname__} {len(data)}:".encode())
+        put(data)
+
+
+def samples_of(batch: Any) -> list[Any]:
+    """The samples in a batch, as far as one can tell: rows of a tensor, items of a list, rows of a dict of columns."""
+    if isinstance(batch, (torch.Tensor, np.ndarray)):
+        return list(batch) if batch.ndim else [batch]
+    if isinstance(batch, Mapping):
+        columns = {key: value for key, value in batch.items() if _rows(value) is not None}
+        sizes = {_rows(value) for value in columns.values()}
+        if len(sizes) == 1 and (size := sizes.pop()) is not None:
+            return [{key: value[row] for key, value in columns.items()} for row in range(size)]
+        return [batch]
+    if isinstance(batch, (list, tuple)):
+        sizes = {_rows(value) for value in batch}
+        if len(sizes) == 1 and isinstance(batch[0], (torch.Tensor, np.ndarray)) and (size := sizes.pop()) is not None:
+            return [[column[row] for column in batch] for row in range(size)]  # default_collate of tuples
+        return list(batch)
+    return [batch]
+
+
+def _rows(value: Any) -> int | None:
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return len(value) if value.ndim else None
+    return len(value) if isinstance(value, (list, tuple)) else None
+
+
+def name_samples(batch: Any, key: Callable[[Any], Any] | None = None) -> list[str]:
+    """A name for every sample of a batch; two samples have the same one when their content is the same.
+
+    Args:
+        batch: What a loader handed out.
+        key: Names a sample; by default its content does, shortened.
+
+    >>> name_samples({"id": torch.tensor([3, 4]), "text": ["a", "b"]})
+    ["{'id': 3, 'text': 'a'}", "{'id': 4, 'text': 'b'}"]
+    >>> name_samples([7, 8], key=lambda sample: f"row {sample}")
+    ['row 7', 'row 8']
+    """
+    return [_name(sample) if key is None else str(_bare(key(sample))) for sample in samples_of(batch)]
+
+
+def _name(sample: Any) -> str:
+    text = repr(_bare(sample))
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 10]}… #{digest(sample)[:8]}"
+
+
+def _bare(value: Any) -> Any:
+    """As `plain`, without the types of arrays, and large ones by their hash: for names."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        size = value.numel() if isinstance(value, torch.Tensor) else value.size
+        return value.tolist() if size <= _SMALL else f"{tuple(value.shape)}#{digest(value)[:8]}"
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: _bare(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_bare(item) for item in value]
+    return value
+
+
+def some(items: Sequence[str], most: int = 6) -> str:
+    """The first few names in words.
+
+    >>> some(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    shown = ", ".join(items[:most])
+    return shown + (f" and {len(items) - most} more" if len(items) > most else "")

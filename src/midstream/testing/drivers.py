@@ -1,0 +1,563 @@
+"""Loaders of every kind under one handle: step, save, go on.
+
+    Target      what the user gave, as a function that makes loaders
+    Session     the loaders of all ranks of one topology in this process, in step with each other
+    Recording   what a session handed out, and a checkpoint after every step
+
+midstream's loaders are followed over ranks and epochs, and their samples known by origin. Any other loader is known by the
+content of its batches: one with ``state_dict`` and ``load_state_dict`` (torchdata, LitData), or an iterator with
+``get_state`` and ``set_state`` (Grain).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import math
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from unittest import mock
+
+import midstream as ms
+from midstream.checkpoint import merge_states, parse
+from midstream.core import Dataset, Place
+from midstream.lanes import DEFAULT_LANES
+from midstream.sources.iterable import ShardIterator
+from midstream.testing.content import digest, name_samples
+
+__all__ = ["Item", "Reads", "Recording", "Saved", "Session", "Setup", "Target", "Topology", "counting_reads", "record"]
+
+_MANY_LANES = 4096
+_SAME_ERRORS = 20
+"""So many errors one after the other, and no batch between them, are taken for one that comes for ever."""
+
+
+class Topology(NamedTuple):
+    """Ranks, and worker processes of each."""
+
+    ranks: int
+    workers: int
+
+    def __str__(self) -> str:
+        return f"{self.ranks}×{self.workers}"
+
+    def words(self) -> str:
+        """The same in words."""
+        workers = f"{self.workers} worker{'s' * (self.workers != 1)}"
+        return workers if self.ranks == 1 else f"{self.ranks} ranks with {workers} each"
+
+
+class Item(NamedTuple):
+    """A batch that was handed out, or an error that was raised in its place.
+
+    Attributes:
+        epoch: The epoch it is of.
+        digest: Of the batch's content.
+        samples: A name for each sample: its origin, or its content.
+        content: The first samples by content.
+        error: The error's type and message; empty for a batch.
+        rank: Who handed it out.
+    """
+
+    epoch: int
+    digest: str
+    samples: tuple[str, ...]
+    content: str = ""
+    error: str = ""
+    rank: int = 0
+
+    def same(self, other: Item) -> bool:
+        """Whether it is the same batch of the same rows (or the same error)."""
+        return self[:3] == other[:3] and self.error == other.error
+
+
+class Saved(NamedTuple):
+    """A checkpoint as it would lie on a disk.
+
+    Attributes:
+        epoch: The epoch in progress (for foreign loaders, which do not say).
+        states: One text or byte string per rank.
+        ours: Whether these are midstream's states, as JSON.
+    """
+
+    epoch: int
+    states: tuple[Any, ...]
+    ours: bool
+
+    def load(self) -> list[Any]:
+        """The states of all ranks, fresh."""
+        return [json.loads(state) if self.ours else pickle.loads(state) for state in self.states]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size over all ranks, the pipeline's spec aside (it does not grow)."""
+        if not self.ours:
+            return sum(map(len, self.states))
+        return sum(len(json.dumps({**json.loads(state), "spec": {}})) for state in self.states)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a target's loaders are made and read; the same in every process of a check.
+
+    Attributes:
+        epochs: How many epochs are read.
+        batch_size: For datasets that do not end in ``.batch``.
+        lanes: For datasets; None where the loader chooses.
+        key: Names a sample of a foreign loader.
+    """
+
+    epochs: int = 2
+    batch_size: int = 4
+    lanes: int | None = None
+    key: Callable[[Any], Any] | None = None
+
+
+class Target:
+    """What is checked, as a function that makes the loader of one rank.
+
+    Args:
+        given: A dataset; a function that returns one; or a function that returns a loader and takes any of ``num_workers``,
+            ``rank`` and ``world_size`` by keyword.
+
+    Raises:
+        TypeError: If it is none of these.
+    """
+
+    def __init__(self, given: Any) -> None:
+        if not isinstance(given, Dataset) and not callable(given):
+            if any(hasattr(given, name) for name in ("load_state_dict", "set_state")):
+                raise TypeError(
+                    f"check_resume makes the loader anew for every resume, and was given a {type(given).__name__} that is made "
+                    f"already. Give a function: check_resume(lambda num_workers: MyLoader(..., num_workers=num_workers))"
+                )
+            if not (hasattr(given, "__getitem__") and hasattr(given, "__len__")):
+                raise TypeError(
+                    f"check_resume takes a midstream dataset, or a function that returns a dataset or a loader; found "
+                    f"{type(given).__name__}"
+                )
+            given = ms.from_dataset(given)
+        self.given = given
+        self.takes: frozenset[str] = frozenset()
+        if not isinstance(given, Dataset):
+            names = ("num_workers", "rank", "world_size")
+            try:
+                parameters = inspect.signature(given).parameters
+            except (TypeError, ValueError):
+                parameters = {}  # type: ignore[assignment]
+            every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+            self.takes = frozenset(name for name in names if every or name in parameters)
+        self.name = getattr(given, "__qualname__", None) or (
+            given.summary() if isinstance(given, Dataset) else repr(given)
+        )
+
+    def _call(self, topology: Topology, rank: int) -> Any:
+        if isinstance(self.given, Dataset):
+            return self.given
+        values = {"num_workers": topology.workers, "rank": rank, "world_size": topology.ranks}
+        return self.given(**{name: value for name, value in values.items() if name in self.takes})
+
+    def look(self) -> tuple[bool, Dataset | None]:
+        """Whether loaders are midstream's, and the dataset where one is given rather than loaders."""
+        made = self._call(Topology(1, 0), 0)
+        if isinstance(made, Dataset):
+            return True, made
+        return _is_ours(made), None
+
+    def make(self, topology: Topology, rank: int, setup: Setup) -> Any:
+        """The loader of a rank."""
+        made = self._call(topology, rank)
+        if not isinstance(made, Dataset):
+            return made
+        options: dict[str, Any] = {} if made.batch_rows else {"batch_size": setup.batch_size, "collate_fn": list}
+        return ms.DataLoader(
+            made,
+            num_workers=topology.workers,
+            rank=rank,
+            world_size=topology.ranks,
+            lanes=setup.lanes,
+            remainder="uneven",
+            **options,
+        )
+
+
+def fitting_lanes(
+    dataset: Dataset, ranks: tuple[int, ...], workers: tuple[int, ...], batch_size: int, window: int
+) -> int | None:
+    """A number of lanes for a stream, so small that each is stopped in its middle several times within the window."""
+    if dataset.random_access:
+        return None
+    step = math.lcm(*ranks)
+    limit = dataset.max_lanes()
+    blocks, _ = dataset.full_lanes(_MANY_LANES, 1 if dataset.batch_rows else batch_size)
+    lanes = max(1, min(DEFAULT_LANES, window // 4, blocks // 3, *([limit[0]] if limit is not None else [])))
+    return max(max(ranks) * max(1, *workers), step, lanes - lanes % step)
+
+
+def _is_ours(loader: Any) -> bool:
+    return isinstance(loader, ms.DataLoader) and not loader._foreign
+
+
+class Step(NamedTuple):
+    """What a session did: items, one per rank that had one, in the run's order; or the end of an epoch."""
+
+    items: list[Item]
+    end: bool = False
+
+
+class Session:
+    """Loaders that read, from the start or from a checkpoint.
+
+    Attributes:
+        ours: Whether they are midstream's.
+        loaders: One per rank.
+    """
+
+    def __init__(self, target: Target, topology: Topology, setup: Setup, saved: Saved | None = None) -> None:
+        self.setup, self.topology = setup, topology
+        self.loaders = [target.make(topology, rank, setup) for rank in range(topology.ranks)]
+        self.ours = _is_ours(self.loaders[0])
+        self._iterators: list[Any] | None = None
+        self._errors = 0
+        self._epoch = 0
+        self._empty = True  # whether nothing came in the epoch in progress
+        if self.ours:
+            if topology.ranks > 1 and self.loaders[0]._synced:
+                raise ValueError(
+                    "sync_end=True needs the real ranks, and check_resume runs all of them in one process: let the function "
+                    "leave it out here, or give ranks=(1,)"
+                )
+            if saved is not None:
+                for loader in self.loaders:
+                    states = saved.load()
+                    loader.load_state_dict(states if len(states) > 1 else states[0])
+        elif hasattr(self.loaders[0], "load_state_dict"):
+            self._kind = "state_dict"
+            if saved is not None:
+                self._epoch = saved.epoch
+                self.loaders[0].load_state_dict(saved.load()[0])
+        else:
+            self._kind = "get_state"
+            made = self.loaders[0]
+            iterator = made if hasattr(made, "__next__") or not hasattr(made, "__iter__") else iter(made)
+            if not hasattr(iterator, "set_state") or not hasattr(iterator, "get_state"):
+                raise TypeError(
+                    f"a {type(made).__name__} cannot be resumed: it has neither state_dict and load_state_dict nor get_state "
+                    f"and set_state"
+                )
+            self._iterators = [iterator]
+            if saved is not None:
+                self._epoch = saved.epoch
+                iterator.set_state(saved.load()[0])
+
+    def step(self) -> Step | None:
+        """The next batch of every rank; None when all epochs are over.
+
+        Raises:
+            Exception: What is not of one sample alone.
+        """
+        return self._step_ours() if self.ours else self._step_foreign()
+
+    def _step_ours(self) -> Step | None:
+        if self._iterators is None:
+            epoch = self.loaders[0].epoch
+            if epoch >= self.setup.epochs:
+                return None
+            self._epoch, self._empty = epoch, True
+            self._iterators = [iter(loader) for loader in self.loaders]
+            order = sorted(range(len(self.loaders)), key=lambda rank: self.loaders[rank]._current.first)
+            self._order = order
+        items: list[Item] = []
+        for rank in self._order:
+            if self._iterators[rank] is None:
+                continue
+            while True:
+                try:
+                    batch = next(self._iterators[rank])
+                except StopIteration:
+                    self._iterators[rank] = None
+                    break
+                except ms.SampleError as error:
+                    items.append(self._error(error, str(error.origin), rank))
+                    if self._errors > 50 * _SAME_ERRORS:
+                        raise
+                    self._empty = False
+                    if len(self.loaders) == 1:
+                        return Step(items)
+                    continue
+                self._errors = 0
+                trace = self.loaders[rank].trace()
+                if not trace.padded:
+                    names = tuple(map(str, trace))
+                    items.append(Item(self._epoch, digest(batch), names, _start(batch, None), rank=rank))
+                break
+        if not items and all(iterator is None for iterator in self._iterators):
+            self._iterators = None
+            if self.loaders[0].epoch <= self._epoch and self._empty:
+                raise ValueError(f"epoch {self._epoch} has no batches, and there is no end to that")
+            return Step([], end=True)
+        self._empty = False
+        return Step(items)
+
+    def _step_foreign(self) -> Step | None:
+        if self._epoch >= (self.setup.epochs if self._kind == "state_dict" else 1) or self._errors > _SAME_ERRORS:
+            return None
+        if self._iterators is None:
+            _set_epoch(self.loaders[0], self._epoch)
+            self._iterators = [iter(self.loaders[0])]
+        try:
+            batch = next(self._iterators[0])
+        except StopIteration:
+            self._iterators = None
+            self._epoch += 1
+            return Step([], end=True)
+        except Exception as error:
+            return Step([self._error(error)])
+        self._errors = 0
+        names = tuple(name_samples(batch, self.setup.key))
+        return Step([Item(self._epoch, digest(batch), names, _start(batch, self.setup.key))])
+
+    def _error(self, error: Exception, origin: str = "", rank: int = 0) -> Item:
+        self._errors += 1
+        lines = str(error).strip().splitlines() or [""]
+        text = f"{type(error).__name__} {origin or lines[-1][:80]}".strip()
+        return Item(self._epoch, "", (), error=text, rank=rank)
+
+    def save(self) -> Saved:
+        """A checkpoint of all ranks."""
+        if self.ours:
+            states = []
+            for loader in self.loaders:
+                state = loader.state_dict()
+                text = json.dumps(state)
+                if json.loads(text) != state:
+                    raise TypeError("the state is not plain JSON: it changes when it is written and read")
+                states.append(text)
+            return Saved(self.loaders[0].epoch, tuple(states), True)
+        if self._kind == "get_state":
+            if self._iterators is None:
+                raise EOFError
+            return Saved(self._epoch, (pickle.dumps(self._iterators[0].get_state()),), False)
+        return Saved(self._epoch, (pickle.dumps(self.loaders[0].state_dict()),), False)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether nothing but errors comes."""
+        return self._errors > _SAME_ERRORS
+
+    @property
+    def stream(self) -> bool:
+        """Ours: whether the order holds only until the first lane has drained."""
+        return not self.loaders[0]._pipeline.random_access
+
+    def lanes(self) -> tuple[int, bool]:
+        """Ours: the number of lanes, and whether any of them has drained."""
+        canonical = parse(merge_states([loader.state_dict() for loader in self.loaders]))
+        drained = any(lane is not None and lane.get("lane", {}).get("done") for lane in canonical.lanes.values())
+        return canonical.num_lanes, drained
+
+    def close(self) -> None:
+        """End the workers."""
+        self._iterators = None
+        for loader in self.loaders:
+            for name in ("close", "shutdown"):
+                if callable(close := getattr(loader, name, None)):
+                    with contextlib.suppress(Exception):
+                        close()
+                    break
+        self.loaders = []
+
+
+def _start(batch: Any, key: Callable[[Any], Any] | None) -> str:
+    text = ", ".join(name_samples(batch, key)[:3])
+    return text if len(text) <= 160 else text[:159] + "…"
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    """What trainers do for loaders that do not count epochs themselves."""
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(epoch)
+    elif type(loader).__module__.partition(".")[0] in ("torch", "torchdata", "midstream"):
+        part = getattr(loader, "dataset", None)
+        if part is not None and hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+
+
+@dataclass
+class Recording:
+    """What a session handed out.
+
+    Attributes:
+        items: All of it, in the run's order.
+        starts: For every cut, how many items came before it.
+        saves: For every cut, the checkpoint.
+        places: For every cut, where it is, in words.
+        edges: The cuts at the end of an epoch: after its last batch, and after its end was seen.
+        over: Whether all epochs came to their end (else the window did).
+        stuck: The error that came for ever, where one did: reading ended there.
+        whole: The epochs that were read from beginning to end.
+        ordered: For every epoch, after how many of its items the first lane of a stream had drained.
+        reads: For every cut, source rows read so far, where they are counted.
+        first_seconds: From making the loaders to the first batch.
+        seconds: All of it.
+    """
+
+    topology: Topology
+    items: list[Item] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    saves: list[Saved] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    edges: list[int] = field(default_factory=list)
+    over: bool = False
+    stuck: str = ""
+    whole: list[int] = field(default_factory=list)
+    ordered: dict[int, int] = field(default_factory=dict)
+    reads: list[int] = field(default_factory=list)
+    first_seconds: float = 0.0
+    seconds: float = 0.0
+    num_lanes: int = 0
+    random_access: bool = True
+    drops: bool = False
+
+    @property
+    def batch_seconds(self) -> float:
+        """Of one step after the first."""
+        return (self.seconds - self.first_seconds) / max(1, len(self.starts) - 1)
+
+
+def record(
+    target: Target,
+    topology: Topology,
+    setup: Setup,
+    *,
+    steps: int | None = None,
+    batches: int | None = None,
+    saved: Saved | None = None,
+    save: bool = True,
+    reads: Reads | None = None,
+    watch: Callable[[], None] | None = None,
+) -> Recording:
+    """Read, and save after every step.
+
+    Args:
+        steps: At most so many steps; None: all epochs.
+        batches: Until so many batches (and errors) came, of all ranks.
+        saved: Where to go on.
+        save: Whether to save.
+        reads: What counts source rows.
+        watch: Called after every step.
+    """
+    start = time.perf_counter()
+    found = Recording(topology)
+    session = Session(target, topology, setup, saved)
+    try:
+        counts: dict[int, int] = {}
+
+        def cut(where: str) -> None:
+            if save:
+                try:
+                    found.saves.append(session.save())
+                except EOFError:
+                    return
+                found.starts.append(len(found.items))
+                found.places.append(where)
+                found.reads.append(reads.rows if reads is not None else 0)
+
+        cut("before the first batch")
+        done, first = 0, True
+        while (steps is None or done < steps) and (batches is None or len(found.items) < batches):
+            step = session.step()
+            if step is None:
+                found.over = True
+                if found.items and found.items[-1].error and session.stuck:
+                    found.stuck = found.items[-1].error
+                break
+            if first:
+                found.first_seconds, first = time.perf_counter() - start, False
+            if step.end:
+                epoch = found.items[-1].epoch if found.items else 0
+                if save and found.saves:
+                    found.edges.append(len(found.saves) - 1)
+                    cut(f"after the end of epoch {epoch}")
+                    found.edges.append(len(found.saves) - 1)
+                if saved is None or epoch > saved.epoch:
+                    found.whole.append(epoch)
+                continue
+            done += 1
+            made = [item for item in step.items if not item.error]
+            for item in made:
+                counts[item.epoch] = counts.get(item.epoch, 0) + 1
+            found.items.extend(step.items)
+            epoch = step.items[-1].epoch if step.items else 0
+            cut(f"after step {done}" + (f" (batch {counts.get(epoch, 0)} of epoch {epoch})" if epoch else ""))
+            if save and session.ours and session.stream and epoch not in found.ordered:
+                _, drained = session.lanes()
+                if drained:
+                    found.ordered[epoch] = max(0, counts.get(epoch, 0) - topology.ranks - len(made))
+            if watch is not None:
+                watch()
+        if not found.over and setup.epochs == 1 and found.whole:
+            found.over = True
+        if session.ours:
+            found.num_lanes, _ = session.lanes()
+            found.random_access = not session.stream
+            found.drops = session.loaders[0].remainder == "drop"
+    finally:
+        session.close()
+    found.seconds = time.perf_counter() - start
+    return found
+
+
+class Reads:
+    """Source rows read in this process."""
+
+    rows = 0
+
+
+@contextlib.contextmanager
+def counting_reads() -> Iterator[Reads]:
+    """Count the source rows that midstream pipelines read in this process, inside the block."""
+    reads = Reads()
+    rows, init = Place.rows, ShardIterator.__init__
+
+    def counted_rows(place: Place, positions: Any, *args: Any, **options: Any) -> Any:
+        if place.source >= 0:
+            reads.rows += len(positions)
+        return rows(place, positions, *args, **options)
+
+    def counted_init(iterator: Any, shards: Any, *args: Any) -> None:
+        counted: Any = _CountedShards(shards, reads)
+        init(iterator, counted, *args)
+
+    with mock.patch.object(Place, "rows", counted_rows), mock.patch.object(ShardIterator, "__init__", counted_init):
+        yield reads
+
+
+class _CountedShards:
+    def __init__(self, shards: Any, reads: Reads) -> None:
+        self._shards, self._reads = shards, reads
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shards, name)
+
+    def open(self, shard: int, state: Any) -> Iterator[Any]:
+        return _CountedRows(self._shards.open(shard, state), self._reads)
+
+
+class _CountedRows:
+    def __init__(self, rows: Iterator[Any], reads: Reads) -> None:
+        self._rows, self._reads = rows, reads
+
+    def __iter__(self) -> _CountedRows:
+        return self
+
+    def __next__(self) -> Any:
+        self._reads.rows += 1
+        return next(self._rows)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rows, name)
