@@ -157,6 +157,12 @@ def test_batches_that_are_dropped_for_the_ranks_are_no_difference() -> None:
     assert check_resume(make, workers=(0,), ranks=(1, 3), kill=False, seconds=None).exact
 
 
+def test_a_pipeline_that_goes_on_after_what_is_read_passes_on_ranks_whose_stops_do_not_meet_its_end() -> None:
+    ds = ms.from_dataset(range(400), name="n").filter(lambda x: x >= 0)
+    found = check_resume(ds, **{**HERE, "ranks": (2,), "steps": 48})
+    assert found.exact and not found.epochs, str(found)
+
+
 def test_errors_are_met_once() -> None:
     def fails(row: int) -> int:
         if row in (7, 8, 31):

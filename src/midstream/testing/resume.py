@@ -470,6 +470,8 @@ class _Plan:
             if not reference.over and len(items) >= len(reference.items):
                 break
             saved = part.saves[-1]
+        if not reference.over:
+            del items[len(reference.items) :]  # the reference goes no further
         if not self.ours and _flat(reference.items, items, longer=True):
             return "exact", None, ""
         outcome, difference = compare(
