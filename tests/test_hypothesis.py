@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, assume, event, given, note, settings
+from hypothesis import HealthCheck, Phase, assume, event, example, given, note, settings
 from hypothesis import strategies as st
 
 import midstream as ms
@@ -224,6 +224,15 @@ def firm(plan: Plan) -> tuple[bool, bool]:
     return holds, aligned
 
 
+def regrouped(plan: Plan) -> bool:
+    """Whether a failed row changes the order of the others: a batch of a stream goes on with the next row, so the batches
+    that are given twice are other ones."""
+    return any(
+        node[0] == "flat_map" and node[2] == "pairs" and batched(node[1]) and not build(node[1]).random_access
+        for node in nodes(plan)
+    )
+
+
 # -- strategies ----------------------------------------------------------------------------------------------------------
 
 
@@ -412,6 +421,7 @@ def test_any_pipeline_resumes_between_errors_without_meeting_them_again(
 
 @examples(100)
 @given(plans(), lanes, bombs)
+@example(("flat_map", ("batch", ("source", "stride", 0, 40), 2, False), "pairs"), (0, 1), frozenset({0}))
 def test_errors_lose_nothing_but_the_samples_that_failed(
     plan: Plan, lane: tuple[int, int], bomb: frozenset[int]
 ) -> None:
@@ -421,9 +431,11 @@ def test_errors_lose_nothing_but_the_samples_that_failed(
     found, found_ended = flatten(Run(build(plan, bomb), *lane, 0))
     expected = [value for value in flat if value not in bomb]
     size = min(len(expected), len(found))
-    assert found[:size] == expected[:size]
+    if not regrouped(plan):
+        assert found[:size] == expected[:size]
     if ended and found_ended:
-        assert found == expected
+        assert Counter(found) == Counter(expected)
+        assert found == expected or regrouped(plan)
 
 
 def flatten(run: Run) -> tuple[list[int], bool]:

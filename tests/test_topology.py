@@ -7,10 +7,11 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
+from midstream.core import Run
 from simulate import Cluster
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lanes are dealt to.*:RuntimeWarning")
@@ -62,6 +63,25 @@ def _reference(pipeline: ms.Dataset, lanes: int) -> list[Any]:
     return cluster.sequence
 
 
+def _in_step(pipeline: ms.Dataset, lanes: int) -> int:
+    """How many batches of an epoch come before the first lane has drained: a rank whose lane has goes on with its next one."""
+    if pipeline.random_access:
+        return len(pipeline)
+    return min(sum(1 for _ in Run(pipeline, lane, lanes, 0)) * lanes + lane for lane in range(lanes))
+
+
+LEGS = st.lists(
+    st.tuples(
+        st.sampled_from([1, 2, 3, 4, 6, 12, 24, 48]) | st.integers(1, 64),
+        st.integers(0, 3),
+        st.integers(0, 12),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 @settings(
     max_examples=60,
@@ -69,27 +89,30 @@ def _reference(pipeline: ms.Dataset, lanes: int) -> list[Any]:
     suppress_health_check=[HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.generate],
 )
-@given(data=st.data())
-def test_any_chain_of_topologies_delivers_every_sample_exactly_once(name: str, data: st.DataObject) -> None:
+@given(lanes=st.sampled_from([12, 48]), legs=LEGS)
+# Lane 45 of "streamed" drains while every rank still has a batch in every step: the order ends there, not at a short step.
+@example(lanes=48, legs=[(4, 0, 12, True), (12, 1, 8, True)])
+def test_any_chain_of_topologies_delivers_every_sample_exactly_once(
+    name: str, lanes: int, legs: list[tuple[int, int, int, bool]]
+) -> None:
+    """Legs of (ranks, workers, steps, whether the states of the ranks are merged), and then one rank to the end."""
     pipeline = PIPELINES[name]()
-    lanes = data.draw(st.sampled_from([12, 48]), "lanes")
     reference = _reference(pipeline, lanes)
-    ranks = st.integers(1, 64 if pipeline.random_access else lanes)
+    in_step = _in_step(pipeline, lanes)
+    promised = len(reference)  # so many batches are to come in the order of one rank
     seen: list[Any] = []
-    ordered = True
     state: Any = None
-    for _ in range(data.draw(st.integers(1, 4), "cuts")):
-        size, workers = data.draw(ranks, "ranks"), data.draw(st.integers(0, 3), "workers")
+    for size, workers, steps, merge in legs:
         if not pipeline.random_access:
+            size = (size - 1) % lanes + 1
             workers = min(workers, lanes // size)
-            ordered &= lanes % size == 0
+            if size > 1:
+                promised = min(promised, max(len(seen), in_step if lanes % size == 0 else 0))
         cluster = _cluster(pipeline, size, workers, state, lanes)
-        cluster.run(data.draw(st.integers(0, 12), "steps"))
+        cluster.run(steps)
         seen += cluster.sequence
-        full = all(len(step) == size for step in cluster.steps)
-        ordered &= full
         merged = ms.merge_states(cluster.states())
-        state = data.draw(st.sampled_from([merged, cluster.states()]), "state")
+        state = merged if merge else cluster.states()
         if merged["epoch"] == 1:
             break
     else:
@@ -99,8 +122,8 @@ def test_any_chain_of_topologies_delivers_every_sample_exactly_once(name: str, d
         merged = cluster.states()[0]
     assert merged["epoch"] == 1
     assert Counter(x for batch in seen for x in batch) == Counter(x for batch in reference for x in batch)
-    if ordered and name in ("mixed", "streamed", "uneven"):
-        assert seen == reference
+    if name != "lossy":  # there ranks that lose whole batches stand at different batches
+        assert seen[:promised] == reference[:promised]
 
 
 def _cluster(pipeline: ms.Dataset, size: int, workers: int, state: Any, lanes: int) -> Cluster:
