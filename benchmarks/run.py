@@ -330,7 +330,7 @@ def _settings(results: Path) -> str:
     """What was set, and the versions."""
     settings: dict[str, str] = {}
     versions: dict[str, dict[str, str]] = {}
-    for path in sorted(results.glob("*.json")):
+    for path in filter(Path.exists, (results / f"{name}.json" for name in questions.MODULES)):
         recorded = json.loads(path.read_text())
         settings |= recorded["settings"]
         for name, found in recorded["versions"].items():

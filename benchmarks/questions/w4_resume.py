@@ -48,14 +48,16 @@ def _positions(contestant: Contestant, work: Work, options: Options, positions: 
     patience = options.patience
     first_after(contestant, work, None, (), times=1, patience=patience)  # files opened once, caches warm
     found: dict[str, Any] = {
-        "cold": first_after(contestant, work, None, (), times=5, patience=min(patience, 3))["seconds"]
+        "cold": first_after(
+            contestant, work, None, (), times=2 if options.scale == "tiny" else 5, patience=min(patience, 3)
+        )["seconds"]
     }
     saved, left_out = _read(contestant, work, positions, patience, NEXT[options.scale])
     found["at"] = {}
     for position, (state, expected, sizes) in saved.items():
         cell = attempt(
             lambda state=state, expected=expected: first_after(  # type: ignore[misc]
-                contestant, work, state, expected, times=5, patience=min(patience, 3)
+                contestant, work, state, expected, times=2 if options.scale == "tiny" else 5, patience=min(patience, 3)
             )
         )
         found["at"][str(position)] = cell | sizes
