@@ -54,6 +54,8 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return work()
     except NotImplementedError as error:
         return {"absent": str(error)}
+    except StopIteration:
+        return {"failed": "it ended before its data did"}
     except Exception as error:
         text = str(error).strip().splitlines()
         print(traceback.format_exc(), file=sys.stderr)

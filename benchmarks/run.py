@@ -38,7 +38,7 @@ from endpoint import Endpoint  # noqa: E402
 from interface import Contestant  # noqa: E402
 
 EFFORT: dict[str, dict[str, Any]] = {
-    "full": {"seconds": 1.0, "patience": 20.0, "rounds": None, "timeout": 150},
+    "full": {"seconds": 0.8, "patience": 10.0, "rounds": None, "timeout": 150},
     "quick": {"seconds": 0.4, "patience": 5.0, "rounds": 1, "timeout": 90},
     "tiny": {"seconds": 0.1, "patience": 5.0, "rounds": 1, "timeout": 45},
 }
@@ -196,7 +196,7 @@ def answer(name: str, arguments: argparse.Namespace, scale: str) -> dict[str, An
     rows = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
     done = {(row["contestant"], row["round"]) for row in rows}
     begun = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    rounds = effort["rounds"] or question.ROUNDS
+    rounds = arguments.rounds or effort["rounds"] or question.ROUNDS
     options = {"cache": str(cache), "scale": scale, "seconds": effort["seconds"], "patience": effort["patience"]}
     with contextlib.ExitStack() as stack:
         more: dict[str, str] = {}

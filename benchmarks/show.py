@@ -121,6 +121,7 @@ def sentences(
 # ---------------------------------------------------------------------------------------------------------------------
 
 OURS, PEER, LIMIT = "#0b6e4f", "#9aa5b1", "#d9dee3"
+KEY = "  (green: midstream; grey: peers; pale: limits, no library)"
 COLORS = {
     "midstream": OURS,
     "midstream-thread": "#3aa17e",
@@ -193,12 +194,12 @@ def bars(
                 label.set_fontweight("bold")
                 label.set_color(OURS)
         axis.set_xlim(0, widest * 1.13)
-        axis.set_title(mode, fontsize=10, loc="left")
+        axis.set_title(mode, fontsize=10, fontweight="bold", loc="left", pad=8)
         axis.set_xlabel(f"{unit} ({'shorter' if less else 'longer'} is better)", fontsize=8)
         axis.tick_params(axis="y", length=0)
     for axis in list(axes.flat)[len(modes) :]:
         axis.axis("off")
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.suptitle(title + KEY, fontsize=11, fontweight="bold")
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
 

@@ -43,6 +43,8 @@ def _shape(shape: str) -> Any:
 
     if shape == "padded":
         return ms.pad
+    if shape == "list" and hasattr(ms, "ragged"):
+        return ms.ragged
     if shape == "flat" and hasattr(ms, "flat"):
         return ms.flat
     return Collate(shape, tensors=shape != "list")
@@ -56,7 +58,7 @@ class Midstream(Contestant):
     settings = (
         "from_dataset(load_from_disk(...)).shuffle(seed); interleave with weights 7:2:1; .pack(2048), which also makes labels, "
         "positions and piece lengths; read_parquet(s3://...).shuffle(seed); .map(decode). ms.DataLoader with defaults: 48 "
-        "lanes, prefetch_factor 2, and a state with every batch. 0 workers, list: views as the source gives them."
+        "lanes, prefetch_factor 2, and a state with every batch. Collate functions: ms.ragged, ms.pad, ms.flat."
     )
     loader: dict[str, Any] = {}  # noqa: RUF012
 

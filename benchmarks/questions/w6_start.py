@@ -14,7 +14,7 @@ from measure import Options, attempt
 
 from questions import throughput
 
-NAME, TITLE, KIND, SETS, ROUNDS = "W6", "Start-up", SHUFFLED, ("tokens",), 3
+NAME, TITLE, KIND, SETS, ROUNDS = "W6", "Start-up", SHUFFLED, ("tokens",), 2
 TEXT = (
     "Milliseconds from nothing opened (imports done) to the first batch of W1, flat. Started early: the workers were told to start "
     "three seconds before, while a model would load; the time is that of the first batch after that."
