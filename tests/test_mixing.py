@@ -565,6 +565,15 @@ def test_max_epochs_end_the_mix_or_share_the_weight() -> None:
             len(endless)
 
 
+def test_a_lane_without_rows_of_what_ends_the_mix_ends() -> None:
+    for by in (None, tokens):
+        mix = ms.interleave(
+            {"web": source(0, 5).filter(keep), "code": source(1, 30).filter(keep)}, max_epochs={"web": 2}, weights_by=by
+        )
+        found = Counter(flat(ms.DataLoader(mix, batch_size=3, lanes=12)))
+        assert all(found[row] == 2 for row in range(5) if keep(row))
+
+
 def test_max_epochs_that_contradict_are_refused() -> None:
     parts = {"web": source(0, 20), "code": source(1, 30)}
     with pytest.raises(ValueError, match="takes no stopping_strategy"):
