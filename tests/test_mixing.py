@@ -397,6 +397,26 @@ def test_set_weights_in_a_loop_changes_the_next_batch_and_the_epochs_after(
     assert drain(resumed) == epochs[2]
 
 
+@pytest.mark.parametrize("kind", ["rows", "buffered"])
+def test_set_weights_with_threads_and_workers_started_early(kind: str) -> None:
+    found = []
+    options: list[dict[str, Any]] = [{}, {"prefetch_factor": 4}, {"num_workers": 2, "worker_type": "thread"}]
+    for option in options:
+        loader = ms.DataLoader(mixed(kind), lanes=4, **option)
+        loader.start()
+        loader.set_weights("mix", {"web": 1, "code": 1})
+        loader.start()
+        found.append([])
+        for batch in loader:
+            found[-1].append(batch)
+            if len(found[-1]) == 8:
+                loader.set_weights("mix", {"web": 1, "code": 5})
+            if len(found[-1]) == 30:
+                break
+        loader.close()
+    assert found[1:] == found[:1] * 2
+
+
 def test_set_weights_after_the_last_batch_is_for_the_next_epoch() -> None:
     for kind in ("rows", "tokens"):
         pipeline = mixed(kind, rows=30)
@@ -563,6 +583,15 @@ def test_max_epochs_end_the_mix_or_share_the_weight() -> None:
         assert Counter(row // 10_000 for row in itertools.islice(iter(endless), 500))[0] == 20
         with pytest.raises(TypeError, match="no end|only by reading"):
             len(endless)
+
+
+def test_a_lane_without_rows_of_what_ends_the_mix_ends() -> None:
+    for by in (None, tokens):
+        mix = ms.interleave(
+            {"web": source(0, 5).filter(keep), "code": source(1, 30).filter(keep)}, max_epochs={"web": 2}, weights_by=by
+        )
+        found = Counter(flat(ms.DataLoader(mix, batch_size=3, lanes=12)))
+        assert all(found[row] == 2 for row in range(5) if keep(row))
 
 
 def test_max_epochs_that_contradict_are_refused() -> None:

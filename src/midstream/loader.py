@@ -1059,6 +1059,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._drop_started()
         self._edits = canonical.edits
         self._set_pipeline(self._pipeline)
+        self._drop_started()
         super().load_state_dict({})
         if not over and self._active is not None:
             self._active, self._renewed = None, self._active

@@ -368,16 +368,27 @@ class _InterleaveIterator(Iterator):
         to_come = () if self.edit >= 0 else node.phases[self.phase + 1 :]
         here = [child for child, (_, weight) in zip(self.children, self.weights) if weight]
         wanted = {key for _, weights in ((0, self.weights), *to_come) for key, weight in weights if weight}
-        some = [
-            child.flags for name, child in zip(self.names, self.children) if name in wanted and not child.flags & _EMPTY
-        ]
-        if not some or (node.stopping_strategy != "first_exhausted" and all(flags & _EXHAUSTED for flags in some)):
+        live = [child for name, child in zip(self.names, self.children) if name in wanted and not child.flags & _EMPTY]
+        if not live or (
+            all(child.flags & _EXHAUSTED for child in live)
+            if node.stopping_strategy != "first_exhausted"
+            else len(live) < len(wanted) and self._never_ends(wanted)
+        ):
             self.ended = True
         elif all(child.flags & (_EMPTY if restarts else _EMPTY | _EXHAUSTED) for child in here):
             if to_come:
                 self._next_phase()
             else:
                 self.ended = True
+
+    def _never_ends(self, wanted: set[str]) -> bool:
+        """Whether what could end the mix has no rows in this lane, and the rest is endless."""
+        ends = [
+            child.flags
+            for (name, data), child in zip(self.node.datasets, self.children)
+            if name in wanted and not data.infinite
+        ]
+        return bool(ends) and all(flags & _EMPTY for flags in ends)
 
     # -- picking ------------------------------------------------------------------------------------------------------
 
