@@ -1056,7 +1056,6 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         facts = self._facts_of(canonical.rest, canonical.epoch + canonical.finished)
         canonical.edits = merged["edits"] = add(canonical, facts.place, mix, weights)
         over = self._current is not None and self._current.complete and self._loaded is None
-        self._drop_started()
         self._edits = canonical.edits
         self._set_pipeline(self._pipeline)
         self._drop_started()
