@@ -24,6 +24,7 @@ from midstream.progress import Progress, progress
 from midstream.quarantine import read_quarantine
 from midstream.replay import Replay, replay
 from midstream.sources import from_dataset, from_iterable, read_json, read_parquet
+from midstream.together import WholeRun
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "SampleError",
     "SourceError",
     "TooManyErrors",
+    "WholeRun",
     "WorkerError",
     "asked_shares",
     "collate",

@@ -17,6 +17,7 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -36,6 +37,7 @@ from midstream.core import Dataset
 from midstream.edits import add, in_epoch, lane_edits
 from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError, bullet_list
 from midstream.failures import Windows, add_counts, check_limits, failed_in
+from midstream.hosts import LIGHTNING_ALONE, EpochHint, Told, asked_by, not_registered
 from midstream.lanes import Agreement, Topology, batches_of_rank, choose_lanes, current_topology, slots
 from midstream.nodes.collate import collate
 from midstream.position import Facts, Position, Tally, Trace
@@ -414,6 +416,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._foreign = not _ours(dataset, sampler, batch_sampler, generator)
         self._active: object = None  # the token of the iterator in use; the iterator itself would make a cycle
         self._renewed: object = None  # the token of one that starts reading again at its next batch
+        self._guided = False  # an adapter says what was trained
+        self._trained: tuple[Position, int] | None = None  # what it said
+        self._placed: bool | None = None  # prepared by Accelerate: whether it wants batches on the device
         if self._foreign:
             if worker_type == "thread":
                 raise TypeError(_FOREIGN.format("worker_type='thread'"))
@@ -461,6 +466,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         # torch refuses to set these after its constructor, and has other uses for them inside it.
         self.__dict__.update(own, batch_size=batch_size, drop_last=drop_last, collate_fn=collate_fn)
         self._edits = ""
+        self.__dict__["sampler"] = EpochHint(self)
         self._set_pipeline(pipeline)
         if self._in_threads:
             for place in self._facts.place.walk():
@@ -679,9 +685,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         else:
             self._drop_started()
             epoch, inner = self._open()
-        self._current, self._loaded = epoch, None
+        self._current, self._loaded, self._trained = epoch, None, None
         self._next_epoch = epoch.epoch
-        return _LoaderIterator(self, epoch, inner)
+        batches = _LoaderIterator(self, epoch, inner)
+        return batches if self._placed is None else Told(self, batches, lambda: epoch.complete, self._placed)
 
     def start(self) -> None:
         """Start the workers now, so that they read while the model loads; the next ``iter()`` goes on with them.
@@ -828,8 +835,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             following = current.epoch + 1 if self._next_epoch == current.epoch else self._next_epoch
             return self._epoch_from(topology, current.num_lanes, following, current.tallies), same
         if self._next_epoch == current.epoch:
-            runs = current.facts.running
-            if runs.infinite or (runs.random_access and runs.length() is None):
+            if self._trained is not None and self._trained[0] is current:
+                return self._epoch_at(topology, parse(current.state_at(self._trained[1]))), False
+            if self._endless:
                 return self._epoch_at(topology, parse(current.state_at(None))), False
             if current.steps > 0 and not self._warned_restart:
                 self._warned_restart = True
@@ -887,6 +895,23 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             return self._current.epoch + self._current.complete
         return self._next_epoch
 
+    @property
+    def _endless(self) -> bool:
+        runs = (self._current.facts if self._current is not None else self._facts).running
+        return runs.infinite or (runs.random_access and runs.length() is None)
+
+    @property
+    def _epoch_in_use(self) -> int:
+        """The epoch in progress, though its last batch may be out."""
+        current = self._current
+        return current.epoch if current is not None and self._next_epoch == current.epoch else self.epoch
+
+    @property
+    def _left_midway(self) -> bool:
+        """Whether batches of a finite epoch were handed out, and not all."""
+        current = self._current
+        return current is not None and not self._endless and not current.complete and current.steps > current.first_step
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next ``iter()``.
 
@@ -934,6 +959,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         """
         if self._foreign:
             return super().state_dict()  # type: ignore[no-any-return]
+        if not self._guided and asked_by(sys._getframe(1), ".utilities.combined_loader", "_state_dicts"):
+            self._notice("lightning", LIGHTNING_ALONE)
         loaded = self._loaded
         if loaded is not None:
             return copy.deepcopy(loaded[1])
@@ -1026,7 +1053,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         merged["lanes"] = {key: merged["lanes"].get(key, "") for key in own}
         self._drop_started()
         super().load_state_dict({})
-        self._active = self._renewed = None
+        self._active = self._renewed = self._trained = None
+        self.sampler.forget()
         self._current, self._runner = None, None
         self._next_epoch, self._ever_loaded = canonical.epoch, True
         self._loaded = (canonical, merged)
@@ -1099,6 +1127,36 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         from midstream.display import loader_html
 
         return loader_html(self)
+
+    # -- Accelerate ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _is_accelerate_prepared(self) -> bool:
+        """True: ``Accelerator.prepare`` takes the loader as it is. Whether it wants batches on the device is known there."""
+        if self._foreign:
+            return False
+        asking = sys._getframe(1)
+        if asked_by(asking, "accelerate.accelerator", "prepare_data_loader"):
+            wanted = asking.f_locals.get("device_placement")
+            self._placed = bool(asking.f_locals["self"].device_placement if wanted is None else wanted)
+        return True
+
+    @_is_accelerate_prepared.setter
+    def _is_accelerate_prepared(self, value: bool) -> None:
+        pass
+
+    @property
+    def use_stateful_dataloader(self) -> bool:
+        """False: ``Accelerator.save_state`` must not save this loader by itself, where all ranks write one file."""
+        asking = sys._getframe(1)
+        if not self._foreign and asked_by(asking, "accelerate.checkpointing", "save_accelerator_state") and not_registered(self, asking):
+            self._notice(
+                "accelerate",
+                "Accelerator.save_state saves the position in the data only of what is registered: "
+                "accelerator.register_for_checkpointing(midstream.WholeRun(loader)). This checkpoint is without it, and a "
+                "run that is resumed from it begins the data anew.",
+            )
+        return False
 
     def progress(self) -> Progress:
         """How far this rank has come, per source: samples, epochs, failures, counted as delivered."""

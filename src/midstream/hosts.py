@@ -1,0 +1,114 @@
+"""What a trainer expects of a loader that it did not make, as far as the loader itself can give it.
+
+    `EpochHint`        Lightning and Fabric tell the epoch to ``loader.sampler``, counting from where their run began
+    `Told`             Accelerate asks the loader whether the batch in hand is the last one, and moves batches to the device
+    `asked_by`         what in a trainer reads an attribute or calls a method just now
+
+Adapters that need the trainer are files of their own: lightning.py, transformers.py. Nothing here imports a trainer: when
+one is running, it has been imported.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from collections.abc import Iterator as Iter
+from types import FrameType
+from typing import Any
+
+from torch.utils.data.dataloader import _InfiniteConstantSampler
+
+__all__ = ["LIGHTNING_ALONE", "EpochHint", "Told", "asked_by", "not_registered"]
+
+LIGHTNING_ALONE = (
+    "Lightning saves the state of this loader by itself, and what it saves is not always what was trained: of a loader without "
+    "a length it is one batch too far; saved in a signal handler or after an error too; with several ranks it is rank 0's "
+    "alone, which no other rank can load; and a checkpoint from the end of an epoch, or a use of "
+    "trainer.estimated_stepping_batches, is not given back to the loader at all. Give the Trainer the callback that does: "
+    "Trainer(callbacks=[midstream.lightning.ResumeCallback()])."
+)
+
+
+class EpochHint(_InfiniteConstantSampler):
+    """Stands where torch puts a sampler, for trainers that call ``loader.sampler.set_epoch(e)`` before an epoch.
+
+    They count from 0 in each run, or a step too far after a resume; so the first call only says what their count is worth,
+    and a later one moves the loader on where it left a finite epoch before its end, never back.
+
+    Args:
+        loader: The loader, which is not kept alive.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._loader: weakref.ref[Any] = weakref.ref(loader)
+        self._offset: int | None = None
+
+    def forget(self) -> None:
+        """A state was loaded: the trainer's count is worth something else."""
+        self._offset = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """The trainer begins ``epoch`` by its own count."""
+        loader = self._loader()
+        if loader is None or loader._guided:
+            return
+        if self._offset is None:
+            self._offset = loader._epoch_in_use - epoch
+        elif loader._left_midway and epoch + self._offset > loader.epoch:
+            type(loader).set_epoch(loader, epoch + self._offset)  # its own, where an adapter put this in its place
+
+
+class Told:
+    """Iterates for Accelerate: moves each batch to the device, and tells its gradient accumulation which one is the last.
+
+    The loader knows the last batch when it hands it out, so nothing is fetched ahead and its state stays what was trained.
+
+    Args:
+        loader: The loader; Accelerate reads ``end_of_dataloader`` and ``remainder`` of it.
+        batches: Its iterator.
+        last: Whether the batch just handed out was the last one.
+        place: Whether batches go to the device.
+    """
+
+    def __init__(self, loader: Any, batches: Iter[Any], last: Callable[[], bool], place: bool) -> None:
+        from accelerate.state import AcceleratorState, GradientState
+        from accelerate.utils import send_to_device
+
+        self._loader, self._batches, self._last = loader, batches, last
+        self._send, self._device = send_to_device, AcceleratorState().device if place else None
+        self._gradients = GradientState()
+        loader.end_of_dataloader, loader.remainder = False, -1
+        self._gradients._add_dataloader(loader)
+
+    def __iter__(self) -> Told:
+        return self
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __next__(self) -> Any:
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            self._gradients._remove_dataloader(self._loader)
+            raise
+        if self._last():
+            self._loader.end_of_dataloader, self._loader.remainder = True, 0
+        return batch if self._device is None else self._send(batch, self._device)
+
+
+def asked_by(caller: FrameType | None, module: str, function: str) -> bool:
+    """Whether a frame is this function of a trainer, whatever the package around it is called."""
+    return (
+        caller is not None
+        and caller.f_code.co_name in (function, "<listcomp>")
+        and str(caller.f_globals.get("__name__", "")).endswith(module)
+    )
+
+
+def not_registered(loader: Any, caller: FrameType | None) -> bool:
+    """Whether ``Accelerator.save_state``, some frames up, saves without the state of this loader."""
+    while caller is not None and caller.f_code.co_name != "save_state":
+        caller = caller.f_back
+    kept = getattr(caller.f_locals.get("self"), "_custom_objects", None) if caller is not None else None
+    return kept is not None and not any(part is loader or getattr(part, "loader", None) is loader for part in kept)
