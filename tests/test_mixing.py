@@ -590,7 +590,7 @@ def test_a_lane_without_rows_of_what_ends_the_mix_ends() -> None:
         mix = ms.interleave(
             {"web": source(0, 5).filter(keep), "code": source(1, 30).filter(keep)}, max_epochs={"web": 2}, weights_by=by
         )
-        found = Counter(flat(ms.DataLoader(mix, batch_size=3, lanes=12)))
+        found = Counter(flat(ms.DataLoader(mix, batch_size=3, lanes=12, collate_fn=tuple)))
         assert all(found[row] == 2 for row in range(5) if keep(row))
 
 
