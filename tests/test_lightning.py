@@ -238,7 +238,9 @@ class Reads(Net):
 @pytest.mark.parametrize("name", ["sized", "unsized"])
 def test_a_training_step_that_reads_by_itself(name: str, tmp_path: Path) -> None:
     options = {"max_epochs": 2}
-    whole = fit(tmp_path, ms.DataLoader(PIPELINES[name]()), callbacks=(every_step(tmp_path / "all"),), net=Reads(), **options)
+    whole = fit(
+        tmp_path, ms.DataLoader(PIPELINES[name]()), callbacks=(every_step(tmp_path / "all"),), net=Reads(), **options
+    )
     for step, path in checkpoints(tmp_path / "all").items():
         net = fit(tmp_path, ms.DataLoader(PIPELINES[name]()), resume=path, net=Reads(), **options)
         assert net.seen == whole.seen[step:]
@@ -327,8 +329,12 @@ class Validated(Net):
 
 def test_without_the_callback_lightning_warns_of_nothing_and_we_do(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="ResumeCallback") as found:
-        whole = fit(tmp_path, ms.DataLoader(unsized()), callbacks=(every_step(tmp_path / "all"),), guided=False, max_epochs=1)
-    assert sum("ResumeCallback" in str(warning.message) for warning in found) == 1  # though there was a save at every step
+        whole = fit(
+            tmp_path, ms.DataLoader(unsized()), callbacks=(every_step(tmp_path / "all"),), guided=False, max_epochs=1
+        )
+    assert (
+        sum("ResumeCallback" in str(warning.message) for warning in found) == 1
+    )  # though there was a save at every step
     path = checkpoints(tmp_path / "all")[5]
     with pytest.warns(RuntimeWarning, match="without midstream's ResumeCallback"):
         rest = fit(tmp_path, ms.DataLoader(unsized()), resume=path, max_epochs=1)
@@ -390,7 +396,12 @@ def _across(folder: str, name: str, attempt: str, death: str, resume: str) -> No
 @pytest.mark.parametrize("name", ACROSS)
 def test_killed_on_two_ranks_it_goes_on_on_one_and_on_three(name: str, tmp_path: Path) -> None:
     def train(attempt: str, ranks: int, death: int = -1, resume: str = "") -> list[Any]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
         command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={ranks}", __file__, str(tmp_path), name, attempt, str(death), resume]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)

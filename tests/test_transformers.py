@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,7 +59,9 @@ def unsized() -> ms.Dataset:
 PIPELINES = {"sized": sized, "unsized": unsized}
 
 
-def train(folder: Path, data: Any, *, resume: Any = None, net: Net | None = None, callbacks: Any = (), **options: Any) -> Any:
+def train(
+    folder: Path, data: Any, *, resume: Any = None, net: Net | None = None, callbacks: Any = (), **options: Any
+) -> Any:
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=4,

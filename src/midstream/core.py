@@ -773,7 +773,10 @@ class Dataset(IterableDataset[Any]):
         ('random access, 1,000', 'stream, a resume reads again at most 54/lanes + 1 inputs of a lane')
         """
         if self.random_access:
-            length = self.length()
+            try:
+                length = self.length()
+            except Exception:  # who only looks is told of an empty source, or of a file that is not there, by reading
+                return "random access"
             return "random access, endless" if length is None else f"random access, {length:,}"
         again = self.reads_again()
         return f"stream{', endless' if self.infinite else ''}{f', a resume reads again {again}' if again else ''}"

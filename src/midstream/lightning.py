@@ -137,7 +137,7 @@ class ResumeCallback(Callback):  # type: ignore[misc]
             self._fit_lengths(trainer, ours)
             _begin_next_epoch(loop)
         self._saved = None
-        start = [Mark(loader._current, loader._current.first_step) for loader in ours]
+        start = [_mark(loader, begun=True) for loader in ours]
         self._marks = {_trained(trainer): start}
         self._tell(ours, start)
 
@@ -173,7 +173,7 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         ahead = len(getattr(fetcher, "batches", ()))
         marks = []
         for index, loader in enumerate(_ours(trainer)):
-            now = Mark(loader._current, loader._current.steps)
+            now = _mark(loader)
             seen = self._seen.get(index)
             if seen is not None and seen.position is now.position:
                 gave = now.step > seen.step
@@ -190,7 +190,7 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         ours, done = _ours(trainer), _trained(trainer)
         marks = self._marks.get(done)
         if marks is None or hasattr(trainer.fit_loop._data_fetcher, "iterator_wrapper"):
-            marks = [Mark(loader._current, loader._current.steps) for loader in ours]
+            marks = [_mark(loader) for loader in ours]
         if _epoch_over(trainer):
             marks = [_over(loader, mark) for loader, mark in zip(ours, marks)]
         self._marks = {**self._marks, done: marks}
@@ -320,12 +320,19 @@ def _over(loader: DataLoader, mark: Mark) -> Mark:
     return Mark(following, 0)
 
 
+def _mark(loader: DataLoader, *, begun: bool = False) -> Mark:
+    """Where a loader stands that is being read, or where this pass over it began."""
+    current = loader._current
+    assert current is not None
+    return Mark(current, current.first_step if begun else current.steps)
+
+
 def _state(loader: DataLoader, mark: Mark) -> dict[str, Any]:
     current = loader._current
     if current is None or mark.position is current or not mark.position.applied:
-        return mark.position.state_at(mark.step)
+        return dict(mark.position.state_at(mark.step))
     # Iterated anew since, and nothing of that was trained: it began where this mark stands.
-    return current.state_at(current.first_step)
+    return dict(current.state_at(current.first_step))
 
 
 def _stands_at(loader: DataLoader, state: Any, ahead: int) -> bool:

@@ -1149,7 +1149,11 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def use_stateful_dataloader(self) -> bool:
         """False: ``Accelerator.save_state`` must not save this loader by itself, where all ranks write one file."""
         asking = sys._getframe(1)
-        if not self._foreign and asked_by(asking, "accelerate.checkpointing", "save_accelerator_state") and not_registered(self, asking):
+        if (
+            not self._foreign
+            and asked_by(asking, "accelerate.checkpointing", "save_accelerator_state")
+            and not_registered(self, asking)
+        ):
             self._notice(
                 "accelerate",
                 "Accelerator.save_state saves the position in the data only of what is registered: "

@@ -71,7 +71,11 @@ class ResumeMixin:
         if args.remove_unused_columns:
             collate = self._get_collator_with_removed_columns(collate, description="training")  # type: ignore[attr-defined]
         return DataLoader(
-            data, self._train_batch_size, collate_fn=collate, drop_last=args.dataloader_drop_last, **options  # type: ignore[attr-defined]
+            data,
+            self._train_batch_size,  # type: ignore[attr-defined]
+            collate_fn=collate,
+            drop_last=args.dataloader_drop_last,
+            **options,
         )
 
     def get_train_dataloader(self) -> Any:
@@ -125,7 +129,7 @@ class ResumeMixin:
         current = loader._current
         if mark is None or current is None:
             return loader.state_dict()
-        return mark[0].state_at(mark[1]) if mark[0] is current else current.state_at(current.first_step)
+        return dict(mark[0].state_at(mark[1]) if mark[0] is current else current.state_at(current.first_step))
 
     def _inner_training_loop(self, *args: Any, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train, with the checkpoint at hand."""
