@@ -84,7 +84,7 @@ def folder(tmp_path: Path) -> Path:
 def test_rows_are_read_in_any_order_over_several_files(folder: Path) -> None:
     ds = ms.read_json(f"{folder}/*.jsonl")
     assert len(ds) == 21
-    assert repr(ds) == "data: read_json(21 rows in 3 files)"
+    assert repr(ds).partition("  # ")[0] == "data: read_json(21 rows in 3 files)"
     order = [20, 0, 7, 6, 13, 14, 0]
     assert ds.rows(order) == [json.loads(lines([i])) for i in order]
     assert ids(ms.read_json([folder / "2.jsonl", str(folder / "0.jsonl")])) == [*range(14, 21), *range(7)]
@@ -294,7 +294,7 @@ def test_iter_of_a_stream_resumes_at_every_row(tmp_path: Path) -> None:
     (tmp_path / "2.jsonl").write_bytes(lines(range(9, 11)))
     ds = ms.read_json([tmp_path / "0.jsonl.gz", tmp_path / "1.jsonl.zst", tmp_path / "2.jsonl"], name="mixed")
     assert not ds.random_access
-    assert repr(ds) == "mixed: read_json(3 files)"
+    assert repr(ds).partition("  # ")[0] == "mixed: read_json(3 files)"
     for step in range(12):
         samples = iter(ds)
         head = [next(samples)["id"] for _ in range(step)]

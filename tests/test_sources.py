@@ -34,7 +34,7 @@ N = 24
 
 def test_column_names_and_rows_are_told_without_reading() -> None:
     ds = ms.from_dataset(datasets.Dataset.from_dict({"a": [1, 2], "b": ["x", "y"]}), name="pairs")
-    assert repr(ds) == "pairs: from_dataset(datasets.Dataset[a, b], 2 rows)"
+    assert repr(ds).partition("  # ")[0] == "pairs: from_dataset(datasets.Dataset[a, b], 2 rows)"
     assert len(ds) == 2
 
 
@@ -1042,7 +1042,10 @@ def test_a_dropped_iterator_closes_its_hub_stream_at_once(run: Callable[[Dataset
 
 
 def test_shards_and_columns_of_a_hub_stream_are_told() -> None:
-    assert repr(ms.from_dataset(stream(), name="web")) == "web: from_dataset(datasets.IterableDataset, 4 shards)"
+    assert (
+        repr(ms.from_dataset(stream(), name="web")).partition("  # ")[0]
+        == "web: from_dataset(datasets.IterableDataset, 4 shards)"
+    )
     with pytest.raises(TypeError, match="known only by reading"):
         len(ms.from_dataset(stream()))
     with pytest.raises(ValueError, match=r"'web' is an IterableDataset of 4 shards(.|\n)*num_shards=n"):

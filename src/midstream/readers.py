@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import multiprocessing
 import pickle
 import traceback
 from collections.abc import Iterator as Iter
@@ -106,7 +107,7 @@ class Runner(IterableDataset[Any]):
         if worker is not None and not self.frozen:
             gc.freeze()  # what a fork inherited: collecting it here would run the parent's destructors and copy its pages
             self.frozen = True
-        if worker is not None and self.arena is not None:
+        if worker is not None and self.arena is not None and multiprocessing.parent_process() is not None:
             begin(self.arena, worker.id)
         epoch, plan = self.epoch, self.plan
         if self.shared is not None:
