@@ -10,6 +10,7 @@
       "num_lanes": 48,           fixed for the run
       "rest": "",                what the epoch has left, where it began with another batch size or mix (see rest.py)
       "edits": "",               weights that were changed on the way (see edits.py)
+      "excluded": "",            samples that are left out: {"web": [[epoch, row, part], ...]} as JSON
       "lanes": {"0000": "...", ...}
     }
 
@@ -93,6 +94,7 @@ class Canonical:
         self.num_lanes: int = state["num_lanes"]
         self.rest: str = state["rest"]
         self.edits: str = _edits(state.get("edits", ""))
+        self.excluded: str = _excluded(state.get("excluded", ""))
         self.lanes: dict[int, dict[str, Any] | None] = {
             int(key): _lane(key, value) for key, value in state["lanes"].items()
         }
@@ -217,6 +219,20 @@ def _edits(text: Any) -> str:
     return str(text)
 
 
+def _excluded(text: Any) -> str:
+    """The samples that are left out, if they look it."""
+    try:
+        known = decode(text) if text else {}
+        good = isinstance(text, str) and all(
+            isinstance(several, list) and all(_counts(origin, 3) for origin in several) for several in known.values()
+        )
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        good = False
+    if not good:
+        raise CheckpointError(f"this state is damaged: what it excludes is not what was saved: {text!r:.80}")
+    return str(text)
+
+
 def _is_lane(key: str, num_lanes: int) -> bool:
     return len(key) < 12 and int(key) < num_lanes and key == f"{int(key):04d}"
 
@@ -329,6 +345,11 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
                 f"state {index} has other changes of weights than state 0: call set_weights on every rank, after the same "
                 f"step and with the same weights"
             )
+        if canonical.excluded != first.excluded:
+            raise CheckpointError(
+                f"state {index} leaves other samples out than state 0: call exclude on every rank, after the same step and "
+                f"with the same origins"
+            )
         if canonical.num_lanes != first.num_lanes:
             raise CheckpointError(
                 f"state {index} has num_lanes={canonical.num_lanes}, state 0 has {first.num_lanes}: they are of different runs"
@@ -387,6 +408,7 @@ def render(canonical: Canonical, state: dict[str, State]) -> dict[str, State]:
         "num_lanes": canonical.num_lanes,
         "rest": canonical.rest,
         "edits": canonical.edits,
+        "excluded": canonical.excluded,
         "lanes": lanes,
     }
 

@@ -195,6 +195,8 @@ def progress_html(progress: Progress) -> str:
         for row in rows
     )
     caption = f"epoch {progress.epoch}, {progress.batches:,} batches in it, {progress.samples:,} samples in all"
+    if progress.packing_waste is not None:
+        caption += f", {progress.packing_waste:.1%} of packed rows is padding"
     return (
         f"<div><div style='{_NOTE}'>{escape(caption)}</div>"
         f"<table style='{_MONO}'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"

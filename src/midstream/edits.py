@@ -24,13 +24,24 @@ from midstream.checkpoint import Canonical, merge_states, parse
 from midstream.core import Dataset, Place, bind
 from midstream.errors import CheckpointError
 from midstream.nodes.batch import Batch
+from midstream.nodes.exclude import Exclude
 from midstream.nodes.interleave import Interleave
 from midstream.nodes.map import Map
 from midstream.nodes.mixing import Weights, check_weights, quotas
 from midstream.nodes.skip import Skip
 from midstream.nodes.take import Take
 
-__all__ = ["add", "apply", "asked_shares", "in_epoch", "lane_edits", "note_load", "weights_history"]
+__all__ = [
+    "add",
+    "apply",
+    "asked_shares",
+    "in_epoch",
+    "lane_edits",
+    "note_load",
+    "replaced",
+    "shares_asked",
+    "weights_history",
+]
 
 
 def _entries(text: str) -> list[dict[str, Any]]:
@@ -52,7 +63,7 @@ def apply(pipeline: Dataset, text: str, epoch: int) -> Dataset:
         return pipeline
     try:
         for path in dict.fromkeys(entry["mix"] for entry in _entries(text)):
-            pipeline = _replaced(bind(pipeline), path, functools.partial(_edited, edits_of(text, path), epoch))
+            pipeline = replaced(bind(pipeline), path, functools.partial(_edited, edits_of(text, path), epoch))
         return pipeline
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -100,7 +111,7 @@ def edits_of(text: str, path: str) -> list[dict[str, Any]]:
     return [entry for entry in _entries(text) if entry["mix"] == path]
 
 
-def _replaced(place: Place, path: str, change: Callable[[Any], Dataset]) -> Dataset:
+def replaced(place: Place, path: str, change: Callable[[Any], Dataset]) -> Dataset:
     """The tree with the node at a path changed."""
     node: Any = place.node
     if place.path == path:
@@ -108,7 +119,7 @@ def _replaced(place: Place, path: str, change: Callable[[Any], Dataset]) -> Data
     for key, child in place.inputs.items():
         if all(each.path != path for each in child.walk()):
             continue
-        new = _replaced(child, path, change)
+        new = replaced(child, path, change)
         if key == "":
             return dataclasses.replace(node, source=new)  # type: ignore[no-any-return]
         if isinstance(node, Interleave):
@@ -193,7 +204,7 @@ def _given(place: Place, target: Place, count: int, mix: str) -> int:
     count = count if length is None else min(count, length)
     if place is target:
         return count
-    if isinstance(node, Map):
+    if isinstance(node, (Map, Exclude)):
         return _given(place.input, target, count, mix)
     if isinstance(node, Batch):
         return _given(place.input, target, count * node.batch_size, mix)
@@ -282,7 +293,11 @@ def asked_shares(state: State) -> dict[str, float | None]:
     >>> ms.asked_shares(ms.DataLoader(mix, batch_size=2).state_dict())
     {'a': 0.75, 'b': 0.25}
     """
-    canonical = parse(merge_states(state) if isinstance(state, list) else state)
+    return shares_asked(parse(merge_states(state) if isinstance(state, list) else state))
+
+
+def shares_asked(canonical: Canonical) -> dict[str, float | None]:
+    """`asked_shares` of a checked state."""
     edited: dict[str, dict[str, float]] = {}
     for entry in _entries(canonical.edits):
         if entry["by"] == "set_weights":

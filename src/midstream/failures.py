@@ -15,6 +15,7 @@ from midstream.quarantine import Record, write_record
 
 __all__ = [
     "ErrorRate",
+    "Excluded",
     "Failure",
     "Hole",
     "Ledger",
@@ -159,6 +160,17 @@ class Failure:
         return error
 
 
+class Excluded(Failure):
+    """A sample that `DataLoader.exclude` left out: it goes the way of a quiet failure, and is counted as what it is."""
+
+    __slots__ = ()
+
+    def __init__(self, node: str, origin: Origin) -> None:
+        self.node, self.origin, self.function, self.quiet, self.limit = node, origin, "", True, None
+        self.error_type = self.message = self.traceback = ""
+        self.exception, self.record = b"", None
+
+
 def _indent(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.splitlines())
 
@@ -239,7 +251,8 @@ class Ledger:
 
     def failed(self, failure: Failure, source: int) -> None:
         """Count a skipped sample. It is met once: failures pass every buffer at once and replays swallow them."""
-        key = f"failed {failure.error_type}|{failure.node}|{source}"
+        kind = "excluded" if type(failure) is Excluded else f"failed {failure.error_type}"
+        key = f"{kind}|{failure.node}|{source}"
         self.events[key] = self.events.get(key, 0) + 1
         if failure.limit is not None:
             self.limits[failure.node] = failure.limit

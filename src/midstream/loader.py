@@ -19,8 +19,9 @@ import pickle
 import signal
 import sys
 import warnings
+import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Iterator as Iter
 from typing import Any, Literal
 
@@ -30,16 +31,18 @@ from torch.utils.data import IterableDataset
 from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from midstream._check import require_int
 from midstream._state import State
 from midstream.breadcrumbs import describe, new_table
 from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, render, settle
 from midstream.core import Dataset
 from midstream.edits import add, in_epoch, lane_edits
-from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError, bullet_list
+from midstream.errors import CheckpointError, MidstreamError, Origin, SourceError, WorkerError, bullet_list
 from midstream.failures import Windows, add_counts, check_limits, failed_in
 from midstream.hosts import LIGHTNING_ALONE, EpochHint, Told, asked_by, not_registered
 from midstream.lanes import Agreement, Topology, batches_of_rank, choose_lanes, current_topology, slots
 from midstream.nodes.collate import collate
+from midstream.nodes.exclude import excluded_origins, with_origins
 from midstream.position import Facts, Position, Tally, Trace
 from midstream.progress import Progress, progress
 from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, deliver, send
@@ -57,13 +60,28 @@ _FAILED = -1
 """What a rank tells the others instead of a number of batches when it cannot go on."""
 
 
+class _Token:
+    """Tells the iterator in use from those left behind; a copy of a loader has none in use."""
+
+    __slots__ = ("iterator",)
+
+    def __init__(self, iterator: _LoaderIterator | None = None) -> None:
+        self.iterator: Callable[[], _LoaderIterator | None] = lambda: None
+        if iterator is not None:
+            self.iterator = weakref.ref(iterator)
+
+    def __reduce__(self) -> tuple[type[_Token], tuple[()]]:
+        return _Token, ()
+
+
 class _LoaderIterator:
     """One pass over the loader."""
 
     def __init__(self, loader: DataLoader, epoch: Position, inner: Iter[Any]) -> None:
         self._loader, self._epoch, self._inner = loader, epoch, inner
         self._crumbs = loader._runner.crumbs if loader._runner is not None else None
-        self._token = loader._active = object()
+        self._token = loader._active = _Token(self)
+        self._over = False  # whether `DataLoader.skip` went on into the next epoch
         self._ready: deque[tuple[int, int, Out]] = deque()
         self._loud = 0  # how many of `_ready` are handed out or raised
         self._agreement = loader._agreement(epoch.topology)
@@ -86,9 +104,12 @@ class _LoaderIterator:
         return len(self._loader)
 
     def __next__(self) -> Any:
+        if self._over:
+            raise StopIteration
         if self._loader._active is not self._token and self._loader._renewed is self._token:
             self._loader._renewed = None
             self.__dict__.update(self._loader.__iter__().__dict__)  # goes on under other weights
+            self._token.iterator = weakref.ref(self)
         if self._loader._active is not self._token:
             raise RuntimeError(
                 "this iterator was left behind: the loader was iterated again, closed, or a state was loaded after it was "
@@ -131,13 +152,7 @@ class _LoaderIterator:
             self._drain()
             self._settled = True
             raise StopIteration
-        try:
-            if self._broken is None:
-                self._fetch(2 if self._hold else 1)
-        except StopIteration:
-            self._ended = True
-        except Exception as error:
-            self._broken = error  # told when what came before it is handed out
+        self._refill()
         while self._loud:
             # Whatever may raise comes before the delivery is taken and counted, so that nothing is lost with it.
             number, lane, out = self._ready[0]
@@ -157,7 +172,7 @@ class _LoaderIterator:
                 if out.kind == BATCH and not self._agree():
                     break
                 last = out.kind == BATCH and self._least == 1
-            epoch.apply(number, lane, out, last=last)
+            epoch.apply(number, lane, out, last=last, skipped=self._loader._skipping and out.kind == BATCH)
             self._least = None
             self._taken.append(self._ready.popleft())
             self._loud -= loud
@@ -166,6 +181,12 @@ class _LoaderIterator:
             if last and self._ended:
                 self._count_rest()
             if out.kind == ERROR:
+                if self._loader._skipping:
+                    log.info("skip: passed over a failure: %s", out.payload.message)
+                    if last:
+                        break
+                    self._refill()
+                    continue
                 failed = out.payload.error()
                 self._settled = True
                 raise failed
@@ -192,6 +213,16 @@ class _LoaderIterator:
             for out in outs:
                 self._ready.append((number, lane, out))
                 self._loud += out.kind != NOTHING
+
+    def _refill(self) -> None:
+        """Take what the next delivery needs; an error is told when what came before it is handed out."""
+        try:
+            if self._broken is None:
+                self._fetch(2 if self._hold else 1)
+        except StopIteration:
+            self._ended = True
+        except Exception as error:
+            self._broken = error
 
     def _in_hand(self) -> int:
         """Batches that are ready; what will fail counts too, it is told in its turn."""
@@ -414,8 +445,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if worker_type not in ("process", "thread"):
             raise ValueError(f"worker_type is 'process' or 'thread'; found {worker_type!r}")
         self._foreign = not _ours(dataset, sampler, batch_sampler, generator)
-        self._active: object = None  # the token of the iterator in use; the iterator itself would make a cycle
-        self._renewed: object = None  # the token of one that starts reading again at its next batch
+        self._active: _Token | None = None  # the token of the iterator in use; the iterator itself would make a cycle
+        self._renewed: _Token | None = None  # the token of one that starts reading again at its next batch
         self._guided = False  # an adapter says what was trained
         self._trained: tuple[Position, int] | None = None  # what it said
         self._placed: bool | None = None  # prepared by Accelerate: whether it wants batches on the device
@@ -465,7 +496,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             super().__init__(source, None, collate_fn=collate_fn, **common)
         # torch refuses to set these after its constructor, and has other uses for them inside it.
         self.__dict__.update(own, batch_size=batch_size, drop_last=drop_last, collate_fn=collate_fn)
-        self._edits = ""
+        self._edits = self._excluded = ""
+        self._skipping = False
         self.__dict__["sampler"] = EpochHint(self)
         self._set_pipeline(pipeline)
         if self._in_threads:
@@ -488,7 +520,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._started: tuple[Any, Position, Any] | None = None
 
     def _set_pipeline(self, pipeline: Dataset) -> None:
-        self._pipeline, self._facts = pipeline, Facts(pipeline, "", self._edits)
+        self._pipeline, self._facts = pipeline, Facts(pipeline, "", self._edits, -1, self._excluded)
 
     def _epoch_from(
         self, topology: Topology, num_lanes: int, epoch: int, tallies: dict[int, Tally] | None = None
@@ -519,7 +551,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def _facts_of(self, rest: str, epoch: int) -> Facts:
         if not rest and not in_epoch(self._edits, epoch):
             return self._facts
-        return Facts(self._pipeline, rest, self._edits, epoch)
+        return Facts(self._pipeline, rest, self._edits, epoch, self._excluded)
 
     # -- topology -----------------------------------------------------------------------------------------------------
 
@@ -1039,12 +1071,12 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 )
             log.info("going on with another pipeline than was saved:%s", bullet_list(lines))
         running(
-            pipeline, canonical.rest, canonical.edits, canonical.epoch
+            pipeline, canonical.rest, canonical.edits, canonical.epoch, canonical.excluded
         )  # raises what is wrong before anything is changed
         topology = self._topology()
         self._check_lanes(canonical, topology)
-        if pipeline is not self._pipeline or canonical.edits != self._edits:
-            self._edits = canonical.edits
+        if pipeline is not self._pipeline or (canonical.edits, canonical.excluded) != (self._edits, self._excluded):
+            self._edits, self._excluded = canonical.edits, canonical.excluded
             self._set_pipeline(pipeline)
         if pipeline.random_access and canonical.num_lanes < topology.world_size:
             # Here lanes only keep counts, and every rank needs one.
@@ -1083,8 +1115,12 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         merged, canonical = settle(self.state_dict())
         facts = self._facts_of(canonical.rest, canonical.epoch + canonical.finished)
         canonical.edits = merged["edits"] = add(canonical, facts.place, mix, weights)
+        self._go_on_from(canonical, merged)
+
+    def _go_on_from(self, canonical: Canonical, merged: dict[str, Any]) -> None:
+        """Read anew from where the loader stands, as the state says; the iterator in use goes on there."""
         over = self._current is not None and self._current.complete and self._loaded is None
-        self._edits = canonical.edits
+        self._edits, self._excluded = canonical.edits, canonical.excluded
         self._set_pipeline(self._pipeline)
         self._drop_started()
         super().load_state_dict({})
@@ -1093,6 +1129,97 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._current, self._runner = None, None
         self._next_epoch = canonical.epoch
         self._loaded = (canonical, merged)
+
+    def skip(self, num_batches: int) -> None:
+        """Pass over the next batches: the way past a loss spike. Call it on every rank, after the same step.
+
+        They are read and not handed out: the position moves on as if they had been, into the next epoch where this one ends,
+        and the state counts them (`SourceProgress.counts`: ``skipped`` samples of each source, in no other number). A failure
+        in one of them is counted, not raised. Legal at any time: in a loop its next batch is the one after them; after
+        `load_state_dict` or before the first ``iter()`` the next ``iter()`` begins there.
+
+        Args:
+            num_batches: Of this rank.
+
+        Raises:
+            RuntimeError: If an epoch has no batch at all.
+
+        >>> import midstream as ms
+        >>> loader = ms.DataLoader(ms.from_dataset(range(10)), batch_size=2)
+        >>> batches = iter(loader)
+        >>> _ = next(batches)
+        >>> loader.skip(2)
+        >>> next(batches), loader.progress().sources["data"].counts
+        (tensor([6, 7]), {'skipped': 4})
+        """
+        self._no_foreign("skip")
+        require_int(num_batches, "num_batches", 0, "skip")
+        token = self._active or self._renewed
+        live = token.iterator() if token is not None else None
+        if live is not None and token is self._active and live._epoch is not self._current:
+            live = None
+        if live is None and num_batches and self._current is not None and not self._current.complete:
+            self.load_state_dict(self.state_dict())  # where a loop was left, not at the start of its epoch
+        iterator, made, steps = live, None, -1
+        self._skipping = True
+        try:
+            while num_batches:
+                if iterator is None:
+                    iterator = made = iter(self)
+                    steps = 0
+                try:
+                    next(iterator)
+                except StopIteration:
+                    if steps == 0:
+                        raise RuntimeError("skip: the epoch has no batch that could be passed over") from None
+                    if iterator is live:
+                        live._over = True
+                    iterator = None
+                    continue
+                num_batches -= 1
+                steps += 1
+        finally:
+            self._skipping = False
+            if made is not None:
+                self.load_state_dict(self.state_dict())
+
+    def exclude(self, origins: Iterable[Any]) -> None:
+        """Leave single samples out from the next batch on: their batches get shorter, and every position stays.
+
+        An origin is one pass over its source, so that the same row comes again in the next epoch. The state holds them, so
+        that a checkpoint goes on without them in any topology, and counts those met (`SourceProgress.counts`: ``excluded``).
+        Batches that workers made ahead are made again. Call it on every rank, after the same step. `state_at` and `trace`
+        answer for the batches from here on.
+
+        Samples are what batches are made of: a row that ``pack`` made is left out as a whole, and counted once, when it
+        holds a piece that is named. A batch of which nothing is left does not come; on a stream the lane's next one comes
+        in its place.
+
+        Args:
+            origins: What `trace` gave, or tuples ``(source, epoch, row)`` or ``(source, epoch, row, part)``. At most 4,096 in
+                a run, about 16 bytes each in every checkpoint.
+
+        Raises:
+            ValueError: If there is no such source, or they become too many; then nothing was changed.
+            TypeError: If something is no origin.
+
+        >>> import midstream as ms
+        >>> loader = ms.DataLoader(ms.from_dataset(range(6), name="six"), batch_size=3)
+        >>> loader.exclude([("six", 0, 4)])
+        >>> [batch.tolist() for batch in loader], list(map(str, loader.excluded))
+        ([[0, 1, 2], [3, 5]], ['six[4]'])
+        """
+        self._no_foreign("exclude")
+        merged, canonical = settle(self.state_dict())
+        canonical.excluded = merged["excluded"] = with_origins(canonical.excluded, origins, self._facts.names)
+        if canonical.excluded != self._excluded:
+            self._go_on_from(canonical, merged)
+
+    @property
+    def excluded(self) -> list[Origin]:
+        """The samples that are left out."""
+        self._no_foreign("excluded")
+        return excluded_origins(self._loaded[0].excluded if self._loaded is not None else self._excluded)
 
     def _check_lanes(self, canonical: Canonical, topology: Topology) -> None:
         """All lanes of this rank must be there, and of this run's number."""

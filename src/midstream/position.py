@@ -66,6 +66,20 @@ class Tally:
             other.samples = self.samples + np.bincount(source, minlength=size)
         return other._with(events)
 
+    def passed_over(self, origins: I64 | None, events: Mapping[str, int] | None, path: str) -> Tally:
+        """The counts after a batch that `DataLoader.skip` passed over: its rows were read, and nothing was delivered."""
+        other = self.plus(origins, events)
+        skipped: dict[str, int] = {}
+        for kind, after, before in (
+            ("skipped", other.samples, self.samples),
+            ("tokens skipped", other.tokens, self.tokens),
+        ):
+            for source, count in enumerate((after - before).tolist()):
+                if count:
+                    skipped[f"{kind}|{path}|{source}"] = count
+        other.samples, other.tokens = self.samples, self.tokens
+        return other._with(skipped)
+
     def _with(self, events: Mapping[str, int] | None) -> Tally:
         """Itself, with more events; for one that nobody else has yet."""
         if events:
@@ -115,9 +129,9 @@ class Trace(list[Origin]):
 class Facts:
     """What a position has to know of its loader's pipeline. No way back to the loader: no cycle keeps workers alive."""
 
-    def __init__(self, pipeline: Dataset, rest: str = "", edits: str = "", epoch: int = -1) -> None:
-        self.pipeline, self.rest, self.edits = pipeline, rest, edits
-        self.running = running(pipeline, rest, edits, epoch)
+    def __init__(self, pipeline: Dataset, rest: str = "", edits: str = "", epoch: int = -1, excluded: str = "") -> None:
+        self.pipeline, self.rest, self.edits, self.excluded = pipeline, rest, edits, excluded
+        self.running = running(pipeline, rest, edits, epoch, excluded)
         self.place = bind(self.running)
         self.names = self.place.names
         self._spec: bytes | None = None
@@ -224,8 +238,11 @@ class Position:
         """Where workers continue."""
         return Plan(self.start, self.turns, self.told_before, self.decoded, self.ahead)
 
-    def apply(self, number: int, lane: int, out: Out, *, last: bool = False) -> None:
-        """Count one thing that came out, and move on; with ``last`` the epoch is complete after it."""
+    def apply(self, number: int, lane: int, out: Out, *, last: bool = False, skipped: bool = False) -> None:
+        """Count one thing that came out, and move on; with ``last`` the epoch is complete after it.
+
+        A batch that is ``skipped`` is not handed out.
+        """
         random_access = lane < 0
         key = self._leaf(self.topology.rank) if random_access else lane
         padded = random_access and self.total is not None and number >= self.total
@@ -245,7 +262,11 @@ class Position:
         if last and not self.complete:
             events = {**(events or {}), **self._left_over(passed)}
         before, state = self.tallies.get(key), self.states.get(key)
-        after = (before or Tally(self.num_sources)).plus(None if padded else out.origins, events)
+        after = before or Tally(self.num_sources)
+        if skipped and not padded:
+            after = after.passed_over(out.origins, events, self.facts.place.path)
+        else:
+            after = after.plus(None if padded else out.origins, events)
         told = self.told
         if random_access and out.final:
             told = {key: errors for key, errors in told.items() if key != number} if told else told
@@ -402,6 +423,7 @@ class Position:
             "num_lanes": self.num_lanes,
             "rest": rest,
             "edits": self.facts.edits,
+            "excluded": self.facts.excluded,
             "lanes": leaves,
         }
 

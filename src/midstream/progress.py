@@ -7,6 +7,7 @@ from typing import Any
 
 from midstream._state import State
 from midstream.checkpoint import merge_states, parse, source_names
+from midstream.edits import shares_asked
 
 __all__ = ["Progress", "SourceProgress", "progress"]
 
@@ -25,8 +26,10 @@ class SourceProgress:
         share: Its part of all samples delivered.
         padded: Samples delivered once more so that every rank gets as many batches; in no other number.
         tokens: Tokens delivered; 0 where the pipeline does not count them (``pack`` does).
-        counts: What else was counted, by name: documents ``split`` and ``truncated``, ``tokens dropped``.
+        counts: What else was counted, by name: documents ``split`` and ``truncated``, ``tokens dropped``; samples ``excluded``,
+            and ``skipped`` with their ``tokens skipped`` (see `DataLoader.exclude` and `DataLoader.skip`).
         asked: The share that the weights of the mixes above it ask for now; None where no weights say.
+        token_share: Its part of all tokens delivered; None where tokens are not counted.
     """
 
     name: str
@@ -40,6 +43,7 @@ class SourceProgress:
     tokens: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     asked: float | None = None
+    token_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,26 @@ class Progress:
         """All tokens delivered, padding not counted."""
         return sum(source.tokens for source in self.sources.values())
 
+    @property
+    def packing_waste(self) -> float | None:
+        """Padding as a part of all tokens of the rows that were packed; None where none were."""
+        padding = self.unattributed.get("padding tokens", 0)
+        skipped = sum(source.counts.get("tokens skipped", 0) for source in self.sources.values())
+        whole = self.tokens + skipped + padding
+        return padding / whole if whole else None
+
     def to_dict(self) -> dict[str, float]:
         """Flat names, as experiment loggers take them."""
         flat: dict[str, float] = {"epoch": self.epoch, "batches": self.batches, "samples": self.samples}
+        if self.packing_waste is not None:
+            flat["packing_waste"] = self.packing_waste
         for name, source in self.sources.items():
             flat[f"{name}/samples"] = source.samples
             flat[f"{name}/share"] = source.share
+            if source.asked is not None:
+                flat[f"{name}/asked"] = source.asked
+            if source.token_share is not None:
+                flat[f"{name}/token_share"] = source.token_share
             if source.epochs is not None:
                 flat[f"{name}/epochs"] = source.epochs
             flat[f"{name}/failures"] = sum(source.failures.values())
@@ -93,28 +111,29 @@ class Progress:
         return flat
 
     def rows(self) -> list[list[str]]:
-        """The table as text: a header, then one row per source."""
-        table = [["source", "samples", "share", "epochs", "filtered", "dropped", "failures", "tokens", "also"]]
-        for source in self.sources.values():
-            failures = ", ".join(f"{count} {kind}" for kind, count in sorted(source.failures.items())) or "0"
-            epochs = "–" if source.epochs is None else f"{source.epochs:.3f}"
-            others = [f"{count:,} {kind}" for kind, count in source.counts.items()]
-            table.append(
-                [
-                    source.name,
-                    f"{source.samples:,}",
-                    f"{source.share:.1%}",
-                    epochs,
-                    f"{source.filtered:,}",
-                    f"{source.dropped:,}",
-                    failures,
-                    f"{source.tokens:,}",
-                    ", ".join(others),
-                ]
-            )
-        if not any(source.counts for source in self.sources.values()):
-            table = [row[:-1] for row in table]
-        return table if self.tokens else [row[:7] + row[8:] for row in table]
+        """The table as text: a header, then one row per source. Columns that would say nothing are not there."""
+        sources = list(self.sources.values())
+        percent = [None if source.token_share is None else f"{source.token_share:.1%}" for source in sources]
+        failures = [
+            ", ".join(f"{n} {kind}" for kind, n in sorted(source.failures.items())) or "0" for source in sources
+        ]
+        others = [", ".join(f"{count:,} {kind}" for kind, count in source.counts.items()) for source in sources]
+        asked = [None if source.asked is None else f"{source.asked:.1%}" for source in sources]
+        columns: dict[str, list[str | None]] = {
+            "source": [source.name for source in sources],
+            "samples": [f"{source.samples:,}" for source in sources],
+            "share": [f"{source.share:.1%}" for source in sources],
+            **({"token share": percent} if self.tokens and len(sources) > 1 else {}),
+            **({"asked": asked} if any(asked) else {}),
+            "epochs": [None if source.epochs is None else f"{source.epochs:.3f}" for source in sources],
+            "filtered": [f"{source.filtered:,}" for source in sources],
+            "dropped": [f"{source.dropped:,}" for source in sources],
+            "failures": list(failures),
+            **({"tokens": [f"{source.tokens:,}" for source in sources]} if self.tokens else {}),
+            **({"also": list(others)} if any(others) else {}),
+        }
+        cells = [[cell if cell is not None else "–" for cell in column] for column in columns.values()]
+        return [list(columns), *map(list, zip(*cells))]
 
     def __str__(self) -> str:
         table = self.rows()
@@ -124,7 +143,9 @@ class Progress:
             first, *rest = row
             cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:]))
             lines.append(f"  {first.ljust(widths[0])}  {'  '.join(cells)}")
-        lines.extend(f"  of no single source: {count:,} {kind}" for kind, count in self.unattributed.items())
+        for kind, count in self.unattributed.items():
+            part = f" ({self.packing_waste:.1%} of the rows)" if kind == "padding tokens" and self.packing_waste else ""
+            lines.append(f"  of no single source: {count:,} {kind}{part}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -162,8 +183,9 @@ def progress(state: State) -> Progress:
                     counts[index] += count
             for key, count in lane["events"].items():
                 events[key] = events.get(key, 0) + count
-    samples = totals["samples"]
-    total = sum(samples)
+    samples, tokens = totals["samples"], totals["tokens"]
+    total, all_tokens = sum(samples), sum(tokens)
+    asked = shares_asked(canonical) if len(names) > 1 else {}
     unattributed: dict[str, int] = {}
     for key, count in sorted(events.items()):
         kind, _, source = key.split("|")
@@ -186,6 +208,7 @@ def progress(state: State) -> Progress:
                 others[kind] = others.get(kind, 0) + count
         length, padded = lengths[index], others.pop("padded", 0)
         read = totals["rows"][index] + sum(lost.values()) + sum(failures.values())
+        read += others.get("excluded", 0)
         sources[name] = SourceProgress(
             name=name,
             samples=samples[index],
@@ -195,8 +218,10 @@ def progress(state: State) -> Progress:
             dropped=lost["dropped"] + lost["emptied"],
             share=samples[index] / total if total else 0.0,
             padded=padded,
-            tokens=totals["tokens"][index],
+            tokens=tokens[index],
             counts=dict(sorted(others.items())),
+            asked=asked.get(name),
+            token_share=tokens[index] / all_tokens if all_tokens else None,
         )
     return Progress(canonical.epoch, canonical.batches, sources, unattributed)
 

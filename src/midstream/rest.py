@@ -20,9 +20,10 @@ from midstream._random import fold, salt
 from midstream._state import State, decode, encode
 from midstream.checkpoint import Canonical, diff_specs, source_names
 from midstream.core import Dataset, Place, bind
-from midstream.edits import apply, edits_of, note_load, phases_in, weights_of
+from midstream.edits import apply, edits_of, note_load, phases_in, replaced, weights_of
 from midstream.errors import CheckpointError, bullet_list
 from midstream.nodes.batch import Batch
+from midstream.nodes.exclude import Exclude, excluded_origins
 from midstream.nodes.interleave import Interleave, Picks
 from midstream.nodes.map import Map
 from midstream.nodes.skip import Skip
@@ -30,22 +31,42 @@ from midstream.nodes.skip import Skip
 __all__ = ["adopt", "running"]
 
 
-def running(pipeline: Dataset, rest: str, edits: str = "", epoch: int = -1) -> Dataset:
-    """The pipeline that makes what is left of an epoch.
+def running(pipeline: Dataset, rest: str, edits: str = "", epoch: int = -1, excluded: str = "") -> Dataset:
+    """The pipeline that makes what is left of an epoch, without the samples that are left out.
 
     Raises:
         CheckpointError: If ``rest`` or ``edits`` do not fit the pipeline.
     """
     pipeline = apply(pipeline, edits, epoch)
     if not rest:
-        return pipeline
+        return _excluding(pipeline, excluded)
     try:
         left = decode(rest)
-        return _over(pipeline, Batch, lambda batch: _cut(batch, left["offsets"], left["skip"]))
+        return _excluding(_over(pipeline, Batch, lambda batch: _cut(batch, left["offsets"], left["skip"])), excluded)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"this state is damaged: its rest {rest!r:.80} does not fit the pipeline ({error})"
         ) from None
+
+
+def _excluding(pipeline: Dataset, excluded: str) -> Dataset:
+    """The pipeline with `Exclude` right below its batches, or at the root where it has none."""
+    if not excluded:
+        return pipeline
+    origins = tuple((name, epoch, row, part) for name, epoch, row, part, _ in excluded_origins(excluded))
+    places = _batches(bind(pipeline))
+    for path in places:
+        pipeline = replaced(
+            bind(pipeline), path, lambda batch: dataclasses.replace(batch, source=Exclude(batch.source, origins))
+        )
+    return pipeline if places else Exclude(pipeline, origins)
+
+
+def _batches(place: Place) -> list[str]:
+    """Paths of the topmost batches."""
+    if isinstance(place.node, Batch):
+        return [place.path]
+    return [path for child in place.inputs.values() for path in _batches(child)]
 
 
 def _cut(batch: Any, offsets: dict[str, int], skip: int) -> Dataset:

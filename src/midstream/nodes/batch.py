@@ -12,7 +12,7 @@ from midstream._check import require_callable, require_int
 from midstream._state import MISSING, State
 from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, join_origins, pick, require_dataset
 from midstream.errors import ReplayDiverged
-from midstream.failures import Failure, Hole, callable_name, describe_callable
+from midstream.failures import Excluded, Failure, Hole, callable_name, describe_callable
 from midstream.nodes.collate import collate, over_columns
 
 
@@ -21,7 +21,8 @@ class Batch(Dataset):
     """Samples in groups of ``batch_size``, collated.
 
     A sample that user code failed on leaves its batch shorter by one over random access; over a stream the batch goes on
-    with the next sample. When the collate function fails, its whole batch is lost.
+    with the next sample. When the collate function fails, its whole batch is lost. What `DataLoader.exclude` left out leaves a
+    batch shorter on both, and no batch where nothing is left.
 
     State: random access: none but the position. Stream: ``[inputs seen, inputs since, upstream state]``, the upstream
         state between two batches.
@@ -142,6 +143,12 @@ class _BatchIterator(Iterator):
         self.start: State = None  # the upstream state between two batches, once it was asked for
 
     def _next(self) -> Item:
+        while (item := self._group()) is None:
+            pass
+        return item
+
+    def _group(self) -> Item | None:
+        """The next batch or failure; None when nothing of a batch is left."""
         size = self.node.batch_size
         while len(self.held) < size:
             if self.since == 0 and self.start is None:
@@ -152,22 +159,38 @@ class _BatchIterator(Iterator):
                 return self._last()
             self.number += 1
             self.since += 1
-            if type(item[0]) is Hole:
+            if type(item[0]) is Hole and type(item[0].errors[0]) is not Excluded:
                 if not self.held:
                     self.since, self.start = 0, None
                 return item
             self.held.append(item)
         return self._emit()
 
-    def _emit(self) -> Item:
+    def _emit(self) -> Item | None:
         held, self.held = self.held, []
         self.since, self.start = 0, None
+        if any(type(sample) is Hole for sample, _ in held):
+            held = self._without(held)
+            if not held:
+                return None
         origins = join_origins(held)
         if self.at.trail is not None:
             self.at.trail.rows(origins)
         return self.node._collate(self.at, [sample for sample, _ in held]), origins
 
-    def _last(self) -> Item:
+    def _without(self, held: list[Item]) -> list[Item]:
+        """What is left when those that were left out are counted."""
+        counts: dict[str, int] = {}
+        for sample, _ in held:
+            if type(sample) is Hole:
+                origin = sample.errors[0].origin
+                assert origin is not None
+                key = f"excluded|{self.at.path}|{self.at.names.index(origin.source)}"
+                counts[key] = counts.get(key, 0) + 1
+        self.lane.ledger.count(self.at.path, self.pass_, self.number, counts)
+        return [item for item in held if type(item[0]) is not Hole]
+
+    def _last(self) -> Item | None:
         """What is left at the end of the lane."""
         if not self.held:
             raise StopIteration
@@ -198,5 +221,5 @@ class _BatchIterator(Iterator):
                     f"{self.at.path}: the input ended before the {since} inputs of the batch in progress were read again; "
                     f"has the data changed since the checkpoint was saved?"
                 ) from None
-            if type(item[0]) is not Hole:
+            if type(item[0]) is not Hole or type(item[0].errors[0]) is Excluded:
                 self.held.append(item)
