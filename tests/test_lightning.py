@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -343,6 +344,34 @@ def test_without_the_callback_lightning_warns_of_nothing_and_we_do(tmp_path: Pat
     fit(tmp_path, ms.DataLoader(unsized()), callbacks=(every_step(guided),), max_epochs=1)
     with pytest.warns(UserWarning, match="ResumeCallback"):  # Lightning's: a callback is missing
         fit(tmp_path, ms.DataLoader(unsized()), resume=checkpoints(guided)[5], guided=False, max_epochs=1)
+
+
+@pytest.mark.parametrize("name", ["sized", "unsized"])
+def test_fabric_saves_and_loads_it_and_its_count_of_epochs_does_not_matter(name: str, tmp_path: Path) -> None:
+    one = ms.DataLoader(PIPELINES[name]())
+    reference = [[batch.tolist() for batch in one] for _ in range(4)]
+
+    def start() -> tuple[Fabric, ms.DataLoader, Any]:
+        fabric = Fabric(accelerator="cpu", devices=1)
+        loader = ms.DataLoader(PIPELINES[name]())
+        return fabric, loader, fabric.setup_dataloaders(loader)
+
+    fabric, loader, wrapped = start()
+    for epoch in range(2):
+        for number, batch in enumerate(wrapped):
+            assert batch.tolist() == reference[epoch][number]
+            if epoch == 1 and number == 4:
+                fabric.save(tmp_path / "a.ckpt", {"loader": wrapped})
+                fabric.save(tmp_path / "b.ckpt", {"loader": ms.WholeRun(wrapped)})
+    for file in ("a.ckpt", "b.ckpt"):
+        fabric, loader, wrapped = start()
+        fabric.load(tmp_path / file, {"loader": wrapped if file == "a.ckpt" else ms.WholeRun(wrapped)})
+        found = [[batch.tolist() for batch in wrapped] for _ in range(loader.epoch, 4)]
+        assert found == [reference[1][5:], *reference[2:]]
+    # An epoch that is left early is over, as Fabric tells the sampler.
+    fabric, loader, wrapped = start()
+    for epoch in range(3):
+        assert [batch.tolist() for _, batch in zip(range(3), wrapped)] == reference[epoch][:3]
 
 
 class Kill(Callback):  # type: ignore[misc]

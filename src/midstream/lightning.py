@@ -329,6 +329,10 @@ def _mark(loader: DataLoader, *, begun: bool = False) -> Mark:
 
 def _state(loader: DataLoader, mark: Mark) -> dict[str, Any]:
     current = loader._current
+    if loader._loaded is not None:  # set_weights was called in this step
+        state = loader.state_dict()
+        if (state["epoch"], state["steps_done"]) == (mark.position.epoch, mark.step):
+            return state
     if current is None or mark.position is current or not mark.position.applied:
         return dict(mark.position.state_at(mark.step))
     # Iterated anew since, and nothing of that was trained: it began where this mark stands.

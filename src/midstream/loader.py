@@ -108,7 +108,7 @@ class _LoaderIterator:
             raise StopIteration
         if self._loader._active is not self._token and self._loader._renewed is self._token:
             self._loader._renewed = None
-            self.__dict__.update(self._loader.__iter__().__dict__)  # goes on under other weights
+            self.__dict__.update(self._loader._iterate().__dict__)  # goes on under other weights
             self._token.iterator = weakref.ref(self)
         if self._loader._active is not self._token:
             raise RuntimeError(
@@ -709,6 +709,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def __iter__(self) -> Any:
         if self._foreign:
             return super().__iter__()
+        batches = self._iterate()
+        return batches if self._placed is None else Told(self, batches, lambda: batches._epoch.complete, self._placed)
+
+    def _iterate(self) -> _LoaderIterator:
         if self._started_for_now():
             assert self._started is not None
             (_, epoch, inner), self._started = self._started, None
@@ -719,8 +723,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             epoch, inner = self._open()
         self._current, self._loaded, self._trained = epoch, None, None
         self._next_epoch = epoch.epoch
-        batches = _LoaderIterator(self, epoch, inner)
-        return batches if self._placed is None else Told(self, batches, lambda: epoch.complete, self._placed)
+        return _LoaderIterator(self, epoch, inner)
 
     def start(self) -> None:
         """Start the workers now, so that they read while the model loads; the next ``iter()`` goes on with them.

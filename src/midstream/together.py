@@ -60,7 +60,7 @@ class WholeRun:
     `state_dict` asks all ranks, so all have to call it, after the same step; any number of ranks can load what it gives.
 
     Args:
-        loader: This rank's loader.
+        loader: This rank's loader, or what Fabric made of it.
         group: Process group of the ranks that the data is divided among; all ranks when left out.
 
     >>> import midstream as ms
@@ -74,7 +74,7 @@ class WholeRun:
     """
 
     def __init__(self, loader: Any, *, group: dist.ProcessGroup | None = None) -> None:
-        self.loader, self.group = loader, group
+        self.loader, self.group = getattr(loader, "_dataloader", loader), group
 
     def state_dict(self) -> dict[str, Any]:
         """The merged state of all ranks; a collective.

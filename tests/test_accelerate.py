@@ -1,0 +1,225 @@
+"""Accelerate: prepared as it is, told from batch to batch, saved by all ranks and loaded by another number of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+import midstream as ms
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of accelerate and what it imports
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Any:
+    """Accelerate keeps its state in the process."""
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def sized() -> ms.Dataset:
+    return ms.from_dataset(range(58), name="web").shuffle(3).batch(4)  # 15 batches
+
+
+def unsized() -> ms.Dataset:
+    return ms.from_dataset(range(77), name="web").filter(lambda x: x % 4).shuffle(4, buffer_size=96).batch(4).take(15)
+
+
+PIPELINES = {"sized": sized, "unsized": unsized}
+
+
+def test_prepare_takes_the_loader_as_it_is() -> None:
+    accelerator = Accelerator(cpu=True)
+    loader = ms.DataLoader(sized(), num_workers=2, prefetch_factor=3, persistent_workers=True)
+    assert accelerator.prepare(loader) is loader
+    assert accelerator.prepare_data_loader(loader) is loader
+    assert loader._iterator is None  # no worker was started
+    assert [batch.tolist() for batch in loader] == [batch.tolist() for batch in ms.DataLoader(sized())]
+    assert (loader.num_workers, loader.prefetch_factor) == (2, 3)
+    loader.close()
+
+
+def test_what_is_no_pipeline_of_ours_is_prepared_as_any_loader() -> None:
+    loader = ms.DataLoader(range(8), batch_size=2, sampler=torch.utils.data.SequentialSampler(range(8)))
+    prepared = Accelerator(cpu=True).prepare(loader)
+    assert prepared is not loader and [batch.tolist() for batch in prepared] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_batches_are_on_the_device_that_was_asked_for(wanted: bool) -> None:
+    accelerator = Accelerator(cpu=True, device_placement=wanted)
+    loader = accelerator.prepare(ms.DataLoader(sized().map(lambda x: {"x": x.float()})))
+    PartialState._shared_state["device"] = torch.device("meta")  # a device that there is everywhere
+    assert {batch["x"].device.type for batch in loader} == {"meta" if wanted else "cpu"}
+    other = accelerator.prepare(ms.DataLoader(sized()), device_placement=[not wanted])
+    assert next(iter(other)).device.type == ("cpu" if wanted else "meta")
+
+
+@pytest.mark.parametrize("stops", [None, 6])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_gradients_are_accumulated_as_with_a_loader_of_torch(name: str, stops: int | None) -> None:
+    def steps(loader: Any) -> list[list[int]]:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+        model = torch.nn.Linear(1, 1)
+        loader, model = accelerator.prepare(loader, model)
+        found: list[list[int]] = [[], []]
+        for epoch in range(2):
+            for index, _ in enumerate(loader):
+                if index == stops:
+                    break
+                with accelerator.accumulate(model):
+                    found[epoch] += [index] if accelerator.sync_gradients else []
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        return found
+
+    with_torch = steps(torch.utils.data.DataLoader(range(58), batch_size=4))
+    loader = ms.DataLoader(PIPELINES[name]())
+    if stops is not None:
+        loader._warned_restart = True
+    assert steps(loader) == with_torch
+    if stops is None:
+        assert with_torch == [[3, 7, 11, 14]] * 2  # the last step has three batches
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_saved_after_any_step_and_loaded(name: str, tmp_path: Path) -> None:
+    reference = [batch.tolist() for batch in ms.DataLoader(PIPELINES[name]())]
+
+    def start() -> tuple[Accelerator, Any]:
+        accelerator = Accelerator(cpu=True)
+        loader = accelerator.prepare(ms.DataLoader(PIPELINES[name]()))
+        accelerator.register_for_checkpointing(ms.WholeRun(loader))
+        return accelerator, loader
+
+    accelerator, loader = start()
+    for number, _ in enumerate(loader):
+        accelerator.save_state(str(tmp_path / str(number + 1)))
+    for step in range(1, 16):
+        accelerator, loader = start()
+        accelerator.load_state(str(tmp_path / str(step)))
+        assert loader.epoch == step // 15
+        if step < 15:
+            assert [batch.tolist() for batch in loader] == reference[step:]
+
+
+def test_a_loader_that_is_not_registered_is_missed_when_it_is_saved(tmp_path: Path) -> None:
+    for stateful in (False, True):
+        accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=stateful))
+        loader = accelerator.prepare(ms.DataLoader(sized()))
+        next(iter(loader))
+        with pytest.warns(RuntimeWarning, match="register_for_checkpointing"):
+            accelerator.save_state(str(tmp_path / "a"))
+        accelerator.save_state(str(tmp_path / "b"))  # said once
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_our_dataset_in_a_loader_of_torchdata(name: str, tmp_path: Path) -> None:
+    """One process: exact, per worker. Accelerate makes a loader of its own, and asks for its state at each batch."""
+
+    def start() -> tuple[Accelerator, Any]:
+        accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True))
+        return accelerator, accelerator.prepare(StatefulDataLoader(PIPELINES[name](), batch_size=None, num_workers=2))
+
+    accelerator, loader = start()
+    seen = []
+    for batch in loader:
+        seen.append(batch.tolist())
+        if len(seen) in (1, 6):
+            accelerator.save_state(str(tmp_path / str(len(seen))))
+    for step in (1, 6):
+        accelerator, loader = start()
+        accelerator.load_state(str(tmp_path / str(step)))
+        assert [batch.tolist() for batch in loader] == seen[step:]
+
+
+def _train(folder: str, name: str, attempt: str, death: str, resume: str) -> None:
+    """What torchrun starts."""
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = RANKS[name]()
+    loader, model, optimizer = accelerator.prepare(ms.DataLoader(data, num_workers=1, lanes=48), model, optimizer)
+    accelerator.register_for_checkpointing(ms.WholeRun(loader))
+    if resume:
+        accelerator.load_state(resume)
+    step = loader.state_dict()["steps_done"]
+    with open(f"{folder}/{attempt}-{accelerator.process_index}", "w") as ledger:
+        for batch in loader:
+            loss = (model(batch[:, None] / 100.0) - 1).square().mean()
+            accelerator.backward(loss)
+            if accelerator.is_main_process and step + 1 == int(death):
+                os.kill(os.getpid(), signal.SIGKILL)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            print(json.dumps([step, batch.tolist(), loss.item()]), file=ledger, flush=True)
+            if step % 5 == 0:
+                accelerator.save_state(f"{folder}/{attempt}-state-{step}")
+            if step == 16:
+                break
+    loader.close()
+    torch.distributed.destroy_process_group()
+
+
+def ranks_sized() -> ms.Dataset:
+    return ms.from_dataset(range(400), name="web").shuffle(3).batch(4)
+
+
+def ranks_unsized() -> ms.Dataset:
+    return ms.from_dataset(range(540), name="web").filter(lambda x: x % 9).batch(4)
+
+
+RANKS = {"sized": ranks_sized, "unsized": ranks_unsized}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RANKS)
+def test_killed_on_two_ranks_it_goes_on_on_two_and_on_three(name: str, tmp_path: Path) -> None:
+    def train(attempt: str, ranks: int, death: int = -1, resume: str = "") -> list[list[Any]]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={ranks}", __file__, str(tmp_path), name, attempt, str(death), resume]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert (ran.returncode == 0) == (death < 0), ran.stderr[-3000:]
+        return [
+            [json.loads(line) for line in (tmp_path / f"{attempt}-{rank}").read_text().splitlines()]
+            for rank in range(ranks)
+        ]
+
+    reference = [batch.tolist() for batch in ms.DataLoader(RANKS[name](), lanes=48)]
+    killed = train("killed", 2, death=14)
+    newest = str(tmp_path / "killed-state-10")
+    if name == "sized":
+        whole = train("whole", 2)
+        rest = train("rest", 2, resume=newest)
+        # The same batches and the same losses, bit for bit.
+        assert [killed[rank][:10] + rest[rank] for rank in range(2)] == whole
+    ranks = 3 if name == "unsized" else 1
+    other = train("other", ranks, resume=newest)
+    first = 20 % ranks  # the rank that makes the next batch
+    after = [line[1] for step in zip(*other[first:], *other[:first]) for line in step]
+    before = [line[1] for step in zip(*killed) for line in step][:20]
+    assert before + after == reference[: 20 + len(after)] and len(after) == 6 * ranks
+
+
+if __name__ == "__main__":
+    _train(*sys.argv[1:])
