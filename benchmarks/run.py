@@ -4,6 +4,7 @@
     python benchmarks/run.py --all --quick         small, into the cache folder
     python benchmarks/run.py --only W1,W3          some questions
     python benchmarks/run.py --only W1 --contestants midstream,grain
+    python benchmarks/run.py --all --prepare       environments and data alone, before a quiet run
     python benchmarks/run.py --report              tables and plots again, from the recorded results alone
 
 Contestants take turns: round by round, each in a fresh process in its environment, starting with another one each round.
@@ -384,6 +385,11 @@ def main(given: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     for name in [] if arguments.report else list(questions.MODULES) if arguments.all else arguments.only:
         started = time.perf_counter()
+        if arguments.prepare:
+            question = questions.load(name)
+            for who, why in get_ready(question, chosen(question, None), arguments.cache, scale, arguments.pip).items():
+                say(f"  {name} without {who}: {why}")
+            continue
         try:
             found = answer(name, arguments, scale)
         except Exception as error:  # a question that cannot be asked does not stop the others
@@ -391,6 +397,9 @@ def main(given: Sequence[str] | None = None) -> None:
             continue
         (results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         say(f"  {name}: {time.perf_counter() - started:.0f} s")
+    if arguments.prepare:
+        say(f"{time.perf_counter() - begin:.0f} s; environments and data are in {arguments.cache}")
+        return
     page = HERE / "README.md" if results.resolve() == HERE / "results" else None
     text = write_report(results, page, not arguments.no_plots)
     (results / "report.md").write_text(text) if page is None else None
