@@ -362,6 +362,8 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--report", action="store_true", help="measure nothing; plots and tables from the results")
     parser.add_argument("--no-plots", action="store_true", help="without matplotlib")
+    parser.add_argument("--prepare", action="store_true", help="make environments and data, measure nothing")
+    parser.add_argument("--rounds", type=int, help="instead of each question's own number")
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "midstream-benchmarks"
     parser.add_argument("--cache", type=Path, default=default, help="environments, data and logs; default %(default)s")
     parser.add_argument("--results", type=Path, help="where JSON and plots go; default benchmarks/results")
