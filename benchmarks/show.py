@@ -162,6 +162,8 @@ def bars(
 ) -> None:
     """A panel a mode; a bar a contestant, best first; a whisker from the least round to the most."""
     plt = _pyplot()
+    from matplotlib.ticker import MaxNLocator
+
     modes = [mode for mode in modes if any(cells[mode].values for cells in found.values())]
     most = max((sum(bool(cells[mode].values) for cells in found.values()) for mode in modes), default=1)
     columns = min(len(modes), 2)
@@ -194,6 +196,7 @@ def bars(
                 label.set_fontweight("bold")
                 label.set_color(OURS)
         axis.set_xlim(0, widest * 1.13)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.set_title(mode, fontsize=10, fontweight="bold", loc="left", pad=8)
         axis.set_xlabel(f"{unit} ({'shorter' if less else 'longer'} is better)", fontsize=8)
         axis.tick_params(axis="y", length=0)
