@@ -162,13 +162,22 @@ def measure(
         except subprocess.TimeoutExpired:
             row = {"failed": f"not done after {timeout:.0f} s"}
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the session we started, with workers that outlived it
+            process.kill()
+            end_session(process.pid)
             process.wait()
     if not row:
         last = (log.read_text().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
         row = {"failed": last[:300]}
     return row | {"took": round(time.perf_counter() - begin, 1)}
+
+
+def end_session(session: int) -> None:
+    """End the workers that outlived a process we started. The resource tracker ends by itself, when it has cleaned up."""
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError, ValueError):
+            fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and b"resource_tracker" not in Path("/proc", entry, "cmdline").read_bytes():
+                os.kill(int(entry), signal.SIGKILL)
 
 
 def warm(question: Any, one: Contestant, cache: Path, scale: str) -> None:
