@@ -39,7 +39,7 @@ from endpoint import Endpoint  # noqa: E402
 from interface import Contestant  # noqa: E402
 
 EFFORT: dict[str, dict[str, Any]] = {
-    "full": {"seconds": 0.8, "patience": 10.0, "rounds": None, "timeout": 150},
+    "full": {"seconds": 0.8, "patience": 15.0, "rounds": None, "timeout": 150},
     "quick": {"seconds": 0.4, "patience": 5.0, "rounds": 1, "timeout": 90},
     "tiny": {"seconds": 0.1, "patience": 5.0, "rounds": 1, "timeout": 45},
 }
