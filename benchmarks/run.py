@@ -4,6 +4,7 @@
     python benchmarks/run.py --all --quick         small, into the cache folder
     python benchmarks/run.py --only W1,W3          some questions
     python benchmarks/run.py --only W1 --contestants midstream,grain
+    python benchmarks/run.py --all --prepare       environments and data alone, before a quiet run
     python benchmarks/run.py --report              tables and plots again, from the recorded results alone
 
 Contestants take turns: round by round, each in a fresh process in its environment, starting with another one each round.
@@ -38,7 +39,7 @@ from endpoint import Endpoint  # noqa: E402
 from interface import Contestant  # noqa: E402
 
 EFFORT: dict[str, dict[str, Any]] = {
-    "full": {"seconds": 0.8, "patience": 10.0, "rounds": None, "timeout": 150},
+    "full": {"seconds": 0.8, "patience": 15.0, "rounds": None, "timeout": 150},
     "quick": {"seconds": 0.4, "patience": 5.0, "rounds": 1, "timeout": 90},
     "tiny": {"seconds": 0.1, "patience": 5.0, "rounds": 1, "timeout": 45},
 }
@@ -161,13 +162,22 @@ def measure(
         except subprocess.TimeoutExpired:
             row = {"failed": f"not done after {timeout:.0f} s"}
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the session we started, with workers that outlived it
+            process.kill()
+            end_session(process.pid)
             process.wait()
     if not row:
         last = (log.read_text().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
         row = {"failed": last[:300]}
     return row | {"took": round(time.perf_counter() - begin, 1)}
+
+
+def end_session(session: int) -> None:
+    """End the workers that outlived a process we started. The resource tracker ends by itself, when it has cleaned up."""
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError, ValueError):
+            fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and b"resource_tracker" not in Path("/proc", entry, "cmdline").read_bytes():
+                os.kill(int(entry), signal.SIGKILL)
 
 
 def warm(question: Any, one: Contestant, cache: Path, scale: str) -> None:
@@ -361,6 +371,8 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--report", action="store_true", help="measure nothing; plots and tables from the results")
     parser.add_argument("--no-plots", action="store_true", help="without matplotlib")
+    parser.add_argument("--prepare", action="store_true", help="make environments and data, measure nothing")
+    parser.add_argument("--rounds", type=int, help="instead of each question's own number")
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "midstream-benchmarks"
     parser.add_argument("--cache", type=Path, default=default, help="environments, data and logs; default %(default)s")
     parser.add_argument("--results", type=Path, help="where JSON and plots go; default benchmarks/results")
@@ -384,6 +396,11 @@ def main(given: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     for name in [] if arguments.report else list(questions.MODULES) if arguments.all else arguments.only:
         started = time.perf_counter()
+        if arguments.prepare:
+            question = questions.load(name)
+            for who, why in get_ready(question, chosen(question, None), arguments.cache, scale, arguments.pip).items():
+                say(f"  {name} without {who}: {why}")
+            continue
         try:
             found = answer(name, arguments, scale)
         except Exception as error:  # a question that cannot be asked does not stop the others
@@ -391,6 +408,9 @@ def main(given: Sequence[str] | None = None) -> None:
             continue
         (results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         say(f"  {name}: {time.perf_counter() - started:.0f} s")
+    if arguments.prepare:
+        say(f"{time.perf_counter() - begin:.0f} s; environments and data are in {arguments.cache}")
+        return
     page = HERE / "README.md" if results.resolve() == HERE / "results" else None
     text = write_report(results, page, not arguments.no_plots)
     (results / "report.md").write_text(text) if page is None else None

@@ -102,13 +102,13 @@ def sentences(
                 if ratio >= 1
                 else f": **{known[best].title} wins**, {1 / ratio:.2f} times"
             )
-            apart = {name: value for name, value in peers.items() if not known[name].threads}
-            if known[best].threads and apart:
-                best = choose(apart, key=lambda name: apart[name])
-                ratio = apart[best] / ours[mine] if less else ours[mine] / apart[best]
-                said += (
-                    f"; {ratio:.2f} times the best without threads, {known[best].title} ({number(apart[best] / scale)})"
-                )
+            own = [name for name in ours if not known[name].threads]
+            apart = [name for name in peers if not known[name].threads]
+            if own and apart and (known[mine].threads or known[best].threads):
+                mine_2, best = choose(own, key=lambda name: ours[name]), choose(apart, key=lambda name: peers[name])
+                ratio = peers[best] / ours[mine_2] if less else ours[mine_2] / peers[best]
+                said += f"; by processes alone {number(ours[mine_2] / scale)} against {known[best].title} "
+                said += f"{number(peers[best] / scale)}: {ratio:.2f} times"
         if limits and not less:
             for name, value in limits.items():
                 said += f"; {ours[mine] / value:.2f} of *{known[name].title}* ({number(value / scale)})"
@@ -162,6 +162,8 @@ def bars(
 ) -> None:
     """A panel a mode; a bar a contestant, best first; a whisker from the least round to the most."""
     plt = _pyplot()
+    from matplotlib.ticker import MaxNLocator
+
     modes = [mode for mode in modes if any(cells[mode].values for cells in found.values())]
     most = max((sum(bool(cells[mode].values) for cells in found.values()) for mode in modes), default=1)
     columns = min(len(modes), 2)
@@ -194,6 +196,7 @@ def bars(
                 label.set_fontweight("bold")
                 label.set_color(OURS)
         axis.set_xlim(0, widest * 1.13)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.set_title(mode, fontsize=10, fontweight="bold", loc="left", pad=8)
         axis.set_xlabel(f"{unit} ({'shorter' if less else 'longer'} is better)", fontsize=8)
         axis.tick_params(axis="y", length=0)

@@ -177,7 +177,7 @@ class _Remote:
 class Limit(Contestant):
     """The bound."""
 
-    name, title, limit = "limit", "limit: Arrow views by the block, no loader", True
+    name, title, limit = "limit", "limit: views by the block, no loader", True
     kinds = frozenset({SHUFFLED, MIX, PACK, IMAGES, REMOTE})
     workers = (0,)
     settings = (
@@ -199,7 +199,7 @@ class Limit(Contestant):
 class LimitRows(Contestant):
     """The bound for whoever reads row by row and makes a tensor of each."""
 
-    name, title, limit = "limit-rows", "limit: Arrow views row by row, as tensors", True
+    name, title, limit = "limit-rows", "limit: views row by row, as tensors", True
     kinds = frozenset({SHUFFLED, MIX})
     workers = (0,)
     settings = "The same views, each row looked up by itself and made a tensor on the same memory, in a plain loop."

@@ -171,7 +171,7 @@ class NodesProcess(NodesThread):
 class NodesViews(NodesThread):
     """Hand-written reading."""
 
-    name, title, limit = "nodes-views", "limit: Arrow views in torchdata.nodes threads", True
+    name, title, limit = "nodes-views", "limit: views in torchdata.nodes threads", True
     kinds = frozenset({SHUFFLED, MIX, PACK})
     settings = "As nodes-thread, over the hand-written views of the limit."
     fetch = _FetchViews
