@@ -92,6 +92,8 @@ LEGS = st.lists(
 @given(lanes=st.sampled_from([12, 48]), legs=LEGS)
 # Lane 45 of "streamed" drains while every rank still has a batch in every step: the order ends there, not at a short step.
 @example(lanes=48, legs=[(4, 0, 12, True), (12, 1, 8, True)])
+# Rank 2 of "lossy" loses all its batches: it is at its end before the others, also where it was so when it was loaded.
+@example(lanes=12, legs=[(1, 0, 0, False), (1, 0, 2, False), (4, 0, 1, False), (4, 0, 1, False)])
 def test_any_chain_of_topologies_delivers_every_sample_exactly_once(
     name: str, lanes: int, legs: list[tuple[int, int, int, bool]]
 ) -> None:

@@ -219,6 +219,8 @@ class Position:
             if number >= self.start and self._mine(number):
                 self.told = {**self.told, number: errors}
         self.passed = self._skip_ahead(0)
+        fewest = 0 if turns is None or canonical is None else self._fewest_ahead(canonical.ahead, turns)
+        self.most = None if turns is None else turns - fewest  # random access: of the rank that comes to its end last
         self.complete = False
         self.log: deque[Entry] = deque()
         self.log_bytes = 0
@@ -227,6 +229,14 @@ class Position:
 
     def _mine(self, number: int) -> bool:
         return (number - self.topology.rank) % self.topology.world_size == 0
+
+    def _fewest_ahead(self, ahead: Sequence[int], turns: int) -> int:
+        """How many batches were done before their turn by the rank that did fewest: that rank comes to its end last."""
+        start, ranks = self.start, self.topology.world_size
+        counts = [0] * ranks
+        for number in ahead:
+            counts[number % ranks] += number < start + turns * ranks
+        return min(counts)
 
     def _skip_ahead(self, passed: int) -> int:
         """The next turn whose batch is not done already."""
@@ -373,7 +383,7 @@ class Position:
     @property
     def together(self) -> bool:
         """Whether the other ranks come to the end of the epoch at the same step as this one."""
-        lost = self.turns is not None and self.steps - self.first_step < self.turns - len(self.ahead)
+        lost = self.most is not None and self.steps - self.first_step < self.most
         return self.topology.world_size == 1 or (self.even and not lost)
 
     def _render(
