@@ -213,10 +213,11 @@ def test_killed_on_two_ranks_it_goes_on_on_two_and_on_three(name: str, tmp_path:
         rest = train("rest", 2, resume=newest)
         # The same batches and the same losses, bit for bit.
         assert [killed[rank][:10] + rest[rank] for rank in range(2)] == whole
-    ranks = 3 if name == "unsized" else 1
-    other = train("other", ranks, resume=newest)
+    else:
+        rest = train("rest", 3, resume=newest)
+    ranks = len(rest)
     first = 20 % ranks  # the rank that makes the next batch
-    after = [line[1] for step in zip(*other[first:], *other[:first]) for line in step]
+    after = [line[1] for step in zip(*rest[first:], *rest[:first]) for line in step]
     before = [line[1] for step in zip(*killed) for line in step][:20]
     assert before + after == reference[: 20 + len(after)] and len(after) == 6 * ranks
 
