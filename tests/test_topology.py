@@ -124,6 +124,10 @@ def test_any_chain_of_topologies_delivers_every_sample_exactly_once(
         merged = cluster.states()[0]
     assert merged["epoch"] == 1
     assert Counter(x for batch in seen for x in batch) == Counter(x for batch in reference for x in batch)
+    told = ms.progress(merged)
+    rows = {"mixed": 900, "streamed": 700, "uneven": 500, "lossy": 300}[name]
+    lost = sum(one.filtered + one.dropped + sum(one.failures.values()) for one in told.sources.values())
+    assert sum(one.samples for one in told.sources.values()) + lost == rows, "every row is delivered or counted as lost"
     if name != "lossy":  # there ranks that lose whole batches stand at different batches
         assert seen[:promised] == reference[:promised]
 
@@ -342,3 +346,17 @@ def test_differences_that_cannot_be_honoured_are_refused_with_the_reason() -> No
     with pytest.raises(ms.CheckpointError, match="stopping_strategy"):
         again.load_state_dict(state, strict=False)
     assert again.state_dict()["batches"] == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_batches_lost_to_errors_at_the_end_of_an_epoch_are_not_counted_as_dropped_too(ranks: int) -> None:
+    def fail(x: int) -> int:
+        if x >= 4:
+            raise ValueError(x)
+        return x
+
+    rows = ms.from_dataset(range(13), name="web").map(fail, on_error="skip")
+    cluster = Cluster(rows.batch(2, drop_last=True, collate_fn=tuple), ranks, 0, remainder="uneven")
+    cluster.run()
+    told = ms.progress(ms.merge_states(cluster.states())).sources["web"]
+    assert (told.samples, sum(told.failures.values()), told.dropped) == (4, 8, 1)

@@ -13,7 +13,7 @@ from midstream._state import State, decode, encode, seal
 from midstream.checkpoint import Canonical
 from midstream.core import FORMAT, I64, PARTS, Dataset, bind
 from midstream.errors import Origin
-from midstream.failures import failed_in
+from midstream.failures import add_counts, failed_in
 from midstream.lanes import Topology, first_batch
 from midstream.nodes.batch import Batch
 from midstream.nodes.map import Map
@@ -86,6 +86,8 @@ class Tally:
             self.events = dict(self.events)
             for key, count in events.items():
                 self.events[key] = self.events.get(key, 0) + count
+                if not self.events[key]:
+                    del self.events[key]
         return self
 
 
@@ -269,8 +271,10 @@ class Position:
         if random_access and out.final:
             passed = self._skip_ahead((number - self.first) // self.topology.world_size + 1)
         last = last or (self.turns is not None and passed >= self.turns)
-        if last and not self.complete:
-            events = {**(events or {}), **self._left_over(passed)}
+        if last:
+            events = add_counts(events or {}, self._left_over(passed))
+            if self.complete:  # a batch that was taken for left over, until it turned out to be lost to errors
+                events = add_counts(events, {key: -count for key, count in self._left_over(self.passed).items()})
         before, state = self.tallies.get(key), self.states.get(key)
         after = before or Tally(self.num_sources)
         if skipped and not padded:
