@@ -64,8 +64,6 @@ def _train(rank: int, folder: str, steps: int, save_at: int, resume: bool) -> li
     return seen
 
 
-def test_fsdp_goes_on_with_the_same_batches_and_losses_and_on_another_number_of_ranks(tmp_path: Path) -> None:
+def test_fsdp_goes_on_with_the_same_batches_and_losses(tmp_path: Path) -> None:
     whole = run_ranks(2, _train, str(tmp_path), 12, 5, False)
     assert run_ranks(2, _train, str(tmp_path), 7, -1, True) == [rank[5:] for rank in whole]
-    (one,) = run_ranks(1, _train, str(tmp_path), 14, -1, True)
-    assert [ids for ids, _ in one] == [ids for step in zip(*(rank[5:] for rank in whole)) for ids, _ in step]
