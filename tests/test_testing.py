@@ -433,7 +433,7 @@ def test_a_report_is_plain_values_a_table_and_picklable() -> None:
 
     with (console := Console(width=100, highlight=False)).capture() as captured:
         console.print(found)
-    assert "data[4]" in captured.get()
+    assert "data[12]" in captured.get()
 
 
 def test_the_end_of_an_epoch_that_was_not_seen_is_told() -> None:

@@ -64,6 +64,8 @@ def _collate(samples: Sequence[Any], where: str) -> Any:
     if isinstance(first, torch.Tensor) and len({sample.shape for sample in samples}) > 1:
         raise _ragged(samples, where)
     try:
+        if kind is torch.Tensor and first.layout == torch.strided and all(type(sample) is kind for sample in samples):
+            return torch.stack(list(samples))  # in a worker torch's would make a file in /dev/shm for each batch
         return default_collate(list(samples))
     except Exception as error:
         raise ValueError(
