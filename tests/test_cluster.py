@@ -65,6 +65,7 @@ def test_killed_in_every_way_on_changing_topologies_every_sample_is_trained_exac
         if death.startswith("term"):
             _wait_for_step(tmp_path, attempt, int(death.rpartition(":")[2]), process)
             os.killpg(process.pid, signal.SIGTERM)  # torchrun, ranks and loader workers alike
+            (tmp_path / "signalled").touch()
         try:
             status = process.wait(150)
         finally:
