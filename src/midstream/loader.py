@@ -484,10 +484,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if num_workers == 0 and prefetch_factor is not None:
             if isinstance(prefetch_factor, bool) or not isinstance(prefetch_factor, int) or prefetch_factor < 1:
                 raise ValueError(f"prefetch_factor is an integer of at least 1; found {prefetch_factor!r}")
-            own["prefetch_factor"], common["prefetch_factor"] = (
-                prefetch_factor,
-                None,
-            )  # torch knows it of processes alone
+            own["prefetch_factor"] = prefetch_factor
+            common["prefetch_factor"] = None  # torch knows it of processes alone
         source = dataset if isinstance(dataset, Dataset) else from_dataset(dataset)
         pipeline, batch_size, drop_last, collate_fn, self._seed_from_torch = _pipeline(
             source, batch_size, shuffle, drop_last, collate_fn, torch.initial_seed()
@@ -1073,9 +1071,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                     f"comes exactly once in this epoch, but in another order.",
                 )
             log.info("going on with another pipeline than was saved:%s", bullet_list(lines))
-        running(
-            pipeline, canonical.rest, canonical.edits, canonical.epoch, canonical.excluded
-        )  # raises what is wrong before anything is changed
+        # Raises what is wrong before anything is changed.
+        running(pipeline, canonical.rest, canonical.edits, canonical.epoch, canonical.excluded)
         topology = self._topology()
         self._check_lanes(canonical, topology)
         if pipeline is not self._pipeline or (canonical.edits, canonical.excluded) != (self._edits, self._excluded):

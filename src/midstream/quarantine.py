@@ -116,14 +116,13 @@ def read_quarantine(folder: str | os.PathLike[str]) -> list[Quarantined]:
         for line in path.read_bytes().splitlines():
             try:
                 body = json.loads(line)
-                origin = None if body["origin"] is None else Origin(*body.pop("origin"))
-                body.pop("origin", None)
-                record = Quarantined(origin=origin, **body)
+                origin = body.pop("origin")
+                record = Quarantined(None if origin is None else Origin(*origin), **body)
             except (ValueError, TypeError, KeyError):
                 torn += 1
                 continue
             # Failures of whole batches have no origin: told apart by what they were given.
-            found.setdefault((record.node, origin or record.preview), record)
+            found.setdefault((record.node, record.origin or record.preview), record)
     if torn:
         warnings.warn(
             f"{root}: {torn} lines are torn or are no records, and were passed over", RuntimeWarning, stacklevel=2

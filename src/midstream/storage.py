@@ -228,17 +228,7 @@ class _Store:
         if not self.local:
             self.files.pipe_file(path, data)
             return name
-        temporary = self.path(folder, f".{secrets.token_hex(8)}.tmp")
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(handle, view) :]
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.replace(temporary, path)
-        _sync(self.path(folder))
+        write_whole(path, data)
         return name
 
     def remove(self, *parts: str) -> None:
@@ -259,6 +249,22 @@ class _Store:
             self.files.rmdir(self.path(name))
         except OSError:
             pass  # removed by another rank, or no folder in an object store
+
+
+def write_whole(path: str, data: bytes) -> None:
+    """Write a local file whole or not at all, whenever the process is killed: another name, synced, renamed, folder synced."""
+    folder = os.path.dirname(path) or "."
+    temporary = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(handle, view) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    os.replace(temporary, path)
+    _sync(folder)
 
 
 def _sync(folder: str) -> None:

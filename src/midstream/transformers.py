@@ -20,6 +20,7 @@ from midstream.errors import CheckpointError
 from midstream.loader import DataLoader
 from midstream.position import Position
 from midstream.sources import from_dataset
+from midstream.storage import write_whole
 from midstream.together import gather_states
 
 try:
@@ -118,7 +119,7 @@ class ResumeMixin:
                 name = f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
                 folder = os.path.join(self._get_output_dir(trial=trial), name)  # type: ignore[attr-defined]
                 os.makedirs(folder, exist_ok=True)
-                _write(os.path.join(folder, _FILE), json.dumps(state))
+                write_whole(os.path.join(folder, _FILE), json.dumps(state).encode())
         super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
 
     def _trained(self) -> dict[str, Any]:
@@ -149,13 +150,3 @@ class ResumeMixin:
 
 class ResumeTrainer(ResumeMixin, _trainer.Trainer):  # type: ignore[misc]
     """``transformers.Trainer`` with exact resume: see `ResumeMixin`."""
-
-
-def _write(path: str, text: str) -> None:
-    """All of it, or nothing."""
-    part = f"{path}.part"
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

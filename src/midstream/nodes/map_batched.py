@@ -13,11 +13,13 @@ from midstream._check import require_callable, require_choice, require_int
 from midstream._state import State
 from midstream.core import PARTS, Dataset, Item, Iterator, Lane, Place, join_origins, require_dataset
 from midstream.errors import ReplayDiverged, SourceError
-from midstream.failures import ErrorRate, Failure, Hole, callable_name, describe_callable
+from midstream.failures import ErrorRate, Hole, callable_name, describe_callable
 from midstream.nodes.flat_map import part_origin, require_depth
-from midstream.nodes.map import require_limit
+from midstream.nodes.map import Call, require_limit
 
 _GIVE_UP = 100_000
+_WHOLE = np.empty((0, 5), dtype=np.int64)
+"""Origins of what is of no single row: a whole group that failed."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,6 +84,8 @@ class _MapBatchedIterator(Iterator):
     def __init__(self, node: MapBatched, at: Place, lane: Lane, key: int, pass_: int) -> None:
         self.node, self.at, self.lane, self.pass_ = node, at, lane, pass_
         self.source = at.input.iterate(lane, key, pass_)
+        fn, quiet = node.fn, node.on_error != "raise"
+        self.call = Call(at, fn, quiet, node.max_errors, lambda samples, _: fn(samples), node.quarantine)
         self.number = 0
         self.fruitless = 0
         self._clear()
@@ -144,20 +148,11 @@ class _MapBatchedIterator(Iterator):
         self.origins = join_origins(self.held)
         if self.at.trail is not None:
             self.at.trail.rows(self.origins)
-        node = self.node
+        samples = [sample for sample, _ in self.held]
         try:
-            self.made = rows_of(node.fn(columns_of([sample for sample, _ in self.held])))
-        except Exception as raised:
-            error: Exception = raised
-            if isinstance(raised, StopIteration):
-                error = RuntimeError(f"the function raised StopIteration({raised})").with_traceback(
-                    raised.__traceback__
-                )
-            quiet = node.on_error != "raise"
-            failure = Failure(self.at.path, None, describe_callable(node.fn), error, quiet=quiet, limit=node.max_errors)
-            if node.quarantine is not None:
-                failure = failure.quarantined(node.quarantine, error, [sample for sample, _ in self.held])
-            return Hole((failure,))
+            self.made = rows_of(self.call.call(columns_of(samples), self.origins))
+        except Exception as error:
+            return self.call.failed(error, _WHOLE, samples)
         return None
 
     def _nothing(self) -> None:

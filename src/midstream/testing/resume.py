@@ -511,7 +511,6 @@ class _Plan:
         total = len(reference.items)
         saved: Saved | None = None
         items: list[Item] = []
-        lost_steps = 0
         for number, topology in enumerate(chain):
             last = number == len(chain) - 1
             target = total if last else max(1, total * (number + 1) // len(chain)) - len(items)
@@ -524,7 +523,7 @@ class _Plan:
                     saved = step.saved
                     if not last and len(part) >= target:
                         child.kill()
-                        lost_steps += child.rest()
+                        child.wait()
                         break
             items.extend(part)
         if not self.ours and _flat(reference.items, items, longer=True):
