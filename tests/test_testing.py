@@ -428,7 +428,6 @@ def test_a_report_is_plain_values_a_table_and_picklable() -> None:
     assert text.startswith("NOT EXACT: ")
     assert "stopped at every batch" in text
     assert str(pickle.loads(pickle.dumps(ResumeError(found)))) == text
-    pytest.importorskip("rich")
     from rich.console import Console
 
     with (console := Console(width=100, highlight=False)).capture() as captured:
