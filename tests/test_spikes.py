@@ -361,6 +361,63 @@ def test_what_cannot_be_left_out_is_refused_and_changes_nothing() -> None:
         loader.load_state_dict({**state, "excluded": '{"a":[[1]]}'})
 
 
+@pytest.mark.parametrize(
+    ("above", "name"),
+    [
+        (lambda batches: batches.shuffle(3, buffer_size=20), "shuffle"),
+        (lambda batches: batches.flat_map(lambda batch: [batch]).map(tuple), "flat_map"),
+        (lambda batches: batches.map(lambda found: found, batched=True, batch_size=2), "map_batched"),
+        (lambda batches: ms.interleave({"x": batches.shuffle(3, buffer_size=20), "y": source(9)}), "x/shuffle"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_is_left_out_below_what_reads_batches_again(stream: bool, above: Any, name: str) -> None:
+    """The batches it holds would not be what they were: a resume would have to raise `ReplayDiverged`."""
+    data = source(90).filter(lambda row: True) if stream else source(90)
+    pipeline = above(data.batch(3, collate_fn=tuple))
+    loader = ms.DataLoader(pipeline, batch_size=None, lanes=2)
+    batches = iter(loader)
+    got = [next(batches) for _ in range(4)]
+    state = loader.state_dict()
+    with pytest.raises(ValueError, match=rf"(?s)again at '{name}', above .batch.*below the .batch"):
+        loader.exclude([("a90", 0, 50)])
+    assert loader.state_dict() == state and loader.excluded == []
+    assert [*got, *batches] == list(ms.DataLoader(pipeline, batch_size=None, lanes=2))
+
+
+def source(rows: int) -> Dataset:
+    return ms.from_dataset(range(rows), name=f"a{rows}")
+
+
+@pytest.mark.parametrize("above", ["filter", "take", "repeat", "mix"])
+def test_what_reads_nothing_again_may_stand_above_the_batches(above: str) -> None:
+    """Cut after every batch, with rows left out of batches that were read and of ones to come."""
+    data = source(60).filter(lambda row: True).shuffle(1, buffer_size=12).batch(3, collate_fn=tuple)
+    pipeline = {
+        "filter": data.filter(lambda batch: sum(batch) % 3 < 2),
+        "take": data.take(14),
+        "repeat": data.repeat(2),
+        "mix": ms.interleave({"x": data, "y": ms.from_dataset([(9,)] * 5, name="y")}, {"x": 2, "y": 1}),
+    }[above]
+    out = [("a60", 0, row) for row in range(0, 60, 7)]
+    for at in range(0, 12, 3):
+        loader = ms.DataLoader(pipeline, batch_size=None, lanes=2)
+        batches = iter(loader)
+        for _ in range(at):
+            next(batches)
+        loader.exclude(out)
+        expected, states = [], [loader.state_dict()]
+        for batch in batches:
+            expected.append(batch)
+            states.append(loader.state_dict())
+        assert len(expected) > 1
+        for number, state in enumerate(states):
+            again = ms.DataLoader(pipeline, batch_size=None, lanes=2)
+            again.load_state_dict(json.loads(json.dumps(state)))
+            if again.epoch == 0:
+                assert list(again) == expected[number:], (at, number)
+
+
 def test_a_failure_in_a_skipped_batch_is_counted_and_not_raised() -> None:
     data = ms.from_dataset(range(30), name="n").map(fails).batch(3, collate_fn=tuple)
     expected = [tuple(row for row in range(n, n + 3) if row % 7 != 3) for n in range(0, 30, 3)]

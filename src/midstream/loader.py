@@ -46,7 +46,7 @@ from midstream.nodes.exclude import excluded_origins, with_origins
 from midstream.position import Facts, Position, Tally, Trace
 from midstream.progress import Progress, progress
 from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, deliver, send
-from midstream.rest import adopt, running
+from midstream.rest import adopt, require_excludable, running
 from midstream.shield import Context, Orphanage, quiet_at_exit
 from midstream.sources import from_dataset
 from midstream.threads import Launch, ThreadReaders
@@ -1200,7 +1200,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 a run, about 16 bytes each in every checkpoint.
 
         Raises:
-            ValueError: If there is no such source, or they become too many; then nothing was changed.
+            ValueError: If there is no such source, they become too many, or a node above the batches reads some of them
+                again on a resume (a buffered shuffle of batches, say); then nothing was changed.
             TypeError: If something is no origin.
 
         >>> import midstream as ms
@@ -1213,6 +1214,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         merged, canonical = settle(self.state_dict())
         canonical.excluded = merged["excluded"] = with_origins(canonical.excluded, origins, self._facts.names)
         if canonical.excluded != self._excluded:
+            require_excludable(self._pipeline)
             self._go_on_from(canonical, merged)
 
     @property
