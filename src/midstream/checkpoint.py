@@ -3,7 +3,7 @@
     {
       "midstream": 1,            version of this format
       "fingerprint": "...",      hash of "spec"
-      "spec": {...},             the pipeline as data: nodes, names, seeds, weights, lengths
+      "spec": "{...}",           the pipeline as data: nodes, names, seeds, weights, lengths (a string: nothing to copy)
       "epoch": 2,                the epoch in progress (or the next to start)
       "batches": 96,             batches of the epoch that were delivered, over all ranks in step with this one
       "steps_done": 48,          batches of the epoch that a rank handed out
@@ -22,6 +22,8 @@ it has anything to say, else a JSON object; its entries, of which all but "sampl
     "events"                    {"filtered|path|source": 12, ...}: dropped and failed over the whole run
     "at"                        [epoch, batches, steps_done, finished]: where the rank stood that saved this as its first lane;
                                 finished: 1 when it had come to its end of the epoch, and others perhaps had not
+    "tracked"                   {path: {source: {metric: [...]}}}: totals of what is tracked (see metrics.py), of the whole
+                                rank, in its first lane
     "told": [batch, errors]     random access: errors of a batch that were raised already
     "ahead": [[first, stride, count], ...]  random access: batches that are done though they are not below "batches"
     "lane"                      streams: {"epoch", "rounds", "done", "state", "marks"}: the lane's epoch (an earlier one than
@@ -38,13 +40,15 @@ by "at", and ranks at different steps are noticed.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from midstream._state import State, copy_plain, decode, encode, fingerprint, seal, unseal
+from midstream._state import State, copy_plain, decode, digest, encode, seal, unseal
 from midstream.core import FORMAT
 from midstream.errors import CheckpointError, bullet_list
+from midstream.metrics import valid
 from midstream.storage import latest, load, save
 
 __all__ = [
@@ -63,7 +67,7 @@ __all__ = [
 _KEYS: dict[str, type] = {
     "midstream": int,
     "fingerprint": str,
-    "spec": dict,
+    "spec": str,
     "epoch": int,
     "batches": int,
     "steps_done": int,
@@ -87,7 +91,7 @@ class Canonical:
 
     def __init__(self, state: dict[str, State]) -> None:
         self.fingerprint: str = state["fingerprint"]
-        self.spec: dict[str, State] = state["spec"]
+        self.spec: dict[str, State] = decode(state["spec"])
         self.epoch: int = state["epoch"]
         self.batches: int = state["batches"]
         self.steps_done: int = state["steps_done"]
@@ -189,15 +193,17 @@ def parse(state: Any) -> Canonical:
             )
         if type(value) is not str:
             raise CheckpointError(f"this state is damaged: lane {key} is a string; found {type(value).__name__}")
+    if not state["spec"].startswith('{"'):
+        raise CheckpointError(f"this state is damaged: its spec is no JSON object: {state['spec']!r:.60}")
     try:
-        found = fingerprint(copy_plain(state["spec"]))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"this state is damaged: its spec is not plain data ({error})") from None
-    if found != state["fingerprint"]:
-        raise CheckpointError(
-            f"this state is damaged: its spec has the fingerprint {found}, not {state['fingerprint']!r:.40}"
-        )
-    return Canonical(state)
+        found = digest(state["spec"])
+        if found == state["fingerprint"]:
+            return Canonical(state)
+    except (UnicodeError, RecursionError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"this state is damaged: its spec is not what was saved ({error})") from None
+    raise CheckpointError(
+        f"this state is damaged: its spec has the fingerprint {found}, not {state['fingerprint']!r:.40}"
+    )
 
 
 def _edits(text: Any) -> str:
@@ -287,6 +293,7 @@ _PARTS: dict[str, tuple[bool, Callable[[Any], bool]]] = {
         ),
     ),
     "at": (False, lambda mark: _counts(mark, 4)),
+    "tracked": (False, valid),
     "told": (False, lambda told: _counts(told, 2)),
     "ahead": (False, _ranges),
     "lane": (False, _run),
@@ -401,7 +408,7 @@ def render(canonical: Canonical, state: dict[str, State]) -> dict[str, State]:
     return {
         **copy_plain({**state, "lanes": {}}),
         "fingerprint": canonical.fingerprint,
-        "spec": copy_plain(canonical.spec),
+        "spec": encode(canonical.spec),
         "epoch": canonical.epoch,
         "batches": canonical.batches,
         "steps_done": canonical.steps_done,

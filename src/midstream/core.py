@@ -38,10 +38,11 @@ from midstream._state import MISSING, State, copy_plain, fingerprint
 from midstream.breadcrumbs import Trail
 from midstream.columns import Columns
 from midstream.errors import CheckpointError, MidstreamError, Origin, ReplayDiverged, TooManyErrors
-from midstream.failures import ErrorRate, Failure, Hole, Ledger, Windows, add_counts, check_limits
+from midstream.failures import ErrorRate, Excluded, Failure, Hole, Ledger, Windows, add_counts, check_limits
 
 if TYPE_CHECKING:
     from midstream.display import Preview
+    from midstream.metrics import Metric
 
 __all__ = [
     "FORMAT",
@@ -83,6 +84,8 @@ Origins = Any
 PARTS = 1 << 20
 """Parts of a part are numbered in one integer: ``part * PARTS + number``."""
 Item = tuple[Any, Origins]
+Stash = dict[tuple[int, ...], tuple[int, tuple[Any, ...]]]
+"""By the first four numbers of a sample's first origin: its source (-1: several), and a value of each metric."""
 OnError = Literal["raise", "skip", "refill"]
 
 
@@ -198,9 +201,10 @@ class Place:
         source: Index in ``names`` of a source, -1 for other nodes.
         names: The names of all sources in the tree, shared by all its places.
         trail: In a worker: where it writes what it has in hand.
+        stash: Where a node leaves what it tracked of the rows that are read, by origin; None while nobody takes it.
     """
 
-    __slots__ = ("inputs", "names", "node", "path", "salt", "source", "trail")
+    __slots__ = ("_tracking", "inputs", "names", "node", "path", "salt", "source", "stash", "trail")
 
     def __init__(self, node: Dataset, path: str, names: list[str]) -> None:
         self.node, self.path, self.names = node, path, names
@@ -208,6 +212,8 @@ class Place:
         self.inputs: dict[str, Place] = {}
         self.source = -1
         self.trail: Trail | None = None
+        self.stash: Stash | None = None
+        self._tracking: list[Place] | None = None
 
     @property
     def input(self) -> Place:
@@ -224,8 +230,15 @@ class Place:
     def iterate(self, lane: Lane, key: int, pass_: int) -> Iterator:
         """The stream face: a `Cursor` where there is random access."""
         if self.node.random_access:
-            return Cursor(self, lane, key, pass_)
+            return (TrackingCursor if self.tracking else Cursor)(self, lane, key, pass_)
         return self.node._iterate(self, lane, key, pass_)
+
+    @property
+    def tracking(self) -> list[Place]:
+        """The places from here down that track metrics."""
+        if self._tracking is None:
+            self._tracking = [place for place in self.walk() if place.node.tracks]
+        return self._tracking
 
     def origin(self, origin: Sequence[int]) -> Origin:
         """Five integers with the source's name in place of its index."""
@@ -477,13 +490,13 @@ class Cursor(Iterator):
                 raise StopIteration
         start = time.perf_counter()
         try:
-            rows = self.place.rows(positions, self.keys, self.passes)
+            rows = self._read(positions)
             items = [] if self.by_block and rows.columns is not None else rows.items()
         except Exception:
             if len(positions) == 1:
                 raise
             self.chunk = 1  # what can still be read comes first; then the error meets whoever asks for its row
-            rows = self.place.rows(positions[:1], self.keys, self.passes)
+            rows = self._read(positions[:1])
             items = rows.items()
         elapsed = time.perf_counter() - start
         self.first, self.items, self.at = first, items, 0
@@ -491,6 +504,9 @@ class Cursor(Iterator):
         self.lane.ledger.reads += 1
         first_sample = items[0][0] if items else rows.columns[:1].samples()[0]  # type: ignore[index]
         self._adapt(elapsed, elapsed / self.count, 2 * self.chunk * num_bytes(first_sample) <= _CHUNK_BYTES)
+
+    def _read(self, positions: I64) -> Rows:
+        return self.place.rows(positions, self.keys, self.passes)
 
     def ahead_by_column(self) -> tuple[Columns, I64] | None:
         """What is read ahead, as columns, and its origins; call `pass_by` for what was taken of it.
@@ -550,6 +566,56 @@ class Cursor(Iterator):
     def _load(self, state: State) -> None:
         self.first, self.told, self.block = state
         self.items, self.at, self.ahead, self.count = [], 0, None, 0
+
+
+class TrackingCursor(Cursor):
+    """A `Cursor` over nodes that track metrics: what they tracked of a row counts when the row is handed out, or fails."""
+
+    def __init__(self, place: Place, lane: Lane, key: int, pass_: int) -> None:
+        super().__init__(place, lane, key, pass_)
+        self.tracking = [(each, each.node.kinds()) for each in place.tracking]  # type: ignore[attr-defined]
+        self.stashes: list[Stash] = []
+
+    def __next__(self) -> Item:
+        item = super().__next__()
+        number = self.number + (self.told > 0)
+        if self.lane.ledger.first_time(self.place.path, int(self.passes[0]), number):
+            self._count(item[1])
+        return item
+
+    def _fill(self) -> None:
+        super()._fill()
+        self.stashes = [each.stash or {} for each, _ in self.tracking]
+        for each, _ in self.tracking:
+            each.stash = None
+
+    def _read(self, positions: I64) -> Rows:
+        for each, _ in self.tracking:
+            each.stash = {}
+        return super()._read(positions)
+
+    def ahead_by_column(self) -> None:
+        """Samples are taken one by one."""
+        return
+
+    def _count(self, origins: Origins) -> None:
+        """Count what was tracked of a row: of all that it is made of, whether it failed later on or not."""
+        row = self.items[self.at - (self.told == 0)][0]
+        whole: list[tuple[int, ...]] = []
+        if type(row) is not Hole or row.rest is not MISSING:
+            whole = [origins[:4]] if type(origins) is tuple else list(map(tuple, origins[:, :4].tolist()))
+        for error in row.errors if type(row) is Hole else ():
+            if error.origin is not None and type(error) is not Excluded:
+                name, epoch, row_number, part, _ = error.origin
+                whole.append((self.place.names.index(name), epoch, row_number, part))
+        for (each, kinds), stash in zip(self.tracking, self.stashes):
+            found: dict[int, list[tuple[Any, ...]]] = {}
+            for key in whole:
+                known = stash.pop(key, None)
+                if known is not None:
+                    found.setdefault(known[0], []).append(known[1])
+            for source, values in found.items():
+                self.lane.ledger.track(each.path, source, kinds, values)
 
 
 def num_bytes(sample: Any) -> int:
@@ -641,6 +707,10 @@ class Dataset(IterableDataset[Any]):
 
     kind: ClassVar[str] = "dataset"
     """The verb that makes this node: its name in paths, trees and checkpoints."""
+    one_to_one: ClassVar[bool] = False
+    """Whether it gives one sample for each of its only input, in that order."""
+    tracks: ClassVar[bool] = False
+    """Whether it leaves something in its place's stash. It has ``kinds()`` then."""
 
     # -- what a node implements ---------------------------------------------------------------------------------------
 
@@ -1105,6 +1175,38 @@ class Dataset(IterableDataset[Any]):
 
         ids = () if separator is None else (separator,) if not isinstance(separator, Iterable) else tuple(separator)
         return Pack(self, seq_len, mode, overflow, key, tuple(columns), mask, ids, pad_id, last, window, min_fill)
+
+    def track(self, **metrics: Callable[[Any], float] | Metric) -> Dataset:
+        """Gather metrics of the samples, by source and over all: in `DataLoader.progress`, exact under resume.
+
+        Changes no sample. The totals travel in the checkpoint (at most 1 KB per source and metric, once per rank) and are
+        the same to the last bit on any ranks, workers and resumes.
+
+        Args:
+            **metrics: By name: a function of a sample (count, sum, mean, min and max of what it returns),
+                `midstream.distribution` of one (quantiles too), or `midstream.count` of one (how often each value came).
+
+        Where the pipeline has random access from here on, a sample counts when its batch is delivered (or when it fails
+        further on); in a stream when it comes by here, which nodes that hold samples back (a buffered shuffle, ``pack``) do
+        before it is delivered. To have what the model saw, put it right before ``batch`` or ``pack``. A sample made of rows
+        of several sources (a mixed batch, say) counts over all only. A bare dataset (without `midstream.DataLoader`) keeps no
+        totals.
+
+        Raises:
+            ValueError: If there is no metric, or one of that name further down.
+            TypeError: If one is no function.
+
+        >>> import midstream as ms
+        >>> ds = ms.from_dataset([{"ids": [1, 2, 3]}, {"ids": [4]}], name="docs").track(tokens=lambda row: len(row["ids"]))
+        >>> loader = ms.DataLoader(ds, batch_size=2, collate_fn=list)
+        >>> for batch in loader:
+        ...     pass
+        >>> loader.progress().sources["docs"].metrics["tokens"]
+        {'count': 2, 'sum': 4, 'mean': 2, 'min': 1, 'max': 3}
+        """
+        from midstream.nodes.track import Track
+
+        return Track.of(self, metrics)
 
     def repeat(self, num_epochs: int | None = None) -> Dataset:
         """Go through the data ``num_epochs`` times, for ever when None; shuffles below draw a new order each pass.

@@ -24,9 +24,7 @@ from midstream.checkpoint import Canonical, merge_states, parse
 from midstream.core import Dataset, Place, bind
 from midstream.errors import CheckpointError
 from midstream.nodes.batch import Batch
-from midstream.nodes.exclude import Exclude
 from midstream.nodes.interleave import Interleave
-from midstream.nodes.map import Map
 from midstream.nodes.mixing import Weights, check_weights, quotas
 from midstream.nodes.skip import Skip
 from midstream.nodes.take import Take
@@ -204,7 +202,7 @@ def _given(place: Place, target: Place, count: int, mix: str) -> int:
     count = count if length is None else min(count, length)
     if place is target:
         return count
-    if isinstance(node, (Map, Exclude)):
+    if node.one_to_one:
         return _given(place.input, target, count, mix)
     if isinstance(node, Batch):
         return _given(place.input, target, count * node.batch_size, mix)

@@ -316,7 +316,7 @@ def _over(loader: DataLoader, mark: Mark) -> Mark:
     begun = position is loader._current and mark.step > position.first_step
     if loader._endless or not begun or (position.complete and mark.step == position.steps):
         return mark
-    following = loader._epoch_from(position.topology, position.num_lanes, position.epoch + 1, dict(position.tallies))
+    following = loader._epoch_from(position.topology, position.num_lanes, position.epoch + 1, position)
     return Mark(following, 0)
 
 

@@ -43,7 +43,7 @@ from midstream.hosts import LIGHTNING_ALONE, EpochHint, Told, asked_by, not_regi
 from midstream.lanes import Agreement, Topology, batches_of_rank, choose_lanes, current_topology, slots
 from midstream.nodes.collate import collate
 from midstream.nodes.exclude import excluded_origins, with_origins
-from midstream.position import Facts, Position, Tally, Trace
+from midstream.position import Facts, Position, Trace
 from midstream.progress import Progress, progress
 from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, deliver, send
 from midstream.rest import adopt, require_excludable, running
@@ -280,7 +280,7 @@ class _LoaderIterator:
                     next(self._inner)
 
     def _tell(self, out: Out) -> None:
-        for key, text in out.notes[1] if out.notes is not None else ():
+        for key, text in out.notes.notices if out.notes is not None else ():
             if key not in self._loader._noticed:
                 self._loader._noticed.add(key)
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
@@ -288,7 +288,7 @@ class _LoaderIterator:
     def _limits(self, out: Out, *, counted: bool = False) -> None:
         """Were too many samples skipped? With ``counted`` what it tells is in the position already."""
         assert out.notes is not None
-        events, _, limits = out.notes
+        events, limits = out.notes.events, out.notes.limits
         if not limits:
             return
         totals = self._epoch.totals()
@@ -520,10 +520,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def _set_pipeline(self, pipeline: Dataset) -> None:
         self._pipeline, self._facts = pipeline, Facts(pipeline, "", self._edits, -1, self._excluded)
 
-    def _epoch_from(
-        self, topology: Topology, num_lanes: int, epoch: int, tallies: dict[int, Tally] | None = None
-    ) -> Position:
-        """The position at the start of an epoch."""
+    def _epoch_from(self, topology: Topology, num_lanes: int, epoch: int, before: Position | None = None) -> Position:
+        """The position at the start of an epoch, with the counts of the one before."""
         facts = self._facts_of("", epoch)
         turns = self._turns(topology, 0, facts)
         return Position(
@@ -533,7 +531,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             epoch,
             turns,
             None,
-            tallies,
+            dict(before.tallies) if before is not None else None,
+            before.tracked if before is not None else None,
             even=self._even(topology, 0, facts),
             keep=self._synced,
         )
@@ -856,7 +855,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             canonical = self._loaded[0]
             at = self._epoch_at(topology, canonical)
             if canonical.finished:
-                return self._epoch_from(topology, at.num_lanes, at.epoch + 1, at.tallies), False
+                return self._epoch_from(topology, at.num_lanes, at.epoch + 1, at), False
             return at, False
         if current is None:
             return self._epoch_from(topology, self._num_lanes(topology), self._next_epoch), False
@@ -866,7 +865,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             return self._epoch_at(topology, parse(current.state_at(None))), False
         if current.complete:
             following = current.epoch + 1 if self._next_epoch == current.epoch else self._next_epoch
-            return self._epoch_from(topology, current.num_lanes, following, current.tallies), same
+            return self._epoch_from(topology, current.num_lanes, following, current), same
         if self._next_epoch == current.epoch:
             if self._trained is not None and self._trained[0] is current:
                 return self._epoch_at(topology, parse(current.state_at(self._trained[1]))), False
@@ -881,7 +880,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                     UserWarning,
                     stacklevel=4,
                 )
-        return self._epoch_from(topology, current.num_lanes, self._next_epoch, current.tallies), same
+        return self._epoch_from(topology, current.num_lanes, self._next_epoch, current), same
 
     def _double(self, runner: Runner) -> StatefulDataLoader:
         """This loader as torchdata is to see it: our runner, one envelope at a time, nothing global drawn."""
@@ -976,9 +975,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             return
         if self._current is not None and epoch == self._current.epoch:
             # Again an epoch that is complete: forget that it is.
-            self._current = self._epoch_from(
-                self._current.topology, self._current.num_lanes, epoch, self._current.tallies
-            )
+            self._current = self._epoch_from(self._current.topology, self._current.num_lanes, epoch, self._current)
         self._next_epoch = epoch
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -1000,9 +997,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         current = self._current
         if current is None or (self._next_epoch not in (current.epoch, current.epoch + current.complete)):
             topology = self._topology()
-            tallies = current.tallies if current is not None else None
             fresh = self._current is None
-            current = self._epoch_from(topology, self._num_lanes(topology), self._next_epoch, tallies)
+            current = self._epoch_from(topology, self._num_lanes(topology), self._next_epoch, current)
             if fresh and (current.num_lanes % topology.world_size or not current.even):
                 # torch.distributed.checkpoint loads the keys that are here, and this rank may need others' lanes.
                 state = current.state_at(None)

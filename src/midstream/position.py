@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import pickle
+import functools
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from midstream._state import State, decode, encode, seal
+from midstream._state import Fragment, State, decode, encode, seal
 from midstream.checkpoint import Canonical
 from midstream.core import FORMAT, I64, PARTS, Dataset, bind
 from midstream.errors import Origin
 from midstream.failures import add_counts, failed_in
 from midstream.lanes import Topology, first_batch
+from midstream.metrics import Tracked, decode_tracked, encode_tracked, join, join_tracked
 from midstream.nodes.batch import Batch
-from midstream.nodes.map import Map
 from midstream.readers import BATCH, ERROR, NOTHING, Out, Plan, source_of
 from midstream.rest import running
 
@@ -101,6 +101,7 @@ class Entry(NamedTuple):
         told: Random access: errors already raised, by batch number.
         lane: Whose state and counts it changed.
         padded: Whether the batch was a repeat that only fills up the last round.
+        tracked: Metrics of the rank.
         origins: Of the batch, for `Position.trace`; None when it was none.
     """
 
@@ -112,6 +113,7 @@ class Entry(NamedTuple):
     state: str | None
     tally: Tally | None
     origins: I64 | None
+    tracked: Tracked
     padded: bool = False
 
 
@@ -136,13 +138,11 @@ class Facts:
         self.running = running(pipeline, rest, edits, epoch, excluded)
         self.place = bind(self.running)
         self.names = self.place.names
-        self._spec: bytes | None = None
 
-    def spec(self) -> dict[str, Any]:
-        """The pipeline as data, fresh each time: made once, and copied by way of bytes, which is fastest."""
-        if self._spec is None:
-            self._spec = pickle.dumps(self.pipeline.spec())
-        return pickle.loads(self._spec)  # type: ignore[no-any-return]
+    @functools.cached_property
+    def spec(self) -> str:
+        """The pipeline as data, encoded: made when a state is first asked for."""
+        return encode(self.pipeline.spec())
 
     def left_out(self, batch: int) -> int:
         """Rows that an epoch of a sized pipeline leaves out when ``batch`` is the first batch that nobody makes.
@@ -152,8 +152,8 @@ class Facts:
         if not self.running.random_access or (total := self.running.length()) is None:
             return 0
         node = self.running
-        while isinstance(node, Map):
-            node = node.source
+        while node.one_to_one:
+            (node,) = node.inputs().values()
         if not isinstance(node, Batch):
             return max(0, total - batch)
         rows = node.source.length() or 0
@@ -176,6 +176,7 @@ class Position:
         turns: int | None,
         canonical: Canonical | None = None,
         tallies: dict[int, Tally] | None = None,
+        tracked: Tracked | None = None,
         *,
         even: bool = True,
         keep: bool = False,
@@ -190,6 +191,7 @@ class Position:
             turns: Batch numbers of this rank from the start on; None when only reading tells.
             canonical: The state to go on from.
             tallies: The counts to go on from, where there is no such state.
+            tracked: The metrics, likewise.
             even: Whether all ranks come to the end of the epoch at the same step.
             keep: Whether what a lane has not delivered when the epoch ends is kept for the next one (``sync_end``).
         """
@@ -207,8 +209,11 @@ class Position:
         self.ahead: frozenset[int] = frozenset()  # random access: batches of this rank that were done before their turn
         self.states: dict[int, str] = {}
         self.tallies: dict[int, Tally] = tallies if tallies is not None else {}
+        self.tracked: Tracked = tracked or {}  # of this rank over the whole run; replaced, never changed
         self.decoded: dict[int, Any] = {}
         if canonical is not None:
+            mine = [lane for index, lane in canonical.lanes.items() if lane is not None and index in self.own]
+            self.tracked = join_tracked(decode_tracked(lane["tracked"]) for lane in mine if "tracked" in lane)
             self.ahead = frozenset(n for n in canonical.ahead if self._mine(n))
             self.told_before = dict(canonical.told)
             for index, lane in canonical.lanes.items():
@@ -258,7 +263,12 @@ class Position:
         random_access = lane < 0
         key = self._leaf(self.topology.rank) if random_access else lane
         padded = random_access and self.total is not None and number >= self.total
-        events = out.notes[0] if out.notes is not None else None
+        events = out.notes.events if out.notes is not None else None
+        tracked = self.tracked
+        if out.notes is not None and out.notes.tracked and not (random_access and (padded or skipped)):
+            tracked = dict(tracked)
+            for whose, more in out.notes.tracked.items():
+                tracked[whose] = join(tracked[whose], more) if whose in tracked else more
         if out.kind == ERROR:
             source = source_of(self.facts.place, out.payload)
             events = dict(events or {})
@@ -287,13 +297,22 @@ class Position:
         elif random_access and out.kind == ERROR:
             told = {**told, number: told.get(number, 0) + 1}
         entry = Entry(
-            self.applied + 1, self.steps, self.passed, self.told, key, state, before, out.origins, padded and is_batch
+            self.applied + 1,
+            self.steps,
+            self.passed,
+            self.told,
+            key,
+            state,
+            before,
+            out.origins,
+            self.tracked,
+            padded and is_batch,
         )
         self.log.append(entry)
         self.tallies[key] = after
         if out.state is not None:
             self.states[key] = out.state
-        self.told = told
+        self.told, self.tracked = told, tracked
         self.passed = passed
         self.steps += is_batch
         self.complete = last
@@ -319,7 +338,7 @@ class Position:
         while self.log and self.log[-1].number > applied:
             entry = self.log[-1]
             self.complete = False
-            self.steps, self.passed, self.told = entry.step, entry.passed, entry.told
+            self.steps, self.passed, self.told, self.tracked = entry.step, entry.passed, entry.told, entry.tracked
             _put(self.states, entry.lane, entry.state)
             _put(self.tallies, entry.lane, entry.tally)
             self.log.pop()
@@ -357,13 +376,13 @@ class Position:
         applied, log = self.applied, list(self.log)
         whole, number = log.copy(), log[-1].number if log else applied
         steps, passed, told, complete = self.steps, self.passed, self.told, self.complete
-        states, tallies = dict(self.states), dict(self.tallies)
+        states, tallies, tracked = dict(self.states), dict(self.tallies), self.tracked
         oldest = log[0].step if log else steps
 
         def undo(entry: Entry) -> None:
-            nonlocal steps, passed, told, complete, number
+            nonlocal steps, passed, told, complete, number, tracked
             number = entry.number - 1
-            steps, passed, told, complete = entry.step, entry.passed, entry.told, False
+            steps, passed, told, complete, tracked = entry.step, entry.passed, entry.told, False, entry.tracked
             _put(states, entry.lane, entry.state)
             _put(tallies, entry.lane, entry.tally)
 
@@ -377,7 +396,7 @@ class Position:
                 )
             while log and log[-1].step >= step:
                 undo(log.pop())
-        return self._render(passed, steps, states, tallies, told, complete, number, whole)
+        return self._render(passed, steps, states, tallies, told, complete, number, whole, tracked)
 
     @property
     def left_over(self) -> bool:
@@ -400,6 +419,7 @@ class Position:
         complete: bool,
         number: int,
         log: Sequence[Entry],
+        tracked: Tracked,
     ) -> State:
         """The canonical state. A complete epoch is the start of the next, where the other ranks are there too."""
         ranks, over = self.topology.world_size, complete and self.together
@@ -421,6 +441,8 @@ class Position:
                 extra.setdefault(self._leaf(number), {})["told"] = [number, errors]
         if self.own:
             extra.setdefault(self.own[0], {})["at"] = [epoch, batches, steps, int(complete and not over)]
+            if tracked:
+                extra[self.own[0]]["tracked"] = Fragment(encode_tracked(tracked))
         if over:
             leaves = {f"{index:04d}": self._leaf_text(states.get(index), tallies.get(index)) for index in self.own}
         else:
@@ -430,7 +452,7 @@ class Position:
         return {
             "midstream": FORMAT,
             "fingerprint": self.facts.pipeline.fingerprint,
-            "spec": self.facts.spec(),
+            "spec": self.facts.spec,
             "epoch": epoch,
             "batches": batches,
             "steps_done": steps,

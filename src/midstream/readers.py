@@ -20,9 +20,21 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._state import encode
 from midstream.breadcrumbs import Trail
-from midstream.core import I64, Cursor, Dataset, Delivery, Item, Lane, Place, as_origin_array, bind, epoch_key
+from midstream.core import (
+    I64,
+    Cursor,
+    Dataset,
+    Delivery,
+    Item,
+    Lane,
+    Place,
+    TrackingCursor,
+    as_origin_array,
+    bind,
+    epoch_key,
+)
 from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError
-from midstream.failures import ErrorRate, Failure, Hole, Ledger
+from midstream.failures import Failure, Hole, Ledger, Notes
 from midstream.lanes import Topology, first_batch, slots
 from midstream.nodes.mixing import LaneEdits
 from midstream.transport import Arena, Once, Parcel, begin, pack
@@ -43,7 +55,7 @@ class Out(NamedTuple):
         origins: int64 [m, 5], or None.
         final: Whether the turn's batch number is done with after this.
         state: Streams: the lane's state as canonical JSON, or None when it did not change.
-        notes: Events, notices and limits from the lane's ledger, or None.
+        notes: What the lane's ledger has to tell, or None.
     """
 
     kind: int
@@ -51,11 +63,7 @@ class Out(NamedTuple):
     origins: I64 | None = None
     final: bool = False
     state: str | None = None
-    notes: tuple[dict[str, int], list[tuple[str, str]], dict[str, int | ErrorRate]] | None = None
-
-
-def _take_notes(ledger: Ledger) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int | ErrorRate]] | None:
-    return ledger.take() if ledger.events or ledger.notices else None
+    notes: Notes | None = None
 
 
 class Plan(NamedTuple):
@@ -147,7 +155,10 @@ class _RandomReader:
         self.broken: Out | None = None
 
     def _cursor(self, batch: int) -> Cursor:
-        return Cursor(self.place, Lane(batch, self.stride, 1, self.ledger), int(epoch_key(self.epoch)[0]), self.epoch)
+        self.ledger.marks.clear()  # what comes by is new: nothing is replayed here
+        lane = Lane(batch, self.stride, 1, self.ledger)
+        kind = TrackingCursor if self.place.tracking else Cursor
+        return kind(self.place, lane, int(epoch_key(self.epoch)[0]), self.epoch)
 
     def __iter__(self) -> _RandomReader:
         return self
@@ -184,19 +195,19 @@ class _RandomReader:
             done = cursor.number > before
             if type(sample) is not Hole:
                 origins = as_origin_array(origins)
-                return [*outs, Out(BATCH, sample, origins, True, None, _take_notes(self.ledger))]
+                return [*outs, Out(BATCH, sample, origins, True, None, self.ledger.take())]
             failure = sample.errors[0]
             if failure.quiet:
                 self.ledger.failed(failure, source_of(self.place, failure))
                 if done:
-                    return [*outs, Out(NOTHING, None, None, True, None, _take_notes(self.ledger))]
+                    return [*outs, Out(NOTHING, None, None, True, None, self.ledger.take())]
                 continue
             errors += 1
             if errors > told:
                 # What was skipped before it is told with the batch: a resume makes the whole batch again.
-                outs.append(Out(ERROR, failure, None, done, None, _take_notes(self.ledger) if done else None))
+                outs.append(Out(ERROR, failure, None, done, None, self.ledger.take() if done else None))
             elif done:
-                outs.append(Out(NOTHING, None, None, True, None, _take_notes(self.ledger)))
+                outs.append(Out(NOTHING, None, None, True, None, self.ledger.take()))
             if done:
                 return outs
 
@@ -310,14 +321,14 @@ class _StreamReader:
             try:
                 sample, origins = run.next()
             except StopIteration:
-                return [*outs, Out(NOTHING, None, None, True, run.state(), _take_notes(ledger))]
+                return [*outs, Out(NOTHING, None, None, True, run.state(), ledger.take())]
             except Exception as error:
                 return [*outs, _fatal(error)]
             if type(sample) is not Failure:
                 run.rounds += 1
                 origins = as_origin_array(origins)
-                return [*outs, Out(BATCH, sample, origins, True, run.state(), _take_notes(ledger))]
-            outs.append(Out(ERROR, sample, None, False, run.state(), _take_notes(ledger)))
+                return [*outs, Out(BATCH, sample, origins, True, run.state(), ledger.take())]
+            outs.append(Out(ERROR, sample, None, False, run.state(), ledger.take()))
         # One turn is one batch, or the turns of the workers would no longer be in step.
         return [
             *outs,

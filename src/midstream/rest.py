@@ -22,13 +22,15 @@ from midstream.checkpoint import Canonical, diff_specs, source_names
 from midstream.core import Dataset, Place, bind
 from midstream.edits import apply, edits_of, note_load, phases_in, replaced, weights_of
 from midstream.errors import CheckpointError, bullet_list
+from midstream.metrics import Tracked, decode_tracked, encode_tracked, join_tracked
 from midstream.nodes.batch import Batch
 from midstream.nodes.exclude import Exclude, excluded_origins
 from midstream.nodes.interleave import Interleave, Picks
-from midstream.nodes.map import Map
 from midstream.nodes.skip import Skip
 
 __all__ = ["adopt", "require_excludable", "running"]
+
+_ONE_TO_ONE = ("map", "track")
 
 
 def running(pipeline: Dataset, rest: str, edits: str = "", epoch: int = -1, excluded: str = "") -> Dataset:
@@ -109,9 +111,10 @@ def _over(node: Dataset, kind: type[Dataset], change: Any) -> Dataset:
     """The tree with its first node of a kind changed, below nothing but one-to-one maps."""
     if isinstance(node, kind):
         return change(node)  # type: ignore[no-any-return]
-    if not isinstance(node, Map):
+    if not node.one_to_one:
         raise ValueError(f"there is a {node.kind} above the {kind.__name__.lower()}")
-    return dataclasses.replace(node, source=_over(node.source, kind, change))
+    one: Any = node
+    return dataclasses.replace(one, source=_over(one.source, kind, change))  # type: ignore[no-any-return]
 
 
 def adopt(canonical: Canonical, pipeline: Dataset, *, strict: bool) -> list[str]:
@@ -129,7 +132,7 @@ def adopt(canonical: Canonical, pipeline: Dataset, *, strict: bool) -> list[str]
     here = pipeline.spec()
     lines = diff_specs(canonical.spec, here)
     old, new, above = canonical.spec, here, []
-    while _kind(old) == _kind(new) == "map" and _alike(old, new):
+    while _kind(old) == _kind(new) in _ONE_TO_ONE and _alike(old, new):
         old, new = old["inputs"][""], new["inputs"][""]
     if _kind(old) != "batch" or _kind(new) != "batch" or not _alike(old, new, "batch_size"):
         raise _refusal(lines, "only the batch size and, with strict=False, a mix's weights and inputs may change")
@@ -137,9 +140,9 @@ def adopt(canonical: Canonical, pipeline: Dataset, *, strict: bool) -> list[str]
     old, new = old["inputs"][""], new["inputs"][""]
     other_mix = old != new
     if other_mix:
-        if not strict and _kind(old) == "map":
-            above.append("map")
-        while _kind(old) == _kind(new) == "map" and _alike(old, new):
+        if not strict and _kind(old) in _ONE_TO_ONE:
+            above.append(_kind(old))
+        while _kind(old) == _kind(new) in _ONE_TO_ONE and _alike(old, new):
             old, new = old["inputs"][""], new["inputs"][""]
         same = _kind(old) == _kind(new) == "interleave" and _alike(old, new, "weights", "schedule")
         kept = set(old.get("inputs", {})) & set(new.get("inputs", {}))
@@ -283,6 +286,11 @@ def _rename(canonical: Canonical, old: list[str], new: list[str]) -> None:
                     events[key] = events.get(key, 0) + count
             lane[kind] = counts
         lane["events"] = events
+        if "tracked" in lane:
+            moved: list[Tracked] = []
+            for (path, source), named in decode_tracked(lane["tracked"]).items():
+                moved.append({(path, place.get(source, -1)): named})
+            lane["tracked"] = decode(encode_tracked(join_tracked(moved)))
 
 
 def _kind(spec: State) -> Any:

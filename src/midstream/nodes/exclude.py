@@ -30,6 +30,7 @@ class Exclude(Dataset):
     source: Dataset
     origins: tuple[tuple[str, int, int, int], ...]
     kind = "exclude"
+    one_to_one = True
 
     def _length(self) -> int | None:
         return self.source.length()
