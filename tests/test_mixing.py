@@ -561,6 +561,62 @@ def test_a_load_with_another_schedule_counts_its_borders_from_the_start_of_the_e
     assert min(flat(later.sequence)) >= 10_000
 
 
+# -- what never counts anything --------------------------------------------------------------------------------------------
+
+
+def breaks(row: int) -> int:
+    raise ValueError(row)
+
+
+def counts_nothing(kind: str) -> Dataset:
+    """Web fails, is filtered or counts 0, in all its rows or (code's first pass apart) after a while; code is 12 rows."""
+    web = source(0, 7).shuffle(1).filter(lambda row: kind != "filtered")
+    if kind in ("failing", "failing by position"):
+        web = (source(0, 7) if kind == "failing by position" else web).map(breaks, on_error="skip", max_errors=99)
+    by = breaks if kind == "uncountable" else lambda row: 0
+    mix = ms.interleave(
+        {"web": web, "code": source(1, 12).filter(lambda row: True)},
+        {"web": 3, "code": 1},
+        weights_by=lambda row: 2 if row >= 10_000 else by(row),
+        stopping_strategy="all_exhausted",
+    )
+    return mix.batch(2, collate_fn=tuple)
+
+
+@pytest.mark.parametrize("kind", ["failing", "failing by position", "filtered", "zero"])
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_what_counts_nothing_in_a_whole_pass_does_not_start_over(kind: str, lanes: int) -> None:
+    """Else it would be furthest below its share for ever, and the mix would never end."""
+    loader = ms.DataLoader(counts_nothing(kind), lanes=lanes)
+    states = [loader.state_dict()]
+    batches = []
+    for batch in itertools.islice(loader, 50):
+        batches.append(batch)
+        states.append(loader.state_dict())
+    assert loader.epoch == 1  # it ended
+    rows = Counter(flat(batches))
+    assert {row for row in rows if row >= 10_000} == set(range(10_000, 10_012))
+    assert all(count == 1 for count in rows.values())
+    assert {row for row in rows if row < 10_000} == (set(range(7)) if kind == "zero" else set())
+    for done, state in enumerate(states[:-1]):
+        again = ms.DataLoader(counts_nothing(kind), lanes=lanes)
+        again.load_state_dict(json.loads(json.dumps(state)))
+        assert list(again) == batches[done:]
+        assert again.state_dict() == states[-1]
+
+
+def test_what_can_never_be_counted_fails_once_each_and_the_mix_ends() -> None:
+    run, errors, found = Run(counts_nothing("uncountable"), 0, 1, 0), 0, []
+    while errors <= 7:
+        try:
+            found.append(next(run))
+        except ms.SampleError:
+            errors += 1
+        except StopIteration:
+            break
+    assert (errors, sorted(flat(found))) == (7, list(range(10_000, 10_012)))
+
+
 # -- max_epochs ------------------------------------------------------------------------------------------------------------
 
 

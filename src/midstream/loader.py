@@ -46,7 +46,7 @@ from midstream.nodes.exclude import excluded_origins, with_origins
 from midstream.position import Facts, Position, Trace
 from midstream.progress import Progress, progress
 from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, deliver, send
-from midstream.rest import adopt, running
+from midstream.rest import adopt, require_excludable, running
 from midstream.shield import Context, Orphanage, quiet_at_exit
 from midstream.sources import from_dataset
 from midstream.threads import Launch, ThreadReaders
@@ -1151,32 +1151,32 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._no_foreign("skip")
         require_int(num_batches, "num_batches", 0, "skip")
         token = self._active or self._renewed
-        live = token.iterator() if token is not None else None
+        live = loop = token.iterator() if token is not None else None
         if live is not None and token is self._active and live._epoch is not self._current:
-            live = None
+            live = None  # it came to its end, and then something was excluded, say
         if live is None and num_batches and self._current is not None and not self._current.complete:
             self.load_state_dict(self.state_dict())  # where a loop was left, not at the start of its epoch
-        iterator, made, steps = live, None, -1
+        iterator, made, fresh = live, None, False
         self._skipping = True
         try:
             while num_batches:
                 if iterator is None:
                     iterator = made = iter(self)
-                    steps = 0
+                    fresh = True
                 try:
                     next(iterator)
                 except StopIteration:
-                    if steps == 0:
+                    if fresh:
                         raise RuntimeError("skip: the epoch has no batch that could be passed over") from None
-                    if iterator is live:
-                        live._over = True
                     iterator = None
                     continue
                 num_batches -= 1
-                steps += 1
+                fresh = False
         finally:
             self._skipping = False
             if made is not None:
+                if loop is not None:
+                    loop._over = True
                 self.load_state_dict(self.state_dict())
 
     def exclude(self, origins: Iterable[Any]) -> None:
@@ -1196,7 +1196,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 a run, about 16 bytes each in every checkpoint.
 
         Raises:
-            ValueError: If there is no such source, or they become too many; then nothing was changed.
+            ValueError: If there is no such source, they become too many, or a node above the batches reads some of them
+                again on a resume (a buffered shuffle of batches, say); then nothing was changed.
             TypeError: If something is no origin.
 
         >>> import midstream as ms
@@ -1209,6 +1210,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         merged, canonical = settle(self.state_dict())
         canonical.excluded = merged["excluded"] = with_origins(canonical.excluded, origins, self._facts.names)
         if canonical.excluded != self._excluded:
+            require_excludable(self._pipeline)
             self._go_on_from(canonical, merged)
 
     @property

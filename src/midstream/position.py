@@ -24,6 +24,8 @@ __all__ = ["Facts", "Position", "Tally", "Trace"]
 
 _LOG_BATCHES = 1024
 _LOG_BYTES = 64 << 20
+_END = "/end of epoch|"
+"""In the events of one of several ranks: counted at its end of the epoch, which others may not have come to."""
 
 
 class Tally:
@@ -79,6 +81,14 @@ class Tally:
                     skipped[f"{kind}|{path}|{source}"] = count
         other.samples, other.tokens = self.samples, self.tokens
         return other._with(skipped)
+
+    def settled(self, keep: bool) -> Tally:
+        """The counts with what was left out at the end of the epoch counted for good, or not at all: the epoch goes on."""
+        ends = {key: count for key, count in self.events.items() if _END in key}
+        if not ends:
+            return self
+        kept = {key.replace(_END, "|"): count for key, count in ends.items()} if keep else {}
+        return self.plus(None, add_counts(kept, {key: -count for key, count in ends.items()}))
 
     def _with(self, events: Mapping[str, int] | None) -> Tally:
         """Itself, with more events; for one that nobody else has yet."""
@@ -207,19 +217,23 @@ class Position:
         self.told: dict[int, int] = {}  # random access: errors already raised, by batch number; replaced, never changed
         self.told_before: dict[int, int] = {}
         self.ahead: frozenset[int] = frozenset()  # random access: batches of this rank that were done before their turn
+        self.done: Sequence[int] = ()  # the same of all ranks
         self.states: dict[int, str] = {}
-        self.tallies: dict[int, Tally] = tallies if tallies is not None else {}
+        self.tallies: dict[int, Tally] = {index: tally.settled(True) for index, tally in (tallies or {}).items()}
         self.tracked: Tracked = tracked or {}  # of this rank over the whole run; replaced, never changed
         self.decoded: dict[int, Any] = {}
         if canonical is not None:
             mine = [lane for index, lane in canonical.lanes.items() if lane is not None and index in self.own]
             self.tracked = join_tracked(decode_tracked(lane["tracked"]) for lane in mine if "tracked" in lane)
+            self.done = canonical.ahead
             self.ahead = frozenset(n for n in canonical.ahead if self._mine(n))
             self.told_before = dict(canonical.told)
             for index, lane in canonical.lanes.items():
                 if lane is None or index not in self.own:
                     continue
-                self.tallies[index] = Tally(self.num_sources, lane)
+                # Rank 0 was through before the others: it comes to the end again, on what may be another number of ranks.
+                again = lane.get("at", [0])[-1] and not canonical.over and not canonical.finished
+                self.tallies[index] = Tally(self.num_sources, lane).settled(not again)
                 if lane.get("lane") is not None:
                     self.states[index], self.decoded[index] = encode(lane["lane"]), lane["lane"]
         for number, errors in self.told_before.items():
@@ -352,7 +366,11 @@ class Position:
         if self.topology.rank == 0:
             first = self.start + self.turns * self.topology.world_size if self.even else self.total
             rows += self.facts.left_out(min(first, self.total))
-        return {f"dropped|{self.facts.place.path}|{0 if self.num_sources == 1 else -1}": rows} if rows else {}
+            for number in self.done:
+                if first <= number < self.total:  # lost to errors, by a rank of another topology, and told as that
+                    rows -= self.facts.left_out(number) - self.facts.left_out(number + 1)
+        path = f"{self.facts.place.path}{_END if self.topology.world_size > 1 else '|'}"
+        return {f"dropped|{path}{0 if self.num_sources == 1 else -1}": rows} if rows else {}
 
     def _padding(self, origins: I64 | None) -> dict[str, int]:
         """Samples of a batch that is a repeat, by source."""

@@ -28,7 +28,7 @@ from midstream.nodes.exclude import Exclude, excluded_origins
 from midstream.nodes.interleave import Interleave, Picks
 from midstream.nodes.skip import Skip
 
-__all__ = ["adopt", "running"]
+__all__ = ["adopt", "require_excludable", "running"]
 
 _ONE_TO_ONE = ("map", "track")
 
@@ -62,6 +62,30 @@ def _excluding(pipeline: Dataset, excluded: str) -> Dataset:
             bind(pipeline), path, lambda batch: dataclasses.replace(batch, source=Exclude(batch.source, origins))
         )
     return pipeline if places else Exclude(pipeline, origins)
+
+
+def require_excludable(pipeline: Dataset) -> None:
+    """Refuse to leave samples out below a node that reads again: batches it has read would not be what they were.
+
+    Raises:
+        ValueError: If there is such a node above the batches, by its path.
+    """
+    root = bind(pipeline)
+    batches = set(_batches(root))
+
+    def refuse(place: Place) -> None:
+        if place.path in batches or all(each.path not in batches for each in place.walk()):
+            return
+        if again := place.node.reads_again():
+            raise ValueError(
+                f"exclude: a resume reads {again} again at {place.path!r}, above .batch: batches that it has read already "
+                f"would come shorter, or not at all, and it could not go on exactly. Put the {place.node.kind} below the "
+                f".batch, or pass over whole batches with loader.skip."
+            )
+        for child in place.inputs.values():
+            refuse(child)
+
+    refuse(root)
 
 
 def _batches(place: Place) -> list[str]:

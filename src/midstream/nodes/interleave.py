@@ -61,7 +61,8 @@ def interleave(
         seed: Chooses the order of picks. The order is the same every epoch, so that ``len`` is too.
         stopping_strategy: As Hugging Face ``datasets`` has them. ``"first_exhausted"``, the default: the end is the last
             sample of the first dataset to run out. ``"all_exhausted"``: the last sample of the last one; the others start
-            over, in a new order where they are shuffled. ``"all_exhausted_without_replacement"``: every sample once. On
+            over, in a new order where they are shuffled, but not after a pass that gave (with ``weights_by``: counted)
+            nothing. ``"all_exhausted_without_replacement"``: every sample once. On
             streams each lane stops by itself, when it would pick from a dataset that has run out.
         weights_by: What a sample counts: a function that returns a whole number (of tokens, say), or the name of a column
             whose length it is. Makes the mix a stream.
@@ -412,7 +413,6 @@ class _InterleaveIterator(Iterator):
             ):
                 try:
                     item = next(child.source)
-                    child.flags |= _YIELDED
                     self.picks += 1
                     return self._counted(index, item)
                 except StopIteration:
@@ -423,6 +423,7 @@ class _InterleaveIterator(Iterator):
         raise StopIteration
 
     def _counted(self, index: int, item: Item) -> Item:
+        self.children[index].flags |= _YIELDED
         self.given += 1
         return item
 
@@ -527,12 +528,16 @@ class _MeasuredIterator(_InterleaveIterator):
         return int(most[0])
 
     def _counted(self, index: int, item: Item) -> Item:
+        size: Any = 0
         if type(item[0]) is not Hole:
             size = self.call(*item)
             if type(size) is Hole:
-                return size, item[1]
+                item, size = (size, item[1]), 0
             self.counted[index] += size
             self.given += size
+        # What never counts anything stays furthest behind: if it started over, nothing else would ever be picked.
+        if size or self.node.stopping_strategy != "all_exhausted":
+            self.children[index].flags |= _YIELDED
         return item
 
     def _ran_out(self, index: int, child: _Input) -> bool:
