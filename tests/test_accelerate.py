@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,76 @@ def test_three_ranks_gather_every_sample_once_in_every_epoch(remainder: str, tmp
             assert gathered == reference[epoch][: 54 if remainder == "pad" else 48]
 
 
+BARE: dict[str, tuple[dict[str, Any], Any]] = {
+    # how Accelerate is set, and what is prepared
+    "dispatched, saved": ({"use_stateful_dataloader": True}, StatefulDataLoader),
+    "dispatched": ({}, torch.utils.data.DataLoader),
+    "each its own": ({"use_stateful_dataloader": True, "dispatch_batches": False}, StatefulDataLoader),
+    "not prepared": ({}, StatefulDataLoader),
+}
+
+
+def _bare(folder: str, case: str, workers: str) -> None:
+    """What torchrun starts: two epochs of our dataset in a loader that is not ours."""
+    options, kind = BARE[case]
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**options))
+    error: str = ""
+    batches: list[Any] = []
+    told: list[str] = []
+
+    def show(message: Any, *rest: Any) -> None:
+        told.append(str(message))
+        print(message, file=sys.stderr)  # in a worker all that comes through
+
+    warnings.simplefilter("always")
+    warnings.showwarning = show
+    data = ms.from_dataset(range(32), name="web").shuffle(3)
+    loader = kind(data, batch_size=4, num_workers=int(workers))
+    if case != "not prepared":
+        loader = accelerator.prepare(loader)
+    try:
+        batches = [[batch.tolist() for batch in loader] for _ in range(2)]
+    except ms.CheckpointError as raised:
+        error = str(raised)
+    told = [text for text in told if "midstream" in text]
+    Path(folder, f"bare-{accelerator.process_index}").write_text(json.dumps([error, told, batches]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("case", BARE)
+def test_our_dataset_in_another_loader_on_two_ranks_is_refused_or_told(case: str, workers: int, tmp_path: Path) -> None:
+    printed = torchrun(__file__, 2, "bare", tmp_path, case, workers)
+    one = [x for batch in ms.DataLoader(ms.from_dataset(range(32), name="web").shuffle(3)) for x in batch.tolist()]
+    for rank, (line,) in enumerate(ledgers(tmp_path, "bare", 2)):
+        error, told, batches = line
+        first = [x for batch in batches[0] for x in batch] if batches else []
+        if case == "dispatched, saved":
+            assert re.search(r"shuffle.* of web.*ahead for 2 ranks.*midstream.DataLoader.*WholeRun", error)
+            assert not told and not batches
+            continue
+        assert not error and len(told) == (0 if case == "not prepared" and workers else 1)
+        if case == "not prepared":
+            text = told[0] if told else printed
+            assert re.search(r"each of 2 ranks reads this dataset \(shuffle.* of web\) whole", text)
+            assert first == one
+        else:
+            what = "rank 0 for 2 ranks, and saves no position" if case == "dispatched" else "whole on each of 2 ranks"
+            assert what in told[0] and "midstream.WholeRun(loader)" in told[0]
+            assert first == [x for n in range(rank, 8, 2) for x in one[4 * n : 4 * n + 4]]  # divided by Accelerate
+
+
+def test_who_only_looks_into_a_dataset_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert list(ms.from_dataset(range(3))) == [0, 1, 2]
+    with pytest.warns(RuntimeWarning, match="each of 2 ranks") as found:
+        loader = torch.utils.data.DataLoader(ms.from_dataset(range(3)), batch_size=3)
+        assert [[batch.tolist() for batch in loader] for _ in range(2)] == [[[0, 1, 2]]] * 2
+    assert len(found) == 1
+
+
 def _train(folder: str, name: str, attempt: str, death: str, resume: str) -> None:
     """What torchrun starts."""
     torch.set_num_threads(1)
@@ -297,4 +369,4 @@ def test_killed_on_two_ranks_it_goes_on_on_two_and_on_three(name: str, tmp_path:
 
 
 if __name__ == "__main__":
-    {"train": _train, "gather": _gather}[sys.argv[1]](*sys.argv[2:])
+    {"train": _train, "gather": _gather, "bare": _bare}[sys.argv[1]](*sys.argv[2:])

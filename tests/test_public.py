@@ -69,6 +69,7 @@ LAYERS = [
     "transport",
     "preemption",
     "columns",
+    "bare",
     "core",
     "nodes",
     "sources",
