@@ -72,6 +72,7 @@ LAYERS = [
     "transport",
     "preemption",
     "columns",
+    "bare",
     "core",
     "nodes",
     "sources",

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import os
 import pickle
+import sys
 import threading
 import time
 import warnings
@@ -35,6 +36,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._random import fold, salt
 from midstream._state import MISSING, State, copy_plain, fingerprint
+from midstream.bare import divided_by_nobody, divided_by_trainer
 from midstream.breadcrumbs import Trail
 from midstream.columns import Columns
 from midstream.errors import CheckpointError, MidstreamError, Origin, ReplayDiverged, TooManyErrors
@@ -869,7 +871,7 @@ class Dataset(IterableDataset[Any]):
 
     # -- pickling and hidden slots ------------------------------------------------------------------------------------
 
-    _kept_slots: ClassVar[tuple[str, ...]] = ("_waiting", "_epoch")
+    _kept_slots: ClassVar[tuple[str, ...]] = ("_waiting", "_epoch", "_divided")
     _by_value: ClassVar[tuple[str, ...]] = ()
 
     def _set(self, name: str, value: Any) -> None:
@@ -920,6 +922,8 @@ class Dataset(IterableDataset[Any]):
 
         In a worker of a bare StatefulDataLoader the worker is a lane.
         """
+        if "_divided" not in self.__dict__ and divided_by_nobody(self._in_words, sys._getframe(1)):
+            self._set("_divided", True)
         worker = get_worker_info()
         index, num_lanes = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         run = Run(self, index, num_lanes, self.__dict__.get("_epoch", 0))
@@ -991,6 +995,9 @@ class Dataset(IterableDataset[Any]):
             raise sample.errors[0].error()
         return sample
 
+    def _in_words(self) -> str:
+        return f"this dataset ({self.summary()} of {', '.join(bind(self).names)})"
+
     def state_dict(self) -> State:
         """The state of the iteration in progress (or, before any, of its start). Plain values, fresh each time."""
         waiting = self.__dict__.get("_waiting")
@@ -1020,6 +1027,8 @@ class Dataset(IterableDataset[Any]):
         """Choose the epoch of the next fresh ``iter()`` (a loaded state brings its own)."""
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"epoch is an integer of at least 0; found {epoch!r}")
+        if "_divided" not in self.__dict__ and divided_by_trainer(self._in_words, sys._getframe(1)):
+            self._set("_divided", True)  # said once
         self._set("_epoch", epoch)
 
     # -- verbs (the only place where a lower file names a higher one) --------------------------------------------------
