@@ -47,8 +47,8 @@ def ids(samples: Any) -> list[int]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the row groups decoded so far."""
     numbers: list[int] = []
-    decode = parquet._Groups._decode
-    monkeypatch.setattr(parquet._Groups, "_decode", lambda self, number: numbers.append(number) or decode(self, number))
+    decode = parquet._decode
+    monkeypatch.setattr(parquet, "_decode", lambda *which: numbers.append(which[-1]) or decode(*which))
     return numbers
 
 
@@ -200,7 +200,7 @@ def test_a_window_shuffle_visits_every_row_once_and_few_groups_at_a_time(
     for window in range(10):  # 4 groups of 5 rows
         assert len({row // GROUP for row in order[20 * window : 20 * window + 20]}) == 4
     decoded.clear()
-    group_bytes = ds._handle().num_bytes // 40
+    group_bytes = ds._handle().store.num_bytes // 40
     monkeypatch.setattr(parquet, "CACHE_BYTES", 5 * group_bytes)
     ds = pickle.loads(pickle.dumps(ds))
     shuffled = ds.shuffle(5, window_blocks=4)
@@ -212,18 +212,18 @@ def test_decoded_groups_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest
     path = f"{make_files(tmp_path, 4, 50)}/*.parquet"
     probe = ms.read_parquet(path)
     probe.rows([0])
-    group_bytes = probe._handle().num_bytes
+    group_bytes = probe._handle().store.num_bytes
     assert group_bytes >= GROUP * (8 + 16)
     for bound in (0, group_bytes, 3 * group_bytes + 1):
         monkeypatch.setattr(parquet, "CACHE_BYTES", bound)
         ds = ms.read_parquet(path)
-        groups = ds._handle()
+        store = ds._handle().store
         seen = set()
         for row in np.random.default_rng(0).permutation(200)[:60]:
             assert ids(ds.rows([row])) == [row]
             seen.add(row // GROUP)
-            assert len(groups.cache) == max(1, min(len(seen), bound // group_bytes))
-            assert groups.num_bytes == sum(size for _, size in groups.cache.values())
+            assert len(store.kept) == max(1, min(len(seen), bound // group_bytes))
+            assert store.num_bytes == sum(size for _, size in store.kept.values())
 
 
 def test_the_groups_used_last_are_kept_and_used_before_others_are_decoded(
@@ -232,7 +232,7 @@ def test_the_groups_used_last_are_kept_and_used_before_others_are_decoded(
     write(tmp_path / "x.parquet", range(60), group=10)
     ds = ms.read_parquet(tmp_path / "x.parquet")
     ds.rows([0])
-    monkeypatch.setattr(parquet, "CACHE_BYTES", 3 * ds._handle().num_bytes)
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 3 * ds._handle().store.num_bytes)
     ds.rows([10]), ds.rows([20]), ds.rows([5]), ds.rows([30]), ds.rows([1])
     assert decoded == [0, 1, 2, 3]  # 3 pushed out 1, not 0
     ds.rows([30, 40, 50])
@@ -250,7 +250,7 @@ def test_one_request_over_many_groups_pins_no_more_than_the_cache(
     samples = ds.rows(order)
     assert [sample["tokens"].tolist() for sample in samples] == [list(range(i, i + 4)) for i in order]
     views = {sample["id"] for sample in samples if sample["tokens"].base is not None}
-    assert len(ds._handle().cache) == 1
+    assert len(ds._handle().store.kept) == 1
     assert views <= {34, 35}  # the last group read
 
 

@@ -26,7 +26,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import dill
 import numpy as np
@@ -56,6 +56,7 @@ __all__ = [
     "Lane",
     "OnError",
     "Origins",
+    "Part",
     "Place",
     "Rows",
     "Run",
@@ -158,6 +159,28 @@ class Rows:
         return Rows(samples, np.concatenate(pieces) if pieces else np.empty((0, 5), dtype=np.int64), sizes)
 
 
+class Part(NamedTuple):
+    """Positions of an input that make up (a part of) what is asked of a node.
+
+    Attributes:
+        place: The input.
+        positions: Its positions, int64, shape [j].
+        keys: uint64, shape [1] or [j]: see `Dataset._rows`.
+        passes: int64, shape [1] or [j].
+        here: Their places in what was asked for, int64, shape [j]; None where they are all of it, in order.
+    """
+
+    place: Place
+    positions: I64
+    keys: U64
+    passes: I64
+    here: I64 | None = None
+
+    def rows(self) -> Rows:
+        """The samples there."""
+        return self.place.rows(self.positions, self.keys, self.passes)
+
+
 def as_origin_array(origins: Origins) -> I64:
     """Origins of one sample as int64 of shape [m, 5]."""
     if type(origins) is tuple:
@@ -220,6 +243,13 @@ class Place:
         if self.trail is not None:
             self.trail.passed_on(rows.origins)
         return rows
+
+    def foretell(self, positions: I64, keys: U64, passes: I64) -> None:
+        """Tell the sources below, where they want to know, that these positions are read next. Only a hint."""
+        if self.node.reads_ahead:
+            self.node._foretell(positions)
+        for part in self.node._below(self, positions, keys, passes) or ():
+            part.place.foretell(part.positions, part.keys, part.passes)
 
     def iterate(self, lane: Lane, key: int, pass_: int) -> Iterator:
         """The stream face: a `Cursor` where there is random access."""
@@ -395,6 +425,7 @@ _MAX_CHUNK = 512
 _CHUNK_BYTES = 8 << 20
 _FAST, _SLOW, _LONG = 1e-3, 4e-3, 16e-3
 _SETTLED = 64  # chunks until a larger one is tried again
+_FORETOLD, _FAR = 8, 1 << 16  # sources are told of so many chunks at a time, and of no row further off
 
 
 class Cursor(Iterator):
@@ -425,6 +456,8 @@ class Cursor(Iterator):
         self.floor, self.cost = 1, 0.0
         self.tried, self.paid, self.settled = 0.0, False, 0  # cost of a row before the chunk was doubled; did that pay?
         self.chunk = min(lane.block, _MAX_CHUNK)  # what takes rows by blocks needs a whole one at once
+        self.sources = [each.node for each in place.walk() if each.node.reads_ahead]
+        self.foretold = 0  # up to which row of this lane
 
     @property
     def number(self) -> int:
@@ -465,16 +498,9 @@ class Cursor(Iterator):
 
     def _fill(self) -> None:
         first = self.first + self.count
-        numbers = np.arange(first, first + self.chunk, dtype=np.int64)
-        if self.lane.num_lanes > 1 or self.lane.index:
-            blocks, inside = np.divmod(numbers, self.block)
-            positions = (blocks * self.lane.num_lanes + self.lane.index) * self.block + inside
-        else:
-            positions = numbers
-        if self.length is not None and positions[-1] >= self.length:
-            positions = positions[positions < self.length]
-            if not positions.size:
-                raise StopIteration
+        positions = self._positions(first, first + self.chunk)
+        if not positions.size:
+            raise StopIteration
         start = time.perf_counter()
         try:
             rows = self.place.rows(positions, self.keys, self.passes)
@@ -491,6 +517,30 @@ class Cursor(Iterator):
         self.lane.ledger.reads += 1
         first_sample = items[0][0] if items else rows.columns[:1].samples()[0]  # type: ignore[index]
         self._adapt(elapsed, elapsed / self.count, 2 * self.chunk * num_bytes(first_sample) <= _CHUNK_BYTES)
+        if self.sources:
+            self._foretell()
+
+    def _positions(self, first: int, stop: int) -> I64:
+        """Positions of the rows of this lane with these numbers, up to the end of the data."""
+        numbers = np.arange(first, stop, dtype=np.int64)
+        if self.lane.num_lanes > 1 or self.lane.index:
+            blocks, inside = np.divmod(numbers, self.block)
+            numbers = (blocks * self.lane.num_lanes + self.lane.index) * self.block + inside
+        if self.length is not None and numbers[-1] >= self.length:
+            numbers = numbers[numbers < self.length]
+        return numbers
+
+    def _foretell(self) -> None:
+        """While the consumer has the rows just read, sources that want to may read those that follow."""
+        after = self.first + self.count
+        first = max(after, self.foretold)
+        stop = min(first + _FORETOLD * self.chunk, after + _FAR)
+        if first < stop and any(node._wants_more() for node in self.sources):
+            self.foretold = stop
+            with contextlib.suppress(
+                Exception
+            ):  # whatever is wrong with rows that nobody has asked for is told with them
+                self.place.foretell(self._positions(first, stop), self.keys, self.passes)
 
     def ahead_by_column(self) -> tuple[Columns, I64] | None:
         """What is read ahead, as columns, and its origins; call `pass_by` for what was taken of it.
@@ -550,6 +600,7 @@ class Cursor(Iterator):
     def _load(self, state: State) -> None:
         self.first, self.told, self.block = state
         self.items, self.at, self.ahead, self.count = [], 0, None, 0
+        self.foretold = 0
 
 
 def num_bytes(sample: Any) -> int:
@@ -641,6 +692,8 @@ class Dataset(IterableDataset[Any]):
 
     kind: ClassVar[str] = "dataset"
     """The verb that makes this node: its name in paths, trees and checkpoints."""
+    reads_ahead: ClassVar[bool] = False
+    """Whether this is a source that may read what comes next before it is asked for: see `_foretell`."""
 
     # -- what a node implements ---------------------------------------------------------------------------------------
 
@@ -679,8 +732,29 @@ class Dataset(IterableDataset[Any]):
             positions: int64, shape [k], each in [0, length).
             keys: uint64, shape [1] or [k]: the seed key of the pass each position belongs to.
             passes: int64, shape [1] or [k]: the number of that pass, for origins.
+
+        What only chooses and orders rows of its inputs says so in `_below`, and needs no `_rows` of its own.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no random access")
+        parts = self._below(at, positions, keys, passes)
+        if parts is None:
+            raise NotImplementedError(f"{type(self).__name__} has no random access")
+        if len(parts) == 1:
+            return parts[0].rows()
+        return Rows.scatter(len(positions), [(part.here, part.rows()) for part in parts])  # type: ignore[misc]
+
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part] | None:
+        """The positions of the inputs that the samples at ``positions`` are made of; None where that is not known.
+
+        Arguments as for `_rows`. So that sources can be told what comes next (`Place.foretell`).
+        """
+        return None
+
+    def _wants_more(self) -> bool:
+        """Whether `_foretell` would be of use just now. Asked once a chunk."""
+        return False
+
+    def _foretell(self, positions: I64) -> None:
+        """Hear which positions (int64, shape [k]) are likely to be read next, in this order. May change no sample."""
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         """The running form in one lane, for one pass."""

@@ -24,6 +24,7 @@ from midstream.core import (
     Lane,
     OnError,
     Origins,
+    Part,
     Place,
     Rows,
     as_origin_array,
@@ -78,6 +79,9 @@ class Map(Dataset):
         if self.on_error != "raise":
             fields["on_error"] = self.on_error
         return fields
+
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
+        return [Part(at.input, positions, keys, passes)]
 
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
         rows = at.input.rows(positions, keys, passes)
