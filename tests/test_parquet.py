@@ -25,7 +25,8 @@ import pytest
 import midstream as ms
 import midstream.sources.ahead as ahead
 import midstream.sources.parquet as parquet
-from midstream.core import bind, epoch_key
+from midstream.core import Cursor, Lane, bind, epoch_key
+from midstream.failures import Ledger
 from midstream.sources.parquet import ParquetSource
 
 GROUP = 5
@@ -783,6 +784,18 @@ def test_what_could_be_read_at_the_second_try_is_read(tmp_path: Path, decoding: 
     with (tmp_path / "0.parquet").open("r+b") as file:
         file.write(whole)
     assert ids(rows) == list(range(1, 10))
+
+
+def test_an_error_while_a_larger_chunk_is_tried_does_not_end_in_no_chunk_at_all(tmp_path: Path) -> None:
+    write(tmp_path / "0.parquet", range(10))
+    ds = ms.read_parquet(tmp_path / "0.parquet")
+    len(ds)
+    spoil(tmp_path / "0.parquet", 1)
+    cursor = Cursor(bind(ds), Lane(0, 1, 1, Ledger()), 0, 0)
+    cursor.chunk, cursor.tried = 8, 1e-12  # as after a chunk was doubled, which will turn out not to pay
+    assert [next(cursor)[0]["id"] for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(ms.SourceError, match="row group 1 cannot be read"):
+        next(cursor)
 
 
 # -- threads and processes --------------------------------------------------------------------------------------------

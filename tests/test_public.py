@@ -61,6 +61,7 @@ LAYERS = [
     "_state",
     "_random",
     "_check",
+    "_bar",
     "attention",
     "quarantine",
     "failures",

@@ -509,6 +509,7 @@ class Cursor(Iterator):
             if len(positions) == 1:
                 raise
             self.chunk = 1  # what can still be read comes first; then the error meets whoever asks for its row
+            self.tried = 0.0
             rows = self.place.rows(positions[:1], self.keys, self.passes)
             items = rows.items()
         elapsed = time.perf_counter() - start

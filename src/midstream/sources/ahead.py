@@ -111,6 +111,8 @@ class Ahead(Generic[T]):
 
     def want(self, numbers: Iterable[int]) -> None:
         """These will be asked for next, in this order. Only a hint."""
+        if self.calls and self.cost < WORTH_S:
+            return
         with self.changed:
             for number in numbers:
                 if number not in self.kept and number not in self.waiting and number not in self.reading:
@@ -144,7 +146,9 @@ class Ahead(Generic[T]):
 
     def _start(self) -> None:
         """Start the thread where there is something for it to do."""
-        if self.wanted and self.thread.running is None and not self.thread.ended and self._room():
+        if not self.wanted or self.cost < WORTH_S or self.thread.running is not None or self.thread.ended:
+            return
+        if self._room():
             thread = threading.Thread(
                 target=_read_on, args=(weakref.ref(self), self.thread, self.read), name="midstream-ahead", daemon=True
             )

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import get_worker_info
 
+from midstream._bar import watched
 from midstream._check import require_name
 from midstream._state import State, fingerprint
 from midstream.core import I64, U64, Dataset, Place, Rows
@@ -174,7 +175,9 @@ class ParquetSource(Dataset):
                 else:
                     parts[number] = here, Rows([_without_views(sample) for sample in rows.samples], rows.origins)
 
-        for number in groups.store.at_hand_first(np.unique(numbers).tolist()):
+        needed = groups.store.at_hand_first(np.unique(numbers).tolist())
+        groups.store.want(needed[:0:-1])  # the thread helps, from the other end
+        for number in needed:
             here = np.flatnonzero(numbers == number)
             reader = groups.reader(number, len(here), release)
             try:
@@ -244,7 +247,7 @@ def _read_index(paths: tuple[str, ...], columns: tuple[str, ...] | None) -> _Ind
     files = list_files(paths, "read_parquet")
     # Each footer is a few round trips on an object store, so many are asked for at once.
     with ThreadPoolExecutor(min(16, len(files))) as pool:
-        footers = list(pool.map(_read_footer, files))
+        footers = list(watched(pool.map(_read_footer, files), "read_parquet: reading footers", len(files)))
     names = list(footers[0].types) if columns is None else list(columns)
     _check_columns(files, footers, names, everything=columns is None)
     sizes = np.array([size for footer in footers for size in footer.sizes], dtype=np.int64)
