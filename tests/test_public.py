@@ -63,6 +63,7 @@ LAYERS = [
     "_state",
     "_random",
     "_check",
+    "_bar",
     "attention",
     "metrics",
     "quarantine",

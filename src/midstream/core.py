@@ -27,7 +27,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import dill
 import numpy as np
@@ -59,6 +59,7 @@ __all__ = [
     "Lane",
     "OnError",
     "Origins",
+    "Part",
     "Place",
     "Rows",
     "Run",
@@ -163,6 +164,28 @@ class Rows:
         return Rows(samples, np.concatenate(pieces) if pieces else np.empty((0, 5), dtype=np.int64), sizes)
 
 
+class Part(NamedTuple):
+    """Positions of an input that make up (a part of) what is asked of a node.
+
+    Attributes:
+        place: The input.
+        positions: Its positions, int64, shape [j].
+        keys: uint64, shape [1] or [j]: see `Dataset._rows`.
+        passes: int64, shape [1] or [j].
+        here: Their places in what was asked for, int64, shape [j]; None where they are all of it, in order.
+    """
+
+    place: Place
+    positions: I64
+    keys: U64
+    passes: I64
+    here: I64 | None = None
+
+    def rows(self) -> Rows:
+        """The samples there."""
+        return self.place.rows(self.positions, self.keys, self.passes)
+
+
 def as_origin_array(origins: Origins) -> I64:
     """Origins of one sample as int64 of shape [m, 5]."""
     if type(origins) is tuple:
@@ -228,6 +251,13 @@ class Place:
         if self.trail is not None:
             self.trail.passed_on(rows.origins)
         return rows
+
+    def foretell(self, positions: I64, keys: U64, passes: I64) -> None:
+        """Tell the sources below, where they want to know, that these positions are read next. Only a hint."""
+        if self.node.reads_ahead:
+            self.node._foretell(positions)
+        for part in self.node._below(self, positions, keys, passes) or ():
+            part.place.foretell(part.positions, part.keys, part.passes)
 
     def iterate(self, lane: Lane, key: int, pass_: int) -> Iterator:
         """The stream face: a `Cursor` where there is random access."""
@@ -410,6 +440,7 @@ _MAX_CHUNK = 512
 _CHUNK_BYTES = 8 << 20
 _FAST, _SLOW, _LONG = 1e-3, 4e-3, 16e-3
 _SETTLED = 64  # chunks until a larger one is tried again
+_FORETOLD, _FAR = 8, 1 << 16  # sources are told of so many chunks at a time, and of no row further off
 
 
 class Cursor(Iterator):
@@ -440,6 +471,8 @@ class Cursor(Iterator):
         self.floor, self.cost = 1, 0.0
         self.tried, self.paid, self.settled = 0.0, False, 0  # cost of a row before the chunk was doubled; did that pay?
         self.chunk = min(lane.block, _MAX_CHUNK)  # what takes rows by blocks needs a whole one at once
+        self.sources = [each.node for each in place.walk() if each.node.reads_ahead]
+        self.foretold = 0  # up to which row of this lane
 
     @property
     def number(self) -> int:
@@ -480,16 +513,9 @@ class Cursor(Iterator):
 
     def _fill(self) -> None:
         first = self.first + self.count
-        numbers = np.arange(first, first + self.chunk, dtype=np.int64)
-        if self.lane.num_lanes > 1 or self.lane.index:
-            blocks, inside = np.divmod(numbers, self.block)
-            positions = (blocks * self.lane.num_lanes + self.lane.index) * self.block + inside
-        else:
-            positions = numbers
-        if self.length is not None and positions[-1] >= self.length:
-            positions = positions[positions < self.length]
-            if not positions.size:
-                raise StopIteration
+        positions = self._positions(first, first + self.chunk)
+        if not positions.size:
+            raise StopIteration
         start = time.perf_counter()
         try:
             rows = self._read(positions)
@@ -498,6 +524,7 @@ class Cursor(Iterator):
             if len(positions) == 1:
                 raise
             self.chunk = 1  # what can still be read comes first; then the error meets whoever asks for its row
+            self.tried = 0.0
             rows = self._read(positions[:1])
             items = rows.items()
         elapsed = time.perf_counter() - start
@@ -506,6 +533,30 @@ class Cursor(Iterator):
         self.lane.ledger.reads += 1
         first_sample = items[0][0] if items else rows.columns[:1].samples()[0]  # type: ignore[index]
         self._adapt(elapsed, elapsed / self.count, 2 * self.chunk * num_bytes(first_sample) <= _CHUNK_BYTES)
+        if self.sources:
+            self._foretell()
+
+    def _positions(self, first: int, stop: int) -> I64:
+        """Positions of the rows of this lane with these numbers, up to the end of the data."""
+        numbers = np.arange(first, stop, dtype=np.int64)
+        if self.lane.num_lanes > 1 or self.lane.index:
+            blocks, inside = np.divmod(numbers, self.block)
+            numbers = (blocks * self.lane.num_lanes + self.lane.index) * self.block + inside
+        if self.length is not None and numbers[-1] >= self.length:
+            numbers = numbers[numbers < self.length]
+        return numbers
+
+    def _foretell(self) -> None:
+        """While the consumer has the rows just read, sources that want to may read those that follow."""
+        after = self.first + self.count
+        first = max(after, self.foretold)
+        stop = min(first + _FORETOLD * self.chunk, after + _FAR)
+        if first < stop and any(node._wants_more() for node in self.sources):
+            self.foretold = stop
+            with contextlib.suppress(
+                Exception
+            ):  # whatever is wrong with rows that nobody has asked for is told with them
+                self.place.foretell(self._positions(first, stop), self.keys, self.passes)
 
     def _read(self, positions: I64) -> Rows:
         return self.place.rows(positions, self.keys, self.passes)
@@ -568,6 +619,7 @@ class Cursor(Iterator):
     def _load(self, state: State) -> None:
         self.first, self.told, self.block = state
         self.items, self.at, self.ahead, self.count = [], 0, None, 0
+        self.foretold = 0
 
 
 class TrackingCursor(Cursor):
@@ -713,6 +765,8 @@ class Dataset(IterableDataset[Any]):
     """Whether it gives one sample for each of its only input, in that order."""
     tracks: ClassVar[bool] = False
     """Whether it leaves something in its place's stash. It has ``kinds()`` then."""
+    reads_ahead: ClassVar[bool] = False
+    """Whether this is a source that may read what comes next before it is asked for: see `_foretell`."""
 
     # -- what a node implements ---------------------------------------------------------------------------------------
 
@@ -733,11 +787,13 @@ class Dataset(IterableDataset[Any]):
 
     def _length(self) -> int | None:
         """Number of samples of a random-access dataset; None when it is infinite."""
+        if self.one_to_one:
+            return self.inputs()[""].length()
         raise NotImplementedError(f"{type(self).__name__} has no length")
 
     def block_sizes(self) -> I64 | None:
         """Sizes of the natural blocks, in which reading one row costs a whole block; None where a block is a row."""
-        return None
+        return self.inputs()[""].block_sizes() if self.one_to_one else None
 
     def spec_fields(self) -> dict[str, State]:
         """What a checkpoint remembers of this node: plain values by name."""
@@ -751,8 +807,29 @@ class Dataset(IterableDataset[Any]):
             positions: int64, shape [k], each in [0, length).
             keys: uint64, shape [1] or [k]: the seed key of the pass each position belongs to.
             passes: int64, shape [1] or [k]: the number of that pass, for origins.
+
+        What only chooses and orders rows of its inputs says so in `_below`, and needs no `_rows` of its own.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no random access")
+        parts = self._below(at, positions, keys, passes)
+        if parts is None:
+            raise NotImplementedError(f"{type(self).__name__} has no random access")
+        if len(parts) == 1:
+            return parts[0].rows()
+        return Rows.scatter(len(positions), [(part.here, part.rows()) for part in parts])  # type: ignore[misc]
+
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part] | None:
+        """The positions of the inputs that the samples at ``positions`` are made of; None where that is not known.
+
+        Arguments as for `_rows`. So that sources can be told what comes next (`Place.foretell`).
+        """
+        return [Part(at.input, positions, keys, passes)] if self.one_to_one else None
+
+    def _wants_more(self) -> bool:
+        """Whether `_foretell` would be of use just now. Asked once a chunk."""
+        return False
+
+    def _foretell(self, positions: I64) -> None:
+        """Hear which positions (int64, shape [k]) are likely to be read next, in this order. May change no sample."""
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         """The running form in one lane, for one pass."""

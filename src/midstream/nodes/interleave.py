@@ -18,8 +18,8 @@ from midstream.core import (
     Item,
     Iterator,
     Lane,
+    Part,
     Place,
-    Rows,
     bind,
     pick,
     replaying,
@@ -266,10 +266,10 @@ class Interleave(Dataset):
             self._set("_layout_made", cached)
         return cached
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
         layout = self.layout()
         source, inside = layout.locate(positions)
-        parts: list[tuple[I64, Rows]] = []
+        parts: list[Part] = []
         order = np.argsort(source, kind="stable")
         ends = np.flatnonzero(np.diff(source[order], append=-1)) + 1
         start = 0
@@ -284,8 +284,8 @@ class Interleave(Dataset):
                 number, local = np.divmod(local, layout.lengths[index])
                 child_keys = pass_key(child_keys, number)
                 child_passes = child_passes * layout.repeats[index] + number
-            parts.append((here, child.rows(local, child_keys, child_passes)))
-        return Rows.scatter(len(positions), parts)
+            parts.append(Part(child, local, child_keys, child_passes, here))
+        return parts
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         if self.weights_by is not None:
