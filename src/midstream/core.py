@@ -393,7 +393,7 @@ class Iterator:
 
 _MAX_CHUNK = 512
 _CHUNK_BYTES = 8 << 20
-_FAST, _SLOW, _LONG = 1e-3, 4e-3, 16e-3
+_FAST, _SLOW, _LONG = 2e-3, 8e-3, 16e-3
 _SETTLED = 64  # chunks until a larger one is tried again
 
 
@@ -525,7 +525,8 @@ class Cursor(Iterator):
             self.floor = self.chunk
         room = room and self.chunk < _MAX_CHUNK
         if elapsed < _FAST:
-            self.chunk = min(2 * self.chunk, _MAX_CHUNK) if room else self.chunk
+            times = 4 if 4 * elapsed < _FAST and room and 4 * self.chunk <= _MAX_CHUNK else 2
+            self.chunk = min(times * self.chunk, _MAX_CHUNK) if room else self.chunk
         elif room and not self.settled and elapsed < (_LONG if self.paid else _SLOW):
             self.tried, self.chunk = cost, min(2 * self.chunk, _MAX_CHUNK)
         elif elapsed > _SLOW:
