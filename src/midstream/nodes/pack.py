@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ from midstream.nodes.flat_map import require_depth
 
 IGNORED = -100
 _EVERY = 16
-_MOST = 64
+_MOST, _TOKENS = 64, 1 << 14
 _GIVE_UP = 100_000
 _WINDOW, _MAX_WINDOW = 256, 1024
 _MIN_FILL = 0.95
@@ -192,6 +192,24 @@ def _fit_options(node: Pack) -> tuple[int, float]:
     return window, _MIN_FILL if node.min_fill is None else float(node.min_fill)
 
 
+class _Ahead(NamedTuple):
+    """Documents that a cursor has ahead as a column.
+
+    Attributes:
+        values: Those that were read together.
+        lengths: int64, of the usable ones ahead, with their separators.
+        origins: int64, shape [k, 5], of all values.
+        first: The number of the first one ahead.
+        odd: Whether what follows the usable ones has to be taken by itself.
+    """
+
+    values: list[Any]
+    lengths: npt.NDArray[np.int64]
+    origins: npt.NDArray[np.int64]
+    first: int
+    odd: bool
+
+
 class _Packer:
     """What both modes do: documents of samples, rows of pieces, and the counting."""
 
@@ -202,6 +220,7 @@ class _Packer:
         self.separator = np.array(node.separator, dtype=np.int64)
         self.bare, self.room = len(self.names) == 1, self.seq_len - len(node.separator)
         self.places = np.arange(self.seq_len, dtype=np.int64)
+        self.splits = node.overflow == "split"
         self.endless = node.source.infinite
         self.fruitless = 0
 
@@ -234,6 +253,41 @@ class _Packer:
             self.fruitless = 0
             return columns, 0, size, origins
         return self._odd(columns, size, origins, number)
+
+    def together(self, batch: int) -> int:
+        """How many rows are made at a time: a batch, which then needs no copy; of single rows, some thousand tokens."""
+        return min(batch if batch > 1 else max(1, _TOKENS // self.seq_len), _MOST)
+
+    def ahead(self, cursor: Cursor, most: int | None = None) -> _Ahead | None:
+        """Documents that come as a column, up to the first that is empty, or too long and not split."""
+        found = cursor.ahead_by_column()
+        if found is None or self.node.key not in found[0].names:
+            return None
+        columns, origins, first = found
+        column = columns.columns[columns.names.index(self.node.key)]
+        if column.dtype is None or column.dtype.kind not in "iu":
+            return None
+        stop = columns.length if most is None else min(columns.length, first + most)
+        lengths = column.lengths[first:stop]
+        odd = lengths == 0 if self.splits else (lengths == 0) | (lengths > self.room)
+        usable = int(odd.argmax()) if odd.any() else len(lengths)
+        if not usable:
+            return None
+        self.fruitless = 0
+        return _Ahead(column.values, lengths[:usable] + len(self.separator), origins, first, usable < len(lengths))
+
+    def with_separator(self, documents: list[Any]) -> list[Any]:
+        """The same, each with the separator at its end."""
+        if not len(self.separator):
+            return documents
+        kind = documents[0].dtype
+        fits = int(self.separator.max()) <= np.iinfo(kind).max
+        tail = self.separator.astype(kind) if fits else self.separator
+        return [np.concatenate((ids, tail)) for ids in documents]
+
+    def count_split(self, source: int, number: int) -> None:
+        """Tell that input ``number`` was longer than a row."""
+        self.ledger.count(self.path, self.pass_, number, {f"split|{self.path}|{source}": 1})
 
     def _odd(self, columns: tuple[npt.NDArray[Any], ...], size: int, origins: Origins, number: int) -> _Piece | None:
         """Empty and over-long documents."""
@@ -358,8 +412,8 @@ class _Concat(Iterator):
         self.packer, self.seq_len = packer, packer.seq_len
         self.source = SafePoint(upstream, _EVERY)
         self.made = 0
-        self.together = min(batch, _MOST)  # rows made at a time where documents come as columns
-        self.cursor = upstream if type(upstream) is Cursor and packer.bare and not packer.node.separator else None
+        self.together = packer.together(batch)
+        self.cursor = upstream if type(upstream) is Cursor and packer.bare else None
         self.ready: _Ready | None = None
         self._clear()
 
@@ -378,7 +432,7 @@ class _Concat(Iterator):
         if self.ready is not None:
             self.made += 1
             self.ready.at += 1
-            return self.ready.rows[self.ready.at - 1]
+            return self.ready.row(self.packer)
         while self.filled < self.seq_len:
             if self.start is None:
                 self.start, self.offset, self.taken = self.source.snapshot(), 0, 0
@@ -402,7 +456,7 @@ class _Concat(Iterator):
     def _make_ready(self, cursor: Cursor) -> None:
         """Make several rows at once of documents that come as columns; what is left over is held as ever.
 
-        Only documents that go into rows as they are: at an empty or over-long one this ends, and they are taken one by one.
+        At a document that is empty, or too long and not split, this ends, and they are taken one by one.
         """
         source, seq_len, packer = self.source, self.seq_len, self.packer
         began, before = source.number, (source.state_at, source.state)
@@ -414,29 +468,22 @@ class _Concat(Iterator):
         origins: list[Any] = []
         row_of_first, need = 0, self.together * seq_len - self.filled
         while need > 0:
-            found = cursor.ahead_by_column()
-            if found is None or packer.node.key not in found[0].names:
+            found = packer.ahead(cursor)
+            if found is None:
                 break
-            column = found[0].columns[found[0].names.index(packer.node.key)]
-            if column.dtype is None or column.dtype.kind not in "iu":
-                break
+            ends = found.lengths.cumsum()
+            taken = min(int(np.searchsorted(ends, need)) + 1, len(ends))
             if not views:
                 row_of_first = cursor.number
-            lengths = np.fromiter(map(len, column.values), dtype=np.int64, count=found[0].length)
-            odd = np.flatnonzero((lengths == 0) | (lengths > seq_len))
-            ends = lengths[: odd[0] if len(odd) else None].cumsum()
-            taken = min(int(np.searchsorted(ends, need)) + 1, len(ends))
-            if not taken:
-                break
-            views.extend(column.values[:taken])
-            origins.append(found[1][:taken])
+            here = slice(found.first, found.first + taken)
+            views.extend(packer.with_separator(found.values[here]))
+            origins.append(found.origins[here])
             cursor.pass_by(taken)
             need -= int(ends[taken - 1])
-            if len(odd) and taken == len(ends):
+            if found.odd and taken == len(ends):
                 break
         if not views:
             return
-        packer.fruitless = 0
         ready = _Ready(packer, self.pieces, views, np.concatenate(origins), began, row_of_first, cursor.block, before)
         held = ready.held()
         source.number = began + len(views)
@@ -545,6 +592,9 @@ class _Ready:
         self.at = 0
         count = int(self.starts[-1]) // self.seq_len
         self.rows: list[Item] = self._make(packer, count) if count else []
+        # Those that are longer than a row all begin in one of these rows, and are told with it.
+        long = np.flatnonzero(np.diff(self.starts[len(pieces) :]) > self.seq_len).tolist()
+        self.split = [(int(self.starts[len(pieces) + number]) // self.seq_len, number) for number in long]
 
     def _make(self, packer: _Packer, count: int) -> list[Item]:
         seq_len, starts = self.seq_len, self.starts
@@ -583,6 +633,13 @@ class _Ready:
             made = {"input_ids": id_rows[row], "labels": label_rows[row], "position_ids": position_rows[row]}
             rows.append(({**made, "seq_lens": lengths[a:b].copy()}, origins[a:b]))
         return rows
+
+    def row(self, packer: _Packer) -> Item:
+        """The row whose turn it is."""
+        while self.split and self.split[0][0] < self.at:
+            number = self.split.pop(0)[1]
+            packer.count_split(int(self.origins[number, 0]), self.began + number + 1)
+        return self.rows[self.at - 1]
 
     def cut(self, rows: int) -> tuple[int, int]:
         """The input in which so many rows end (or which comes next), and how many of its tokens are in them."""
