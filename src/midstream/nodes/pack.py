@@ -164,11 +164,7 @@ class Pack(Dataset):
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         packer = _Packer(self, at, lane, pass_)
         upstream = at.input.iterate(lane, key, pass_)
-        return (
-            _Concat(packer, upstream, lane.block)
-            if self.mode == "concat"
-            else _Fit(packer, upstream, *_fit_options(self))
-        )
+        return _Concat(packer, upstream) if self.mode == "concat" else _Fit(packer, upstream, *_fit_options(self))
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -221,6 +217,9 @@ class _Packer:
         self.bare, self.room = len(self.names) == 1, self.seq_len - len(node.separator)
         self.places = np.arange(self.seq_len, dtype=np.int64)
         self.splits = node.overflow == "split"
+        # Rows that are made together are a batch, which then needs no copy; of single ones, some thousand tokens.
+        self.alone = lane.block <= 1
+        self.together = min(max(1, _TOKENS // self.seq_len) if self.alone else lane.block, _MOST)
         self.endless = node.source.infinite
         self.fruitless = 0
 
@@ -254,10 +253,6 @@ class _Packer:
             return columns, 0, size, origins
         return self._odd(columns, size, origins, number)
 
-    def together(self, batch: int) -> int:
-        """How many rows are made at a time: a batch, which then needs no copy; of single rows, some thousand tokens."""
-        return min(batch if batch > 1 else max(1, _TOKENS // self.seq_len), _MOST)
-
     def ahead(self, cursor: Cursor, most: int | None = None) -> _Ahead | None:
         """Documents that come as a column, up to the first that is empty, or too long and not split."""
         found = cursor.ahead_by_column()
@@ -280,9 +275,7 @@ class _Packer:
         """The same, each with the separator at its end."""
         if not len(self.separator):
             return documents
-        kind = documents[0].dtype
-        fits = int(self.separator.max()) <= np.iinfo(kind).max
-        tail = self.separator.astype(kind) if fits else self.separator
+        tail = self._like(self.separator, documents[0])
         return [np.concatenate((ids, tail)) for ids in documents]
 
     def count_split(self, source: int, number: int) -> None:
@@ -332,6 +325,58 @@ class _Packer:
             raise ValueError(f"columns of one document have one value per token each; found the lengths {lengths}")
         return columns
 
+    def block(
+        self, tokens: list[npt.NDArray[Any]], begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], count: int
+    ) -> list[dict[str, npt.NDArray[Any]]]:
+        """Rows that are filled by ``tokens`` one after the other; ``begins`` and ``lengths`` are of what lies in them."""
+        shape = count, self.seq_len
+        ids, id_rows = rows_of_block(shape, np.int64)
+        labels, label_rows = rows_of_block(shape, np.int64)
+        positions, position_rows = rows_of_block(shape, np.int64)
+        if len({each.dtype for each in tokens}) == 1:
+            # One cast: numpy's own takes twice as long for many short arrays.
+            ids.reshape(-1)[:] = np.concatenate(tokens)
+        else:
+            np.concatenate(tokens, out=ids.reshape(-1), casting="unsafe")
+        labels[:] = ids
+        labels.reshape(-1)[begins] = IGNORED
+        places = self.places
+        np.concatenate([places[:length] for length in lengths.tolist()], out=positions.reshape(-1))
+        if self.alone:  # whoever keeps one of them shall not keep all
+            id_rows, label_rows, position_rows = (
+                [row.copy() for row in of] for of in (id_rows, label_rows, position_rows)
+            )
+        names = _MADE[:3]
+        return [dict(zip(names, of)) for of in zip(id_rows, label_rows, position_rows)]
+
+    def rows(self, rows: list[list[_Piece]]) -> list[Item]:
+        """Several rows at once, as `row` makes each, with fewer of numpy's calls. Of bare documents of one row each."""
+        seq_len, pieces = self.seq_len, [piece for row in rows for piece in row]
+        padding = self._like(np.array([self.node.pad_id]), pieces[0][0][0]).repeat(seq_len)
+        tokens: list[npt.NDArray[Any]] = []
+        fills: list[int] = []
+        for row in rows:
+            tokens.extend(columns[0][start:stop] for columns, start, stop, _ in row)
+            fills.append(sum(stop - start for _, start, stop, _ in row))
+            if fills[-1] < seq_len:
+                tokens.append(padding[fills[-1] :])
+        lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
+        made = self.block(tokens, lengths.cumsum() - lengths, lengths, len(rows))
+        sizes = np.array([stop - start for _, start, stop, _ in pieces], dtype=np.int32)
+        origins = self._origins(pieces)
+        items: list[Item] = []
+        last = 0
+        for row, fill, arrays in zip(rows, fills, made):
+            first, last = last, last + len(row)
+            arrays["labels"][fill:] = IGNORED
+            arrays["seq_lens"] = sizes[first:last].copy()
+            items.append((arrays, origins[first:last]))
+        return items
+
+    def _like(self, tokens: npt.NDArray[np.int64], ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Tokens of our own in the dtype of a document's, where that holds them."""
+        return tokens.astype(ids.dtype) if int(tokens.max()) <= np.iinfo(ids.dtype).max else tokens
+
     def row(self, pieces: list[_Piece], number: int) -> Item:
         """One row of these pieces, with their origins; ``number`` counts the lane's rows."""
         seq_len, names = self.seq_len, self.names
@@ -347,7 +392,7 @@ class _Packer:
         if total < seq_len:
             ids[total:], labels[total:] = self.node.pad_id, IGNORED
             positions[total:] -= total
-            self._of_row(number, {f"padding tokens|{self.path}|-1": seq_len - total})
+            self.count_padding(number, total)
         row = {"input_ids": ids, "labels": labels, "position_ids": positions, "seq_lens": lengths}
         for index in range(1, len(names)):
             values = np.concatenate([columns[index][a:b] for columns, a, b, _ in pieces])
@@ -385,6 +430,11 @@ class _Packer:
                     counts[key] = counts.get(key, 0) + count
         self._of_row(number, counts)
 
+    def count_padding(self, number: int, fill: int) -> None:
+        """Tell what is no token in a row."""
+        if fill < self.seq_len:
+            self._of_row(number, {f"padding tokens|{self.path}|-1": self.seq_len - fill})
+
     def _of_row(self, number: int, counts: Mapping[str, int]) -> None:
         self.ledger.count(f"{self.path} rows", self.pass_, number, counts)
 
@@ -408,11 +458,10 @@ def _source(origins: Origins) -> int:
 class _Concat(Iterator):
     """Documents joined and cut."""
 
-    def __init__(self, packer: _Packer, upstream: Iterator, batch: int) -> None:
+    def __init__(self, packer: _Packer, upstream: Iterator) -> None:
         self.packer, self.seq_len = packer, packer.seq_len
         self.source = SafePoint(upstream, _EVERY)
         self.made = 0
-        self.together = packer.together(batch)
         self.cursor = upstream if type(upstream) is Cursor and packer.bare else None
         self.ready: _Ready | None = None
         self._clear()
@@ -466,7 +515,7 @@ class _Concat(Iterator):
             return
         views: list[Any] = []
         origins: list[Any] = []
-        row_of_first, need = 0, self.together * seq_len - self.filled
+        row_of_first, need = 0, packer.together * seq_len - self.filled
         while need > 0:
             found = packer.ahead(cursor)
             if found is None:
@@ -602,23 +651,11 @@ class _Ready:
         last = int(np.searchsorted(starts, total))  # documents that begin before the end
         tokens = [*(columns[0][a:b] for columns, a, b, _ in self.pieces), *self.views][:last]
         tokens[-1] = tokens[-1][: total - int(starts[last - 1])]
-        ids, id_rows = rows_of_block((count, seq_len), np.int64)
-        labels, label_rows = rows_of_block((count, seq_len), np.int64)
-        positions, position_rows = rows_of_block((count, seq_len), np.int64)
-        if len({each.dtype for each in tokens}) == 1:
-            ids.reshape(-1)[:] = np.concatenate(
-                tokens
-            )  # one cast; numpy's own takes twice as long for many short arrays
-        else:
-            np.concatenate(tokens, out=ids.reshape(-1), casting="unsafe")
         begins = np.concatenate((starts[:last], np.arange(0, total, seq_len)))
         begins.sort()
         lengths = np.diff(begins, append=total)
         begins, lengths = begins[lengths > 0], lengths[lengths > 0]
-        labels[:] = ids
-        labels.reshape(-1)[begins] = IGNORED
-        places = packer.places
-        np.concatenate([places[:length] for length in lengths.tolist()], out=positions.reshape(-1))
+        made = packer.block(tokens, begins, lengths, count)
         document = np.searchsorted(starts, begins, side="right") - 1
         held = [(*origin[:3], origin[3] * PARTS, start) for _, start, _, origin in self.pieces]
         of_views = self.origins * np.array([1, 1, 1, PARTS, 0])
@@ -629,9 +666,9 @@ class _Ready:
         ends = np.searchsorted(begins, np.arange(seq_len, total + 1, seq_len)).tolist()
         lengths = lengths.astype(np.int32)
         rows: list[Item] = []
-        for row, (a, b) in enumerate(zip([0, *ends], ends)):
-            made = {"input_ids": id_rows[row], "labels": label_rows[row], "position_ids": position_rows[row]}
-            rows.append(({**made, "seq_lens": lengths[a:b].copy()}, origins[a:b]))
+        for row, a, b in zip(made, [0, *ends], ends):
+            row["seq_lens"] = lengths[a:b].copy()
+            rows.append((row, origins[a:b]))
         return rows
 
     def row(self, packer: _Packer) -> Item:
@@ -679,11 +716,20 @@ class _Ready:
         }
 
 
+def _pieces(columns: tuple[npt.NDArray[Any], ...], size: int, room: int, origins: Origins) -> list[_Piece]:
+    """A document in pieces of at most a row."""
+    if size <= room:
+        return [(columns, 0, size, origins)]
+    return [(columns, start, min(start + room, size), origins) for start in range(0, size, room)]
+
+
 class _Fit(Iterator):
     """Documents packed whole, a window at a time, best fit decreasing."""
 
     def __init__(self, packer: _Packer, upstream: Iterator, window: int, min_fill: float) -> None:
         self.packer, self.upstream, self.window = packer, upstream, window
+        self.cursor = upstream if type(upstream) is Cursor and packer.bare else None
+        self.given = 0  # rows, to make together what is a batch
         self.least = min_fill * packer.seq_len
         self.number, self.made = 0, 0  # inputs before the window, row numbers used before it
         self.start: State = None
@@ -698,12 +744,15 @@ class _Fit(Iterator):
         self.taken = 0
         self.rows: list[list[_Piece]] | None = None  # once the window is packed
         self.at = 0
+        self.ready: list[Item] = []  # those of them that are made, the next one last
         self.next_waiting: list[int] = []  # inputs of this window that wait for the next
 
     def _next(self) -> Item:
         while True:
             if self.rows is None:
                 while self.taken < self.window:
+                    if self._take_column(self.window - self.taken):
+                        continue
                     try:
                         item = self._take()
                     except StopIteration:
@@ -713,16 +762,50 @@ class _Fit(Iterator):
                 self._pack()
             assert self.rows is not None
             if self.at < len(self.rows):
-                pieces = self.rows[self.at]
-                self.at += 1
-                number = self.made + 1 + self.at
+                row = self._row(self.rows)
                 if self.at == len(self.rows):
                     self._roll()
-                return self.packer.row(pieces, number)
+                return row
             ended = self.taken < self.window
             self._roll()
             if ended:
                 raise StopIteration
+
+    def _row(self, rows: list[list[_Piece]]) -> Item:
+        """The next row of the window."""
+        packer, number = self.packer, self.made + 2 + self.at
+        if not self.ready:
+            group = rows[self.at : self.at + packer.together - self.given % packer.together]
+            plain = packer.bare and all(type(piece[3]) is tuple for row in group for piece in row)
+            self.ready = packer.rows(group)[::-1] if plain else []
+        pieces = rows[self.at]
+        self.at += 1
+        self.given += 1
+        if not self.ready:
+            return packer.row(pieces, number)
+        packer.count_padding(number, sum(stop - start for _, start, stop, _ in pieces))
+        return self.ready.pop()
+
+    def _take_column(self, most: int) -> bool:
+        """Hold up to so many documents that come as a column; whether there were any."""
+        found = None if self.cursor is None else self.packer.ahead(self.cursor, most)
+        if found is None:
+            return False
+        assert self.cursor is not None
+        if self.start is None:
+            self.start = self.upstream.snapshot()
+        packer, taken = self.packer, len(found.lengths)
+        here = slice(found.first, found.first + taken)
+        sizes, documents = found.lengths.tolist(), packer.with_separator(found.values[here])
+        if not packer.node.separator:  # copied, as by `_split`
+            documents = np.split(np.concatenate(documents), found.lengths.cumsum()[:-1])
+        for number, (ids, size, origins) in enumerate(zip(documents, sizes, found.origins[here].tolist()), self.taken):
+            self.held[number] = _pieces((ids,), size, packer.seq_len, tuple(origins))
+            if size > packer.seq_len:
+                packer.count_split(origins[0], self.number + number + 1)
+        self.cursor.pass_by(taken)
+        self.taken += taken
+        return True
 
     def _take(self) -> Item | None:
         """Hold one more document; a failure is passed on at once."""
@@ -742,10 +825,7 @@ class _Fit(Iterator):
         """A document in pieces of at most a row, copied: a view would keep its whole chunk in memory."""
         columns, _, stop, origins = document
         columns = tuple(column if column.base is None else column.copy() for column in columns)
-        size = self.packer.seq_len
-        if stop <= size:
-            return [(columns, 0, stop, origins)]
-        return [(columns, start, min(start + size, stop), origins) for start in range(0, stop, size)]
+        return _pieces(columns, stop, self.packer.seq_len, origins)
 
     def _pack(self) -> None:
         """Make the window's rows; those that are not full enough wait, unless this is the end or one has waited."""
@@ -815,7 +895,10 @@ class _Fit(Iterator):
 
     def _again(self, count: int) -> None:
         """Take inputs that were taken before."""
-        for _ in range(count):
+        last = self.taken + count
+        while self.taken < last:
+            if self._take_column(last - self.taken):
+                continue
             try:
                 self._take()
             except StopIteration:
@@ -836,18 +919,18 @@ def best_fit(lengths: list[int], size: int) -> list[list[int]]:
     [[0, 3], [1, 2, 4]]
     """
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    room: list[int] = []  # free tokens and row in one integer, ascending
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # stable: equals stay in order
         length = lengths[index]
-        place = bisect_left(room, (length, -1))
+        place = bisect_left(room, length << 32)
         if place < len(room):
-            free, row = room.pop(place)
+            free, row = divmod(room.pop(place), 1 << 32)
             rows[row].append(index)
         else:
             free, row = size, len(rows)
             rows.append([index])
         if free > length:
-            insort(room, (free - length, row))
+            insort(room, (free - length << 32) + row)
     return sorted(map(sorted, rows))
 
 
