@@ -349,28 +349,27 @@ class _Packer:
         names = _MADE[:3]
         return [dict(zip(names, of)) for of in zip(id_rows, label_rows, position_rows)]
 
-    def rows(self, rows: list[list[_Piece]]) -> list[Item]:
-        """Several rows at once, as `row` makes each, with fewer of numpy's calls. Of bare documents of one row each."""
+    def rows(self, rows: list[list[_Piece]], fills: list[int]) -> list[Item]:
+        """Several rows of bare documents at once, as `row` makes each, with fewer of numpy's calls."""
         seq_len, pieces = self.seq_len, [piece for row in rows for piece in row]
         padding = self._like(np.array([self.node.pad_id]), pieces[0][0][0]).repeat(seq_len)
         tokens: list[npt.NDArray[Any]] = []
-        fills: list[int] = []
-        for row in rows:
-            tokens.extend(columns[0][start:stop] for columns, start, stop, _ in row)
-            fills.append(sum(stop - start for _, start, stop, _ in row))
-            if fills[-1] < seq_len:
-                tokens.append(padding[fills[-1] :])
+        for row, fill in zip(rows, fills):
+            tokens += [columns[0][start:stop] for columns, start, stop, _ in row]
+            if fill < seq_len:
+                tokens.append(padding[fill:])
         lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
         made = self.block(tokens, lengths.cumsum() - lengths, lengths, len(rows))
         sizes = np.array([stop - start for _, start, stop, _ in pieces], dtype=np.int32)
         origins = self._origins(pieces)
+        one_each = len(origins) == len(pieces)
         items: list[Item] = []
         last = 0
         for row, fill, arrays in zip(rows, fills, made):
             first, last = last, last + len(row)
             arrays["labels"][fill:] = IGNORED
             arrays["seq_lens"] = sizes[first:last].copy()
-            items.append((arrays, origins[first:last]))
+            items.append((arrays, origins[first:last] if one_each else self._origins(row)))
         return items
 
     def _like(self, tokens: npt.NDArray[np.int64], ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -744,7 +743,9 @@ class _Fit(Iterator):
         self.taken = 0
         self.rows: list[list[_Piece]] | None = None  # once the window is packed
         self.at = 0
+        self.fill: list[int] = []  # tokens of each
         self.ready: list[Item] = []  # those of them that are made, the next one last
+        self.tokens: int | None = 0  # all that are held, once counted
         self.next_waiting: list[int] = []  # inputs of this window that wait for the next
 
     def _next(self) -> Item:
@@ -776,14 +777,12 @@ class _Fit(Iterator):
         packer, number = self.packer, self.made + 2 + self.at
         if not self.ready:
             group = rows[self.at : self.at + packer.together - self.given % packer.together]
-            plain = packer.bare and all(type(piece[3]) is tuple for row in group for piece in row)
-            self.ready = packer.rows(group)[::-1] if plain else []
-        pieces = rows[self.at]
-        self.at += 1
+            self.ready = packer.rows(group, self.fill[self.at :])[::-1] if packer.bare else []
+        at, self.at = self.at, self.at + 1
         self.given += 1
         if not self.ready:
-            return packer.row(pieces, number)
-        packer.count_padding(number, sum(stop - start for _, start, stop, _ in pieces))
+            return packer.row(rows[at], number)
+        packer.count_padding(number, self.fill[at])
         return self.ready.pop()
 
     def _take_column(self, most: int) -> bool:
@@ -798,13 +797,15 @@ class _Fit(Iterator):
         here = slice(found.first, found.first + taken)
         sizes, documents = found.lengths.tolist(), packer.with_separator(found.values[here])
         if not packer.node.separator:  # copied, as by `_split`
-            documents = np.split(np.concatenate(documents), found.lengths.cumsum()[:-1])
+            whole, ends = np.concatenate(documents), found.lengths.cumsum().tolist()
+            documents = [whole[end - size : end] for end, size in zip(ends, sizes)]
         for number, (ids, size, origins) in enumerate(zip(documents, sizes, found.origins[here].tolist()), self.taken):
             self.held[number] = _pieces((ids,), size, packer.seq_len, tuple(origins))
             if size > packer.seq_len:
                 packer.count_split(origins[0], self.number + number + 1)
         self.cursor.pass_by(taken)
         self.taken += taken
+        self.tokens = None
         return True
 
     def _take(self) -> Item | None:
@@ -817,7 +818,7 @@ class _Fit(Iterator):
         if type(sample) is not Hole:
             document = self.packer.document(sample, origins, self.number + self.taken)
         if type(document) is tuple:
-            self.held[self.taken - 1] = self._split(document)
+            self.held[self.taken - 1], self.tokens = self._split(document), None
             return None
         return None if document is None else (document, origins)
 
@@ -845,6 +846,7 @@ class _Fit(Iterator):
             self.packer.drop([pieces[member] for member in rows[dropped]], self.made + 1)
             fill[dropped] = 0
         self.rows = [[pieces[member] for member in row] for row, tokens in zip(rows, fill) if tokens]
+        self.fill = [tokens for tokens in fill if tokens]
 
     def _roll(self) -> None:
         """On to the next window."""
@@ -855,12 +857,14 @@ class _Fit(Iterator):
         self._clear()
         self.start = None
         if waiting:
-            self.waiting, self.bits, self.back = waiting, bits, back
+            self.waiting, self.bits, self.back, self.tokens = waiting, bits, back, None
 
     def _tokens(self) -> int:
         """Tokens held, to tell whether a replay found what was there."""
-        fresh = (piece for pieces in self.held.values() for piece in pieces)
-        return sum(stop - start for group in (self.waiting, fresh) for _, start, stop, _ in group)
+        if self.tokens is None:
+            fresh = (piece for pieces in self.held.values() for piece in pieces)
+            self.tokens = sum(stop - start for group in (self.waiting, fresh) for _, start, stop, _ in group)
+        return self.tokens
 
     def _state(self) -> State:
         if self.start is None:
@@ -885,7 +889,7 @@ class _Fit(Iterator):
             self._again(self.window)
             waiting = [pieces[-1] for number, pieces in self.held.items() if bits >> number & 1]
             self._clear()
-            self.waiting, self.bits, self.back = waiting, bits, state["source"]
+            self.waiting, self.bits, self.back, self.tokens = waiting, bits, state["source"], None
             self.number, self.start = state["number"], self.upstream.snapshot()
         self._again(state["taken"])
         _require_tokens(self.packer.path, self._tokens(), state["tokens"])
@@ -903,6 +907,9 @@ class _Fit(Iterator):
                 self._take()
             except StopIteration:
                 return  # the tokens tell
+
+
+_ROW = (1 << 32) - 1
 
 
 def best_fit(lengths: list[int], size: int) -> list[list[int]]:
@@ -924,7 +931,8 @@ def best_fit(lengths: list[int], size: int) -> list[list[int]]:
         length = lengths[index]
         place = bisect_left(room, length << 32)
         if place < len(room):
-            free, row = divmod(room.pop(place), 1 << 32)
+            found = room.pop(place)
+            free, row = found >> 32, found & _ROW
             rows[row].append(index)
         else:
             free, row = size, len(rows)
