@@ -326,30 +326,45 @@ class _Packer:
         return columns
 
     def block(
-        self, tokens: list[npt.NDArray[Any]], begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], count: int
+        self,
+        tokens: list[npt.NDArray[Any]],
+        begins: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+        count: int,
+        done: int,
     ) -> list[dict[str, npt.NDArray[Any]]]:
-        """Rows that are filled by ``tokens`` one after the other; ``begins`` and ``lengths`` are of what lies in them."""
-        shape = count, self.seq_len
-        ids, id_rows = rows_of_block(shape, np.int64)
-        labels, label_rows = rows_of_block(shape, np.int64)
-        positions, position_rows = rows_of_block(shape, np.int64)
-        if len({each.dtype for each in tokens}) == 1:
-            # One cast: numpy's own takes twice as long for many short arrays.
-            ids.reshape(-1)[:] = np.concatenate(tokens)
-        else:
-            np.concatenate(tokens, out=ids.reshape(-1), casting="unsafe")
-        labels[:] = ids
-        labels.reshape(-1)[begins] = IGNORED
-        places = self.places
-        np.concatenate([places[:length] for length in lengths.tolist()], out=positions.reshape(-1))
-        if self.alone:  # whoever keeps one of them shall not keep all
-            id_rows, label_rows, position_rows = (
-                [row.copy() for row in of] for of in (id_rows, label_rows, position_rows)
-            )
-        names = _MADE[:3]
-        return [dict(zip(names, of)) for of in zip(id_rows, label_rows, position_rows)]
+        """Rows that are filled by ``tokens`` one after the other; ``begins`` and ``lengths`` are of what lies in them.
 
-    def rows(self, rows: list[list[_Piece]], fills: list[int]) -> list[Item]:
+        ``done`` rows were made before, so that those of one batch are made together.
+        """
+        if len({each.dtype for each in tokens}) == 1:
+            joined = np.concatenate(tokens)  # cast below: numpy's own cast takes twice as long for many short arrays
+        else:
+            joined = np.empty(count * self.seq_len, dtype=np.int64)
+            np.concatenate(tokens, out=joined, casting="unsafe")
+        made: list[dict[str, npt.NDArray[Any]]] = []
+        at = 0
+        while len(made) < count:
+            rows = min(self.together - (done + len(made)) % self.together, count - len(made))
+            start, stop = len(made) * self.seq_len, (len(made) + rows) * self.seq_len
+            last = int(np.searchsorted(begins, stop))
+            ids, id_rows = rows_of_block((rows, self.seq_len), np.int64)
+            labels, label_rows = rows_of_block((rows, self.seq_len), np.int64)
+            positions, position_rows = rows_of_block((rows, self.seq_len), np.int64)
+            ids.reshape(-1)[:] = joined[start:stop]
+            labels[:] = ids
+            labels.reshape(-1)[begins[at:last] - start] = IGNORED
+            places = [self.places[:length] for length in lengths[at:last].tolist()]
+            np.concatenate(places, out=positions.reshape(-1))
+            if self.alone:  # whoever keeps one of them shall not keep all
+                id_rows, label_rows, position_rows = (
+                    [row.copy() for row in of] for of in (id_rows, label_rows, position_rows)
+                )
+            made += [dict(zip(_MADE, of)) for of in zip(id_rows, label_rows, position_rows)]
+            at = last
+        return made
+
+    def rows(self, rows: list[list[_Piece]], fills: list[int], done: int) -> list[Item]:
         """Several rows of bare documents at once, as `row` makes each, with fewer of numpy's calls."""
         seq_len, pieces = self.seq_len, [piece for row in rows for piece in row]
         padding = self._like(np.array([self.node.pad_id]), pieces[0][0][0]).repeat(seq_len)
@@ -359,7 +374,7 @@ class _Packer:
             if fill < seq_len:
                 tokens.append(padding[fill:])
         lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
-        made = self.block(tokens, lengths.cumsum() - lengths, lengths, len(rows))
+        made = self.block(tokens, lengths.cumsum() - lengths, lengths, len(rows), done)
         sizes = np.array([stop - start for _, start, stop, _ in pieces], dtype=np.int32)
         origins = self._origins(pieces)
         one_each = len(origins) == len(pieces)
@@ -514,7 +529,7 @@ class _Concat(Iterator):
             return
         views: list[Any] = []
         origins: list[Any] = []
-        row_of_first, need = 0, packer.together * seq_len - self.filled
+        row_of_first, need = 0, (packer.together - self.made % packer.together) * seq_len - self.filled
         while need > 0:
             found = packer.ahead(cursor)
             if found is None:
@@ -532,7 +547,9 @@ class _Concat(Iterator):
                 break
         if not views:
             return
-        ready = _Ready(packer, self.pieces, views, np.concatenate(origins), began, row_of_first, cursor.block, before)
+        ready = _Ready(
+            packer, self.pieces, views, np.concatenate(origins), began, row_of_first, cursor.block, before, self.made
+        )
         held = ready.held()
         source.number = began + len(views)
         source.state_at = source.number - source.number % _EVERY
@@ -631,6 +648,7 @@ class _Ready:
         first: int,
         block: int,
         before: tuple[int, State],
+        done: int,
     ) -> None:
         self.seq_len, self.pieces, self.views, self.origins = packer.seq_len, pieces, views, origins
         self.began, self.first, self.block, self.before = began, first, block, before
@@ -639,12 +657,12 @@ class _Ready:
         np.cumsum(sizes, out=self.starts[1:])
         self.at = 0
         count = int(self.starts[-1]) // self.seq_len
-        self.rows: list[Item] = self._make(packer, count) if count else []
+        self.rows: list[Item] = self._make(packer, count, done) if count else []
         # Those that are longer than a row all begin in one of these rows, and are told with it.
         long = np.flatnonzero(np.diff(self.starts[len(pieces) :]) > self.seq_len).tolist()
         self.split = [(int(self.starts[len(pieces) + number]) // self.seq_len, number) for number in long]
 
-    def _make(self, packer: _Packer, count: int) -> list[Item]:
+    def _make(self, packer: _Packer, count: int, done: int) -> list[Item]:
         seq_len, starts = self.seq_len, self.starts
         total = count * seq_len
         last = int(np.searchsorted(starts, total))  # documents that begin before the end
@@ -654,7 +672,7 @@ class _Ready:
         begins.sort()
         lengths = np.diff(begins, append=total)
         begins, lengths = begins[lengths > 0], lengths[lengths > 0]
-        made = packer.block(tokens, begins, lengths, count)
+        made = packer.block(tokens, begins, lengths, count, done)
         document = np.searchsorted(starts, begins, side="right") - 1
         held = [(*origin[:3], origin[3] * PARTS, start) for _, start, _, origin in self.pieces]
         of_views = self.origins * np.array([1, 1, 1, PARTS, 0])
@@ -777,7 +795,7 @@ class _Fit(Iterator):
         packer, number = self.packer, self.made + 2 + self.at
         if not self.ready:
             group = rows[self.at : self.at + packer.together - self.given % packer.together]
-            self.ready = packer.rows(group, self.fill[self.at :])[::-1] if packer.bare else []
+            self.ready = packer.rows(group, self.fill[self.at :], self.given)[::-1] if packer.bare else []
         at, self.at = self.at, self.at + 1
         self.given += 1
         if not self.ready:
