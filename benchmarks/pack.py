@@ -55,7 +55,7 @@ def copied(data: datasets.Dataset) -> Iterator[Any]:
     """Documents joined, as pieces of a row's length; nothing goes on from one block to the next."""
     for documents in views(data):
         joined = np.concatenate(documents).astype(np.int64)
-        yield from np.array_split(joined, len(joined) // SEQ_LEN)
+        yield from joined[: len(joined) // SEQ_LEN * SEQ_LEN].reshape(-1, SEQ_LEN)
 
 
 def numpy_rows(data: datasets.Dataset) -> Iterator[Any]:
