@@ -813,6 +813,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 self.pin_memory,
             )
             self._iterator = inner
+        elif self.num_workers == 0 and not self.pin_memory:
+            # In this process, and nothing of torchdata between: what it keeps count of, a batch, costs more than the batch.
+            self._iterator = inner = runner.read(0, runner.epoch, runner.plan)
         else:
             double = self._double(runner)
             if (

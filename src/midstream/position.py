@@ -62,8 +62,8 @@ class Tally:
             part, tokens = origins[:, 3], origins[:, 4]
             other.rows = self.rows + np.bincount(source[part == 0], minlength=size)
             if tokens.any():
-                np.add.at(counted := self.tokens.copy(), source, tokens)
-                other.tokens = counted
+                # As floats the counts of a batch are exact; `np.add.at` takes five times as long.
+                other.tokens = self.tokens + np.bincount(source, tokens, minlength=size).astype(np.int64)
                 source = source[(tokens == 0) | (part % PARTS == 0)]  # further pieces of a document are no samples
             other.samples = self.samples + np.bincount(source, minlength=size)
         return other._with(events)
