@@ -61,6 +61,7 @@ PUBLIC = [
 LAYERS = [
     "errors",
     "_state",
+    "_paths",
     "_random",
     "_check",
     "_bar",

@@ -189,7 +189,7 @@ def place(loader: Any) -> Any:
     leaves = {name: json.loads(text) for name, text in state["lanes"].items() if text}
     for leaf in leaves.values():
         for counted in ("samples", "rows", "events", "crc"):
-            del leaf[counted]
+            leaf.pop(counted, None)
     return {**state, "lanes": leaves, "excluded": ""}
 
 

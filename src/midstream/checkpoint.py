@@ -15,11 +15,12 @@
     }
 
 A rank's state holds the lanes l = rank (mod world size); a merged state holds all. Each lane is one string, empty before
-it has anything to say, else a JSON object; its entries, of which all but "samples", "rows" and "events" may be missing:
+it has anything to say, else a JSON object; its entries, of which all but "samples" may be missing:
 
-    "samples", "rows": [..]     delivered over the whole run, by source (as numbered in "spec")
+    "samples", "rows": [..]     delivered over the whole run, by source (as numbered in "spec"); no "rows" where they are equal
     "tokens": [..]              the same for tokens, where the pipeline packs them
-    "events"                    {"filtered|path|source": 12, ...}: dropped and failed over the whole run
+    "events"                    {"filtered": {"7": 12, "3|1": 4}, ...}: dropped and failed over the whole run, by number of the
+                                node (see _paths.py) and source
     "at"                        [epoch, batches, steps_done, finished]: where the rank stood that saved this as its first lane;
                                 finished: 1 when it had come to its end of the epoch, and others perhaps had not
     "tracked"                   {path: {source: {metric: [...]}}}: totals of what is tracked (see metrics.py), of the whole
@@ -28,8 +29,9 @@ it has anything to say, else a JSON object; its entries, of which all but "sampl
     "ahead": [[first, stride, count], ...]  random access: batches that are done though they are not below "batches"
     "lane"                      streams: {"epoch", "rounds", "done", "state", "marks"}: the lane's epoch (an earlier one than
                                 the run's when something was left over), batches made in it, whether it ended, the nodes'
-                                state, and up to where events were counted; "dealt": the batch size by which rows were dealt
-                                to lanes, where it is not this one; "edits": where in the lane weights were changed
+                                state, and up to where events were counted, by number of the node; "dealt": the batch size by
+                                which rows were dealt to lanes, where it is not this one; "edits": where in the lane weights
+                                were changed
     "crc"                       check number of the text before it
 
 Random access needs "batches" alone to go on, and what is "ahead" where a rank lost whole batches; streams need their lanes.
@@ -41,10 +43,10 @@ by "at", and ranks at different steps are noticed.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from midstream._paths import Paths
 from midstream._state import State, copy_plain, decode, digest, encode, seal, unseal
 from midstream.core import FORMAT
 from midstream.errors import CheckpointError, bullet_list
@@ -99,8 +101,9 @@ class Canonical:
         self.rest: str = state["rest"]
         self.edits: str = _edits(state.get("edits", ""))
         self.excluded: str = _excluded(state.get("excluded", ""))
+        paths = Paths(self.spec)
         self.lanes: dict[int, dict[str, Any] | None] = {
-            int(key): _lane(key, value) for key, value in state["lanes"].items()
+            int(key): _lane(key, value, paths) for key, value in state["lanes"].items()
         }
         spoken = [lane for lane in self.lanes.values() if lane is not None]
         self.finished = False
@@ -243,7 +246,6 @@ def _is_lane(key: str, num_lanes: int) -> bool:
     return len(key) < 12 and int(key) < num_lanes and key == f"{int(key):04d}"
 
 
-_EVENT = re.compile(r"([^|]+)\|[^|]*\|(-1|\d{1,6})", re.DOTALL)
 _MOST_AHEAD = 10_000_000
 
 
@@ -284,14 +286,8 @@ def _placed(value: Any) -> bool:
 
 _PARTS: dict[str, tuple[bool, Callable[[Any], bool]]] = {
     "samples": (True, _counts),
-    "rows": (True, _counts),
+    "rows": (False, _counts),
     "tokens": (False, _counts),
-    "events": (
-        True,
-        lambda events: (
-            isinstance(events, dict) and all(_EVENT.fullmatch(key) and _count(count) for key, count in events.items())
-        ),
-    ),
     "at": (False, lambda mark: _counts(mark, 4)),
     "tracked": (False, valid),
     "told": (False, lambda told: _counts(told, 2)),
@@ -301,7 +297,8 @@ _PARTS: dict[str, tuple[bool, Callable[[Any], bool]]] = {
 """The entries of a lane: whether it must be there, and what it must look like."""
 
 
-def _lane(key: str, text: str) -> dict[str, Any] | None:
+def _lane(key: str, text: str, paths: Paths) -> dict[str, Any] | None:
+    """A lane, decoded, with nodes by path."""
     if not text:
         return None
     try:
@@ -315,7 +312,32 @@ def _lane(key: str, text: str) -> dict[str, Any] | None:
     for name, (needed, good) in _PARTS.items():
         if not (good(lane[name]) if name in lane else not needed):
             raise CheckpointError(f"this state is damaged: lane {key} has no valid {name!r}: {lane.get(name)!r:.60}")
+    try:
+        lane["events"] = paths.events(lane.get("events", {}))
+        if "lane" in lane:
+            lane["lane"]["marks"] = paths.marks(lane["lane"]["marks"], lane["lane"]["epoch"])
+    except ValueError as error:
+        raise CheckpointError(f"this state is damaged: lane {key} counts what its pipeline has not ({error})") from None
+    lane.setdefault("rows", lane["samples"].copy())
     return lane
+
+
+def lane_text(lane: Mapping[str, Any], paths: Paths) -> str:
+    """What `_lane` decodes."""
+    lane = {name: part for name, part in lane.items() if name != "crc"}
+    if lane["rows"] == lane["samples"]:
+        del lane["rows"]
+    events = lane.pop("events")
+    if events:
+        lane["events"] = paths.short_events(events)
+    if "lane" in lane:
+        lane["lane"] = run_state(lane["lane"], paths)
+    return seal(encode(lane))
+
+
+def run_state(run: Mapping[str, Any], paths: Paths) -> dict[str, State]:
+    """A lane's "lane" with nodes by number."""
+    return {**run, "marks": paths.short_marks(run["marks"], run["epoch"])}
 
 
 def merge_states(states: Sequence[State]) -> dict[str, State]:
@@ -399,12 +421,12 @@ def settle(state: dict[str, State]) -> tuple[dict[str, State], Canonical]:
 def render(canonical: Canonical, state: dict[str, State]) -> dict[str, State]:
     """``state`` with everything that ``canonical`` says, after it was changed."""
     position = [canonical.epoch, canonical.batches, canonical.steps_done]
-    lanes = dict.fromkeys(state["lanes"], "")
+    lanes, paths = dict.fromkeys(state["lanes"], ""), Paths(canonical.spec)
     for index, lane in canonical.lanes.items():
         if lane is not None:
             if "at" in lane:
                 lane["at"] = [*position, 0]
-            lanes[f"{index:04d}"] = seal(encode({name: part for name, part in lane.items() if name != "crc"}))
+            lanes[f"{index:04d}"] = lane_text(lane, paths)
     return {
         **copy_plain({**state, "lanes": {}}),
         "fingerprint": canonical.fingerprint,

@@ -235,6 +235,7 @@ class Ledger:
 
     Attributes:
         marks: For each node that drops samples the highest (pass, input number) it has counted.
+        moved: Which of them moved since whoever keeps their text has looked.
         events: Counts since the last delivery, keyed ``kind|path|source index``.
         tracked: What was tracked since the last delivery.
         notices: (key, text) of warnings for the user, to be given once.
@@ -243,10 +244,11 @@ class Ledger:
         reads: Grows when a source of the lane gives anything: tells an empty pass from one of which nothing was left.
     """
 
-    __slots__ = ("events", "limits", "marks", "notices", "reads", "tracked", "writes")
+    __slots__ = ("events", "limits", "marks", "moved", "notices", "reads", "tracked", "writes")
 
     def __init__(self, *, writes: bool = True) -> None:
         self.marks: dict[str, list[int]] = {}
+        self.moved: set[str] = set()
         self.events: dict[str, int] = {}
         self.notices: list[tuple[str, str]] = []
         self.limits: dict[str, int | ErrorRate] = {}
@@ -269,6 +271,7 @@ class Ledger:
         if self.marks.get(mark, _NEVER) >= [pass_, number]:
             return False
         self.marks[mark] = [pass_, number]
+        self.moved.add(mark)
         return True
 
     def track(self, path: str, source: int, kinds: Mapping[str, str], values: Sequence[tuple[Any, ...]]) -> None:

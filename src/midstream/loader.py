@@ -788,8 +788,15 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             runner.epoch = epoch.epoch
         else:
             super().load_state_dict({})
+            facts = epoch.facts
             runner = Runner(
-                epoch.facts.running, topology, epoch.num_lanes, epoch.epoch, epoch.plan(), self._turns(topology, 0)
+                facts.running,
+                facts.paths,
+                topology,
+                epoch.num_lanes,
+                epoch.epoch,
+                epoch.plan(),
+                self._turns(topology, 0),
             )
             if self.num_workers > 0 and not self._in_threads:
                 if self.persistent_workers:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from midstream._paths import Paths
 from midstream._state import Fragment, State, decode, encode, seal
-from midstream.checkpoint import Canonical
+from midstream.checkpoint import Canonical, run_state
 from midstream.core import FORMAT, I64, PARTS, Dataset, bind
 from midstream.errors import Origin
 from midstream.failures import add_counts, failed_in
@@ -154,6 +155,11 @@ class Facts:
         """The pipeline as data, encoded: made when a state is first asked for."""
         return encode(self.pipeline.spec())
 
+    @functools.cached_property
+    def paths(self) -> Paths:
+        """Numbers of the nodes."""
+        return Paths(decode(self.spec))
+
     def left_out(self, batch: int) -> int:
         """Rows that an epoch of a sized pipeline leaves out when ``batch`` is the first batch that nobody makes.
 
@@ -250,7 +256,8 @@ class Position:
                 again = lane.get("at", [0])[-1] and not canonical.over and not canonical.finished
                 self.tallies[index] = Tally(self.num_sources, lane).settled(not again)
                 if lane.get("lane") is not None:
-                    self.states[index], self.decoded[index] = encode(lane["lane"]), lane["lane"]
+                    self.states[index] = encode(run_state(lane["lane"], facts.paths))
+                    self.decoded[index] = lane["lane"]
         for number, errors in self.told_before.items():
             if number >= self.start and self._mine(number):
                 self.told = {**self.told, number: errors}
@@ -524,9 +531,14 @@ class Position:
         if not text and not more and (tally is None or not (tally.samples.any() or tally.events)):
             return ""
         tally = tally or Tally(self.num_sources)
-        counts = {"samples": tally.samples.tolist(), "rows": tally.rows.tolist(), "events": tally.events}
-        tokens = {"tokens": tally.tokens.tolist()} if tally.tokens.any() else {}
-        body = encode({**counts, **tokens, **(more or {})})
+        parts: dict[str, State] = {"samples": tally.samples.tolist(), **(more or {})}
+        if tally.rows is not tally.samples and (tally.rows != tally.samples).any():
+            parts["rows"] = tally.rows.tolist()
+        if tally.tokens.any():
+            parts["tokens"] = tally.tokens.tolist()
+        if tally.events:
+            parts["events"] = self.facts.paths.short_events(tally.events)
+        body = encode(parts)
         return seal(f'{body[:-1]},"lane":{text}}}' if text else body)
 
     def _by_leaf(self, numbers: list[int]) -> dict[int, list[int]]:

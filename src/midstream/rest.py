@@ -156,7 +156,7 @@ def adopt(canonical: Canonical, pipeline: Dataset, *, strict: bool) -> list[str]
     if pipeline.random_access:
         given = _adopt_random(canonical, pipeline, old if other_mix else None, size, lines)
     else:
-        _adopt_stream(canonical, new if other_mix else None, size, bool(above), lines)
+        _adopt_stream(canonical, pipeline, (old, new) if other_mix else None, size, bool(above), lines)
     if other_mix:
         _rename(canonical, source_names(canonical.spec), source_names(here))
         canonical.edits = note_load(canonical, _find(bind(pipeline)).path, weights_of(old), weights_of(new), given)
@@ -231,9 +231,17 @@ def _counts(
     return counts
 
 
-def _adopt_stream(canonical: Canonical, mix_spec: State, size: int, above: bool, lines: list[str]) -> None:
-    inputs = None if mix_spec is None else sorted(mix_spec["inputs"])
-    if inputs is not None and above:
+def _adopt_stream(
+    canonical: Canonical,
+    pipeline: Dataset,
+    mixes: tuple[State, State] | None,
+    size: int,
+    above: bool,
+    lines: list[str],
+) -> None:
+    """``mixes``: the specs of the mix as it was and as it is, where it is another one."""
+    was, mix_spec = mixes or ({}, {})
+    if mixes is not None and above:
         raise _refusal(lines, "in a stream, only a mix right below the batch can change")
     for index, lane in canonical.lanes.items():
         if lane is None:
@@ -245,18 +253,20 @@ def _adopt_stream(canonical: Canonical, mix_spec: State, size: int, above: bool,
             continue
         if canonical.batches or canonical.steps_done:
             run.setdefault("dealt", size)
-        if inputs is None or run["state"] is None:
+        if mixes is None or run["state"] is None:
             continue
         try:
             number, since, mix = run["state"]
             if since:
                 raise _refusal(lines, "a batch is half read; save the state after a batch, not after an error")
-            kept = {name: mix["inputs"][name][:3] for name in inputs if name in mix["inputs"]}
+            saved = dict(zip(sorted(was["inputs"]), mix["inputs"], strict=True))
+            kept = [saved[name][:3] if name in saved else None for name in sorted(mix_spec["inputs"])]
             changed: dict[str, Any] = {"picks": 0, "ended": False, "inputs": kept}
             if "schedule" in mix_spec:
                 if "phase" not in mix and "weights_by" in mix_spec:
                     raise _refusal(lines, "without a schedule it was not counted how much the mix has given")
                 changed["phase"] = [0, 0, mix["phase"][2] if "phase" in mix else mix["picks"]]
+                changed["of"] = _find(bind(pipeline)).path
             run["state"] = [number, 0, changed]
             run.pop("edits", None)
         except (KeyError, TypeError, ValueError) as error:

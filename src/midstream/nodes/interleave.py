@@ -320,7 +320,7 @@ class _InterleaveIterator(Iterator):
         # The state of an input is made again only after it was read: with hundreds of them, most were not.
         self.texts = [""] * len(self.names)
         self.touched = set(range(len(self.names)))
-        self.by_name = [(f"{encode(name)}:", index) for name, index in sorted(zip(self.names, range(len(self.names))))]
+        self.by_name = [index for _, index in sorted(zip(self.names, range(len(self.names))))]
         self._use(0, node.weights)
 
     def _open(self, name: str, number: int) -> Iterator:
@@ -453,9 +453,11 @@ class _InterleaveIterator(Iterator):
         for index in self.touched:
             self.texts[index] = encode(self._input_state(index, self.children[index]))
         self.touched.clear()
-        inputs = ",".join([name + self.texts[index] for name, index in self.by_name])
-        state = {"picks": self.picks, "ended": self.ended, "inputs": Fragment(f"{{{inputs}}}")}
-        return {**state, "phase": [self.phase, self.start, self.given]} if self.node.later else state
+        inputs = ",".join([self.texts[index] for index in self.by_name])
+        state: dict[str, State] = {"picks": self.picks, "ended": self.ended, "inputs": Fragment(f"[{inputs}]")}
+        if self.node.later:
+            state["phase"], state["of"] = [self.phase, self.start, self.given], self.at.path
+        return state
 
     def _load_input(self, index: int, state: list[State]) -> None:
         """What an input's state has beyond pass, flags and its own."""
@@ -475,12 +477,15 @@ class _InterleaveIterator(Iterator):
                 self._use(-1 - self.edit, check_weights(weights, self.names, self.at.path))
         self.touched = set(range(len(self.names)))
         inputs = copy_plain(state["inputs"]) if type(state["inputs"]) is Fragment else state["inputs"]
-        for index, (name, child) in enumerate(zip(self.names, self.children)):
-            if name not in inputs:
+        if len(inputs) != len(self.names):
+            raise ValueError(f"{len(inputs)} inputs of a mix of {len(self.names)}")
+        for index, saved in zip(self.by_name, inputs):
+            if saved is None:
                 continue  # new since the state was saved: it begins at its beginning
-            self._load_input(index, inputs[name])
-            child.number, child.flags, source = inputs[name][:3]
-            child.source = self._open(name, child.number)
+            child = self.children[index]
+            self._load_input(index, saved)
+            child.number, child.flags, source = saved[:3]
+            child.source = self._open(self.names[index], child.number)
             child.source.load(source)
 
 
