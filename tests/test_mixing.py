@@ -617,6 +617,33 @@ def test_what_can_never_be_counted_fails_once_each_and_the_mix_ends() -> None:
     assert (errors, sorted(flat(found))) == (7, list(range(10_000, 10_012)))
 
 
+# -- passes in passes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_passes_nested_too_deep_are_refused_before_anything_is_read(stream: bool) -> None:
+    """They are numbered in 64 bits: one more factor, and it was an epoch in the middle of a run that could not be read."""
+
+    def part(k: int) -> Dataset:
+        data = source(k, 3 + k)
+        return data.filter(lambda row: True) if stream else data
+
+    two = ms.interleave({"web": part(0), "code": part(1)}, stopping_strategy="all_exhausted")
+    inner = ms.interleave({"inner": two, "math": part(2)}, stopping_strategy="all_exhausted", name="outer")
+    for pipeline in (inner.repeat(2).repeat(), inner.repeat(1 << 7)):
+        if stream:
+            path = "repeat > outer > inner/interleave: endless passes"
+            with pytest.raises(
+                ValueError, match=path.replace("repeat >", "repeat#2 > repeat >") if pipeline.infinite else path
+            ):
+                ms.DataLoader(pipeline, batch_size=2, lanes=1)
+        else:  # by position it is known how many passes there are
+            assert next(iter(ms.DataLoader(pipeline, batch_size=None))) >= 0
+    deepest = ms.DataLoader(inner.repeat(1 << 6), batch_size=2, lanes=1)
+    deepest.set_epoch((1 << 16) - 1)
+    assert len(list(itertools.islice(deepest, 40))) == 40
+
+
 # -- max_epochs ------------------------------------------------------------------------------------------------------------
 
 

@@ -266,6 +266,14 @@ class Interleave(Dataset):
             self._set("_layout_made", cached)
         return cached
 
+    def times(self, key: str, exact: bool) -> int:
+        """Passes over a dataset that starts over."""
+        if self.stopping_strategy != "all_exhausted":
+            return 1
+        if not exact or not self.random_access:
+            return PASSES
+        return self.layout().repeats[list(self.inputs()).index(key)]
+
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
         layout = self.layout()
         source, inside = layout.locate(positions)
