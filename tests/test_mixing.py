@@ -617,6 +617,24 @@ def test_what_can_never_be_counted_fails_once_each_and_the_mix_ends() -> None:
     assert (errors, sorted(flat(found))) == (7, list(range(10_000, 10_012)))
 
 
+# -- arguments -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "weights", [[2, 1], [2], [], (0.7, 0.3), np.array([2, 1]), 2, "web", [("web", 2), ("code", 1)]]
+)
+def test_weights_without_names_are_refused_for_what_they_are(weights: Any) -> None:
+    with pytest.raises(TypeError, match=r"interleave takes weights by name.*\{'web': 1, 'code': 1\}.*found "):
+        ms.interleave({"web": source(0, 9), "code": source(1, 9)}, weights)
+    with pytest.raises(TypeError, match="interleave takes datasets by name.*found list"):
+        ms.interleave([source(0, 9), source(1, 9)], weights)  # type: ignore[arg-type]
+
+
+def test_weights_of_other_names_are_told_whatever_the_names_are() -> None:
+    with pytest.raises(ValueError, match=r"expected \['code', 'web'\], found \[0, 'web'\]"):
+        ms.interleave({"web": source(0, 9), "code": source(1, 9)}, {"web": 1, 0: 2})  # type: ignore[dict-item]
+
+
 # -- passes in passes -----------------------------------------------------------------------------------------------------
 
 

@@ -93,6 +93,11 @@ def interleave(
         )
     if weights is None:
         weights = dict.fromkeys(datasets, 1)
+    if not isinstance(weights, (Mapping, Schedule)):
+        raise TypeError(
+            f"interleave takes weights by name, as the datasets, like {{{', '.join(f'{key!r}: 1' for key in datasets)}}}, or a "
+            f"midstream.schedule of them; found {weights!r:.60}"
+        )
     phases = weights.phases if isinstance(weights, Schedule) else ((0, tuple(weights.items())),)
     checked = tuple((border, check_weights(dict(pairs), list(datasets), "interleave")) for border, pairs in phases)
     require_name(name, "interleave")
