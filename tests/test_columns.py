@@ -249,16 +249,25 @@ def deliveries(ds: Dataset, lane: Lane, state: Any = None, most: int = 10_000) -
     seq_len=st.sampled_from([1, 4, 8, 16]),
     overflow=st.sampled_from(["split", "truncate", "drop"]),
     last=st.sampled_from(["pad", "drop"]),
+    separator=st.sampled_from([None, 7, [1 << 40, 7]]),
+    mode=st.sampled_from([{"mode": "concat"}, {"mode": "fit", "window": 7}, {"mode": "fit", "min_fill": 0.0}]),
     lane=st.sampled_from([(0, 1, 1), (0, 1, 8), (1, 2, 3), (2, 3, 64)]),
     data=st.data(),
 )
 def test_documents_are_packed_from_columns_as_from_samples(
-    sizes: list[int], seq_len: int, overflow: Any, last: Any, lane: tuple[int, int, int], data: st.DataObject
+    sizes: list[int],
+    seq_len: int,
+    overflow: Any,
+    last: Any,
+    separator: Any,
+    mode: Any,
+    lane: tuple[int, int, int],
+    data: st.DataObject,
 ) -> None:
     rows = {"input_ids": [[row] * size for row, size in enumerate(sizes)]}
     types = pa.schema({"input_ids": pa.list_(pa.int32())})
     source = ms.from_dataset(datasets.Dataset(datasets.table.InMemoryTable(pa.table(rows, types)))).shuffle(1)
-    options = {"overflow": overflow, "last": last}
+    options = {"overflow": overflow, "last": last, "separator": separator if seq_len > 2 else None, **mode}
     columns, samples = source.pack(seq_len, **options), source.map(same).pack(seq_len, **options)
     expected = deliveries(samples, Lane(*lane, Ledger()))
     assert deliveries(columns, Lane(*lane, Ledger())) == expected

@@ -21,12 +21,13 @@ import dataclasses
 import functools
 import os
 import pickle
+import sys
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import dill
 import numpy as np
@@ -35,6 +36,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._random import fold, salt
 from midstream._state import MISSING, State, copy_plain, fingerprint
+from midstream.bare import divided_by_nobody, divided_by_trainer
 from midstream.breadcrumbs import Trail
 from midstream.columns import Columns
 from midstream.errors import CheckpointError, MidstreamError, Origin, ReplayDiverged, TooManyErrors
@@ -57,6 +59,7 @@ __all__ = [
     "Lane",
     "OnError",
     "Origins",
+    "Part",
     "Place",
     "Rows",
     "Run",
@@ -162,6 +165,28 @@ class Rows:
         return Rows(samples, np.concatenate(pieces) if pieces else np.empty((0, 5), dtype=np.int64), sizes)
 
 
+class Part(NamedTuple):
+    """Positions of an input that make up (a part of) what is asked of a node.
+
+    Attributes:
+        place: The input.
+        positions: Its positions, int64, shape [j].
+        keys: uint64, shape [1] or [j]: see `Dataset._rows`.
+        passes: int64, shape [1] or [j].
+        here: Their places in what was asked for, int64, shape [j]; None where they are all of it, in order.
+    """
+
+    place: Place
+    positions: I64
+    keys: U64
+    passes: I64
+    here: I64 | None = None
+
+    def rows(self) -> Rows:
+        """The samples there."""
+        return self.place.rows(self.positions, self.keys, self.passes)
+
+
 def as_origin_array(origins: Origins) -> I64:
     """Origins of one sample as int64 of shape [m, 5]."""
     if type(origins) is tuple:
@@ -227,6 +252,13 @@ class Place:
         if self.trail is not None:
             self.trail.passed_on(rows.origins)
         return rows
+
+    def foretell(self, positions: I64, keys: U64, passes: I64) -> None:
+        """Tell the sources below, where they want to know, that these positions are read next. Only a hint."""
+        if self.node.reads_ahead:
+            self.node._foretell(positions)
+        for part in self.node._below(self, positions, keys, passes) or ():
+            part.place.foretell(part.positions, part.keys, part.passes)
 
     def iterate(self, lane: Lane, key: int, pass_: int) -> Iterator:
         """The stream face: a `Cursor` where there is random access."""
@@ -407,8 +439,9 @@ class Iterator:
 
 _MAX_CHUNK = 512
 _CHUNK_BYTES = 8 << 20
-_FAST, _SLOW, _LONG = 1e-3, 4e-3, 16e-3
+_FAST, _SLOW, _LONG = 2e-3, 8e-3, 16e-3
 _SETTLED = 64  # chunks until a larger one is tried again
+_FORETOLD, _FAR = 8, 1 << 16  # sources are told of so many chunks at a time, and of no row further off
 
 
 class Cursor(Iterator):
@@ -431,7 +464,7 @@ class Cursor(Iterator):
         self.length = place.node.length()
         self.first = 0  # number, in this lane, of the first item read ahead
         self.items: list[Item] = []
-        self.ahead: Rows | None = None  # the same, while nobody asked for them one by one
+        self.ahead: Rows | None = None  # the same, where they are taken by column; then no items until one is asked for
         self.count = 0  # how many are read ahead
         self.by_block = False
         self.at = 0
@@ -439,6 +472,8 @@ class Cursor(Iterator):
         self.floor, self.cost = 1, 0.0
         self.tried, self.paid, self.settled = 0.0, False, 0  # cost of a row before the chunk was doubled; did that pay?
         self.chunk = min(lane.block, _MAX_CHUNK)  # what takes rows by blocks needs a whole one at once
+        self.sources = [each.node for each in place.walk() if each.node.reads_ahead]
+        self.foretold = 0  # up to which row of this lane
 
     @property
     def number(self) -> int:
@@ -457,8 +492,8 @@ class Cursor(Iterator):
     def _next(self) -> Item:
         if self.at == self.count:
             self._fill()
-        if self.ahead is not None:
-            self.items, self.ahead = self.ahead.items(), None
+        if not self.items and self.ahead is not None:
+            self.items = self.ahead.items()
         at = self.at
         item = self.items[at]
         if type(item[0]) is Hole:
@@ -479,16 +514,9 @@ class Cursor(Iterator):
 
     def _fill(self) -> None:
         first = self.first + self.count
-        numbers = np.arange(first, first + self.chunk, dtype=np.int64)
-        if self.lane.num_lanes > 1 or self.lane.index:
-            blocks, inside = np.divmod(numbers, self.block)
-            positions = (blocks * self.lane.num_lanes + self.lane.index) * self.block + inside
-        else:
-            positions = numbers
-        if self.length is not None and positions[-1] >= self.length:
-            positions = positions[positions < self.length]
-            if not positions.size:
-                raise StopIteration
+        positions = self._positions(first, first + self.chunk)
+        if not positions.size:
+            raise StopIteration
         start = time.perf_counter()
         try:
             rows = self._read(positions)
@@ -497,6 +525,7 @@ class Cursor(Iterator):
             if len(positions) == 1:
                 raise
             self.chunk = 1  # what can still be read comes first; then the error meets whoever asks for its row
+            self.tried = 0.0
             rows = self._read(positions[:1])
             items = rows.items()
         elapsed = time.perf_counter() - start
@@ -504,13 +533,38 @@ class Cursor(Iterator):
         self.ahead, self.count = (None, len(items)) if items else (rows, len(rows.origins))
         self.lane.ledger.reads += 1
         first_sample = items[0][0] if items else rows.columns[:1].samples()[0]  # type: ignore[index]
-        self._adapt(elapsed, elapsed / self.count, 2 * self.chunk * num_bytes(first_sample) <= _CHUNK_BYTES)
+        most = min(_MAX_CHUNK, _CHUNK_BYTES // max(1, num_bytes(first_sample)))
+        self._adapt(elapsed, elapsed / self.count, most)
+        if self.sources:
+            self._foretell()
+
+    def _positions(self, first: int, stop: int) -> I64:
+        """Positions of the rows of this lane with these numbers, up to the end of the data."""
+        numbers = np.arange(first, stop, dtype=np.int64)
+        if self.lane.num_lanes > 1 or self.lane.index:
+            blocks, inside = np.divmod(numbers, self.block)
+            numbers = (blocks * self.lane.num_lanes + self.lane.index) * self.block + inside
+        if self.length is not None and numbers[-1] >= self.length:
+            numbers = numbers[numbers < self.length]
+        return numbers
+
+    def _foretell(self) -> None:
+        """While the consumer has the rows just read, sources that want to may read those that follow."""
+        after = self.first + self.count
+        first = max(after, self.foretold)
+        stop = min(first + _FORETOLD * self.chunk, after + _FAR)
+        if first < stop and any(node._wants_more() for node in self.sources):
+            self.foretold = stop
+            # Whatever is wrong with rows that nobody has asked for is told with them.
+            with contextlib.suppress(Exception):
+                self.place.foretell(self._positions(first, stop), self.keys, self.passes)
 
     def _read(self, positions: I64) -> Rows:
         return self.place.rows(positions, self.keys, self.passes)
 
-    def ahead_by_column(self) -> tuple[Columns, I64] | None:
-        """What is read ahead, as columns, and its origins; call `pass_by` for what was taken of it.
+    def ahead_by_column(self) -> tuple[Columns, I64, int] | None:
+        """What was read together, as columns, with its origins, and the number of the first that is still ahead; call
+        `pass_by` for what was taken.
 
         None where samples must be taken one by one: there are no columns, a failure is being told, or this is the end.
         """
@@ -526,25 +580,26 @@ class Cursor(Iterator):
         rows = self.ahead
         if rows is None or rows.columns is None or self.told:
             return None
-        return rows.columns[self.at :], rows.origins[self.at :]
+        return rows.columns, rows.origins, self.at
 
     def pass_by(self, number: int) -> None:
         """So many samples of `ahead_by_column` were taken."""
         self.at += number
 
-    def _adapt(self, elapsed: float, cost: float, room: bool) -> None:
-        """Choose the size of the next chunk; ``cost`` is of a row, both in seconds."""
+    def _adapt(self, elapsed: float, cost: float, most: int) -> None:
+        """Choose the size of the next chunk, ``most`` rows if it grows; ``cost`` is of a row, both in seconds."""
         if self.tried:
             self.paid, self.tried = cost < 0.75 * self.tried, 0.0
             if not self.paid:
                 self.chunk, self.settled = self.chunk // 2, _SETTLED
                 return
             self.floor = self.chunk
-        room = room and self.chunk < _MAX_CHUNK
+        room = self.chunk < most
         if elapsed < _FAST:
-            self.chunk = min(2 * self.chunk, _MAX_CHUNK) if room else self.chunk
+            # A run has many lanes, each with a cursor that begins small: four times where that is fast enough too.
+            self.chunk = min((4 if 4 * elapsed < _FAST else 2) * self.chunk, most) if room else self.chunk
         elif room and not self.settled and elapsed < (_LONG if self.paid else _SLOW):
-            self.tried, self.chunk = cost, min(2 * self.chunk, _MAX_CHUNK)
+            self.tried, self.chunk = cost, min(2 * self.chunk, most)
         elif elapsed > _SLOW:
             self._shrink(cost)
         self.settled = max(0, self.settled - 1)
@@ -567,6 +622,7 @@ class Cursor(Iterator):
     def _load(self, state: State) -> None:
         self.first, self.told, self.block = state
         self.items, self.at, self.ahead, self.count = [], 0, None, 0
+        self.foretold = 0
 
 
 class TrackingCursor(Cursor):
@@ -712,6 +768,8 @@ class Dataset(IterableDataset[Any]):
     """Whether it gives one sample for each of its only input, in that order."""
     tracks: ClassVar[bool] = False
     """Whether it leaves something in its place's stash. It has ``kinds()`` then."""
+    reads_ahead: ClassVar[bool] = False
+    """Whether this is a source that may read what comes next before it is asked for: see `_foretell`."""
 
     # -- what a node implements ---------------------------------------------------------------------------------------
 
@@ -732,11 +790,13 @@ class Dataset(IterableDataset[Any]):
 
     def _length(self) -> int | None:
         """Number of samples of a random-access dataset; None when it is infinite."""
+        if self.one_to_one:
+            return self.inputs()[""].length()
         raise NotImplementedError(f"{type(self).__name__} has no length")
 
     def block_sizes(self) -> I64 | None:
         """Sizes of the natural blocks, in which reading one row costs a whole block; None where a block is a row."""
-        return None
+        return self.inputs()[""].block_sizes() if self.one_to_one else None
 
     def spec_fields(self) -> dict[str, State]:
         """What a checkpoint remembers of this node: plain values by name."""
@@ -750,8 +810,29 @@ class Dataset(IterableDataset[Any]):
             positions: int64, shape [k], each in [0, length).
             keys: uint64, shape [1] or [k]: the seed key of the pass each position belongs to.
             passes: int64, shape [1] or [k]: the number of that pass, for origins.
+
+        What only chooses and orders rows of its inputs says so in `_below`, and needs no `_rows` of its own.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no random access")
+        parts = self._below(at, positions, keys, passes)
+        if parts is None:
+            raise NotImplementedError(f"{type(self).__name__} has no random access")
+        if len(parts) == 1:
+            return parts[0].rows()
+        return Rows.scatter(len(positions), [(part.here, part.rows()) for part in parts])  # type: ignore[misc]
+
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part] | None:
+        """The positions of the inputs that the samples at ``positions`` are made of; None where that is not known.
+
+        Arguments as for `_rows`. So that sources can be told what comes next (`Place.foretell`).
+        """
+        return [Part(at.input, positions, keys, passes)] if self.one_to_one else None
+
+    def _wants_more(self) -> bool:
+        """Whether `_foretell` would be of use just now. Asked once a chunk."""
+        return False
+
+    def _foretell(self, positions: I64) -> None:
+        """Hear which positions (int64, shape [k]) are likely to be read next, in this order. May change no sample."""
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         """The running form in one lane, for one pass."""
@@ -874,7 +955,7 @@ class Dataset(IterableDataset[Any]):
 
     # -- pickling and hidden slots ------------------------------------------------------------------------------------
 
-    _kept_slots: ClassVar[tuple[str, ...]] = ("_waiting", "_epoch")
+    _kept_slots: ClassVar[tuple[str, ...]] = ("_waiting", "_epoch", "_divided")
     _by_value: ClassVar[tuple[str, ...]] = ()
 
     def _set(self, name: str, value: Any) -> None:
@@ -925,6 +1006,8 @@ class Dataset(IterableDataset[Any]):
 
         In a worker of a bare StatefulDataLoader the worker is a lane.
         """
+        if "_divided" not in self.__dict__ and divided_by_nobody(self._in_words, sys._getframe(1)):
+            self._set("_divided", True)
         worker = get_worker_info()
         index, num_lanes = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         run = Run(self, index, num_lanes, self.__dict__.get("_epoch", 0))
@@ -996,6 +1079,9 @@ class Dataset(IterableDataset[Any]):
             raise sample.errors[0].error()
         return sample
 
+    def _in_words(self) -> str:
+        return f"this dataset ({self.summary()} of {', '.join(bind(self).names)})"
+
     def state_dict(self) -> State:
         """The state of the iteration in progress (or, before any, of its start). Plain values, fresh each time."""
         waiting = self.__dict__.get("_waiting")
@@ -1025,6 +1111,8 @@ class Dataset(IterableDataset[Any]):
         """Choose the epoch of the next fresh ``iter()`` (a loaded state brings its own)."""
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"epoch is an integer of at least 0; found {epoch!r}")
+        if "_divided" not in self.__dict__ and divided_by_trainer(self._in_words, sys._getframe(1)):
+            self._set("_divided", True)  # said once
         self._set("_epoch", epoch)
 
     # -- verbs (the only place where a lower file names a higher one) --------------------------------------------------

@@ -708,7 +708,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if self._foreign:
             return super().__iter__()
         batches = self._iterate()
-        return batches if self._placed is None else Told(self, batches, lambda: batches._epoch.complete, self._placed)
+        if self._placed is None:
+            return batches
+        last, samples = lambda: batches._epoch.complete, lambda: self._samples_of_last_round(batches._epoch)
+        return Told(self, batches, last, samples, self._placed)
 
     def _iterate(self) -> _LoaderIterator:
         if self._started_for_now():
@@ -811,6 +814,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 self.pin_memory,
             )
             self._iterator = inner
+        elif self.num_workers == 0 and not self.pin_memory:
+            # In this process, and nothing of torchdata between: what it keeps count of, a batch, costs more than the batch.
+            self._iterator = inner = runner.read(0, runner.epoch, runner.plan)
         else:
             double = self._double(runner)
             if (
@@ -1270,6 +1276,27 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     @_is_accelerate_prepared.setter
     def _is_accelerate_prepared(self, value: bool) -> None:
         pass
+
+    def _samples_of_last_round(self, epoch: Position) -> int:
+        """What Accelerate calls the remainder: that many of the first samples, of all ranks in their order, are no repeats."""
+        ranks = epoch.topology.world_size
+        if ranks == 1 or epoch.total is None or epoch.turns is None or self.remainder == "uneven":
+            return 0
+        first = epoch.start + (epoch.turns - 1) * ranks
+        repeats = max(0, first + ranks - epoch.total)
+        in_order = epoch.start % ranks == 0 and not epoch.ahead
+        if (samples := epoch.facts.samples(first, first + ranks)) is not None and in_order:
+            return samples[0] if samples[0] < samples[1] else 0
+        if repeats:
+            self._notice(
+                "gather",
+                f"the ranks have {repeats} batches twice in the last step of epoch {epoch.epoch} (remainder='pad'), and "
+                f"Accelerate's gather_for_metrics can leave out only what comes last: "
+                f"{'the epoch was begun on another number of ranks' if samples else 'the pipeline does not end in .batch'}. "
+                f"Leave out yourself what a rank has where loader.trace().padded is true.",
+            )
+            return -1
+        return 0
 
     @property
     def use_stateful_dataloader(self) -> bool:

@@ -10,7 +10,20 @@ import numpy as np
 
 from midstream._check import require_callable, require_int
 from midstream._state import MISSING, State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, join_origins, pick, require_dataset
+from midstream.core import (
+    I64,
+    U64,
+    Dataset,
+    Item,
+    Iterator,
+    Lane,
+    Part,
+    Place,
+    Rows,
+    join_origins,
+    pick,
+    require_dataset,
+)
 from midstream.errors import ReplayDiverged
 from midstream.failures import Excluded, Failure, Hole, callable_name, describe_callable
 from midstream.nodes.collate import collate, over_columns
@@ -68,17 +81,24 @@ class Batch(Dataset):
             return super().full_lanes(num_lanes, block)
         return self.source.full_lanes(num_lanes, block * self.batch_size)
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+    def _counts(self, positions: I64) -> I64:
+        """Samples of the batches at these positions."""
         size, length = int(self.batch_size), self.source.length()
-        starts = positions * size
         counts = np.full(len(positions), size, dtype=np.int64)
-        if length is not None:
-            counts = np.minimum(counts, length - starts)
+        return counts if length is None else np.minimum(counts, length - positions * size)
+
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
+        counts = self._counts(positions)
         ends = np.cumsum(counts)
         which = np.repeat(np.arange(len(positions), dtype=np.int64), counts)
+        starts = positions * int(self.batch_size)
         inside = np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(starts - ends + counts, counts)
-        rows = at.input.rows(inside, pick(keys, which), pick(passes, which))
-        bounds = [0, *ends.tolist()]
+        return [Part(at.input, inside, pick(keys, which), pick(passes, which))]
+
+    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+        rows = self._below(at, positions, keys, passes)[0].rows()
+        counts = self._counts(positions)
+        bounds = [0, *np.cumsum(counts).tolist()]
         fn: Callable[[Any], Any] | None = self.collate_fn or collate
         given: Any = rows.columns
         if given is None or (fn := over_columns(self.collate_fn or collate)) is None:

@@ -32,13 +32,6 @@ class Exclude(Dataset):
     kind = "exclude"
     one_to_one = True
 
-    def _length(self) -> int | None:
-        return self.source.length()
-
-    def block_sizes(self) -> I64 | None:
-        """The input's."""
-        return self.source.block_sizes()
-
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
         rows = at.input.rows(positions, keys, passes)
         hit = _Wanted(self, at).among(rows.origins)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from midstream._check import require_callable, require_choice, require_int, require_name
+from midstream._check import require_callable, require_choice, require_int, require_name, require_text
 from midstream._random import fold, pass_key, salt
 from midstream._state import Fragment, State, copy_plain, encode
 from midstream.core import (
@@ -18,8 +18,8 @@ from midstream.core import (
     Item,
     Iterator,
     Lane,
+    Part,
     Place,
-    Rows,
     bind,
     pick,
     replaying,
@@ -182,6 +182,7 @@ class Interleave(Dataset):
         for key, dataset in self.datasets:
             if not isinstance(key, str) or not key or "/" in key or "|" in key:
                 raise ValueError(f"interleave: a name is a string without '/' and '|'; found {key!r}")
+            require_text(key, "interleave: a name")
             require_dataset(dataset, f"interleave {key!r}")
         if self.weights_by is not None and not isinstance(self.weights_by, str):
             require_callable(self.weights_by, "interleave: weights_by")
@@ -279,10 +280,10 @@ class Interleave(Dataset):
             return PASSES
         return self.layout().repeats[list(self.inputs()).index(key)]
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
         layout = self.layout()
         source, inside = layout.locate(positions)
-        parts: list[tuple[I64, Rows]] = []
+        parts: list[Part] = []
         order = np.argsort(source, kind="stable")
         ends = np.flatnonzero(np.diff(source[order], append=-1)) + 1
         start = 0
@@ -297,8 +298,8 @@ class Interleave(Dataset):
                 number, local = np.divmod(local, layout.lengths[index])
                 child_keys = pass_key(child_keys, number)
                 child_passes = child_passes * layout.repeats[index] + number
-            parts.append((here, child.rows(local, child_keys, child_passes)))
-        return Rows.scatter(len(positions), parts)
+            parts.append(Part(child, local, child_keys, child_passes, here))
+        return parts
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         if self.weights_by is not None:

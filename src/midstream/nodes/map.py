@@ -63,13 +63,6 @@ class Map(Dataset):
         """As the input, but ``on_error="refill"`` makes a stream: what fills a batch up depends on what failed."""
         return self.source.random_access and self.on_error != "refill"
 
-    def _length(self) -> int | None:
-        return self.source.length()
-
-    def block_sizes(self) -> I64 | None:
-        """The input's blocks."""
-        return self.source.block_sizes()
-
     def spec_fields(self) -> dict[str, State]:
         """The function's name and every option that is not the default."""
         fields: dict[str, State] = {"fn": callable_name(self.fn)}

@@ -9,7 +9,7 @@ import numpy as np
 from midstream._check import require_int
 from midstream._random import pass_key
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, require_dataset, require_passes
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Part, Place, require_dataset, require_passes
 from midstream.errors import SourceError
 from midstream.failures import Hole
 
@@ -59,12 +59,12 @@ class Repeat(Dataset):
         """Its passes."""
         return int(self.num_epochs or _ENDLESS)
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
         length = self.source.length()
         assert length
         require_passes(passes, self.times("", True))
         number, inside = np.divmod(positions, length)
-        return at.input.rows(inside, pass_key(keys, number), passes * self.times("", True) + number)
+        return [Part(at.input, inside, pass_key(keys, number), passes * self.times("", True) + number)]
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         return _RepeatIterator(self, at, lane, key, pass_)

@@ -54,13 +54,6 @@ class Track(Dataset):
         """A node that tracks metrics, or plain functions, by name."""
         return Track(source, tuple((name, as_metric(metric, name)) for name, metric in sorted(metrics.items())))
 
-    def _length(self) -> int | None:
-        return self.source.length()
-
-    def block_sizes(self) -> I64 | None:
-        """The input's blocks."""
-        return self.source.block_sizes()
-
     def spec_fields(self) -> dict[str, State]:
         """The kind of each metric, by name."""
         return {"metrics": self.kinds()}
