@@ -662,6 +662,56 @@ def test_passes_nested_too_deep_are_refused_before_anything_is_read(stream: bool
     assert len(list(itertools.islice(deepest, 40))) == 40
 
 
+# -- below concatenate --------------------------------------------------------------------------------------------------
+
+
+def _planned(phases: Any, strategy: Any) -> Dataset:
+    parts = {"web": source(0, 20).shuffle(1), "code": source(1, 12)}
+    return ms.interleave(parts, ms.schedule(phases), name="mix", stopping_strategy=strategy)
+
+
+def _one_after_the_other(mix: Dataset, part: str, batched: bool) -> Any:
+    """The mix between two others, batch by batch across their borders or each in batches of its own."""
+    part_ = {"mix": mix, "map": mix.map(int), "take": mix.take(9), "skip": mix.skip(4)}[part]
+    parts = [ms.from_dataset(range(-7, 0), name="before"), part_, ms.from_dataset(range(90_000, 90_011), name="after")]
+    if batched:
+        return ms.DataLoader(ms.concatenate([each.batch(2, collate_fn=tuple) for each in parts]))
+    return ms.DataLoader(ms.concatenate(parts), batch_size=3, collate_fn=tuple)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(["mix", "map", "take", "skip"]),
+    st.booleans(),
+    st.sampled_from(STRATEGIES),
+    st.lists(st.tuples(st.integers(0, 14), st.sampled_from([(1, 1), (1, 9), (5, 0)])), min_size=1, max_size=3),
+)
+def test_below_concatenate_weights_change_as_a_schedule_says(
+    part: str, batched: bool, strategy: Any, changes: list[tuple[int, tuple[int, int]]]
+) -> None:
+    """From the first row of the mix that was not delivered; when there is none, in the next epoch."""
+    plan: list[tuple[int, dict[str, int]]] = [(0, {"web": 2, "code": 1})]
+    loader = _one_after_the_other(_planned(plan, strategy), part, batched)
+    loop, got = iter(loader), []
+    for steps, (web, code) in changes:
+        got += itertools.islice(loop, steps)
+        if loader.epoch:
+            break
+        given = sum(0 <= row < 90_000 for row in flat(got)) + 4 * (part == "skip")
+        weights = {"web": web, "code": code}
+        loader.set_weights("mix", weights)
+        if given < len(_planned(plan, strategy)):
+            plan = [*(phase for phase in plan if phase[0] < given), (given, weights)]
+    got += loop
+    assert got == list(_one_after_the_other(_planned(plan, strategy), part, batched))
+    last = ms.weights_history(loader.state_dict())[-1]["weights"]
+    expected = _one_after_the_other(
+        _planned([(0, last if isinstance(last, dict) else plan[0][1])], strategy), part, batched
+    )
+    expected.set_epoch(1)
+    assert list(loader) == list(expected)
+
+
 # -- max_epochs ------------------------------------------------------------------------------------------------------------
 
 
