@@ -71,6 +71,7 @@ __all__ = [
     "pick",
     "replaying",
     "require_dataset",
+    "require_epochs",
     "require_passes",
 ]
 
@@ -912,6 +913,10 @@ class Dataset(IterableDataset[Any]):
         fields = ((key, value) for key, value in self.spec_fields().items() if key != "length")
         return f"{self.kind}({', '.join(f'{key}={_short(value)}' for key, value in fields)})"
 
+    def times(self, key: str, exact: bool) -> int:
+        """How many passes over an input one pass over this node may take, for numbering; ``exact``: as its length says."""
+        return 1
+
     def reads_again(self) -> str:
         """What this node itself reads again on a resume, at most, in words; empty where nothing."""
         return ""
@@ -1407,12 +1412,34 @@ def require_dataset(value: Any, where: str) -> None:
         )
 
 
+_TOO_DEEP = (
+    "{}endless passes (repeat(), all_exhausted) are nested too deep to number them in 64 bits. Give repeat a number of epochs, "
+    "or an inner mix max_epochs= or 'all_exhausted_without_replacement'"
+)
+_EPOCHS = 1 << 16  # of a loader at least
+
+
 def require_passes(passes: I64, times: int) -> None:
     """Refuse passes nested so deep that they cannot be numbered in 64 bits."""
     if int(passes.max()) * times >= 1 << 62:
-        raise ValueError(
-            "endless passes (repeat(), all_exhausted) are nested too deep to number them; give repeat a number of epochs"
-        )
+        raise ValueError(_TOO_DEEP.format(""))
+
+
+def require_epochs(root: Place) -> None:
+    """Refuse the same before anything is read: of every source, the passes of 65,536 epochs can be numbered."""
+
+    def most(place: Place, exact: bool) -> tuple[int, list[str]]:
+        below: list[tuple[int, list[str]]] = [(1, [])]
+        for key, child in place.inputs.items():
+            times, paths = most(child, exact)
+            own = place.node.times(key, exact)
+            below.append((times * own, [place.path, *paths] if own > 1 else paths))
+        return max(below, key=lambda found: found[0])
+
+    if most(root, False)[0] * _EPOCHS > 1 << 62:  # lengths may have to be looked up: only where they could matter
+        times, paths = most(root, True)
+        if times * _EPOCHS > 1 << 62:
+            raise ValueError(_TOO_DEEP.format(f"{' > '.join(paths)}: "))
 
 
 def _spec(place: Place) -> dict[str, State]:

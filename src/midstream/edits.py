@@ -25,6 +25,7 @@ from midstream.checkpoint import Canonical, merge_states, parse
 from midstream.core import Dataset, Place, bind
 from midstream.errors import CheckpointError
 from midstream.nodes.batch import Batch
+from midstream.nodes.concatenate import Concatenate
 from midstream.nodes.interleave import Interleave
 from midstream.nodes.mixing import Weights, check_weights, quotas
 from midstream.nodes.skip import Skip
@@ -219,6 +220,11 @@ def _given(place: Place, target: Place, count: int, mix: str) -> int:
                 if layout.repeats[index] == 1 or counts[index] <= layout.lengths[index]:
                     return _given(place.inputs[key], target, counts[index], mix)
                 raise ValueError(f"set_weights: {mix!r} has started over in this epoch; call it in the next one")
+    if isinstance(node, Concatenate):
+        for dataset, child in zip(node.datasets, place.inputs.values()):
+            if target in child.walk():
+                return _given(child, target, max(0, count), mix)
+            count -= dataset.length() or 0
     raise ValueError(
         f"set_weights: there is a {node.kind} above {mix!r}, so what was delivered is not the beginning of the mix, and its "
         f"weights cannot change without losing or repeating rows. Put the {node.kind} below the mix (on its datasets)."

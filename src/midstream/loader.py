@@ -35,7 +35,7 @@ from midstream._check import require_int
 from midstream._state import State
 from midstream.breadcrumbs import describe, new_table
 from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, render, settle
-from midstream.core import Dataset
+from midstream.core import Dataset, require_epochs
 from midstream.edits import add, in_epoch, lane_edits
 from midstream.errors import CheckpointError, MidstreamError, Origin, SourceError, WorkerError, bullet_list
 from midstream.failures import Windows, add_counts, check_limits, failed_in
@@ -498,6 +498,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._skipping = False
         self.__dict__["sampler"] = EpochHint(self)
         self._set_pipeline(pipeline)
+        require_epochs(self._facts.place)
         if self._in_threads:
             for place in self._facts.place.walk():
                 if getattr(place.node, "isolate_rng", False):

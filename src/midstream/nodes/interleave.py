@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from midstream._check import require_callable, require_choice, require_int, require_name
+from midstream._check import require_callable, require_choice, require_int, require_name, require_text
 from midstream._random import fold, pass_key, salt
 from midstream._state import Fragment, State, copy_plain, encode
 from midstream.core import (
@@ -93,6 +93,11 @@ def interleave(
         )
     if weights is None:
         weights = dict.fromkeys(datasets, 1)
+    if not isinstance(weights, (Mapping, Schedule)):
+        raise TypeError(
+            f"interleave takes weights by name, as the datasets, like {{{', '.join(f'{key!r}: 1' for key in datasets)}}}, or a "
+            f"midstream.schedule of them; found {weights!r:.60}"
+        )
     phases = weights.phases if isinstance(weights, Schedule) else ((0, tuple(weights.items())),)
     checked = tuple((border, check_weights(dict(pairs), list(datasets), "interleave")) for border, pairs in phases)
     require_name(name, "interleave")
@@ -177,6 +182,7 @@ class Interleave(Dataset):
         for key, dataset in self.datasets:
             if not isinstance(key, str) or not key or "/" in key or "|" in key:
                 raise ValueError(f"interleave: a name is a string without '/' and '|'; found {key!r}")
+            require_text(key, "interleave: a name")
             require_dataset(dataset, f"interleave {key!r}")
         if self.weights_by is not None and not isinstance(self.weights_by, str):
             require_callable(self.weights_by, "interleave: weights_by")
@@ -265,6 +271,14 @@ class Interleave(Dataset):
             )
             self._set("_layout_made", cached)
         return cached
+
+    def times(self, key: str, exact: bool) -> int:
+        """Passes over a dataset that starts over."""
+        if self.stopping_strategy != "all_exhausted":
+            return 1
+        if not exact or not self.random_access:
+            return PASSES
+        return self.layout().repeats[list(self.inputs()).index(key)]
 
     def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
         layout = self.layout()
