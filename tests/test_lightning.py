@@ -202,6 +202,12 @@ def test_a_checkpoint_of_an_error_has_the_batch_that_was_not_trained(name: str, 
     assert net.seen == whole.seen[8:] and net.losses == whole.losses[8:]
 
 
+def _scontrol(folder: Path) -> None:
+    """Slurm's command, which does nothing."""
+    (folder / "scontrol").write_text("#!/bin/sh\nexit 0\n")
+    (folder / "scontrol").chmod(0o755)
+
+
 def _slurm_signals(step: int) -> None:
     if step == 5:
         signal.raise_signal(signal.SIGUSR1)
@@ -211,9 +217,7 @@ def _slurm_signals(step: int) -> None:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_slurm_requeues_in_the_middle_of_a_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text("#!/bin/sh\nexit 0\n")
-    scontrol.chmod(0o755)
+    _scontrol(tmp_path)
     options = {"max_epochs": 2, "limit_train_batches": 7 if name == "endless" else 1.0}
     whole = fit(tmp_path, ms.DataLoader(PIPELINES[name]()), **options)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -385,7 +389,7 @@ class Kill(Callback):  # type: ignore[misc]
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_end(self, trainer: Any, net: Any, *args: Any) -> None:
-        self.ledger.write(json.dumps([trainer.global_step, net.seen[-1]]) + "\n")
+        self.ledger.write(json.dumps([trainer.global_step, net.seen[-1], net.losses[-1]]) + "\n")
         self.ledger.flush()
         os.fsync(self.ledger.fileno())
 
@@ -449,6 +453,70 @@ def test_killed_on_two_ranks_it_goes_on_on_one_and_on_three(name: str, tmp_path:
         assert max(seen.values()) == 2 and sum(rest.values()) < 16  # what some rank had left when another ended
 
 
+def _slurm_signals_and_kills(step: int) -> None:
+    if step == 5:
+        signal.raise_signal(signal.SIGUSR1)
+    if step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+ENDS: dict[str, Any] = {"error": _fail, "requeue": _slurm_signals_and_kills, "": lambda step: None}
+
+
+def _ended(folder: str, name: str, attempt: str, end: str, root: str, resume: str) -> None:
+    """What torchrun starts, as srun would: twelve steps, unless all ranks come to the same end in one of them."""
+    torch.set_num_threads(1)
+    rank = os.environ["RANK"]
+    if root:
+        del os.environ["TORCHELASTIC_RUN_ID"]  # Lightning would take torchrun for its host
+        os.environ["PATH"] = os.pathsep.join([folder, os.environ["PATH"]])
+        ranks = os.environ["WORLD_SIZE"]
+        slurm = {"JOB_ID": "1", "NTASKS": ranks, "NTASKS_PER_NODE": ranks, "JOB_NAME": "train", "NODEID": "0"}
+        for key, value in {**slurm, "PROCID": rank, "LOCALID": rank}.items():
+            os.environ[f"SLURM_{key}"] = value
+    saver = ModelCheckpoint(Path(folder, attempt), every_n_epochs=100, save_on_exception=True)
+    loader = ms.DataLoader(ACROSS[name](), num_workers=1, sync_end=name == "unsized", lanes=48)
+    try:
+        fit(
+            Path(folder, root),
+            loader,
+            resume=Path(resume) if resume else None,
+            callbacks=(saver, Kill(f"{folder}/{attempt}-{rank}", -1)),
+            net=Net(in_step=ENDS[end]),
+            max_steps=12,
+            devices=int(os.environ["WORLD_SIZE"]),
+            strategy="ddp",
+        )
+    except OSError as error:
+        assert str(error) == "the step fails"
+        os._exit(3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ACROSS)
+@pytest.mark.parametrize("end", ["error", "requeue"])
+def test_two_ranks_that_come_to_the_same_end_go_on_as_if_nothing_had_been(end: str, name: str, tmp_path: Path) -> None:
+    def run(attempt: str, end: str = "", root: str = "", resume: str = "") -> list[list[Any]]:
+        torchrun(__file__, 2, "ended", tmp_path, name, attempt, end, root, resume, dies=end != "")
+        return ledgers(tmp_path, attempt, 2)
+
+    _scontrol(tmp_path)
+    whole = run("whole")
+    assert [len(rank) for rank in whole] == [12, 12]
+    root = "slurm" if end == "requeue" else ""
+    ended = run("ended", end, root)
+    if end == "requeue":
+        (path,) = (tmp_path / root).glob("*.ckpt")
+        assert path.name == "hpc_ckpt_1.ckpt"
+        rest, saved = run("rest", root=root), 4  # Lightning finds it by itself
+    else:
+        (path,) = (tmp_path / "ended").glob("*.ckpt")
+        rest, saved = run("rest", resume=str(path)), 8
+    for rank in range(2):  # samples and losses, bit for bit
+        assert ended[rank][:saved] + rest[rank] == whole[rank]
+        assert len(ended[rank]) == saved + (end == "requeue")
+
+
 def _fabric(folder: str, name: str, attempt: str, death: str, resume: str) -> None:
     """What torchrun starts: sixteen steps, saved after every fifth."""
     torch.set_num_threads(1)
@@ -501,4 +569,4 @@ def test_fabric_killed_on_two_ranks_goes_on_on_two_and_on_three(name: str, tmp_p
 
 
 if __name__ == "__main__":
-    {"trainer": _across, "fabric": _fabric}[sys.argv[1]](*sys.argv[2:])
+    {"trainer": _across, "fabric": _fabric, "ended": _ended}[sys.argv[1]](*sys.argv[2:])
