@@ -20,9 +20,15 @@ def torchrun(program: str, ranks: int, *arguments: Any, dies: bool = False, time
     }
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", program, *map(str, arguments)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert (ran.returncode != 0) == dies, ran.stderr[-5000:]
-    return ran.stderr
+    ran = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, printed = ran.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        ran.terminate()  # and it ends its ranks; killed, it would leave them behind
+        _, printed = ran.communicate()
+        raise AssertionError(f"not done in {timeout} s:\n{printed[-5000:]}") from None
+    assert (ran.returncode != 0) == dies, printed[-5000:]
+    return printed
 
 
 def ledgers(folder: Path, attempt: str, ranks: int) -> list[list[Any]]:
