@@ -63,7 +63,8 @@ def seconds(url: str, shuffled: bool, on: bool, step: float) -> tuple[float, int
 
 def ask(place: str, url: str, rounds: int) -> Iterator[dict[str, Any]]:
     for shuffled in (False, True):
-        alone, batches, _ = min(seconds(url, shuffled, False, 0.0) for _ in range(2))
+        seconds(url, shuffled, False, 0.0)  # warm
+        alone, batches, _ = seconds(url, shuffled, False, 0.0)
         found: dict[bool, list[tuple[float, int, float]]] = {False: [], True: []}
         for _ in range(rounds):
             for on in found:
@@ -91,10 +92,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less data, one round")
+    parser.add_argument("--rounds", type=int, help="times each is read; the median counts")
     parser.add_argument("--local", action="store_true", help="no endpoint (which needs the extra: midstream[bench])")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     arguments = parser.parse_args()
     groups, rounds = (32, 1) if arguments.quick else (64, 3)
+    rounds = arguments.rounds or rounds
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -602,6 +603,12 @@ def test_a_group_that_is_being_read_is_waited_for_not_read_again(tmp_path: Path,
     found: list[int] = []
     asks = threading.Thread(target=lambda: found.extend(ids(ds.rows([6]))))
     asks.start()
+    store = ds._handle().store
+    deadline = time.monotonic() + 60
+    while True:
+        with store.changed:  # whoever has been counted under it has also decided whether to wait
+            if store.calls == 2 or time.monotonic() > deadline:
+                break
     decoding.gate.set()
     asks.join(60)
     assert found == [6]

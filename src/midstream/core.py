@@ -255,7 +255,7 @@ class Place:
 
     def foretell(self, positions: I64, keys: U64, passes: I64) -> None:
         """Tell the sources below, where they want to know, that these positions are read next. Only a hint."""
-        if self.node.reads_ahead:
+        if self.node._reads_ahead:
             self.node._foretell(positions)
         for part in self.node._below(self, positions, keys, passes) or ():
             part.place.foretell(part.positions, part.keys, part.passes)
@@ -472,7 +472,7 @@ class Cursor(Iterator):
         self.floor, self.cost = 1, 0.0
         self.tried, self.paid, self.settled = 0.0, False, 0  # cost of a row before the chunk was doubled; did that pay?
         self.chunk = min(lane.block, _MAX_CHUNK)  # what takes rows by blocks needs a whole one at once
-        self.sources = [each.node for each in place.walk() if each.node.reads_ahead]
+        self.sources = [each.node for each in place.walk() if each.node._reads_ahead]
         self.foretold = 0  # up to which row of this lane
 
     @property
@@ -768,7 +768,7 @@ class Dataset(IterableDataset[Any]):
     """Whether it gives one sample for each of its only input, in that order."""
     tracks: ClassVar[bool] = False
     """Whether it leaves something in its place's stash. It has ``kinds()`` then."""
-    reads_ahead: ClassVar[bool] = False
+    _reads_ahead: ClassVar[bool] = False
     """Whether this is a source that may read what comes next before it is asked for: see `_foretell`."""
 
     # -- what a node implements ---------------------------------------------------------------------------------------

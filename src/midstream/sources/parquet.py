@@ -111,7 +111,7 @@ class ParquetSource(Dataset):
     columns: tuple[str, ...] | None = None
     name: str | None = None
     kind = "read_parquet"
-    reads_ahead = True
+    _reads_ahead = True
     _kept_slots = (*Dataset._kept_slots, "_groups")
 
     @property
