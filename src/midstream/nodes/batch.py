@@ -10,7 +10,20 @@ import numpy as np
 
 from midstream._check import require_callable, require_int
 from midstream._state import MISSING, State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, join_origins, pick, require_dataset
+from midstream.core import (
+    I64,
+    U64,
+    Dataset,
+    Item,
+    Iterator,
+    Lane,
+    Later,
+    Place,
+    Rows,
+    join_origins,
+    pick,
+    require_dataset,
+)
 from midstream.errors import ReplayDiverged
 from midstream.failures import Excluded, Failure, Hole, callable_name, describe_callable
 from midstream.nodes.collate import collate, over_columns
@@ -69,6 +82,18 @@ class Batch(Dataset):
         return self.source.full_lanes(num_lanes, block * self.batch_size)
 
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+        later = self._later(at, positions, keys, passes)
+        if not isinstance(later, Later):
+            return later
+        batches = []
+        for first, last in zip(later.bounds, later.bounds[1:]):
+            batch = later.make(first, last)
+            if type(batch) is Hole:
+                return self._slow(at, later.rows, later.bounds)
+            batches.append(batch)
+        return Rows(batches, later.origins, np.diff(later.bounds))
+
+    def _later(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows | Later:
         size, length = int(self.batch_size), self.source.length()
         starts = positions * size
         counts = np.full(len(positions), size, dtype=np.int64)
@@ -79,19 +104,20 @@ class Batch(Dataset):
         inside = np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(starts - ends + counts, counts)
         rows = at.input.rows(inside, pick(keys, which), pick(passes, which))
         bounds = [0, *ends.tolist()]
-        fn: Callable[[Any], Any] | None = self.collate_fn or collate
-        given: Any = rows.columns
-        if given is None or (fn := over_columns(self.collate_fn or collate)) is None:
-            fn, given = self.collate_fn or collate, rows.samples
-            if rows.sizes is not None or any(type(sample) is Hole for sample in given):
+        columns, over = rows.columns, over_columns(self.collate_fn or collate)
+        if columns is None or over is None:
+            samples = rows.samples
+            if rows.sizes is not None or any(type(sample) is Hole for sample in samples):
                 return self._slow(at, rows, bounds)
-        out = []
-        for first, last in zip(bounds, bounds[1:]):
-            batch = self._collate(at, given[first:last], fn)
-            if type(batch) is Hole:
-                return self._slow(at, rows, bounds)
-            out.append(batch)
-        return Rows(out, rows.origins, counts)
+            return Later(rows, bounds, lambda first, last: self._collate(at, samples[first:last]))
+
+        def make(first: int, last: int) -> Any:
+            batch = self._collate(at, columns[first:last], over)
+            if type(batch) is Hole:  # told as it is told of samples
+                batch = self._collate(at, columns[first:last].samples())
+            return batch
+
+        return Later(rows, bounds, make)
 
     def _slow(self, at: Place, rows: Rows, bounds: list[int]) -> Rows:
         """With failures, or samples made of several rows."""
