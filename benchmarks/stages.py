@@ -32,7 +32,7 @@ from contestants import everyone
 from interface import WEIGHTS, Work
 
 import midstream as ms
-from midstream.core import Dataset, bind
+from midstream.core import Dataset, Later, bind
 from midstream.lanes import Topology
 from midstream.readers import Plan, Runner
 
@@ -51,7 +51,9 @@ def in_chunks(dataset: Dataset, samples: int, each: int = 1, order: Any = None) 
         start = time.process_time()
         for at in range(0, samples // each - chunk + 1, chunk):
             rows = np.arange(at, at + chunk) if order is None else order[at : at + chunk]
-            place.rows(rows, key, first)
+            found = place.later(rows, key, first)
+            for number in range(len(found) if isinstance(found, Later) else 0):
+                found.item(number, None)
         done = samples // each // chunk * chunk * each
         return (time.process_time() - start) / done * 1e6
 

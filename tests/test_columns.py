@@ -23,6 +23,7 @@ from midstream.columns import rows_of_block
 from midstream.core import Dataset, Delivery, Lane, as_origin_array, bind, epoch_key
 from midstream.failures import Failure, Hole, Ledger
 from midstream.nodes.collate import over_columns
+from midstream.sources.arrow import TableReader
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "collate": ms.collate,
@@ -138,6 +139,21 @@ def test_a_batch_of_columns_is_the_batch_of_its_samples(
 
 def table_of(rows: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"id": list(range(rows)), "ids": [list(range(row % 7)) for row in range(rows)]})
+
+
+@pytest.mark.parametrize("kind", [pa.bool_(), pa.int8(), pa.uint64(), pa.float16(), pa.float32(), pa.float64()])
+@pytest.mark.parametrize("picked", [5, 60])
+def test_numbers_of_many_small_chunks_are_those_of_one(kind: pa.DataType, picked: int) -> None:
+    values = np.random.default_rng(0).integers(0, 100, 60).astype(kind.to_pandas_dtype())
+    if kind == pa.uint64():
+        values[::7] = 2**64 - 1
+    chunks = [pa.array(values[first : first + 4], kind) for first in range(0, 60, 4)]
+    rows = np.random.default_rng(1).permutation(60)[:picked]
+    for column in (pa.chunked_array(chunks), pa.chunked_array([pa.array(values, kind)])):
+        for repeats in (1, 10):  # few rows of each chunk, and many
+            found = TableReader(pa.table({"x": column})).columns(np.tile(rows, repeats)).columns[0].array
+            assert found is not None and found.dtype == values.dtype
+            assert found.tolist() == np.tile(values[rows], repeats).tolist()
 
 
 def columns_reach(ds: Dataset) -> bool:

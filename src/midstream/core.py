@@ -57,6 +57,7 @@ __all__ = [
     "Item",
     "Iterator",
     "Lane",
+    "Later",
     "OnError",
     "Origins",
     "Part",
@@ -187,6 +188,46 @@ class Part(NamedTuple):
         return self.place.rows(self.positions, self.keys, self.passes)
 
 
+class Later:
+    """Samples that are made when their turn comes, each of some rows of those that were read together.
+
+    Many batches made ahead would be memory that is touched for the first time, again and again, and cold when it is used.
+
+    Attributes:
+        rows: The rows.
+        bounds: Sample i is made of the rows from ``bounds[i]`` to ``bounds[i + 1]``.
+        make: Makes the sample of the rows from here to there; a `Hole` where user code failed.
+    """
+
+    __slots__ = ("bounds", "make", "rows")
+
+    def __init__(self, rows: Rows, bounds: list[int], make: Callable[[int, int], Any]) -> None:
+        self.rows, self.bounds, self.make = rows, bounds, make
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def origins(self) -> I64:
+        """Of all rows."""
+        return self.rows.origins
+
+    def item(self, index: int, trail: Trail | None) -> Item:
+        """A sample with its origins; there are none of one that is lost."""
+        first, last = self.bounds[index], self.bounds[index + 1]
+        origins = self.origins[first:last]
+        if trail is not None:
+            trail.rows(origins)
+        sample = self.make(first, last)
+        return sample, origins[:0] if type(sample) is Hole else origins
+
+    def num_bytes(self) -> int:
+        """Roughly how much is held for one sample."""
+        rows = self.rows
+        one = rows.samples[0] if rows.columns is None else rows.columns[:1].samples()[0]
+        return num_bytes(one) * self.bounds[1]
+
+
 def as_origin_array(origins: Origins) -> I64:
     """Origins of one sample as int64 of shape [m, 5]."""
     if type(origins) is tuple:
@@ -259,6 +300,13 @@ class Place:
             self.node._foretell(positions)
         for part in self.node._below(self, positions, keys, passes) or ():
             part.place.foretell(part.positions, part.keys, part.passes)
+
+    def later(self, positions: I64, keys: U64, passes: I64) -> Rows | Later:
+        """The same, for a reader that takes samples in their order. See `Dataset._later`."""
+        rows = self.node._later(self, positions, keys, passes)
+        if self.trail is not None:
+            self.trail.passed_on(rows.origins)
+        return rows
 
     def iterate(self, lane: Lane, key: int, pass_: int) -> Iterator:
         """The stream face: a `Cursor` where there is random access."""
@@ -465,6 +513,7 @@ class Cursor(Iterator):
         self.first = 0  # number, in this lane, of the first item read ahead
         self.items: list[Item] = []
         self.ahead: Rows | None = None  # the same, where they are taken by column; then no items until one is asked for
+        self.later: Later | None = None  # the same, where each is made when it is taken
         self.count = 0  # how many are read ahead
         self.by_block = False
         self.at = 0
@@ -492,10 +541,13 @@ class Cursor(Iterator):
     def _next(self) -> Item:
         if self.at == self.count:
             self._fill()
-        if not self.items and self.ahead is not None:
-            self.items = self.ahead.items()
         at = self.at
-        item = self.items[at]
+        if self.later is not None:
+            item = self.later.item(at, self.place.trail)
+        else:
+            if not self.items and self.ahead is not None:
+                self.items = self.ahead.items()
+            item = self.items[at]
         if type(item[0]) is Hole:
             return self._hole(item[0], item[1])
         self.at = at + 1
@@ -520,20 +572,25 @@ class Cursor(Iterator):
         start = time.perf_counter()
         try:
             rows = self._read(positions)
-            items = [] if self.by_block and rows.columns is not None else rows.items()
+            items = self._items(rows)
         except Exception:
             if len(positions) == 1:
                 raise
             self.chunk = 1  # what can still be read comes first; then the error meets whoever asks for its row
             self.tried = 0.0
             rows = self._read(positions[:1])
-            items = rows.items()
+            items = self._items(rows)
         elapsed = time.perf_counter() - start
         self.first, self.items, self.at = first, items, 0
-        self.ahead, self.count = (None, len(items)) if items else (rows, len(rows.origins))
+        self.ahead, self.later = None, None
+        if isinstance(rows, Later):
+            self.later, self.count, size = rows, len(rows), rows.num_bytes()
+        elif items or rows.columns is None:
+            self.count, size = len(items), num_bytes(items[0][0])
+        else:
+            self.ahead, self.count, size = rows, len(rows.origins), num_bytes(rows.columns[:1].samples()[0])
         self.lane.ledger.reads += 1
-        first_sample = items[0][0] if items else rows.columns[:1].samples()[0]  # type: ignore[index]
-        most = min(_MAX_CHUNK, _CHUNK_BYTES // max(1, num_bytes(first_sample)))
+        most = min(_MAX_CHUNK, _CHUNK_BYTES // max(1, size))
         self._adapt(elapsed, elapsed / self.count, most)
         if self.sources:
             self._foretell()
@@ -559,8 +616,12 @@ class Cursor(Iterator):
             with contextlib.suppress(Exception):
                 self.place.foretell(self._positions(first, stop), self.keys, self.passes)
 
-    def _read(self, positions: I64) -> Rows:
-        return self.place.rows(positions, self.keys, self.passes)
+    def _read(self, positions: I64) -> Rows | Later:
+        return self.place.later(positions, self.keys, self.passes)
+
+    def _items(self, rows: Rows | Later) -> list[Item]:
+        """Samples that were made one by one."""
+        return [] if isinstance(rows, Later) or (self.by_block and rows.columns is not None) else rows.items()
 
     def ahead_by_column(self) -> tuple[Columns, I64, int] | None:
         """What was read together, as columns, with its origins, and the number of the first that is still ahead; call
@@ -621,7 +682,7 @@ class Cursor(Iterator):
 
     def _load(self, state: State) -> None:
         self.first, self.told, self.block = state
-        self.items, self.at, self.ahead, self.count = [], 0, None, 0
+        self.items, self.at, self.ahead, self.later, self.count = [], 0, None, None, 0
         self.foretold = 0
 
 
@@ -637,7 +698,7 @@ class TrackingCursor(Cursor):
         item = super().__next__()
         number = self.number + (self.told > 0)
         if self.lane.ledger.first_time(self.place.path, int(self.passes[0]), number):
-            self._count(item[1])
+            self._count(*item)
         return item
 
     def _fill(self) -> None:
@@ -646,7 +707,7 @@ class TrackingCursor(Cursor):
         for each, _ in self.tracking:
             each.stash = None
 
-    def _read(self, positions: I64) -> Rows:
+    def _read(self, positions: I64) -> Rows | Later:
         for each, _ in self.tracking:
             each.stash = {}
         return super()._read(positions)
@@ -655,9 +716,9 @@ class TrackingCursor(Cursor):
         """Samples are taken one by one."""
         return
 
-    def _count(self, origins: Origins) -> None:
+    def _count(self, sample: Any, origins: Origins) -> None:
         """Count what was tracked of a row: of all that it is made of, whether it failed later on or not."""
-        row = self.items[self.at - (self.told == 0)][0]
+        row = sample if self.later is not None else self.items[self.at - (self.told == 0)][0]
         whole: list[tuple[int, ...]] = []
         if type(row) is not Hole or row.rest is not MISSING:
             whole = [origins[:4]] if type(origins) is tuple else list(map(tuple, origins[:, :4].tolist()))
@@ -833,6 +894,10 @@ class Dataset(IterableDataset[Any]):
 
     def _foretell(self, positions: I64) -> None:
         """Hear which positions (int64, shape [k]) are likely to be read next, in this order. May change no sample."""
+
+    def _later(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows | Later:
+        """As `_rows`; a node whose samples are large may make each when it is taken."""
+        return self._rows(at, positions, keys, passes)
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         """The running form in one lane, for one pass."""
