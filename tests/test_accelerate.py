@@ -330,6 +330,9 @@ def _train(folder: str, name: str, attempt: str, death: str, resume: str) -> Non
             if step == 16:
                 break
     loader.close()
+    model, optimizer = accelerator.free_memory(
+        model, optimizer
+    )  # before what they talk through: after it torch may hang
     torch.distributed.destroy_process_group()
 
 

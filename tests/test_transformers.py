@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -244,6 +245,7 @@ def _ranks(folder: str, name: str, attempt: str, death: str, resume: str) -> Non
             ddp_backend="gloo",
             **options,
         )
+    gc.collect()  # the trainer and its model before what they talk through: after it torch may hang
     torch.distributed.destroy_process_group()
 
 

@@ -63,8 +63,9 @@ class ResumeCallback(Callback):  # type: ignore[misc]
     With several ranks a save asks all of them, as Lightning itself does. So an error that is to be saved, or the signal, has to
     come to all of them in the same step, before or after its exchange of gradients. Where one rank fails alone, or one is an
     exchange further when the signal comes, Lightning waits until its process group gives up, with this callback or without
-    (without it rank 0's file may be written before it waits): the last regular checkpoint is what there is. A ``training_step`` that takes ``dataloader_iter``
-    and fetches ahead by itself is taken to have trained what it fetched.
+    (without it rank 0's file may be written before it waits): the last regular checkpoint is what there is.
+
+    A ``training_step`` that takes ``dataloader_iter`` and fetches ahead by itself is taken to have trained what it fetched.
 
     An epoch of the loader that Lightning ends early (``limit_train_batches``) is over: the next begins. A pipeline without
     end goes on where it stands.
