@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
+from midstream._paths import Paths, walk
 from midstream._state import seal, unseal
+from midstream.core import bind
 from simulate import Cluster
 
 
@@ -187,3 +189,94 @@ def test_what_was_loaded_is_the_state_of_each_rank(name: str, ranks: int) -> Non
         loader.load_state_dict(state)
         own = {key: value for key, value in state["lanes"].items() if int(key) % ranks == rank}
         assert loader.state_dict() == {**state, "lanes": own}
+
+
+# -- nodes by number ------------------------------------------------------------------------------------------------------
+
+
+def _nested() -> ms.Dataset:
+    parts = {
+        name: ms.from_dataset(range(20)).shuffle(1).shuffle(2).filter(bool).filter(bool)
+        for name in ("b", "a", "3", "c d")
+    }
+    inner = ms.interleave({"x": parts["b"], "y": parts["a"]}, name="mix rows")
+    whole = ms.concatenate([inner.repeat(2), ms.interleave({"z": parts["3"], "w": parts["c d"]}, name="7")])
+    return whole.filter(bool).batch(2).map(len)
+
+
+@pytest.mark.parametrize("make", [_random, _stream, _nested])
+def test_nodes_of_a_spec_have_the_paths_and_sources_of_its_places(make: Any) -> None:
+    pipeline = make()
+    places = {place.path: place for place in bind(pipeline).walk()}
+    nodes = list(walk(json.loads(json.dumps(pipeline.spec(), sort_keys=True))))
+    assert len(nodes) == len(places)
+    for node in nodes:
+        place = places[node.path]
+        assert node.spec["node"] == place.node.kind
+        assert set(node.sources) == {each.source for each in place.walk() if each.source >= 0}
+
+
+@given(st.data())
+def test_counts_and_marks_by_number_are_read_back(data: Any) -> None:
+    pipeline = data.draw(st.sampled_from([_random, _stream, _nested]))()
+    known = [place.path for place in bind(pipeline).walk()]
+    paths = Paths(pipeline.spec())
+    path = st.one_of(
+        st.sampled_from(known),
+        st.sampled_from(known).map("{}/gone".format),
+        st.sampled_from(["", "7", "7 rows", "3", "/3", "12/x rows", "a b/c"]),
+    )
+    kinds = st.sampled_from(["filtered", "failed a.<lambda>.Error", "dropped", "removed web", "tokens dropped"])
+    key = st.tuples(kinds, path, st.integers(-1, 5)).map(lambda parts: "|".join(map(str, parts)))
+    events = data.draw(st.dictionaries(key, st.integers(0, 1 << 60)))
+    assert paths.events(json.loads(json.dumps(paths.short_events(events)))) == events
+    mark = st.one_of(path, st.sampled_from(known).map("{} rows".format))
+    epoch = data.draw(st.integers(0, 3))
+    marks = data.draw(st.dictionaries(mark, st.lists(st.integers(0, 5), min_size=2, max_size=2)))
+    assert paths.marks(json.loads(json.dumps(paths.short_marks(marks, epoch))), epoch) == marks
+
+
+def test_what_was_dropped_in_a_second_pass_is_counted_once_after_a_resume() -> None:
+    def made() -> ms.DataLoader:
+        ds = ms.from_dataset(range(30), name="web").filter(lambda x: x % 3).repeat(3)
+        return ms.DataLoader(ds.shuffle(1, buffer_size=9), batch_size=4, lanes=1)
+
+    whole = made()
+    for _ in whole:
+        pass
+    assert whole.progress().sources["web"].filtered == 30
+    for cut in range(1, 15):
+        loader = made()
+        for _ in zip(range(cut), loader):
+            pass
+        state = loader.state_dict()
+        loader = made()
+        loader.load_state_dict(state)
+        assert loader.state_dict() == state
+        for _ in loader:
+            pass
+        assert loader.progress() == whole.progress()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"events": {"filtered": {"99": 1}}},
+        {"events": {"filtered": {"x": 1}}},
+        {"events": {"filtered": {"0|-2": 1}}},
+        {"events": {"filtered": {"0|0": -1}}},
+        {"events": {"filt|ered": {"0|0": 1}}},
+        {"events": {"filtered": 3}},
+        {"events": []},
+        {"tracked": {"track": {"0": {"x": ["numbers", 1, "0", 0]}}}},
+        {"tracked": {"track": {"zero": {}}}},
+        {"tracked": 3},
+    ],
+)
+def test_counts_of_what_is_not_there_are_refused(entry: dict[str, Any]) -> None:
+    pipeline, state = _saved("stream")
+    key = next(key for key, text in state["lanes"].items() if text)
+    lane = {**unseal(state["lanes"][key]), **entry}
+    damaged = {**state, "lanes": {**state["lanes"], key: seal(json.dumps(lane))}}
+    with pytest.raises(ms.CheckpointError, match=f"lane {key}"):
+        ms.DataLoader(pipeline).load_state_dict(damaged)
