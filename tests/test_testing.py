@@ -646,3 +646,10 @@ def test_the_plugin_costs_other_peoples_tests_nothing() -> None:
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, timeout=60)
     declared = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     assert 'pytest_midstream = "pytest_midstream"' in declared
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_epoch_that_ends_right_behind_what_is_read_is_no_fault(stream: bool) -> None:
+    """Two steps after the last stop are of the next epoch already, and nothing is known of either."""
+    data = ms.from_dataset(range(26)).filter(lambda row: True) if stream else ms.from_dataset(range(26))
+    assert check_resume(data.batch(2), steps=12, workers=(0,), kill=False).exact

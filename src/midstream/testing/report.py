@@ -295,6 +295,8 @@ def compare(
             if of_rank != "exact":
                 return of_rank, difference
         return "exact", None
+    if not over and ordered is None:
+        found = found[: len(expected)]  # what comes after is known of neither, the end of an epoch there included
     epochs = sorted({item.epoch for item in (*expected, *found)})
     outcome: Outcome = "exact"
     at = 0
