@@ -38,6 +38,7 @@ from contestants import everyone  # noqa: E402
 from endpoint import Endpoint  # noqa: E402
 from interface import Contestant  # noqa: E402
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "midstream-benchmarks"
 EFFORT: dict[str, dict[str, Any]] = {
     "full": {"seconds": 0.8, "patience": 15.0, "rounds": None, "timeout": 150},
     "quick": {"seconds": 0.4, "patience": 5.0, "rounds": 1, "timeout": 90},
@@ -373,8 +374,7 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-plots", action="store_true", help="without matplotlib")
     parser.add_argument("--prepare", action="store_true", help="make environments and data, measure nothing")
     parser.add_argument("--rounds", type=int, help="instead of each question's own number")
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "midstream-benchmarks"
-    parser.add_argument("--cache", type=Path, default=default, help="environments, data and logs; default %(default)s")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="environments, data and logs; default %(default)s")
     parser.add_argument("--results", type=Path, help="where JSON and plots go; default benchmarks/results")
     parser.add_argument("--pip", type=str.split, default=[], help="further arguments of pip install, as one string")
     arguments = parser.parse_args(given)

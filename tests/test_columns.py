@@ -23,6 +23,7 @@ from midstream.columns import rows_of_block
 from midstream.core import Dataset, Delivery, Lane, as_origin_array, bind, epoch_key
 from midstream.failures import Failure, Hole, Ledger
 from midstream.nodes.collate import over_columns
+from midstream.sources.arrow import TableReader
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "collate": ms.collate,
@@ -140,6 +141,21 @@ def table_of(rows: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"id": list(range(rows)), "ids": [list(range(row % 7)) for row in range(rows)]})
 
 
+@pytest.mark.parametrize("kind", [pa.bool_(), pa.int8(), pa.uint64(), pa.float16(), pa.float32(), pa.float64()])
+@pytest.mark.parametrize("picked", [5, 60])
+def test_numbers_of_many_small_chunks_are_those_of_one(kind: pa.DataType, picked: int) -> None:
+    values = np.random.default_rng(0).integers(0, 100, 60).astype(kind.to_pandas_dtype())
+    if kind == pa.uint64():
+        values[::7] = 2**64 - 1
+    chunks = [pa.array(values[first : first + 4], kind) for first in range(0, 60, 4)]
+    rows = np.random.default_rng(1).permutation(60)[:picked]
+    for column in (pa.chunked_array(chunks), pa.chunked_array([pa.array(values, kind)])):
+        for repeats in (1, 10):  # few rows of each chunk, and many
+            found = TableReader(pa.table({"x": column})).columns(np.tile(rows, repeats)).columns[0].array
+            assert found is not None and found.dtype == values.dtype
+            assert found.tolist() == np.tile(values[rows], repeats).tolist()
+
+
 def columns_reach(ds: Dataset) -> bool:
     """Whether the rows of a pipeline are columns still."""
     length = ds.length()
@@ -249,16 +265,25 @@ def deliveries(ds: Dataset, lane: Lane, state: Any = None, most: int = 10_000) -
     seq_len=st.sampled_from([1, 4, 8, 16]),
     overflow=st.sampled_from(["split", "truncate", "drop"]),
     last=st.sampled_from(["pad", "drop"]),
+    separator=st.sampled_from([None, 7, [1 << 40, 7]]),
+    mode=st.sampled_from([{"mode": "concat"}, {"mode": "fit", "window": 7}, {"mode": "fit", "min_fill": 0.0}]),
     lane=st.sampled_from([(0, 1, 1), (0, 1, 8), (1, 2, 3), (2, 3, 64)]),
     data=st.data(),
 )
 def test_documents_are_packed_from_columns_as_from_samples(
-    sizes: list[int], seq_len: int, overflow: Any, last: Any, lane: tuple[int, int, int], data: st.DataObject
+    sizes: list[int],
+    seq_len: int,
+    overflow: Any,
+    last: Any,
+    separator: Any,
+    mode: Any,
+    lane: tuple[int, int, int],
+    data: st.DataObject,
 ) -> None:
     rows = {"input_ids": [[row] * size for row, size in enumerate(sizes)]}
     types = pa.schema({"input_ids": pa.list_(pa.int32())})
     source = ms.from_dataset(datasets.Dataset(datasets.table.InMemoryTable(pa.table(rows, types)))).shuffle(1)
-    options = {"overflow": overflow, "last": last}
+    options = {"overflow": overflow, "last": last, "separator": separator if seq_len > 2 else None, **mode}
     columns, samples = source.pack(seq_len, **options), source.map(same).pack(seq_len, **options)
     expected = deliveries(samples, Lane(*lane, Ledger()))
     assert deliveries(columns, Lane(*lane, Ledger())) == expected

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import midstream as ms
@@ -476,6 +478,31 @@ def test_map_style_data_gives_torch_batches() -> None:
         assert a["y"].equal(b["y"])
         assert a["y"].dtype == b["y"].dtype == torch.float64
         assert a["name"] == b["name"]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1, "multiprocessing_context": "fork"}, {"prefetch_factor": 2}])
+def test_reading_draws_nothing_from_the_generator_of_torch(options: dict[str, Any]) -> None:
+    before = torch.get_rng_state()
+    made = ms.DataLoader(numbers(0, 8), batch_size=4, **options)
+    assert [batch.tolist() for batch in made] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert torch.get_rng_state().equal(before)
+    made.close()
+
+
+def test_without_workers_reading_happens_in_this_thread_and_nothing_of_torchdata_runs() -> None:
+    seen: set[Any] = set()
+
+    def look(sample: Any) -> Any:
+        seen.add((threading.get_ident(), torch.utils.data.get_worker_info()))
+        return sample
+
+    def never(worker: int) -> None:
+        raise AssertionError("there is no worker")
+
+    made = ms.DataLoader(numbers(0, 8).map(look), batch_size=4, worker_init_fn=never, timeout=1e-9)
+    assert [batch.tolist() for batch in made] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert seen == {(threading.get_ident(), None)}
+    assert not isinstance(made._iterator, _BaseDataLoaderIter)
 
 
 def test_shuffle_takes_the_seed_of_torch_and_the_checkpoint_keeps_it() -> None:

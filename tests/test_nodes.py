@@ -420,6 +420,30 @@ def test_repeat_of_nothing_ends(nothing: str, times: int | None) -> None:
 # -- errors that are skipped --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("collated", [False, True])
+def test_a_batch_of_random_access_is_made_when_it_is_taken(collated: bool) -> None:
+    made: list[Any] = []
+
+    def note(samples: list[Any]) -> list[Any]:
+        made.append(samples)
+        if samples[0] == 6:
+            raise ValueError("not these")
+        return samples
+
+    ds = numbers(12).batch(3, collate_fn=note)
+    if collated:  # what is above the batch asks for many at once
+        ds = ds.map(lambda batch: batch)
+    batches = iter(ds)
+    assert next(batches) == [0, 1, 2] and (collated or made == [[0, 1, 2]])
+    assert next(batches) == [3, 4, 5] and (collated or made == [[0, 1, 2], [3, 4, 5]])
+    with pytest.raises(ms.SampleError, match="not these"):
+        next(batches)
+    state = batches.state_dict()
+    assert list(batches) == [[9, 10, 11]]
+    ds.load_state_dict(state)
+    assert list(ds) == [[9, 10, 11]]
+
+
 def test_skip_leaves_a_hole_and_its_batch_is_shorter() -> None:
     ds = numbers(16).map(fail_at(5, 6, 13), on_error="skip").batch(4, collate_fn=list)
     assert ds.random_access

@@ -145,7 +145,7 @@ BUGS = {
         "loader.py",
         "            generator=torch.Generator().manual_seed(runner.epoch),\n",
         "            generator=None,\n",
-        ("test_contract.py", "global_generators and sequence"),
+        ("test_loader.py", "draws_nothing_from_the_generator"),
     ),
     "a loaded state is followed in the next epoch too": Bug(
         "readers.py",

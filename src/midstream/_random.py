@@ -141,6 +141,10 @@ def permute(positions: I64, length: int, seed: int, keys: U64) -> I64:
     values = _feistel(positions.astype(np.uint64), rounds, high_size, low_size)
     limit = _U(length)
     outside = np.flatnonzero(values >= limit)
+    if keys.size == 1 and outside.size <= _FEW:
+        for place in outside.tolist():
+            values[place] = _permute_one(int(values[place]), length, plain, high_size, low_size)
+        return values.astype(np.int64)
     while outside.size:
         inner = rounds if keys.size == 1 else [key[outside] for key in rounds]
         walked = _feistel(values[outside], inner, high_size, low_size)
@@ -178,15 +182,19 @@ def _feistel(values: U64, rounds: list[Any], high_size: int, low_size: int) -> U
     low_count = _U(low_size)
     high, low = np.divmod(values, low_count)
     size, other = _U(high_size), low_count
+    hashed, spare = np.empty_like(low), np.empty_like(low)
     for key in rounds:
-        hashed = (low ^ key) * _M1_U
-        hashed ^= hashed >> _S32
+        np.bitwise_xor(low, key, out=hashed)
+        hashed *= _M1_U
+        np.right_shift(hashed, _S32, out=spare)
+        hashed ^= spare
         hashed *= _M2_U
         hashed >>= _S32
         hashed *= size
         hashed >>= _S32  # uniform in [0, size), without a division
         high += hashed
-        np.subtract(high, size, out=high, where=high >= size)
+        np.subtract(high, size, out=spare)  # below zero is a huge number here
+        np.minimum(high, spare, out=high)
         high, low, size, other = low, high, other, size
     result: U64 = high * low_count + low
     return result

@@ -27,12 +27,13 @@ class Column:
         array: Set where every value is a number: the same numbers, of the stored dtype, shape [k].
     """
 
-    __slots__ = ("_values", "array", "dtype")
+    __slots__ = ("_lengths", "_values", "array", "dtype")
 
     def __init__(
         self, values: list[Any] | None, dtype: np.dtype[Any] | None = None, array: npt.NDArray[Any] | None = None
     ) -> None:
         self._values, self.dtype, self.array = values, dtype, array
+        self._lengths: npt.NDArray[np.int64] | None = None
 
     @property
     def values(self) -> list[Any]:
@@ -41,6 +42,13 @@ class Column:
             assert self.array is not None
             self._values = self.array.tolist()
         return self._values
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Of sequences: int64, shape [k]."""
+        if self._lengths is None:
+            self._lengths = np.fromiter(map(len, self.values), dtype=np.int64, count=len(self.values))
+        return self._lengths
 
     def __getitem__(self, part: slice) -> Column:
         """The values of some samples."""

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import os
 import pickle
+import sys
 import threading
 import time
 import warnings
@@ -35,13 +36,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._random import fold, salt
 from midstream._state import MISSING, State, copy_plain, fingerprint
+from midstream.bare import divided_by_nobody, divided_by_trainer
 from midstream.breadcrumbs import Trail
 from midstream.columns import Columns
 from midstream.errors import CheckpointError, MidstreamError, Origin, ReplayDiverged, TooManyErrors
-from midstream.failures import ErrorRate, Failure, Hole, Ledger, Windows, add_counts, check_limits
+from midstream.failures import ErrorRate, Excluded, Failure, Hole, Ledger, Windows, add_counts, check_limits
 
 if TYPE_CHECKING:
     from midstream.display import Preview
+    from midstream.metrics import Metric
 
 __all__ = [
     "FORMAT",
@@ -54,6 +57,7 @@ __all__ = [
     "Item",
     "Iterator",
     "Lane",
+    "Later",
     "OnError",
     "Origins",
     "Part",
@@ -68,6 +72,7 @@ __all__ = [
     "pick",
     "replaying",
     "require_dataset",
+    "require_epochs",
     "require_passes",
 ]
 
@@ -84,6 +89,8 @@ Origins = Any
 PARTS = 1 << 20
 """Parts of a part are numbered in one integer: ``part * PARTS + number``."""
 Item = tuple[Any, Origins]
+Stash = dict[tuple[int, ...], tuple[int, tuple[Any, ...]]]
+"""By the first four numbers of a sample's first origin: its source (-1: several), and a value of each metric."""
 OnError = Literal["raise", "skip", "refill"]
 
 
@@ -181,6 +188,46 @@ class Part(NamedTuple):
         return self.place.rows(self.positions, self.keys, self.passes)
 
 
+class Later:
+    """Samples that are made when their turn comes, each of some rows of those that were read together.
+
+    Many batches made ahead would be memory that is touched for the first time, again and again, and cold when it is used.
+
+    Attributes:
+        rows: The rows.
+        bounds: Sample i is made of the rows from ``bounds[i]`` to ``bounds[i + 1]``.
+        make: Makes the sample of the rows from here to there; a `Hole` where user code failed.
+    """
+
+    __slots__ = ("bounds", "make", "rows")
+
+    def __init__(self, rows: Rows, bounds: list[int], make: Callable[[int, int], Any]) -> None:
+        self.rows, self.bounds, self.make = rows, bounds, make
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def origins(self) -> I64:
+        """Of all rows."""
+        return self.rows.origins
+
+    def item(self, index: int, trail: Trail | None) -> Item:
+        """A sample with its origins; there are none of one that is lost."""
+        first, last = self.bounds[index], self.bounds[index + 1]
+        origins = self.origins[first:last]
+        if trail is not None:
+            trail.rows(origins)
+        sample = self.make(first, last)
+        return sample, origins[:0] if type(sample) is Hole else origins
+
+    def num_bytes(self) -> int:
+        """Roughly how much is held for one sample."""
+        rows = self.rows
+        one = rows.samples[0] if rows.columns is None else rows.columns[:1].samples()[0]
+        return num_bytes(one) * self.bounds[1]
+
+
 def as_origin_array(origins: Origins) -> I64:
     """Origins of one sample as int64 of shape [m, 5]."""
     if type(origins) is tuple:
@@ -221,9 +268,10 @@ class Place:
         source: Index in ``names`` of a source, -1 for other nodes.
         names: The names of all sources in the tree, shared by all its places.
         trail: In a worker: where it writes what it has in hand.
+        stash: Where a node leaves what it tracked of the rows that are read, by origin; None while nobody takes it.
     """
 
-    __slots__ = ("inputs", "names", "node", "path", "salt", "source", "trail")
+    __slots__ = ("_tracking", "inputs", "names", "node", "path", "salt", "source", "stash", "trail")
 
     def __init__(self, node: Dataset, path: str, names: list[str]) -> None:
         self.node, self.path, self.names = node, path, names
@@ -231,6 +279,8 @@ class Place:
         self.inputs: dict[str, Place] = {}
         self.source = -1
         self.trail: Trail | None = None
+        self.stash: Stash | None = None
+        self._tracking: list[Place] | None = None
 
     @property
     def input(self) -> Place:
@@ -251,11 +301,25 @@ class Place:
         for part in self.node._below(self, positions, keys, passes) or ():
             part.place.foretell(part.positions, part.keys, part.passes)
 
+    def later(self, positions: I64, keys: U64, passes: I64) -> Rows | Later:
+        """The same, for a reader that takes samples in their order. See `Dataset._later`."""
+        rows = self.node._later(self, positions, keys, passes)
+        if self.trail is not None:
+            self.trail.passed_on(rows.origins)
+        return rows
+
     def iterate(self, lane: Lane, key: int, pass_: int) -> Iterator:
         """The stream face: a `Cursor` where there is random access."""
         if self.node.random_access:
-            return Cursor(self, lane, key, pass_)
+            return (TrackingCursor if self.tracking else Cursor)(self, lane, key, pass_)
         return self.node._iterate(self, lane, key, pass_)
+
+    @property
+    def tracking(self) -> list[Place]:
+        """The places from here down that track metrics."""
+        if self._tracking is None:
+            self._tracking = [place for place in self.walk() if place.node.tracks]
+        return self._tracking
 
     def origin(self, origin: Sequence[int]) -> Origin:
         """Five integers with the source's name in place of its index."""
@@ -423,7 +487,7 @@ class Iterator:
 
 _MAX_CHUNK = 512
 _CHUNK_BYTES = 8 << 20
-_FAST, _SLOW, _LONG = 1e-3, 4e-3, 16e-3
+_FAST, _SLOW, _LONG = 2e-3, 8e-3, 16e-3
 _SETTLED = 64  # chunks until a larger one is tried again
 _FORETOLD, _FAR = 8, 1 << 16  # sources are told of so many chunks at a time, and of no row further off
 
@@ -448,7 +512,8 @@ class Cursor(Iterator):
         self.length = place.node.length()
         self.first = 0  # number, in this lane, of the first item read ahead
         self.items: list[Item] = []
-        self.ahead: Rows | None = None  # the same, while nobody asked for them one by one
+        self.ahead: Rows | None = None  # the same, where they are taken by column; then no items until one is asked for
+        self.later: Later | None = None  # the same, where each is made when it is taken
         self.count = 0  # how many are read ahead
         self.by_block = False
         self.at = 0
@@ -476,10 +541,13 @@ class Cursor(Iterator):
     def _next(self) -> Item:
         if self.at == self.count:
             self._fill()
-        if self.ahead is not None:
-            self.items, self.ahead = self.ahead.items(), None
         at = self.at
-        item = self.items[at]
+        if self.later is not None:
+            item = self.later.item(at, self.place.trail)
+        else:
+            if not self.items and self.ahead is not None:
+                self.items = self.ahead.items()
+            item = self.items[at]
         if type(item[0]) is Hole:
             return self._hole(item[0], item[1])
         self.at = at + 1
@@ -503,21 +571,27 @@ class Cursor(Iterator):
             raise StopIteration
         start = time.perf_counter()
         try:
-            rows = self.place.rows(positions, self.keys, self.passes)
-            items = [] if self.by_block and rows.columns is not None else rows.items()
+            rows = self._read(positions)
+            items = self._items(rows)
         except Exception:
             if len(positions) == 1:
                 raise
             self.chunk = 1  # what can still be read comes first; then the error meets whoever asks for its row
             self.tried = 0.0
-            rows = self.place.rows(positions[:1], self.keys, self.passes)
-            items = rows.items()
+            rows = self._read(positions[:1])
+            items = self._items(rows)
         elapsed = time.perf_counter() - start
         self.first, self.items, self.at = first, items, 0
-        self.ahead, self.count = (None, len(items)) if items else (rows, len(rows.origins))
+        self.ahead, self.later = None, None
+        if isinstance(rows, Later):
+            self.later, self.count, size = rows, len(rows), rows.num_bytes()
+        elif items or rows.columns is None:
+            self.count, size = len(items), num_bytes(items[0][0])
+        else:
+            self.ahead, self.count, size = rows, len(rows.origins), num_bytes(rows.columns[:1].samples()[0])
         self.lane.ledger.reads += 1
-        first_sample = items[0][0] if items else rows.columns[:1].samples()[0]  # type: ignore[index]
-        self._adapt(elapsed, elapsed / self.count, 2 * self.chunk * num_bytes(first_sample) <= _CHUNK_BYTES)
+        most = min(_MAX_CHUNK, _CHUNK_BYTES // max(1, size))
+        self._adapt(elapsed, elapsed / self.count, most)
         if self.sources:
             self._foretell()
 
@@ -538,13 +612,20 @@ class Cursor(Iterator):
         stop = min(first + _FORETOLD * self.chunk, after + _FAR)
         if first < stop and any(node._wants_more() for node in self.sources):
             self.foretold = stop
-            with contextlib.suppress(
-                Exception
-            ):  # whatever is wrong with rows that nobody has asked for is told with them
+            # Whatever is wrong with rows that nobody has asked for is told with them.
+            with contextlib.suppress(Exception):
                 self.place.foretell(self._positions(first, stop), self.keys, self.passes)
 
-    def ahead_by_column(self) -> tuple[Columns, I64] | None:
-        """What is read ahead, as columns, and its origins; call `pass_by` for what was taken of it.
+    def _read(self, positions: I64) -> Rows | Later:
+        return self.place.later(positions, self.keys, self.passes)
+
+    def _items(self, rows: Rows | Later) -> list[Item]:
+        """Samples that were made one by one."""
+        return [] if isinstance(rows, Later) or (self.by_block and rows.columns is not None) else rows.items()
+
+    def ahead_by_column(self) -> tuple[Columns, I64, int] | None:
+        """What was read together, as columns, with its origins, and the number of the first that is still ahead; call
+        `pass_by` for what was taken.
 
         None where samples must be taken one by one: there are no columns, a failure is being told, or this is the end.
         """
@@ -560,25 +641,26 @@ class Cursor(Iterator):
         rows = self.ahead
         if rows is None or rows.columns is None or self.told:
             return None
-        return rows.columns[self.at :], rows.origins[self.at :]
+        return rows.columns, rows.origins, self.at
 
     def pass_by(self, number: int) -> None:
         """So many samples of `ahead_by_column` were taken."""
         self.at += number
 
-    def _adapt(self, elapsed: float, cost: float, room: bool) -> None:
-        """Choose the size of the next chunk; ``cost`` is of a row, both in seconds."""
+    def _adapt(self, elapsed: float, cost: float, most: int) -> None:
+        """Choose the size of the next chunk, ``most`` rows if it grows; ``cost`` is of a row, both in seconds."""
         if self.tried:
             self.paid, self.tried = cost < 0.75 * self.tried, 0.0
             if not self.paid:
                 self.chunk, self.settled = self.chunk // 2, _SETTLED
                 return
             self.floor = self.chunk
-        room = room and self.chunk < _MAX_CHUNK
+        room = self.chunk < most
         if elapsed < _FAST:
-            self.chunk = min(2 * self.chunk, _MAX_CHUNK) if room else self.chunk
+            # A run has many lanes, each with a cursor that begins small: four times where that is fast enough too.
+            self.chunk = min((4 if 4 * elapsed < _FAST else 2) * self.chunk, most) if room else self.chunk
         elif room and not self.settled and elapsed < (_LONG if self.paid else _SLOW):
-            self.tried, self.chunk = cost, min(2 * self.chunk, _MAX_CHUNK)
+            self.tried, self.chunk = cost, min(2 * self.chunk, most)
         elif elapsed > _SLOW:
             self._shrink(cost)
         self.settled = max(0, self.settled - 1)
@@ -600,8 +682,58 @@ class Cursor(Iterator):
 
     def _load(self, state: State) -> None:
         self.first, self.told, self.block = state
-        self.items, self.at, self.ahead, self.count = [], 0, None, 0
+        self.items, self.at, self.ahead, self.later, self.count = [], 0, None, None, 0
         self.foretold = 0
+
+
+class TrackingCursor(Cursor):
+    """A `Cursor` over nodes that track metrics: what they tracked of a row counts when the row is handed out, or fails."""
+
+    def __init__(self, place: Place, lane: Lane, key: int, pass_: int) -> None:
+        super().__init__(place, lane, key, pass_)
+        self.tracking = [(each, each.node.kinds()) for each in place.tracking]  # type: ignore[attr-defined]
+        self.stashes: list[Stash] = []
+
+    def __next__(self) -> Item:
+        item = super().__next__()
+        number = self.number + (self.told > 0)
+        if self.lane.ledger.first_time(self.place.path, int(self.passes[0]), number):
+            self._count(*item)
+        return item
+
+    def _fill(self) -> None:
+        super()._fill()
+        self.stashes = [each.stash or {} for each, _ in self.tracking]
+        for each, _ in self.tracking:
+            each.stash = None
+
+    def _read(self, positions: I64) -> Rows | Later:
+        for each, _ in self.tracking:
+            each.stash = {}
+        return super()._read(positions)
+
+    def ahead_by_column(self) -> None:
+        """Samples are taken one by one."""
+        return
+
+    def _count(self, sample: Any, origins: Origins) -> None:
+        """Count what was tracked of a row: of all that it is made of, whether it failed later on or not."""
+        row = sample if self.later is not None else self.items[self.at - (self.told == 0)][0]
+        whole: list[tuple[int, ...]] = []
+        if type(row) is not Hole or row.rest is not MISSING:
+            whole = [origins[:4]] if type(origins) is tuple else list(map(tuple, origins[:, :4].tolist()))
+        for error in row.errors if type(row) is Hole else ():
+            if error.origin is not None and type(error) is not Excluded:
+                name, epoch, row_number, part, _ = error.origin
+                whole.append((self.place.names.index(name), epoch, row_number, part))
+        for (each, kinds), stash in zip(self.tracking, self.stashes):
+            found: dict[int, list[tuple[Any, ...]]] = {}
+            for key in whole:
+                known = stash.pop(key, None)
+                if known is not None:
+                    found.setdefault(known[0], []).append(known[1])
+            for source, values in found.items():
+                self.lane.ledger.track(each.path, source, kinds, values)
 
 
 def num_bytes(sample: Any) -> int:
@@ -693,6 +825,10 @@ class Dataset(IterableDataset[Any]):
 
     kind: ClassVar[str] = "dataset"
     """The verb that makes this node: its name in paths, trees and checkpoints."""
+    one_to_one: ClassVar[bool] = False
+    """Whether it gives one sample for each of its only input, in that order."""
+    tracks: ClassVar[bool] = False
+    """Whether it leaves something in its place's stash. It has ``kinds()`` then."""
     _reads_ahead: ClassVar[bool] = False
     """Whether this is a source that may read what comes next before it is asked for: see `_foretell`."""
 
@@ -715,11 +851,13 @@ class Dataset(IterableDataset[Any]):
 
     def _length(self) -> int | None:
         """Number of samples of a random-access dataset; None when it is infinite."""
+        if self.one_to_one:
+            return self.inputs()[""].length()
         raise NotImplementedError(f"{type(self).__name__} has no length")
 
     def block_sizes(self) -> I64 | None:
         """Sizes of the natural blocks, in which reading one row costs a whole block; None where a block is a row."""
-        return None
+        return self.inputs()[""].block_sizes() if self.one_to_one else None
 
     def spec_fields(self) -> dict[str, State]:
         """What a checkpoint remembers of this node: plain values by name."""
@@ -748,7 +886,7 @@ class Dataset(IterableDataset[Any]):
 
         Arguments as for `_rows`. So that sources can be told what comes next (`Place.foretell`).
         """
-        return None
+        return [Part(at.input, positions, keys, passes)] if self.one_to_one else None
 
     def _wants_more(self) -> bool:
         """Whether `_foretell` would be of use just now. Asked once a chunk."""
@@ -756,6 +894,10 @@ class Dataset(IterableDataset[Any]):
 
     def _foretell(self, positions: I64) -> None:
         """Hear which positions (int64, shape [k]) are likely to be read next, in this order. May change no sample."""
+
+    def _later(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows | Later:
+        """As `_rows`; a node whose samples are large may make each when it is taken."""
+        return self._rows(at, positions, keys, passes)
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         """The running form in one lane, for one pass."""
@@ -836,6 +978,10 @@ class Dataset(IterableDataset[Any]):
         fields = ((key, value) for key, value in self.spec_fields().items() if key != "length")
         return f"{self.kind}({', '.join(f'{key}={_short(value)}' for key, value in fields)})"
 
+    def times(self, key: str, exact: bool) -> int:
+        """How many passes over an input one pass over this node may take, for numbering; ``exact``: as its length says."""
+        return 1
+
     def reads_again(self) -> str:
         """What this node itself reads again on a resume, at most, in words; empty where nothing."""
         return ""
@@ -874,7 +1020,7 @@ class Dataset(IterableDataset[Any]):
 
     # -- pickling and hidden slots ------------------------------------------------------------------------------------
 
-    _kept_slots: ClassVar[tuple[str, ...]] = ("_waiting", "_epoch")
+    _kept_slots: ClassVar[tuple[str, ...]] = ("_waiting", "_epoch", "_divided")
     _by_value: ClassVar[tuple[str, ...]] = ()
 
     def _set(self, name: str, value: Any) -> None:
@@ -925,6 +1071,8 @@ class Dataset(IterableDataset[Any]):
 
         In a worker of a bare StatefulDataLoader the worker is a lane.
         """
+        if "_divided" not in self.__dict__ and divided_by_nobody(self._in_words, sys._getframe(1)):
+            self._set("_divided", True)
         worker = get_worker_info()
         index, num_lanes = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         run = Run(self, index, num_lanes, self.__dict__.get("_epoch", 0))
@@ -996,6 +1144,9 @@ class Dataset(IterableDataset[Any]):
             raise sample.errors[0].error()
         return sample
 
+    def _in_words(self) -> str:
+        return f"this dataset ({self.summary()} of {', '.join(bind(self).names)})"
+
     def state_dict(self) -> State:
         """The state of the iteration in progress (or, before any, of its start). Plain values, fresh each time."""
         waiting = self.__dict__.get("_waiting")
@@ -1025,6 +1176,8 @@ class Dataset(IterableDataset[Any]):
         """Choose the epoch of the next fresh ``iter()`` (a loaded state brings its own)."""
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"epoch is an integer of at least 0; found {epoch!r}")
+        if "_divided" not in self.__dict__ and divided_by_trainer(self._in_words, sys._getframe(1)):
+            self._set("_divided", True)  # said once
         self._set("_epoch", epoch)
 
     # -- verbs (the only place where a lower file names a higher one) --------------------------------------------------
@@ -1181,6 +1334,38 @@ class Dataset(IterableDataset[Any]):
         ids = () if separator is None else (separator,) if not isinstance(separator, Iterable) else tuple(separator)
         return Pack(self, seq_len, mode, overflow, key, tuple(columns), mask, ids, pad_id, last, window, min_fill)
 
+    def track(self, **metrics: Callable[[Any], float] | Metric) -> Dataset:
+        """Gather metrics of the samples, by source and over all: in `DataLoader.progress`, exact under resume.
+
+        Changes no sample. The totals travel in the checkpoint (at most 1 KB per source and metric, once per rank) and are
+        the same to the last bit on any ranks, workers and resumes.
+
+        Args:
+            **metrics: By name: a function of a sample (count, sum, mean, min and max of what it returns),
+                `midstream.distribution` of one (quantiles too), or `midstream.count` of one (how often each value came).
+
+        Where the pipeline has random access from here on, a sample counts when its batch is delivered (or when it fails
+        further on); in a stream when it comes by here, which nodes that hold samples back (a buffered shuffle, ``pack``) do
+        before it is delivered. To have what the model saw, put it right before ``batch`` or ``pack``. A sample made of rows
+        of several sources (a mixed batch, say) counts over all only. A bare dataset (without `midstream.DataLoader`) keeps no
+        totals.
+
+        Raises:
+            ValueError: If there is no metric, or one of that name further down.
+            TypeError: If one is no function.
+
+        >>> import midstream as ms
+        >>> ds = ms.from_dataset([{"ids": [1, 2, 3]}, {"ids": [4]}], name="docs").track(tokens=lambda row: len(row["ids"]))
+        >>> loader = ms.DataLoader(ds, batch_size=2, collate_fn=list)
+        >>> for batch in loader:
+        ...     pass
+        >>> loader.progress().sources["docs"].metrics["tokens"]
+        {'count': 2, 'sum': 4, 'mean': 2, 'min': 1, 'max': 3}
+        """
+        from midstream.nodes.track import Track
+
+        return Track.of(self, metrics)
+
     def repeat(self, num_epochs: int | None = None) -> Dataset:
         """Go through the data ``num_epochs`` times, for ever when None; shuffles below draw a new order each pass.
 
@@ -1292,12 +1477,34 @@ def require_dataset(value: Any, where: str) -> None:
         )
 
 
+_TOO_DEEP = (
+    "{}endless passes (repeat(), all_exhausted) are nested too deep to number them in 64 bits. Give repeat a number of epochs, "
+    "or an inner mix max_epochs= or 'all_exhausted_without_replacement'"
+)
+_EPOCHS = 1 << 16  # of a loader at least
+
+
 def require_passes(passes: I64, times: int) -> None:
     """Refuse passes nested so deep that they cannot be numbered in 64 bits."""
     if int(passes.max()) * times >= 1 << 62:
-        raise ValueError(
-            "endless passes (repeat(), all_exhausted) are nested too deep to number them; give repeat a number of epochs"
-        )
+        raise ValueError(_TOO_DEEP.format(""))
+
+
+def require_epochs(root: Place) -> None:
+    """Refuse the same before anything is read: of every source, the passes of 65,536 epochs can be numbered."""
+
+    def most(place: Place, exact: bool) -> tuple[int, list[str]]:
+        below: list[tuple[int, list[str]]] = [(1, [])]
+        for key, child in place.inputs.items():
+            times, paths = most(child, exact)
+            own = place.node.times(key, exact)
+            below.append((times * own, [place.path, *paths] if own > 1 else paths))
+        return max(below, key=lambda found: found[0])
+
+    if most(root, False)[0] * _EPOCHS > 1 << 62:  # lengths may have to be looked up: only where they could matter
+        times, paths = most(root, True)
+        if times * _EPOCHS > 1 << 62:
+            raise ValueError(_TOO_DEEP.format(f"{' > '.join(paths)}: "))
 
 
 def _spec(place: Place) -> dict[str, State]:

@@ -17,6 +17,7 @@ from midstream.core import (
     Item,
     Iterator,
     Lane,
+    Later,
     Part,
     Place,
     Rows,
@@ -96,22 +97,34 @@ class Batch(Dataset):
         return [Part(at.input, inside, pick(keys, which), pick(passes, which))]
 
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
-        rows = self._below(at, positions, keys, passes)[0].rows()
-        counts = self._counts(positions)
-        bounds = [0, *np.cumsum(counts).tolist()]
-        fn: Callable[[Any], Any] | None = self.collate_fn or collate
-        given: Any = rows.columns
-        if given is None or (fn := over_columns(self.collate_fn or collate)) is None:
-            fn, given = self.collate_fn or collate, rows.samples
-            if rows.sizes is not None or any(type(sample) is Hole for sample in given):
-                return self._slow(at, rows, bounds)
-        out = []
-        for first, last in zip(bounds, bounds[1:]):
-            batch = self._collate(at, given[first:last], fn)
+        later = self._later(at, positions, keys, passes)
+        if not isinstance(later, Later):
+            return later
+        batches = []
+        for first, last in zip(later.bounds, later.bounds[1:]):
+            batch = later.make(first, last)
             if type(batch) is Hole:
+                return self._slow(at, later.rows, later.bounds)
+            batches.append(batch)
+        return Rows(batches, later.origins, np.diff(later.bounds))
+
+    def _later(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows | Later:
+        rows = self._below(at, positions, keys, passes)[0].rows()
+        bounds = [0, *np.cumsum(self._counts(positions)).tolist()]
+        columns, over = rows.columns, over_columns(self.collate_fn or collate)
+        if columns is None or over is None:
+            samples = rows.samples
+            if rows.sizes is not None or any(type(sample) is Hole for sample in samples):
                 return self._slow(at, rows, bounds)
-            out.append(batch)
-        return Rows(out, rows.origins, counts)
+            return Later(rows, bounds, lambda first, last: self._collate(at, samples[first:last]))
+
+        def make(first: int, last: int) -> Any:
+            batch = self._collate(at, columns[first:last], over)
+            if type(batch) is Hole:  # told as it is told of samples
+                batch = self._collate(at, columns[first:last].samples())
+            return batch
+
+        return Later(rows, bounds, make)
 
     def _slow(self, at: Place, rows: Rows, bounds: list[int]) -> Rows:
         """With failures, or samples made of several rows."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from midstream._state import State, decode, encode
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Origins, Part, Place, Rows, as_origin_array
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Origins, Place, Rows, as_origin_array
 from midstream.errors import Origin
 from midstream.failures import Excluded, Hole
 
@@ -30,16 +30,7 @@ class Exclude(Dataset):
     source: Dataset
     origins: tuple[tuple[str, int, int, int], ...]
     kind = "exclude"
-
-    def _length(self) -> int | None:
-        return self.source.length()
-
-    def block_sizes(self) -> I64 | None:
-        """The input's."""
-        return self.source.block_sizes()
-
-    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
-        return [Part(at.input, positions, keys, passes)]
+    one_to_one = True
 
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
         rows = at.input.rows(positions, keys, passes)

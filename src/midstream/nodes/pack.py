@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ from midstream.nodes.flat_map import require_depth
 
 IGNORED = -100
 _EVERY = 16
-_MOST = 64
+_MOST, _TOKENS = 64, 1 << 14
 _GIVE_UP = 100_000
 _WINDOW, _MAX_WINDOW = 256, 1024
 _MIN_FILL = 0.95
@@ -164,11 +164,7 @@ class Pack(Dataset):
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         packer = _Packer(self, at, lane, pass_)
         upstream = at.input.iterate(lane, key, pass_)
-        return (
-            _Concat(packer, upstream, lane.block)
-            if self.mode == "concat"
-            else _Fit(packer, upstream, *_fit_options(self))
-        )
+        return _Concat(packer, upstream) if self.mode == "concat" else _Fit(packer, upstream, *_fit_options(self))
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -192,6 +188,24 @@ def _fit_options(node: Pack) -> tuple[int, float]:
     return window, _MIN_FILL if node.min_fill is None else float(node.min_fill)
 
 
+class _Ahead(NamedTuple):
+    """Documents that a cursor has ahead as a column.
+
+    Attributes:
+        values: Those that were read together.
+        lengths: int64, of the usable ones ahead, with their separators.
+        origins: int64, shape [k, 5], of all values.
+        first: The number of the first one ahead.
+        odd: Whether what follows the usable ones has to be taken by itself.
+    """
+
+    values: list[Any]
+    lengths: npt.NDArray[np.int64]
+    origins: npt.NDArray[np.int64]
+    first: int
+    odd: bool
+
+
 class _Packer:
     """What both modes do: documents of samples, rows of pieces, and the counting."""
 
@@ -202,6 +216,10 @@ class _Packer:
         self.separator = np.array(node.separator, dtype=np.int64)
         self.bare, self.room = len(self.names) == 1, self.seq_len - len(node.separator)
         self.places = np.arange(self.seq_len, dtype=np.int64)
+        self.splits = node.overflow == "split"
+        # Rows that are made together are a batch, which then needs no copy; of single ones, some thousand tokens.
+        self.alone = lane.block <= 1
+        self.together = min(max(1, _TOKENS // self.seq_len) if self.alone else lane.block, _MOST)
         self.endless = node.source.infinite
         self.fruitless = 0
 
@@ -234,6 +252,35 @@ class _Packer:
             self.fruitless = 0
             return columns, 0, size, origins
         return self._odd(columns, size, origins, number)
+
+    def ahead(self, cursor: Cursor, most: int | None = None) -> _Ahead | None:
+        """Documents that come as a column, up to the first that is empty, or too long and not split."""
+        found = cursor.ahead_by_column()
+        if found is None or self.node.key not in found[0].names:
+            return None
+        columns, origins, first = found
+        column = columns.columns[columns.names.index(self.node.key)]
+        if column.dtype is None or column.dtype.kind not in "iu":
+            return None
+        stop = columns.length if most is None else min(columns.length, first + most)
+        lengths = column.lengths[first:stop]
+        odd = lengths == 0 if self.splits else (lengths == 0) | (lengths > self.room)
+        usable = int(odd.argmax()) if odd.any() else len(lengths)
+        if not usable:
+            return None
+        self.fruitless = 0
+        return _Ahead(column.values, lengths[:usable] + len(self.separator), origins, first, usable < len(lengths))
+
+    def with_separator(self, documents: list[Any]) -> list[Any]:
+        """The same, each with the separator at its end."""
+        if not len(self.separator):
+            return documents
+        tail = self._like(self.separator, documents[0])
+        return [np.concatenate((ids, tail)) for ids in documents]
+
+    def count_split(self, source: int, number: int) -> None:
+        """Tell that input ``number`` was longer than a row."""
+        self.ledger.count(self.path, self.pass_, number, {f"split|{self.path}|{source}": 1})
 
     def _odd(self, columns: tuple[npt.NDArray[Any], ...], size: int, origins: Origins, number: int) -> _Piece | None:
         """Empty and over-long documents."""
@@ -278,6 +325,72 @@ class _Packer:
             raise ValueError(f"columns of one document have one value per token each; found the lengths {lengths}")
         return columns
 
+    def block(
+        self,
+        tokens: list[npt.NDArray[Any]],
+        begins: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+        count: int,
+        done: int,
+    ) -> list[dict[str, npt.NDArray[Any]]]:
+        """Rows that are filled by ``tokens`` one after the other; ``begins`` and ``lengths`` are of what lies in them.
+
+        ``done`` rows were made before, so that those of one batch are made together.
+        """
+        if len({each.dtype for each in tokens}) == 1:
+            joined = np.concatenate(tokens)  # cast below: numpy's own cast takes twice as long for many short arrays
+        else:
+            joined = np.empty(count * self.seq_len, dtype=np.int64)
+            np.concatenate(tokens, out=joined, casting="unsafe")
+        made: list[dict[str, npt.NDArray[Any]]] = []
+        at = 0
+        while len(made) < count:
+            rows = min(self.together - (done + len(made)) % self.together, count - len(made))
+            start, stop = len(made) * self.seq_len, (len(made) + rows) * self.seq_len
+            last = int(np.searchsorted(begins, stop))
+            ids, id_rows = rows_of_block((rows, self.seq_len), np.int64)
+            labels, label_rows = rows_of_block((rows, self.seq_len), np.int64)
+            positions, position_rows = rows_of_block((rows, self.seq_len), np.int64)
+            ids.reshape(-1)[:] = joined[start:stop]
+            labels[:] = ids
+            labels.reshape(-1)[begins[at:last] - start] = IGNORED
+            places = [self.places[:length] for length in lengths[at:last].tolist()]
+            np.concatenate(places, out=positions.reshape(-1))
+            if self.alone:  # whoever keeps one of them shall not keep all
+                id_rows, label_rows, position_rows = (
+                    [row.copy() for row in of] for of in (id_rows, label_rows, position_rows)
+                )
+            made += [dict(zip(_MADE, of)) for of in zip(id_rows, label_rows, position_rows)]
+            at = last
+        return made
+
+    def rows(self, rows: list[list[_Piece]], fills: list[int], done: int) -> list[Item]:
+        """Several rows of bare documents at once, as `row` makes each, with fewer of numpy's calls."""
+        seq_len, pieces = self.seq_len, [piece for row in rows for piece in row]
+        padding = self._like(np.array([self.node.pad_id]), pieces[0][0][0]).repeat(seq_len)
+        tokens: list[npt.NDArray[Any]] = []
+        for row, fill in zip(rows, fills):
+            tokens += [columns[0][start:stop] for columns, start, stop, _ in row]
+            if fill < seq_len:
+                tokens.append(padding[fill:])
+        lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
+        made = self.block(tokens, lengths.cumsum() - lengths, lengths, len(rows), done)
+        sizes = np.array([stop - start for _, start, stop, _ in pieces], dtype=np.int32)
+        origins = self._origins(pieces)
+        one_each = len(origins) == len(pieces)
+        items: list[Item] = []
+        last = 0
+        for row, fill, arrays in zip(rows, fills, made):
+            first, last = last, last + len(row)
+            arrays["labels"][fill:] = IGNORED
+            arrays["seq_lens"] = sizes[first:last].copy()
+            items.append((arrays, origins[first:last] if one_each else self._origins(row)))
+        return items
+
+    def _like(self, tokens: npt.NDArray[np.int64], ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Tokens of our own in the dtype of a document's, where that holds them."""
+        return tokens.astype(ids.dtype) if int(tokens.max()) <= np.iinfo(ids.dtype).max else tokens
+
     def row(self, pieces: list[_Piece], number: int) -> Item:
         """One row of these pieces, with their origins; ``number`` counts the lane's rows."""
         seq_len, names = self.seq_len, self.names
@@ -293,7 +406,7 @@ class _Packer:
         if total < seq_len:
             ids[total:], labels[total:] = self.node.pad_id, IGNORED
             positions[total:] -= total
-            self._of_row(number, {f"padding tokens|{self.path}|-1": seq_len - total})
+            self.count_padding(number, total)
         row = {"input_ids": ids, "labels": labels, "position_ids": positions, "seq_lens": lengths}
         for index in range(1, len(names)):
             values = np.concatenate([columns[index][a:b] for columns, a, b, _ in pieces])
@@ -331,6 +444,11 @@ class _Packer:
                     counts[key] = counts.get(key, 0) + count
         self._of_row(number, counts)
 
+    def count_padding(self, number: int, fill: int) -> None:
+        """Tell what is no token in a row."""
+        if fill < self.seq_len:
+            self._of_row(number, {f"padding tokens|{self.path}|-1": self.seq_len - fill})
+
     def _of_row(self, number: int, counts: Mapping[str, int]) -> None:
         self.ledger.count(f"{self.path} rows", self.pass_, number, counts)
 
@@ -354,12 +472,11 @@ def _source(origins: Origins) -> int:
 class _Concat(Iterator):
     """Documents joined and cut."""
 
-    def __init__(self, packer: _Packer, upstream: Iterator, batch: int) -> None:
+    def __init__(self, packer: _Packer, upstream: Iterator) -> None:
         self.packer, self.seq_len = packer, packer.seq_len
         self.source = SafePoint(upstream, _EVERY)
         self.made = 0
-        self.together = min(batch, _MOST)  # rows made at a time where documents come as columns
-        self.cursor = upstream if type(upstream) is Cursor and packer.bare and not packer.node.separator else None
+        self.cursor = upstream if type(upstream) is Cursor and packer.bare else None
         self.ready: _Ready | None = None
         self._clear()
 
@@ -378,7 +495,7 @@ class _Concat(Iterator):
         if self.ready is not None:
             self.made += 1
             self.ready.at += 1
-            return self.ready.rows[self.ready.at - 1]
+            return self.ready.row(self.packer)
         while self.filled < self.seq_len:
             if self.start is None:
                 self.start, self.offset, self.taken = self.source.snapshot(), 0, 0
@@ -402,7 +519,7 @@ class _Concat(Iterator):
     def _make_ready(self, cursor: Cursor) -> None:
         """Make several rows at once of documents that come as columns; what is left over is held as ever.
 
-        Only documents that go into rows as they are: at an empty or over-long one this ends, and they are taken one by one.
+        At a document that is empty, or too long and not split, this ends, and they are taken one by one.
         """
         source, seq_len, packer = self.source, self.seq_len, self.packer
         began, before = source.number, (source.state_at, source.state)
@@ -412,32 +529,27 @@ class _Concat(Iterator):
             return
         views: list[Any] = []
         origins: list[Any] = []
-        row_of_first, need = 0, self.together * seq_len - self.filled
+        row_of_first, need = 0, (packer.together - self.made % packer.together) * seq_len - self.filled
         while need > 0:
-            found = cursor.ahead_by_column()
-            if found is None or packer.node.key not in found[0].names:
+            found = packer.ahead(cursor)
+            if found is None:
                 break
-            column = found[0].columns[found[0].names.index(packer.node.key)]
-            if column.dtype is None or column.dtype.kind not in "iu":
-                break
+            ends = found.lengths.cumsum()
+            taken = min(int(np.searchsorted(ends, need)) + 1, len(ends))
             if not views:
                 row_of_first = cursor.number
-            lengths = np.fromiter(map(len, column.values), dtype=np.int64, count=found[0].length)
-            odd = np.flatnonzero((lengths == 0) | (lengths > seq_len))
-            ends = lengths[: odd[0] if len(odd) else None].cumsum()
-            taken = min(int(np.searchsorted(ends, need)) + 1, len(ends))
-            if not taken:
-                break
-            views.extend(column.values[:taken])
-            origins.append(found[1][:taken])
+            here = slice(found.first, found.first + taken)
+            views.extend(packer.with_separator(found.values[here]))
+            origins.append(found.origins[here])
             cursor.pass_by(taken)
             need -= int(ends[taken - 1])
-            if len(odd) and taken == len(ends):
+            if found.odd and taken == len(ends):
                 break
         if not views:
             return
-        packer.fruitless = 0
-        ready = _Ready(packer, self.pieces, views, np.concatenate(origins), began, row_of_first, cursor.block, before)
+        ready = _Ready(
+            packer, self.pieces, views, np.concatenate(origins), began, row_of_first, cursor.block, before, self.made
+        )
         held = ready.held()
         source.number = began + len(views)
         source.state_at = source.number - source.number % _EVERY
@@ -536,6 +648,7 @@ class _Ready:
         first: int,
         block: int,
         before: tuple[int, State],
+        done: int,
     ) -> None:
         self.seq_len, self.pieces, self.views, self.origins = packer.seq_len, pieces, views, origins
         self.began, self.first, self.block, self.before = began, first, block, before
@@ -544,31 +657,22 @@ class _Ready:
         np.cumsum(sizes, out=self.starts[1:])
         self.at = 0
         count = int(self.starts[-1]) // self.seq_len
-        self.rows: list[Item] = self._make(packer, count) if count else []
+        self.rows: list[Item] = self._make(packer, count, done) if count else []
+        # Those that are longer than a row all begin in one of these rows, and are told with it.
+        long = np.flatnonzero(np.diff(self.starts[len(pieces) :]) > self.seq_len).tolist()
+        self.split = [(int(self.starts[len(pieces) + number]) // self.seq_len, number) for number in long]
 
-    def _make(self, packer: _Packer, count: int) -> list[Item]:
+    def _make(self, packer: _Packer, count: int, done: int) -> list[Item]:
         seq_len, starts = self.seq_len, self.starts
         total = count * seq_len
         last = int(np.searchsorted(starts, total))  # documents that begin before the end
         tokens = [*(columns[0][a:b] for columns, a, b, _ in self.pieces), *self.views][:last]
         tokens[-1] = tokens[-1][: total - int(starts[last - 1])]
-        ids, id_rows = rows_of_block((count, seq_len), np.int64)
-        labels, label_rows = rows_of_block((count, seq_len), np.int64)
-        positions, position_rows = rows_of_block((count, seq_len), np.int64)
-        if len({each.dtype for each in tokens}) == 1:
-            ids.reshape(-1)[:] = np.concatenate(
-                tokens
-            )  # one cast; numpy's own takes twice as long for many short arrays
-        else:
-            np.concatenate(tokens, out=ids.reshape(-1), casting="unsafe")
         begins = np.concatenate((starts[:last], np.arange(0, total, seq_len)))
         begins.sort()
         lengths = np.diff(begins, append=total)
         begins, lengths = begins[lengths > 0], lengths[lengths > 0]
-        labels[:] = ids
-        labels.reshape(-1)[begins] = IGNORED
-        places = packer.places
-        np.concatenate([places[:length] for length in lengths.tolist()], out=positions.reshape(-1))
+        made = packer.block(tokens, begins, lengths, count, done)
         document = np.searchsorted(starts, begins, side="right") - 1
         held = [(*origin[:3], origin[3] * PARTS, start) for _, start, _, origin in self.pieces]
         of_views = self.origins * np.array([1, 1, 1, PARTS, 0])
@@ -579,10 +683,17 @@ class _Ready:
         ends = np.searchsorted(begins, np.arange(seq_len, total + 1, seq_len)).tolist()
         lengths = lengths.astype(np.int32)
         rows: list[Item] = []
-        for row, (a, b) in enumerate(zip([0, *ends], ends)):
-            made = {"input_ids": id_rows[row], "labels": label_rows[row], "position_ids": position_rows[row]}
-            rows.append(({**made, "seq_lens": lengths[a:b].copy()}, origins[a:b]))
+        for row, a, b in zip(made, [0, *ends], ends):
+            row["seq_lens"] = lengths[a:b].copy()
+            rows.append((row, origins[a:b]))
         return rows
+
+    def row(self, packer: _Packer) -> Item:
+        """The row whose turn it is."""
+        while self.split and self.split[0][0] < self.at:
+            number = self.split.pop(0)[1]
+            packer.count_split(int(self.origins[number, 0]), self.began + number + 1)
+        return self.rows[self.at - 1]
 
     def cut(self, rows: int) -> tuple[int, int]:
         """The input in which so many rows end (or which comes next), and how many of its tokens are in them."""
@@ -622,11 +733,20 @@ class _Ready:
         }
 
 
+def _pieces(columns: tuple[npt.NDArray[Any], ...], size: int, room: int, origins: Origins) -> list[_Piece]:
+    """A document in pieces of at most a row."""
+    if size <= room:
+        return [(columns, 0, size, origins)]
+    return [(columns, start, min(start + room, size), origins) for start in range(0, size, room)]
+
+
 class _Fit(Iterator):
     """Documents packed whole, a window at a time, best fit decreasing."""
 
     def __init__(self, packer: _Packer, upstream: Iterator, window: int, min_fill: float) -> None:
         self.packer, self.upstream, self.window = packer, upstream, window
+        self.cursor = upstream if type(upstream) is Cursor and packer.bare else None
+        self.given = 0  # rows, to make together what is a batch
         self.least = min_fill * packer.seq_len
         self.number, self.made = 0, 0  # inputs before the window, row numbers used before it
         self.start: State = None
@@ -641,12 +761,17 @@ class _Fit(Iterator):
         self.taken = 0
         self.rows: list[list[_Piece]] | None = None  # once the window is packed
         self.at = 0
+        self.fill: list[int] = []  # tokens of each
+        self.ready: list[Item] = []  # those of them that are made, the next one last
+        self.tokens: int | None = 0  # all that are held, once counted
         self.next_waiting: list[int] = []  # inputs of this window that wait for the next
 
     def _next(self) -> Item:
         while True:
             if self.rows is None:
                 while self.taken < self.window:
+                    if self._take_column(self.window - self.taken):
+                        continue
                     try:
                         item = self._take()
                     except StopIteration:
@@ -656,16 +781,50 @@ class _Fit(Iterator):
                 self._pack()
             assert self.rows is not None
             if self.at < len(self.rows):
-                pieces = self.rows[self.at]
-                self.at += 1
-                number = self.made + 1 + self.at
+                row = self._row(self.rows)
                 if self.at == len(self.rows):
                     self._roll()
-                return self.packer.row(pieces, number)
+                return row
             ended = self.taken < self.window
             self._roll()
             if ended:
                 raise StopIteration
+
+    def _row(self, rows: list[list[_Piece]]) -> Item:
+        """The next row of the window."""
+        packer, number = self.packer, self.made + 2 + self.at
+        if not self.ready:
+            group = rows[self.at : self.at + packer.together - self.given % packer.together]
+            self.ready = packer.rows(group, self.fill[self.at :], self.given)[::-1] if packer.bare else []
+        at, self.at = self.at, self.at + 1
+        self.given += 1
+        if not self.ready:
+            return packer.row(rows[at], number)
+        packer.count_padding(number, self.fill[at])
+        return self.ready.pop()
+
+    def _take_column(self, most: int) -> bool:
+        """Hold up to so many documents that come as a column; whether there were any."""
+        found = None if self.cursor is None else self.packer.ahead(self.cursor, most)
+        if found is None:
+            return False
+        assert self.cursor is not None
+        if self.start is None:
+            self.start = self.upstream.snapshot()
+        packer, taken = self.packer, len(found.lengths)
+        here = slice(found.first, found.first + taken)
+        sizes, documents = found.lengths.tolist(), packer.with_separator(found.values[here])
+        if not packer.node.separator:  # copied, as by `_split`
+            whole, ends = np.concatenate(documents), found.lengths.cumsum().tolist()
+            documents = [whole[end - size : end] for end, size in zip(ends, sizes)]
+        for number, (ids, size, origins) in enumerate(zip(documents, sizes, found.origins[here].tolist()), self.taken):
+            self.held[number] = _pieces((ids,), size, packer.seq_len, tuple(origins))
+            if size > packer.seq_len:
+                packer.count_split(origins[0], self.number + number + 1)
+        self.cursor.pass_by(taken)
+        self.taken += taken
+        self.tokens = None
+        return True
 
     def _take(self) -> Item | None:
         """Hold one more document; a failure is passed on at once."""
@@ -677,7 +836,7 @@ class _Fit(Iterator):
         if type(sample) is not Hole:
             document = self.packer.document(sample, origins, self.number + self.taken)
         if type(document) is tuple:
-            self.held[self.taken - 1] = self._split(document)
+            self.held[self.taken - 1], self.tokens = self._split(document), None
             return None
         return None if document is None else (document, origins)
 
@@ -685,10 +844,7 @@ class _Fit(Iterator):
         """A document in pieces of at most a row, copied: a view would keep its whole chunk in memory."""
         columns, _, stop, origins = document
         columns = tuple(column if column.base is None else column.copy() for column in columns)
-        size = self.packer.seq_len
-        if stop <= size:
-            return [(columns, 0, stop, origins)]
-        return [(columns, start, min(start + size, stop), origins) for start in range(0, stop, size)]
+        return _pieces(columns, stop, self.packer.seq_len, origins)
 
     def _pack(self) -> None:
         """Make the window's rows; those that are not full enough wait, unless this is the end or one has waited."""
@@ -708,6 +864,7 @@ class _Fit(Iterator):
             self.packer.drop([pieces[member] for member in rows[dropped]], self.made + 1)
             fill[dropped] = 0
         self.rows = [[pieces[member] for member in row] for row, tokens in zip(rows, fill) if tokens]
+        self.fill = [tokens for tokens in fill if tokens]
 
     def _roll(self) -> None:
         """On to the next window."""
@@ -718,12 +875,14 @@ class _Fit(Iterator):
         self._clear()
         self.start = None
         if waiting:
-            self.waiting, self.bits, self.back = waiting, bits, back
+            self.waiting, self.bits, self.back, self.tokens = waiting, bits, back, None
 
     def _tokens(self) -> int:
         """Tokens held, to tell whether a replay found what was there."""
-        fresh = (piece for pieces in self.held.values() for piece in pieces)
-        return sum(stop - start for group in (self.waiting, fresh) for _, start, stop, _ in group)
+        if self.tokens is None:
+            fresh = (piece for pieces in self.held.values() for piece in pieces)
+            self.tokens = sum(stop - start for group in (self.waiting, fresh) for _, start, stop, _ in group)
+        return self.tokens
 
     def _state(self) -> State:
         if self.start is None:
@@ -748,7 +907,7 @@ class _Fit(Iterator):
             self._again(self.window)
             waiting = [pieces[-1] for number, pieces in self.held.items() if bits >> number & 1]
             self._clear()
-            self.waiting, self.bits, self.back = waiting, bits, state["source"]
+            self.waiting, self.bits, self.back, self.tokens = waiting, bits, state["source"], None
             self.number, self.start = state["number"], self.upstream.snapshot()
         self._again(state["taken"])
         _require_tokens(self.packer.path, self._tokens(), state["tokens"])
@@ -758,11 +917,17 @@ class _Fit(Iterator):
 
     def _again(self, count: int) -> None:
         """Take inputs that were taken before."""
-        for _ in range(count):
+        last = self.taken + count
+        while self.taken < last:
+            if self._take_column(last - self.taken):
+                continue
             try:
                 self._take()
             except StopIteration:
                 return  # the tokens tell
+
+
+_ROW = (1 << 32) - 1
 
 
 def best_fit(lengths: list[int], size: int) -> list[list[int]]:
@@ -779,18 +944,19 @@ def best_fit(lengths: list[int], size: int) -> list[list[int]]:
     [[0, 3], [1, 2, 4]]
     """
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    room: list[int] = []  # free tokens and row in one integer, ascending
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # stable: equals stay in order
         length = lengths[index]
-        place = bisect_left(room, (length, -1))
+        place = bisect_left(room, length << 32)
         if place < len(room):
-            free, row = room.pop(place)
+            found = room.pop(place)
+            free, row = found >> 32, found & _ROW
             rows[row].append(index)
         else:
             free, row = size, len(rows)
             rows.append([index])
         if free > length:
-            insort(room, (free - length, row))
+            insort(room, (free - length << 32) + row)
     return sorted(map(sorted, rows))
 
 

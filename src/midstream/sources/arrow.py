@@ -186,7 +186,7 @@ class _Column:
         return Column(views, self.dtype if clean else None)
 
     def _numbers(self, chunks: I64 | None, inside: I64) -> Column:
-        """Numbers are gathered chunk by chunk, and become Python numbers all at once."""
+        """Numbers are gathered chunk by chunk where chunks are few, and become Python numbers all at once."""
         opened = self.opened
         if chunks is None:
             values, valid = opened[0] or self._read(0)
@@ -201,7 +201,12 @@ class _Column:
                 values, valid = opened[chunk]
                 result.append(values[row].item() if valid is None or valid[row] else None)
             return Column(result)
-        array = np.empty(len(inside), dtype=found[0][0].dtype if found else np.int64)
+        dtype = found[0][0].dtype if found else np.dtype(np.int64)
+        if 8 * len(distinct) > len(inside):  # few rows of each: numpy's calls would be most of it
+            get = {chunk: values.item for chunk, (values, _) in zip(distinct, found)}
+            picked = [get[chunk](row) for chunk, row in zip(chunks.tolist(), inside.tolist())]
+            return Column(None, None, np.array(picked, dtype=dtype))
+        array = np.empty(len(inside), dtype=dtype)
         for chunk in distinct:
             here = np.flatnonzero(chunks == chunk)
             array[here] = opened[chunk][0][inside[here]]

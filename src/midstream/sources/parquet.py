@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import get_worker_info
 
 from midstream._bar import watched
-from midstream._check import require_name
+from midstream._check import require_name, require_text
 from midstream._state import State, fingerprint
 from midstream.core import I64, U64, Dataset, Place, Rows
 from midstream.errors import SourceError, bullet_list
@@ -490,6 +490,8 @@ def plain_paths(paths: Paths, where: str) -> tuple[str, ...]:
     plain = tuple(os.fspath(path) for path in paths)
     if not plain or not all(isinstance(path, str) and path for path in plain):
         raise ValueError(f"{where} takes one path or more, none of them empty; found {list(plain)}")
+    for path in plain:
+        require_text(path, f"{where}: a path")
     return plain
 
 
@@ -521,6 +523,7 @@ def list_files(paths: tuple[str, ...], where: str) -> list[File]:
                 f"{where}: {name} is matched twice by {list(paths)}, so its rows would be there twice. Name it once; to see "
                 f"data more often use .repeat, or midstream.interleave with weights"
             )
+        require_text(name, f"{where}: the name of a file")
         seen.add(name)
     return files
 
