@@ -1,35 +1,33 @@
 """What reading row groups ahead gains: the time to read parquet and to work on it, with and without the thread.
 
-    python benchmarks/ahead.py [--quick] [--local] [--json FILE]
+    python benchmarks/ahead.py [--quick] [--json FILE]
 
 Data is made here: one column of variable-length int32 lists (mean 300) in zstd row groups. It is read from the local disk and
 through s3fs from an S3 endpoint on the loopback (moto, a Python program on the same cores), in order and shuffled with the
 default window. The consumer sleeps after each batch, as who waits for an accelerator does: as long in all as reading takes alone,
-which is where overlap can gain most (half). No workers: the loader reads in the training process.
+which is where overlap can gain most (half). The best of some rounds, in turns. No workers: the loader reads in the training process.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import own
 import pyarrow as pa
 import pyarrow.parquet as pq
+import show
 from endpoint import Endpoint
 
 import midstream as ms
 from midstream.sources import ahead
 
-BATCH, FILES = 64, 4
+BATCH, FILES = 256, 4
 
 
 def make(folder: Path, groups: int, rows: int) -> None:
@@ -61,56 +59,54 @@ def seconds(url: str, shuffled: bool, on: bool, step: float) -> tuple[float, int
     return time.perf_counter() - start, batches, longest
 
 
-def ask(place: str, url: str, rounds: int) -> Iterator[dict[str, Any]]:
-    for shuffled in (False, True):
-        seconds(url, shuffled, False, 0.0)  # warm
-        alone, batches, _ = seconds(url, shuffled, False, 0.0)
-        found: dict[bool, list[tuple[float, int, float]]] = {False: [], True: []}
-        for _ in range(rounds):
-            for on in found:
-                found[on].append(seconds(url, shuffled, on, alone / batches))
-        without, with_ = (statistics.median(each[0] for each in found[on]) for on in (False, True))
-        yield {
-            "where": place,
-            "order": "shuffled" if shuffled else "in order",
-            "reading alone, s": round(alone, 2),
-            "without, s": round(without, 2),
-            "with, s": round(with_, 2),
-            "ratio": round(without / with_, 2),
-            "longest wait without, ms": round(1e3 * statistics.median(each[2] for each in found[False])),
-            "with, ms": round(1e3 * statistics.median(each[2] for each in found[True])),
-        }
+def ask(url: str, shuffled: bool, rounds: int) -> dict[str, Any]:
+    """One line of the table."""
+    alone, batches, _ = min(seconds(url, shuffled, False, 0.0) for _ in range(2))
+    found: dict[bool, list[tuple[float, int, float]]] = {False: [], True: []}
+    for _ in range(rounds):
+        for on in found:
+            found[on].append(seconds(url, shuffled, on, alone / batches))
+    return {
+        "where": "S3 endpoint" if url.startswith("s3:") else "local disk",
+        "order": "shuffled" if shuffled else "in order",
+        "alone": alone,
+        **{("with" if on else "without"): min(each[0] for each in found[on]) for on in found},
+        **{f"longest wait {'with' if on else 'without'}": min(each[2] for each in found[on]) for on in found},
+    }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    lines += ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows]
-    return "\n".join(lines)
+def measure(arguments: argparse.Namespace) -> own.Rows:
+    """Seconds by place and order."""
+    groups, rounds = (16, 1) if arguments.quick else (64, 3)
+    with tempfile.TemporaryDirectory() as name, Endpoint() as endpoint:
+        os.environ.update(endpoint.environment())
+        make(Path(name), groups, 4000)
+        places = [name, endpoint.upload(Path(name), "ahead")]
+        return [ask(place, shuffled, rounds) for place in places for shuffled in (False, True)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="less data, one round")
-    parser.add_argument("--rounds", type=int, help="times each is read; the median counts")
-    parser.add_argument("--local", action="store_true", help="no endpoint (which needs the extra: midstream[bench])")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    arguments = parser.parse_args()
-    groups, rounds = (32, 1) if arguments.quick else (64, 3)
-    rounds = arguments.rounds or rounds
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-        folder = Path(name)
-        make(folder, groups, 4000)
-        rows += ask("local disk", name, rounds)
-        if not arguments.local:
-            endpoint = stack.enter_context(Endpoint())
-            os.environ.update(endpoint.environment())
-            rows += ask("S3 endpoint", endpoint.upload(folder, "ahead"), rounds)
-    print(table(rows))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+def report(rows: own.Rows) -> str:
+    """The table."""
+    heads = [
+        "",
+        "reading alone, s",
+        "one after the other, s",
+        "reading ahead, s",
+        "times as fast",
+        "longest wait, ms",
+        "ahead, ms",
+    ]
+    lines = [
+        [
+            f"{row['where']}, {row['order']}",
+            *(show.number(row[name]) for name in ("alone", "without", "with")),
+            show.number(row["without"] / row["with"]),
+            *(show.number(1e3 * row[f"longest wait {name}"]) for name in ("without", "with")),
+        ]
+        for row in rows
+    ]
+    return show.table(heads, lines)
 
 
 if __name__ == "__main__":
-    main()
+    own.main("ahead", __doc__, measure, report)

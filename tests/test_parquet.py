@@ -594,6 +594,14 @@ def test_the_next_groups_are_read_in_the_thread_each_once(tmp_path: Path, decodi
     assert decoding.by == [(0, False), *((number, True) for number in range(1, 9))]
 
 
+def test_the_thread_helps_with_what_is_asked_for_at_once(tmp_path: Path, decoding: Decoding) -> None:
+    ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
+    assert ids(ds.rows(range(36))) == list(range(36))
+    settle(ds)
+    assert sorted(number for number, _ in decoding.by) == list(range(9))
+    assert 8 in decoding.ahead  # from the end
+
+
 def test_a_group_that_is_being_read_is_waited_for_not_read_again(tmp_path: Path, decoding: Decoding) -> None:
     ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
     decoding.gate.clear()

@@ -176,10 +176,11 @@ class ParquetSource(Dataset):
                     parts[number] = here, Rows([_without_views(sample) for sample in rows.samples], rows.origins)
 
         needed = groups.store.at_hand_first(np.unique(numbers).tolist())
-        groups.store.want(needed[:0:-1])  # the thread helps, from the other end
         for number in needed:
             here = np.flatnonzero(numbers == number)
             reader = groups.reader(number, len(here), release)
+            if number == needed[0]:
+                groups.store.want(needed[:0:-1])  # the thread helps, from the other end
             try:
                 parts[number] = here, Rows(None, origins[here], None, reader.columns(inside[here]))
             except Exception:  # one row at a time tells which one it was (bytes that are no text, say)
