@@ -335,6 +335,19 @@ def measured(bomb: frozenset[int], weights: Any = None, **options: Any) -> Datas
     )
 
 
+def first_of(sample: Any) -> int:
+    return identify(sample)[0]
+
+
+def residue(sample: Any) -> int:
+    return identify(sample)[0] % 3
+
+
+def tracked(dataset: Dataset) -> Dataset:
+    """With a metric of each kind."""
+    return dataset.track(number=first_of, size=ms.distribution(size_of), residue=ms.count(residue))
+
+
 DATA = {"data": 0}
 TWO = {"web": 0, "code": 1}
 ODD = [row for row in ids(0, 90) if row % 2]
@@ -518,6 +531,16 @@ CASES: dict[str, Case] = {
         lambda b: numbers(0, 60, b).shuffle(2).filter(is_odd).repeat(3),
         DATA,
         epoch=sorted([r for r in ids(0, 60) if r % 2] * 3),
+    ),
+    "track": Case(lambda b: tracked(numbers(0, 60, b).shuffle(1)), DATA, epoch=ids(0, 60)),
+    "track below a batch": Case(lambda b: tracked(mix(b)).shuffle(2).map(to_dict).batch(4), TWO),
+    "track above a batch": Case(lambda b: tracked(numbers(0, 62, b).map(to_dict).batch(4)), DATA, epoch=ids(0, 62)),
+    "track stream": Case(lambda b: tracked(numbers(0, 90, b).filter(is_odd)), DATA, epoch=ODD),
+    "track under a buffer": Case(
+        lambda b: tracked(stream_mix(b)).shuffle(3, buffer_size=25).batch(4), TWO, 90, shifts=True
+    ),
+    "track packed": Case(
+        lambda b: tracked(numbers(0, 60, b).shuffle(1)).map(document).pack(8), DATA, 25, shifts=True, cuts=True
     ),
     "take": Case(lambda b: numbers(0, 90, b).shuffle(2).take(55), DATA),
     "take stream": Case(lambda b: numbers(0, 90, b).filter(not_third).take(41), DATA, shifts=True),

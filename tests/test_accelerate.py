@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import midstream as ms
+from torchrun import ledgers, torchrun
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of accelerate and what it imports
@@ -149,6 +151,157 @@ def test_our_dataset_in_a_loader_of_torchdata(name: str, tmp_path: Path) -> None
         assert [batch.tolist() for batch in loader] == seen[step:]
 
 
+def left(rows: int = 54, drop_last: bool = False) -> ms.Dataset:
+    """14 batches, the last one of two samples: two of the last round on three ranks, and one of them short."""
+    return ms.from_dataset(range(rows), name="web").shuffle(3).batch(4, drop_last=drop_last)
+
+
+REMAINDERS = [
+    # pipeline, remainder, what gather_for_metrics keeps of the last step on 3 ranks (0: all)
+    (left(), "pad", 6),
+    (left(drop_last=True), "pad", 4),  # 13 batches
+    (left().map(lambda batch: -batch), "pad", 6),
+    (left(60), "pad", 0),
+    (left(58), "drop", 10),
+    (left(), "drop", 0),
+    (unsized(), "drop", 0),
+]
+
+
+@pytest.mark.parametrize("case", range(len(REMAINDERS)))
+def test_accelerate_is_told_what_is_no_repeat_and_the_loader_keeps_its_remainder(case: int) -> None:
+    pipeline, remainder, kept = REMAINDERS[case]
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(
+        ms.DataLoader(pipeline, rank=1, world_size=3, remainder=remainder, lanes=3)  # type: ignore[arg-type]
+    )
+    state = accelerator.gradient_state
+    for _ in range(2):
+        told = [(state.end_of_dataloader, state.remainder) for _ in loader]
+        assert told == [(False, -1)] * (len(told) - 1) + [(True, kept)]
+        assert not state.in_dataloader and loader.remainder == remainder
+
+
+def test_it_says_so_where_repeats_are_not_the_last_that_is_gathered() -> None:
+    two = [ms.DataLoader(left(), rank=rank, world_size=2) for rank in range(2)]
+    for loader in two:
+        for _ in zip(range(2), loader):
+            pass
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(ms.DataLoader(left(), rank=2, world_size=3, remainder="pad"))
+    loader.load_state_dict([loader.state_dict() for loader in two])
+    with pytest.warns(RuntimeWarning, match="2 batches twice.*begun on another number of ranks.*trace"):
+        found = [accelerator.gradient_state.remainder for _ in loader]
+    assert found == [-1] * 4 and loader.trace().padded
+    loader.set_epoch(1)
+    assert [accelerator.gradient_state.remainder for _ in loader][-1] == 6
+    bare = accelerator.prepare(ms.DataLoader(left().repeat(1), rank=0, world_size=3, remainder="pad"))
+    with pytest.warns(RuntimeWarning, match="does not end in .batch"):
+        assert [accelerator.gradient_state.remainder for _ in bare][-1] == -1
+
+
+def _gather(folder: str, attempt: str, remainder: Any) -> None:
+    """What torchrun starts."""
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(ms.DataLoader(left(), num_workers=1, remainder=remainder))
+    with open(f"{folder}/{attempt}-{accelerator.process_index}", "w") as ledger:
+        for _ in range(2):
+            for batch in loader:
+                whole = accelerator.pad_across_processes(batch, pad_index=-1)
+                assert len(accelerator.gather(whole)) == 12
+                gathered = accelerator.gather_for_metrics(whole)
+                print(json.dumps([len(batch), gathered.tolist()]), file=ledger)
+            assert loader.remainder == remainder
+    loader.close()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remainder", ["pad", "drop"])
+def test_three_ranks_gather_every_sample_once_in_every_epoch(remainder: str, tmp_path: Path) -> None:
+    torchrun(__file__, 3, "gather", tmp_path, "run", remainder)
+    found = ledgers(tmp_path, "run", 3)
+    steps = 5 if remainder == "pad" else 4
+    assert [len(rank) for rank in found] == [2 * steps] * 3  # in the second epoch too
+    one = ms.DataLoader(left())
+    reference = [[x for batch in one for x in batch.tolist()] for _ in range(2)]
+    for rank in found:
+        for epoch in range(2):
+            gathered = [x for _, ids in rank[epoch * steps : (epoch + 1) * steps] for x in ids]
+            assert gathered == reference[epoch][: 54 if remainder == "pad" else 48]
+
+
+BARE: dict[str, tuple[dict[str, Any], Any]] = {
+    # how Accelerate is set, and what is prepared
+    "dispatched, saved": ({"use_stateful_dataloader": True}, StatefulDataLoader),
+    "dispatched": ({}, torch.utils.data.DataLoader),
+    "each its own": ({"use_stateful_dataloader": True, "dispatch_batches": False}, StatefulDataLoader),
+    "not prepared": ({}, StatefulDataLoader),
+}
+
+
+def _bare(folder: str, case: str, workers: str) -> None:
+    """What torchrun starts: two epochs of our dataset in a loader that is not ours."""
+    options, kind = BARE[case]
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**options))
+    error: str = ""
+    batches: list[Any] = []
+    told: list[str] = []
+
+    def show(message: Any, *rest: Any) -> None:
+        told.append(str(message))
+        print(message, file=sys.stderr)  # in a worker all that comes through
+
+    warnings.simplefilter("always")
+    warnings.showwarning = show
+    data = ms.from_dataset(range(32), name="web").shuffle(3)
+    loader = kind(data, batch_size=4, num_workers=int(workers))
+    if case != "not prepared":
+        loader = accelerator.prepare(loader)
+    try:
+        batches = [[batch.tolist() for batch in loader] for _ in range(2)]
+    except ms.CheckpointError as raised:
+        error = str(raised)
+    told = [text for text in told if "midstream" in text]
+    Path(folder, f"bare-{accelerator.process_index}").write_text(json.dumps([error, told, batches]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("case", BARE)
+def test_our_dataset_in_another_loader_on_two_ranks_is_refused_or_told(case: str, workers: int, tmp_path: Path) -> None:
+    printed = torchrun(__file__, 2, "bare", tmp_path, case, workers)
+    one = [x for batch in ms.DataLoader(ms.from_dataset(range(32), name="web").shuffle(3)) for x in batch.tolist()]
+    for rank, (line,) in enumerate(ledgers(tmp_path, "bare", 2)):
+        error, told, batches = line
+        first = [x for batch in batches[0] for x in batch] if batches else []
+        if case == "dispatched, saved":
+            assert re.search(r"shuffle.* of web.*ahead for 2 ranks.*midstream.DataLoader.*WholeRun", error)
+            assert not told and not batches
+            continue
+        assert not error and len(told) == (0 if case == "not prepared" and workers else 1)
+        if case == "not prepared":
+            text = told[0] if told else printed
+            assert re.search(r"each of 2 ranks reads this dataset \(shuffle.* of web\) whole", text)
+            assert first == one
+        else:
+            what = "rank 0 for 2 ranks, and saves no position" if case == "dispatched" else "whole on each of 2 ranks"
+            assert what in told[0] and "midstream.WholeRun(loader)" in told[0]
+            assert first == [x for n in range(rank, 8, 2) for x in one[4 * n : 4 * n + 4]]  # divided by Accelerate
+
+
+def test_who_only_looks_into_a_dataset_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert list(ms.from_dataset(range(3))) == [0, 1, 2]
+    with pytest.warns(RuntimeWarning, match="each of 2 ranks") as found:
+        loader = torch.utils.data.DataLoader(ms.from_dataset(range(3)), batch_size=3)
+        assert [[batch.tolist() for batch in loader] for _ in range(2)] == [[[0, 1, 2]]] * 2
+    assert len(found) == 1
+
+
 def _train(folder: str, name: str, attempt: str, death: str, resume: str) -> None:
     """What torchrun starts."""
     torch.set_num_threads(1)
@@ -177,6 +330,9 @@ def _train(folder: str, name: str, attempt: str, death: str, resume: str) -> Non
             if step == 16:
                 break
     loader.close()
+    model, optimizer = accelerator.free_memory(
+        model, optimizer
+    )  # before what they talk through: after it torch may hang
     torch.distributed.destroy_process_group()
 
 
@@ -195,15 +351,8 @@ RANKS = {"sized": ranks_sized, "unsized": ranks_unsized}
 @pytest.mark.parametrize("name", RANKS)
 def test_killed_on_two_ranks_it_goes_on_on_two_and_on_three(name: str, tmp_path: Path) -> None:
     def train(attempt: str, ranks: int, death: int = -1, resume: str = "") -> list[list[Any]]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={ranks}", __file__, str(tmp_path), name, attempt, str(death), resume]
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-        assert (ran.returncode == 0) == (death < 0), ran.stderr[-3000:]
-        return [
-            [json.loads(line) for line in (tmp_path / f"{attempt}-{rank}").read_text().splitlines()]
-            for rank in range(ranks)
-        ]
+        torchrun(__file__, ranks, "train", tmp_path, name, attempt, death, resume, dies=death > 0)
+        return ledgers(tmp_path, attempt, ranks)
 
     reference = [batch.tolist() for batch in ms.DataLoader(RANKS[name](), lanes=48)]
     killed = train("killed", 2, death=14)
@@ -223,4 +372,4 @@ def test_killed_on_two_ranks_it_goes_on_on_two_and_on_three(name: str, tmp_path:
 
 
 if __name__ == "__main__":
-    _train(*sys.argv[1:])
+    {"train": _train, "gather": _gather, "bare": _bare}[sys.argv[1]](*sys.argv[2:])

@@ -267,7 +267,7 @@ def damaged(place: Path) -> dict[str, str]:
     (place / "lane.json").write_text(
         json.dumps({**state, "lanes": {**state["lanes"], "0003": lane.replace("1", "2", 1)}})
     )
-    (place / "spec.json").write_text(json.dumps({**state, "spec": {"node": "batch"}}))
+    (place / "spec.json").write_text(json.dumps({**state, "spec": state["spec"].replace("batch", "patch", 1)}))
     (place / "format.json").write_text(json.dumps({**state, "midstream": 99}))
     (place / "key.json").write_text(json.dumps({key: value for key, value in state.items() if key != "epoch"}))
     (place / "kind.json").write_text(json.dumps({**state, "batches": "many"}))

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 import midstream as ms
 from midstream.lightning import ResumeCallback
+from torchrun import ledgers, torchrun
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -202,6 +202,12 @@ def test_a_checkpoint_of_an_error_has_the_batch_that_was_not_trained(name: str, 
     assert net.seen == whole.seen[8:] and net.losses == whole.losses[8:]
 
 
+def _scontrol(folder: Path) -> None:
+    """Slurm's command, which does nothing."""
+    (folder / "scontrol").write_text("#!/bin/sh\nexit 0\n")
+    (folder / "scontrol").chmod(0o755)
+
+
 def _slurm_signals(step: int) -> None:
     if step == 5:
         signal.raise_signal(signal.SIGUSR1)
@@ -211,9 +217,7 @@ def _slurm_signals(step: int) -> None:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_slurm_requeues_in_the_middle_of_a_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text("#!/bin/sh\nexit 0\n")
-    scontrol.chmod(0o755)
+    _scontrol(tmp_path)
     options = {"max_epochs": 2, "limit_train_batches": 7 if name == "endless" else 1.0}
     whole = fit(tmp_path, ms.DataLoader(PIPELINES[name]()), **options)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -385,7 +389,7 @@ class Kill(Callback):  # type: ignore[misc]
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_end(self, trainer: Any, net: Any, *args: Any) -> None:
-        self.ledger.write(json.dumps([trainer.global_step, net.seen[-1]]) + "\n")
+        self.ledger.write(json.dumps([trainer.global_step, net.seen[-1], net.losses[-1]]) + "\n")
         self.ledger.flush()
         os.fsync(self.ledger.fileno())
 
@@ -425,18 +429,8 @@ def _across(folder: str, name: str, attempt: str, death: str, resume: str) -> No
 @pytest.mark.parametrize("name", ACROSS)
 def test_killed_on_two_ranks_it_goes_on_on_one_and_on_three(name: str, tmp_path: Path) -> None:
     def train(attempt: str, ranks: int, death: int = -1, resume: str = "") -> list[Any]:
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={ranks}", __file__, str(tmp_path), name, attempt, str(death), resume]
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        assert (ran.returncode == 0) == (death < 0), ran.stderr[-3000:]
-        found = [tmp_path.joinpath(f"{attempt}-{rank}").read_text().splitlines() for rank in range(ranks)]
-        lines = [[json.loads(line)[1] for line in rank] for rank in found]
+        torchrun(__file__, ranks, "trainer", tmp_path, name, attempt, death, resume, dies=death > 0)
+        lines = [[line[1] for line in rank] for rank in ledgers(tmp_path, attempt, ranks)]
         assert len({len(rank) for rank in lines}) == 1 or death > 0
         first = 20 % ranks if resume else 0  # the rank that makes the first batch
         return [ids for step in zip(*lines[first:], *lines[:first]) for ids in step]
@@ -459,5 +453,120 @@ def test_killed_on_two_ranks_it_goes_on_on_one_and_on_three(name: str, tmp_path:
         assert max(seen.values()) == 2 and sum(rest.values()) < 16  # what some rank had left when another ended
 
 
+def _slurm_signals_and_kills(step: int) -> None:
+    if step == 5:
+        signal.raise_signal(signal.SIGUSR1)
+    if step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+ENDS: dict[str, Any] = {"error": _fail, "requeue": _slurm_signals_and_kills, "": lambda step: None}
+
+
+def _ended(folder: str, name: str, attempt: str, end: str, root: str, resume: str) -> None:
+    """What torchrun starts, as srun would: twelve steps, unless all ranks come to the same end in one of them."""
+    torch.set_num_threads(1)
+    rank = os.environ["RANK"]
+    if root:
+        del os.environ["TORCHELASTIC_RUN_ID"]  # Lightning would take torchrun for its host
+        os.environ["PATH"] = os.pathsep.join([folder, os.environ["PATH"]])
+        ranks = os.environ["WORLD_SIZE"]
+        slurm = {"JOB_ID": "1", "NTASKS": ranks, "NTASKS_PER_NODE": ranks, "JOB_NAME": "train", "NODEID": "0"}
+        for key, value in {**slurm, "PROCID": rank, "LOCALID": rank}.items():
+            os.environ[f"SLURM_{key}"] = value
+    saver = ModelCheckpoint(Path(folder, attempt), every_n_epochs=100, save_on_exception=True)
+    loader = ms.DataLoader(ACROSS[name](), num_workers=1, sync_end=name == "unsized", lanes=48)
+    try:
+        fit(
+            Path(folder, root),
+            loader,
+            resume=Path(resume) if resume else None,
+            callbacks=(saver, Kill(f"{folder}/{attempt}-{rank}", -1)),
+            net=Net(in_step=ENDS[end]),
+            max_steps=12,
+            devices=int(os.environ["WORLD_SIZE"]),
+            strategy="ddp",
+        )
+    except OSError as error:
+        assert str(error) == "the step fails"
+        os._exit(3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ACROSS)
+@pytest.mark.parametrize("end", ["error", "requeue"])
+def test_two_ranks_that_come_to_the_same_end_go_on_as_if_nothing_had_been(end: str, name: str, tmp_path: Path) -> None:
+    def run(attempt: str, end: str = "", root: str = "", resume: str = "") -> list[list[Any]]:
+        torchrun(__file__, 2, "ended", tmp_path, name, attempt, end, root, resume, dies=end != "")
+        return ledgers(tmp_path, attempt, 2)
+
+    _scontrol(tmp_path)
+    whole = run("whole")
+    assert [len(rank) for rank in whole] == [12, 12]
+    root = "slurm" if end == "requeue" else ""
+    ended = run("ended", end, root)
+    if end == "requeue":
+        (path,) = (tmp_path / root).glob("*.ckpt")
+        assert path.name == "hpc_ckpt_1.ckpt"
+        rest, saved = run("rest", root=root), 4  # Lightning finds it by itself
+    else:
+        (path,) = (tmp_path / "ended").glob("*.ckpt")
+        rest, saved = run("rest", resume=str(path)), 8
+    for rank in range(2):  # samples and losses, bit for bit
+        assert ended[rank][:saved] + rest[rank] == whole[rank]
+        assert len(ended[rank]) == saved + (end == "requeue")
+
+
+def _fabric(folder: str, name: str, attempt: str, death: str, resume: str) -> None:
+    """What torchrun starts: sixteen steps, saved after every fifth."""
+    torch.set_num_threads(1)
+    fabric = Fabric(accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy="ddp")
+    fabric.launch()
+    torch.manual_seed(0)
+    net = torch.nn.Linear(1, 1)
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    loader = fabric.setup_dataloaders(ms.DataLoader(ACROSS[name](), num_workers=1, lanes=48))
+    state = {"model": model, "optimizer": optimizer, "loader": ms.WholeRun(loader), "step": 0}
+    if resume:
+        fabric.load(resume, state)
+    step = state["step"]
+    with open(f"{folder}/{attempt}-{fabric.global_rank}", "w") as ledger:
+        for batch in loader:
+            loss = (model(batch[:, None] / 100.0) - 1).square().mean()
+            fabric.backward(loss)
+            if fabric.is_global_zero and step + 1 == int(death):
+                os.kill(os.getpid(), signal.SIGKILL)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            print(json.dumps([step, batch.tolist(), loss.item()]), file=ledger, flush=True)
+            if step % 5 == 0:
+                fabric.save(f"{folder}/{attempt}-{step}.ckpt", {**state, "step": step})
+            if step == 16:
+                break
+    del model, optimizer, state  # before what they talk through: torch hangs now and then when they go after it
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ACROSS)
+def test_fabric_killed_on_two_ranks_goes_on_on_two_and_on_three(name: str, tmp_path: Path) -> None:
+    def run(attempt: str, ranks: int, death: int = -1, resume: str = "") -> list[list[Any]]:
+        torchrun(__file__, ranks, "fabric", tmp_path, name, attempt, death, resume, dies=death > 0)
+        return ledgers(tmp_path, attempt, ranks)
+
+    reference = [batch.tolist() for batch in ms.DataLoader(ACROSS[name](), lanes=48)]
+    whole = run("whole", 2)
+    assert [line[1] for step in zip(*whole) for line in step] == reference[:32]
+    killed = run("killed", 2, death=14)
+    newest = str(tmp_path / "killed-10.ckpt")
+    rest = run("rest", 2, resume=newest)
+    assert [killed[rank][:10] + rest[rank] for rank in range(2)] == whole  # the losses too, bit for bit
+    three = run("three", 3, resume=newest)
+    assert [[line[0] for line in rank] for rank in three] == [[11, 12, 13, 14, 15, 16]] * 3
+    first = 20 % 3  # the rank that makes the next batch
+    assert [line[1] for step in zip(*three[first:], *three[:first]) for line in step] == reference[20:38]
+
+
 if __name__ == "__main__":
-    _across(*sys.argv[1:])
+    {"trainer": _across, "fabric": _fabric, "ended": _ended}[sys.argv[1]](*sys.argv[2:])

@@ -561,6 +561,157 @@ def test_a_load_with_another_schedule_counts_its_borders_from_the_start_of_the_e
     assert min(flat(later.sequence)) >= 10_000
 
 
+# -- what never counts anything --------------------------------------------------------------------------------------------
+
+
+def breaks(row: int) -> int:
+    raise ValueError(row)
+
+
+def counts_nothing(kind: str) -> Dataset:
+    """Web fails, is filtered or counts 0, in all its rows or (code's first pass apart) after a while; code is 12 rows."""
+    web = source(0, 7).shuffle(1).filter(lambda row: kind != "filtered")
+    if kind in ("failing", "failing by position"):
+        web = (source(0, 7) if kind == "failing by position" else web).map(breaks, on_error="skip", max_errors=99)
+    by = breaks if kind == "uncountable" else lambda row: 0
+    mix = ms.interleave(
+        {"web": web, "code": source(1, 12).filter(lambda row: True)},
+        {"web": 3, "code": 1},
+        weights_by=lambda row: 2 if row >= 10_000 else by(row),
+        stopping_strategy="all_exhausted",
+    )
+    return mix.batch(2, collate_fn=tuple)
+
+
+@pytest.mark.parametrize("kind", ["failing", "failing by position", "filtered", "zero"])
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_what_counts_nothing_in_a_whole_pass_does_not_start_over(kind: str, lanes: int) -> None:
+    """Else it would be furthest below its share for ever, and the mix would never end."""
+    loader = ms.DataLoader(counts_nothing(kind), lanes=lanes)
+    states = [loader.state_dict()]
+    batches = []
+    for batch in itertools.islice(loader, 50):
+        batches.append(batch)
+        states.append(loader.state_dict())
+    assert loader.epoch == 1  # it ended
+    rows = Counter(flat(batches))
+    assert {row for row in rows if row >= 10_000} == set(range(10_000, 10_012))
+    assert all(count == 1 for count in rows.values())
+    assert {row for row in rows if row < 10_000} == (set(range(7)) if kind == "zero" else set())
+    for done, state in enumerate(states[:-1]):
+        again = ms.DataLoader(counts_nothing(kind), lanes=lanes)
+        again.load_state_dict(json.loads(json.dumps(state)))
+        assert list(again) == batches[done:]
+        assert again.state_dict() == states[-1]
+
+
+def test_what_can_never_be_counted_fails_once_each_and_the_mix_ends() -> None:
+    run, errors, found = Run(counts_nothing("uncountable"), 0, 1, 0), 0, []
+    while errors <= 7:
+        try:
+            found.append(next(run))
+        except ms.SampleError:
+            errors += 1
+        except StopIteration:
+            break
+    assert (errors, sorted(flat(found))) == (7, list(range(10_000, 10_012)))
+
+
+# -- arguments -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "weights", [[2, 1], [2], [], (0.7, 0.3), np.array([2, 1]), 2, "web", [("web", 2), ("code", 1)]]
+)
+def test_weights_without_names_are_refused_for_what_they_are(weights: Any) -> None:
+    with pytest.raises(TypeError, match=r"interleave takes weights by name.*\{'web': 1, 'code': 1\}.*found "):
+        ms.interleave({"web": source(0, 9), "code": source(1, 9)}, weights)
+    with pytest.raises(TypeError, match="interleave takes datasets by name.*found list"):
+        ms.interleave([source(0, 9), source(1, 9)], weights)  # type: ignore[arg-type]
+
+
+def test_weights_of_other_names_are_told_whatever_the_names_are() -> None:
+    with pytest.raises(ValueError, match=r"expected \['code', 'web'\], found \[0, 'web'\]"):
+        ms.interleave({"web": source(0, 9), "code": source(1, 9)}, {"web": 1, 0: 2})  # type: ignore[dict-item]
+
+
+# -- passes in passes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_passes_nested_too_deep_are_refused_before_anything_is_read(stream: bool) -> None:
+    """They are numbered in 64 bits: one more factor, and it was an epoch in the middle of a run that could not be read."""
+
+    def part(k: int) -> Dataset:
+        data = source(k, 3 + k)
+        return data.filter(lambda row: True) if stream else data
+
+    two = ms.interleave({"web": part(0), "code": part(1)}, stopping_strategy="all_exhausted")
+    inner = ms.interleave({"inner": two, "math": part(2)}, stopping_strategy="all_exhausted", name="outer")
+    for pipeline in (inner.repeat(2).repeat(), inner.repeat(1 << 7)):
+        if stream:
+            path = "repeat > outer > inner/interleave: endless passes"
+            with pytest.raises(
+                ValueError, match=path.replace("repeat >", "repeat#2 > repeat >") if pipeline.infinite else path
+            ):
+                ms.DataLoader(pipeline, batch_size=2, lanes=1)
+        else:  # by position it is known how many passes there are
+            assert next(iter(ms.DataLoader(pipeline, batch_size=None))) >= 0
+    deepest = ms.DataLoader(inner.repeat(1 << 6), batch_size=2, lanes=1)
+    deepest.set_epoch((1 << 16) - 1)
+    assert len(list(itertools.islice(deepest, 40))) == 40
+
+
+# -- below concatenate --------------------------------------------------------------------------------------------------
+
+
+def _planned(phases: Any, strategy: Any) -> Dataset:
+    parts = {"web": source(0, 20).shuffle(1), "code": source(1, 12)}
+    return ms.interleave(parts, ms.schedule(phases), name="mix", stopping_strategy=strategy)
+
+
+def _one_after_the_other(mix: Dataset, part: str, batched: bool) -> Any:
+    """The mix between two others, batch by batch across their borders or each in batches of its own."""
+    part_ = {"mix": mix, "map": mix.map(int), "take": mix.take(9), "skip": mix.skip(4)}[part]
+    parts = [ms.from_dataset(range(-7, 0), name="before"), part_, ms.from_dataset(range(90_000, 90_011), name="after")]
+    if batched:
+        return ms.DataLoader(ms.concatenate([each.batch(2, collate_fn=tuple) for each in parts]))
+    return ms.DataLoader(ms.concatenate(parts), batch_size=3, collate_fn=tuple)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(["mix", "map", "take", "skip"]),
+    st.booleans(),
+    st.sampled_from(STRATEGIES),
+    st.lists(st.tuples(st.integers(0, 14), st.sampled_from([(1, 1), (1, 9), (5, 0)])), min_size=1, max_size=3),
+)
+def test_below_concatenate_weights_change_as_a_schedule_says(
+    part: str, batched: bool, strategy: Any, changes: list[tuple[int, tuple[int, int]]]
+) -> None:
+    """From the first row of the mix that was not delivered; when there is none, in the next epoch."""
+    plan: list[tuple[int, dict[str, int]]] = [(0, {"web": 2, "code": 1})]
+    loader = _one_after_the_other(_planned(plan, strategy), part, batched)
+    loop, got = iter(loader), []
+    for steps, (web, code) in changes:
+        got += itertools.islice(loop, steps)
+        if loader.epoch:
+            break
+        given = sum(0 <= row < 90_000 for row in flat(got)) + 4 * (part == "skip")
+        weights = {"web": web, "code": code}
+        loader.set_weights("mix", weights)
+        if given < len(_planned(plan, strategy)):
+            plan = [*(phase for phase in plan if phase[0] < given), (given, weights)]
+    got += loop
+    assert got == list(_one_after_the_other(_planned(plan, strategy), part, batched))
+    last = ms.weights_history(loader.state_dict())[-1]["weights"]
+    expected = _one_after_the_other(
+        _planned([(0, last if isinstance(last, dict) else plan[0][1])], strategy), part, batched
+    )
+    expected.set_epoch(1)
+    assert list(loader) == list(expected)
+
+
 # -- max_epochs ------------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,12 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +24,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import midstream as ms
+import midstream.sources.ahead as ahead
 import midstream.sources.parquet as parquet
+from midstream.core import Cursor, Lane, bind, epoch_key
+from midstream.failures import Ledger
 from midstream.sources.parquet import ParquetSource
 
 GROUP = 5
@@ -47,8 +56,8 @@ def ids(samples: Any) -> list[int]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the row groups decoded so far."""
     numbers: list[int] = []
-    decode = parquet._Groups._decode
-    monkeypatch.setattr(parquet._Groups, "_decode", lambda self, number: numbers.append(number) or decode(self, number))
+    decode = parquet._decode
+    monkeypatch.setattr(parquet, "_decode", lambda *which: numbers.append(which[-1]) or decode(*which))
     return numbers
 
 
@@ -200,7 +209,7 @@ def test_a_window_shuffle_visits_every_row_once_and_few_groups_at_a_time(
     for window in range(10):  # 4 groups of 5 rows
         assert len({row // GROUP for row in order[20 * window : 20 * window + 20]}) == 4
     decoded.clear()
-    group_bytes = ds._handle().num_bytes // 40
+    group_bytes = ds._handle().store.num_bytes // 40
     monkeypatch.setattr(parquet, "CACHE_BYTES", 5 * group_bytes)
     ds = pickle.loads(pickle.dumps(ds))
     shuffled = ds.shuffle(5, window_blocks=4)
@@ -212,18 +221,18 @@ def test_decoded_groups_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest
     path = f"{make_files(tmp_path, 4, 50)}/*.parquet"
     probe = ms.read_parquet(path)
     probe.rows([0])
-    group_bytes = probe._handle().num_bytes
+    group_bytes = probe._handle().store.num_bytes
     assert group_bytes >= GROUP * (8 + 16)
     for bound in (0, group_bytes, 3 * group_bytes + 1):
         monkeypatch.setattr(parquet, "CACHE_BYTES", bound)
         ds = ms.read_parquet(path)
-        groups = ds._handle()
+        store = ds._handle().store
         seen = set()
         for row in np.random.default_rng(0).permutation(200)[:60]:
             assert ids(ds.rows([row])) == [row]
             seen.add(row // GROUP)
-            assert len(groups.cache) == max(1, min(len(seen), bound // group_bytes))
-            assert groups.num_bytes == sum(size for _, size in groups.cache.values())
+            assert len(store.kept) == max(1, min(len(seen), bound // group_bytes))
+            assert store.num_bytes == sum(size for _, size in store.kept.values())
 
 
 def test_the_groups_used_last_are_kept_and_used_before_others_are_decoded(
@@ -232,7 +241,7 @@ def test_the_groups_used_last_are_kept_and_used_before_others_are_decoded(
     write(tmp_path / "x.parquet", range(60), group=10)
     ds = ms.read_parquet(tmp_path / "x.parquet")
     ds.rows([0])
-    monkeypatch.setattr(parquet, "CACHE_BYTES", 3 * ds._handle().num_bytes)
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 3 * ds._handle().store.num_bytes)
     ds.rows([10]), ds.rows([20]), ds.rows([5]), ds.rows([30]), ds.rows([1])
     assert decoded == [0, 1, 2, 3]  # 3 pushed out 1, not 0
     ds.rows([30, 40, 50])
@@ -250,7 +259,7 @@ def test_one_request_over_many_groups_pins_no_more_than_the_cache(
     samples = ds.rows(order)
     assert [sample["tokens"].tolist() for sample in samples] == [list(range(i, i + 4)) for i in order]
     views = {sample["id"] for sample in samples if sample["tokens"].base is not None}
-    assert len(ds._handle().cache) == 1
+    assert len(ds._handle().store.kept) == 1
     assert views <= {34, 35}  # the last group read
 
 
@@ -438,3 +447,487 @@ def test_text_that_is_no_text_is_one_lost_sample(tmp_path: Path) -> None:
         next(samples)
     assert caught.value.origin == ms.Origin("web", 0, 1)
     assert list(samples) == [{"text": "c"}, {"text": "d"}]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading ahead
+# ---------------------------------------------------------------------------------------------------------------------
+
+THREAD = "midstream-ahead"
+
+
+class Decoding:
+    """What was decoded by whom; a gate that holds the background thread back where it is closed."""
+
+    def __init__(self) -> None:
+        self.by: list[tuple[int, bool]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.began = threading.Semaphore(0)
+
+    @property
+    def ahead(self) -> list[int]:
+        return [number for number, ahead in self.by if ahead]
+
+
+@pytest.fixture
+def decoding(monkeypatch: pytest.MonkeyPatch) -> Decoding:
+    """Every read counts as a slow one, so that what comes next is read ahead."""
+    monkeypatch.setattr(ahead, "WORTH_S", 0.0)
+    found = Decoding()
+    decode = parquet._decode
+
+    def watched(index: Any, files: Any, number: int) -> Any:
+        in_thread = threading.current_thread().name == THREAD
+        found.by.append((number, in_thread))
+        if in_thread:
+            found.began.release()
+            assert found.gate.wait(60)
+        return decode(index, files, number)
+
+    monkeypatch.setattr(parquet, "_decode", watched)
+    return found
+
+
+def settle(ds: ms.Dataset) -> list[int]:
+    """Wait until the thread has read what it may; the groups that wait then."""
+    store = source_of(ds)._handle().store
+    thread = store.thread.running
+    if thread is not None:
+        thread.join(60)
+        assert not thread.is_alive()
+    return list(store.waiting)
+
+
+def source_of(ds: ms.Dataset) -> ParquetSource:
+    while ds.inputs():
+        ds = next(iter(ds.inputs().values()))
+    assert isinstance(ds, ParquetSource)
+    return ds
+
+
+def pipelines(path: str) -> dict[str, ms.Dataset]:
+    def source(name: str | None = None) -> ms.Dataset:
+        return ms.read_parquet(path, name=name)
+
+    mixed = ms.interleave({"a": source(), "b": source().shuffle(2, window_blocks=3).map(dict)}, {"a": 3, "b": 1})
+    joined = ms.concatenate([source("x").skip(3), source("y").shuffle(1, window_blocks=2)])
+    return {
+        "in order": source(),
+        "shuffled": source().shuffle(3, window_blocks=4),
+        "shuffled without windows": source().shuffle(3, window_blocks=None).map(dict),
+        "batches": source().shuffle(3, window_blocks=2).skip(4).batch(7, collate_fn=list),
+        "epochs": source().shuffle(3, window_blocks=2).repeat(2).take(60),
+        "mixed": mixed,
+        "joined": joined,
+        "a stream": mixed.filter(lambda sample: sample["id"] % 3 > 0).shuffle(4, buffer_size=9),
+    }
+
+
+PIPELINES = list(pipelines("x"))
+
+
+@pytest.mark.parametrize("groups_kept", [0, 3, 100])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_samples_and_states_are_the_same_with_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoding: Decoding, name: str, groups_kept: int
+) -> None:
+    path = f"{make_files(tmp_path)}/*.parquet"
+    probe = ms.read_parquet(path)
+    probe.rows([0])
+    monkeypatch.setattr(parquet, "CACHE_BYTES", groups_kept * probe._handle().store.num_bytes)
+
+    def read(worth: float) -> list[tuple[str, Any]]:
+        monkeypatch.setattr(ahead, "WORTH_S", worth)
+        ds = pipelines(path)[name]
+        whole = iter(ds)
+        steps = [(json.dumps(whole.state_dict()), None)]
+        for sample in whole:
+            steps.append((json.dumps(whole.state_dict()), repr(sample)))
+            if worth == 0.0:
+                settle(ds)  # the other extreme: all that may be read ahead has been
+        return steps
+
+    decoding.by.clear()
+    plain = read(float("inf"))
+    assert decoding.ahead == []
+    assert len(plain) > 5
+    decoding.by.clear()
+    assert read(0.0) == plain
+    assert decoding.ahead != []
+    assert read(1e-9) == plain  # and whatever the race of the two brings
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_is_foretold_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    ds = pipelines(f"{make_files(tmp_path)}/*.parquet")[name]
+    while not ds.random_access:
+        ds = next(iter(ds.inputs().values()))
+    read: list[tuple[int, list[int]]] = []
+    told: list[tuple[int, list[int]]] = []
+    rows = ParquetSource._rows
+    monkeypatch.setattr(
+        ParquetSource,
+        "_rows",
+        lambda self, at, positions, *more: (
+            read.append((id(self), positions.tolist())) or rows(self, at, positions, *more)
+        ),
+    )
+    monkeypatch.setattr(ParquetSource, "_foretell", lambda self, positions: told.append((id(self), positions.tolist())))
+    place, positions = bind(ds), np.arange(len(ds))
+    for where in (positions, positions[::3], positions[-1:]):
+        place.rows(where, epoch_key(1), np.ones(1, dtype=np.int64))
+        place.foretell(where, epoch_key(1), np.ones(1, dtype=np.int64))
+    assert told == read
+    assert len(told) >= 3
+
+
+def test_the_next_groups_are_read_in_the_thread_each_once(tmp_path: Path, decoding: Decoding) -> None:
+    ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
+    whole = iter(ds)
+    assert next(whole)["id"] == 0
+    settle(ds)
+    assert decoding.by[:2] == [(0, False), (1, True)]
+    for expected in range(1, 36):
+        assert next(whole)["id"] == expected
+        settle(ds)
+    assert decoding.by == [(0, False), *((number, True) for number in range(1, 9))]
+
+
+def test_a_group_that_is_being_read_is_waited_for_not_read_again(tmp_path: Path, decoding: Decoding) -> None:
+    ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
+    decoding.gate.clear()
+    ds.rows([0])
+    ds._foretell(np.array([5]))
+    assert decoding.began.acquire(timeout=60)
+    found: list[int] = []
+    asks = threading.Thread(target=lambda: found.extend(ids(ds.rows([6]))))
+    asks.start()
+    store = ds._handle().store
+    deadline = time.monotonic() + 60
+    while True:
+        with store.changed:  # whoever has been counted under it has also decided whether to wait
+            if store.calls == 2 or time.monotonic() > deadline:
+                break
+    decoding.gate.set()
+    asks.join(60)
+    assert found == [6]
+    assert decoding.by == [(0, False), (1, True)]
+
+
+@pytest.mark.parametrize(("cost", "expected"), [(0.019, []), (0.021, [1, 2])])
+def test_it_starts_only_where_a_read_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoding: Decoding, cost: float, expected: list[int]
+) -> None:
+    monkeypatch.setattr(ahead, "WORTH_S", 0.02)
+    monkeypatch.setattr(ahead, "_timed", lambda read, number: (*read(number), cost))
+    write(tmp_path / "x.parquet", range(15))
+    ds = ms.read_parquet(tmp_path / "x.parquet")
+    for _ in ds:
+        settle(ds)
+    assert decoding.ahead == expected
+
+
+@pytest.mark.parametrize("groups_kept", [0, 1, 2, 4])
+@pytest.mark.parametrize("name", ["in order", "shuffled", "batches", "epochs"])
+def test_what_is_read_ahead_takes_two_groups_more_than_the_cache_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoding: Decoding, name: str, groups_kept: int
+) -> None:
+    for number in range(8):
+        write(tmp_path / f"{number}.parquet", range(number * 20, number * 20 + 20))
+    ds = pipelines(f"{tmp_path}/*.parquet")[name]
+    probe = ms.read_parquet(f"{tmp_path}/*.parquet")
+    probe.rows([0])
+    size = probe._handle().store.num_bytes
+    monkeypatch.setattr(parquet, "CACHE_BYTES", groups_kept * size)
+    most = 0
+    watched = parquet._decode
+
+    def decode(index: Any, files: Any, number: int) -> Any:
+        nonlocal most
+        with store.changed:
+            assert store.num_bytes == sum(each for _, each in store.kept.values()) == size * len(store.kept)
+            assert store.waiting_bytes == size * len(store.waiting)
+            assert len(store.reading) <= 2  # one by whoever asks, one by the thread
+            most = max(most, len(store.kept) + len(store.waiting) + len(store.reading))
+        return watched(index, files, number)
+
+    monkeypatch.setattr(parquet, "_decode", decode)
+    store = source_of(ds)._handle().store
+    for step, _ in enumerate(ds):
+        if step % 3:
+            settle(ds)
+    assert decoding.ahead
+    assert most <= max(1, groups_kept) + 2
+
+
+def test_a_shuffle_has_its_next_window_at_hand_where_there_is_room(tmp_path: Path, decoding: Decoding) -> None:
+    for number in range(8):
+        write(tmp_path / f"{number}.parquet", range(number * 20, number * 20 + 20))
+    ds = ms.read_parquet(f"{tmp_path}/*.parquet").shuffle(1, window_blocks=4)
+    order = []
+    for sample in ds:
+        settle(ds)
+        order.append(sample["id"])
+    assert len({number for number, by_thread in decoding.by if not by_thread}) <= 4  # of the first window
+    assert sorted(number for number, _ in decoding.by) == list(range(32))
+    assert order == ids(ms.read_parquet(f"{tmp_path}/*.parquet").shuffle(1, window_blocks=4))
+
+
+def store_of(limit: int) -> tuple[ahead.Ahead[int], Callable[..., None], Callable[[], tuple[list[int], list[int]]]]:
+    """A store of numbers, each of size 1; what gets them; what waits for the thread and tells what is there."""
+    store: ahead.Ahead[int] = ahead.Ahead(lambda number: (number, 1), lambda: limit)
+
+    def get(*numbers: int) -> None:
+        for number in numbers:
+            assert store.get(number, lambda _: None)[0] == number
+
+    def wait() -> tuple[list[int], list[int]]:
+        thread = store.thread.running
+        if thread is not None:
+            thread.join(60)
+        return list(store.kept), list(store.waiting)
+
+    return store, get, wait
+
+
+def test_what_is_idle_makes_room_and_what_is_in_use_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "WORTH_S", 0.0)
+    store, get, wait = store_of(2)
+    get(0, 1)
+    store.want([2, 3, 4])
+    assert wait() == ([0, 1], [2])  # one beyond
+    get(*[0, 1] * 20)
+    assert wait() == ([0, 1], [2])
+    get(*[1] * 20)
+    assert wait() == ([1], [2])  # 0 went: 2 is in its place
+    get(2)
+    assert wait() == ([1, 2], [3])
+
+
+def test_what_was_read_for_nothing_makes_room_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "WORTH_S", 0.0)
+    store, get, wait = store_of(1)
+    get(0)
+    store.want([1, 2, 3])
+    assert wait() == ([0], [1])
+    get(100)  # somewhere else: 2 and 3 are not wanted any more
+    assert list(store.wanted) == []
+    for number in range(101, 140):
+        store.want([number + 1])
+        wait()
+        get(number)
+    assert wait() == ([139], [140])
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def spoil(path: Path, number: int) -> None:
+    """Overwrite a row group's pages, so that its checksum is wrong."""
+    column = pq.ParquetFile(path).metadata.row_group(number).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_an_error_comes_with_the_sample_that_needs_the_group_as_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoding: Decoding, shuffled: bool
+) -> None:
+    for number in range(4):
+        write(tmp_path / f"{number}.parquet", range(number * 10, number * 10 + 10))
+
+    def read(worth: float) -> tuple[list[int], type, str, Any]:
+        monkeypatch.setattr(ahead, "WORTH_S", worth)
+        source = ms.read_parquet(f"{tmp_path}/*.parquet")
+        len(source)
+        ds = source.shuffle(2, window_blocks=2) if shuffled else source
+        whole, found = iter(ds), []
+        with pytest.raises(ms.SourceError) as raised:
+            for sample in whole:
+                found.append(sample["id"])
+                settle(ds)
+        return found, raised.type, str(raised.value), whole.state_dict()
+
+    whole = ms.read_parquet(f"{tmp_path}/*.parquet")
+    order = ids(whole.shuffle(2, window_blocks=2) if shuffled else whole)
+    victim = order[25] // 5
+    spoil(tmp_path / f"{victim // 2}.parquet", victim % 2)
+    plain = read(float("inf"))
+    decoding.by.clear()
+    assert read(0.0) == plain
+    assert victim in decoding.ahead
+    assert plain[0] == order[: len(plain[0])]
+    assert order[len(plain[0])] // 5 == victim
+    assert f"{victim // 2}.parquet, row group {victim % 2} cannot be read" in plain[2]
+
+
+def test_an_error_in_a_group_that_nobody_asks_for_is_no_error(tmp_path: Path, decoding: Decoding) -> None:
+    write(tmp_path / "0.parquet", range(20))
+    ds = ms.read_parquet(tmp_path / "0.parquet")
+    len(ds)
+    spoil(tmp_path / "0.parquet", 1)
+    whole, found = iter(ds), []
+    for _ in range(5):
+        found.append(next(whole)["id"])
+        settle(ds)
+    assert found == list(range(5))
+    assert 1 in decoding.ahead
+    assert ids(ds.rows([10, 19])) == [10, 19]
+
+
+def test_what_could_be_read_at_the_second_try_is_read(tmp_path: Path, decoding: Decoding) -> None:
+    write(tmp_path / "0.parquet", range(10))
+    ds = ms.read_parquet(tmp_path / "0.parquet")
+    len(ds)
+    whole = (tmp_path / "0.parquet").read_bytes()
+    spoil(tmp_path / "0.parquet", 1)
+    rows = iter(ds)
+    assert next(rows)["id"] == 0
+    settle(ds)
+    assert decoding.ahead == [1]
+    with (tmp_path / "0.parquet").open("r+b") as file:
+        file.write(whole)
+    assert ids(rows) == list(range(1, 10))
+
+
+def test_an_error_while_a_larger_chunk_is_tried_does_not_end_in_no_chunk_at_all(tmp_path: Path) -> None:
+    write(tmp_path / "0.parquet", range(10))
+    ds = ms.read_parquet(tmp_path / "0.parquet")
+    len(ds)
+    spoil(tmp_path / "0.parquet", 1)
+    cursor = Cursor(bind(ds), Lane(0, 1, 1, Ledger()), 0, 0)
+    cursor.chunk, cursor.tried = 8, 1e-12  # as after a chunk was doubled, which will turn out not to pay
+    assert [next(cursor)[0]["id"] for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(ms.SourceError, match="row group 1 cannot be read"):
+        next(cursor)
+
+
+# -- threads and processes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_forked_while_the_thread_reads_reads_by_itself(tmp_path: Path, decoding: Decoding) -> None:
+    ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
+    context = multiprocessing.get_context("fork")
+    for _ in range(3):
+        decoding.gate.clear()
+        whole = iter(ds)
+        assert next(whole)["id"] == 0
+        ds._handle().store.wanted.clear()
+        ds._foretell(np.array([35, 30, 25, 20]))
+        held = ds._handle().store.reading
+        ours, theirs = context.Pipe()
+
+        def child() -> None:
+            decoding.gate.set()
+            here = [thread.name for thread in threading.enumerate() if thread.name == THREAD]
+            theirs.send((here, ids(ds), ids(whole)))
+
+        process = context.Process(target=child)
+        process.start()
+        assert ours.poll(60)
+        assert ours.recv() == ([], list(range(36)), list(range(1, 36)))
+        process.join(60)
+        assert process.exitcode == 0
+        decoding.gate.set()
+        assert ids(whole) == list(range(1, 36))
+        settle(ds)
+        assert held == set()
+
+
+@pytest.mark.parametrize("groups_kept", [0, 3])
+def test_threads_that_read_one_source_disturb_each_other_in_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoding: Decoding, groups_kept: int
+) -> None:
+    ds = ms.read_parquet(f"{make_files(tmp_path, 4)}/*.parquet")
+    ds.rows([0])
+    monkeypatch.setattr(parquet, "CACHE_BYTES", groups_kept * ds._handle().store.num_bytes)
+    monkeypatch.setattr(parquet, "MAX_OPEN_FILES", 2)
+    orders = [ds if seed == 0 else ds.shuffle(seed, window_blocks=2) for seed in range(6)]
+    expected = [[list(range(i, i + 4)) for i in ids(order)] for order in orders]
+    found: list[Any] = [None] * 6
+
+    def read(number: int) -> None:
+        found[number] = [sample["tokens"].tolist() for sample in orders[number].repeat(3)]
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for order, first in zip(found, expected):
+        assert order[: len(first)] == first
+        assert len(order) == 3 * len(first)
+    settle(ds)
+    store = ds._handle().store
+    assert store.reading == set()
+    assert store.num_bytes == sum(size for _, size in store.kept.values())
+    assert store.num_bytes <= parquet.CACHE_BYTES or len(store.kept) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["main", "thread", "process"])
+def test_loaders_of_every_kind_make_the_same_batches(tmp_path: Path, decoding: Decoding, kind: str) -> None:
+    ds = ms.read_parquet(f"{make_files(tmp_path, 4)}/*.parquet").shuffle(3, window_blocks=3)
+    expected = [batch["id"].tolist() for batch in ms.DataLoader(ds.map(dict), batch_size=4, collate_fn=ms.pad)]
+    options: dict[str, Any] = {"num_workers": 0}
+    if kind != "main":
+        options = {"num_workers": 2, "worker_type": kind}
+    loader = ms.DataLoader(pickle.loads(pickle.dumps(ds)).map(dict), batch_size=4, collate_fn=ms.pad, **options)
+    assert [batch["id"].tolist() for batch in loader] == expected
+    loader.close()
+
+
+def test_the_thread_ends_when_the_dataset_goes(tmp_path: Path, decoding: Decoding) -> None:
+    ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
+    decoding.gate.clear()
+    whole = iter(ds)
+    next(whole)
+    assert decoding.began.acquire(timeout=60)
+    store = weakref.ref(ds._handle().store)
+    thread = store().thread.running  # type: ignore[union-attr]
+    opened = threading.Timer(0.05, decoding.gate.set)
+    opened.start()
+    del ds, whole
+    assert store() is None
+    assert not thread.is_alive()
+    assert decoding.ahead == [1]  # no further one
+
+
+def test_a_thread_is_there_only_while_there_is_something_to_read(tmp_path: Path, decoding: Decoding) -> None:
+    ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
+    assert ids(ds) == list(range(36))
+    settle(ds)
+    assert [thread.name for thread in threading.enumerate() if thread.name == THREAD] == []
+    assert "_opened" not in pickle.loads(pickle.dumps(ds)).__dict__
+
+
+@pytest.mark.slow
+def test_the_interpreter_ends_while_the_thread_reads(tmp_path: Path) -> None:
+    make_files(tmp_path)
+    code = f"""
+import threading, time
+import midstream as ms
+import midstream.sources.ahead as ahead, midstream.sources.parquet as parquet
+ahead.WORTH_S = 0.0
+decode, began = parquet._decode, threading.Event()
+def slow(*which):
+    if threading.current_thread().name == "{THREAD}":
+        began.set()
+        time.sleep(0.3)
+        found = decode(*which)
+        print("read", which[-1], flush=True)
+        return found
+    return decode(*which)
+parquet._decode = slow
+ds = ms.read_parquet("{tmp_path}/*.parquet")
+whole = iter(ds)
+next(whole)
+assert began.wait(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "read 1\n", "")

@@ -123,6 +123,18 @@ BUGS = {
         '"source": self.start,\n            "waiting": "0",\n',
         ("test_contract.py", "restore_at_every_step and pack"),
     ),
+    "what is read ahead has no bound": Bug(
+        "sources/ahead.py",
+        "        return self.num_bytes + self.waiting_bytes <= limit or not self.waiting\n",
+        "        return True\n",
+        ("test_parquet.py", "two_groups_more_than_the_cache"),
+    ),
+    "a row group that is being read is not waited for": Bug(
+        "sources/ahead.py",
+        "            while number in self.reading:\n                self.changed.wait()\n",
+        "",
+        ("test_parquet.py", "waited_for_not_read_again"),
+    ),
     "a restored input of a mix starts in its first pass": Bug(
         "nodes/interleave.py",
         "            child.source = self._open(name, child.number)\n            child.source.load(source)\n",

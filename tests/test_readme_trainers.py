@@ -49,7 +49,7 @@ exec(compile(open("program.py").read(), "program.py", "exec"))
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_program_is_killed_and_goes_on(name: str, tmp_path: Path) -> None:
     program = PROGRAMS[name]
-    assert name in program and len([line for line in program.splitlines() if line.strip()]) <= 32
+    assert name in program and len([line for line in program.splitlines() if line.strip()]) <= 20
     (tmp_path / "program.py").write_text(program)
     (tmp_path / "run").mkdir()
     lines = []

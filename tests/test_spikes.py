@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -171,6 +176,123 @@ def test_a_loop_goes_on_after_skip_and_exclude_into_the_next_epoch(kind: str, op
     loader.close()
 
 
+def short(kind: str) -> Dataset:
+    data = ms.from_dataset(range(20), name="a").shuffle(1)
+    if kind == "buffered":
+        data = data.filter(even).shuffle(3, buffer_size=16)
+    return data.batch(3, collate_fn=tuple)
+
+
+def place(loader: Any) -> Any:
+    """Where a loader stands, without what it has counted and leaves out."""
+    state = json.loads(json.dumps(loader.state_dict()))
+    leaves = {name: json.loads(text) for name, text in state["lanes"].items() if text}
+    for leaf in leaves.values():
+        for counted in ("samples", "rows", "events", "crc"):
+            leaf.pop(counted, None)
+    return {**state, "lanes": leaves, "excluded": ""}
+
+
+def three_epochs(make: Callable[[], Any], at: int = -1, act: Any = None) -> tuple[list[Any], list[Any]]:
+    """The batches of a rank's first three epochs, and where it stood after each; ``act(loader)`` after number ``at``."""
+    loader, got = make(), []
+    places = [place(loader)]
+    if at == 0:
+        act(loader)
+    while loader.epoch < 3 and len(got) < 60:
+        for batch in loader:
+            got.append(batch)
+            places.append(place(loader))
+            if len(got) == at:
+                act(loader)
+    return got, places
+
+
+BEFORE = {
+    "": lambda loader: None,
+    "exclude": lambda loader: loader.exclude([("a", 77, 1)]),
+    "skip": lambda loader: loader.skip(1),
+}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize(("ranks", "remainder"), [(1, "drop"), (2, "drop"), (2, "pad"), (2, "uneven")])
+@pytest.mark.parametrize("kind", ["rows", "buffered"])
+def test_skip_crosses_the_end_of_an_epoch_from_any_batch(kind: str, ranks: int, remainder: Any, before: str) -> None:
+    """On each rank of a loop, its last batches included: what comes and every place is as if nothing had been skipped."""
+    for rank in range(ranks):
+
+        def make(rank: int = rank) -> Any:
+            return ms.DataLoader(short(kind), rank=rank, world_size=ranks, lanes=4, remainder=remainder)
+
+        expected, places = three_epochs(make)
+        for at in range(len(expected) // 2):
+            for jump in (1, 2, 5):
+                end = at + jump + (before == "skip")
+
+                def act(loader: Any, jump: int = jump, end: int = end) -> None:
+                    BEFORE[before](loader)
+                    loader.skip(jump)
+                    assert place(loader) == places[end]
+
+                got, _ = three_epochs(make, at, act)
+                assert got == expected[:at] + expected[end:], (rank, at, jump)
+
+
+class Agreed:
+    """`midstream.lanes.Agreement` for ranks that are threads."""
+
+    def __init__(self, group: Any, world_size: int) -> None:
+        self.group = group
+
+    def all(self, value: int) -> list[int]:
+        self.group.values[self.group.own.rank] = value
+        self.group.barrier.wait()
+        found = list(self.group.values)
+        self.group.barrier.wait()
+        return found
+
+    def least(self, value: int) -> int:
+        return min(self.all(value))
+
+
+@pytest.mark.parametrize("before", ["", "exclude"])
+@pytest.mark.parametrize("kind", ["rows", "buffered"])
+def test_skip_crosses_an_end_that_the_ranks_agree_on(kind: str, before: str) -> None:
+    """``sync_end``: what the lanes of a rank have left when another is through comes first in its next epoch."""
+
+    def both(at: int = -1, act: Any = None) -> list[tuple[list[Any], list[Any]]]:
+        group = SimpleNamespace(values=[0, 0], barrier=threading.Barrier(2, timeout=60), own=threading.local())
+
+        def one(rank: int) -> tuple[list[Any], list[Any]]:
+            group.own.rank = rank
+            options = {"rank": rank, "world_size": 2, "lanes": 4, "sync_end": group}
+            try:
+                return three_epochs(
+                    lambda: ms.DataLoader(short(kind), **options), at, act and (lambda loader: act(rank, loader))
+                )
+            except BaseException:
+                group.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(2) as ranks:
+            return list(ranks.map(one, range(2)))
+
+    with mock.patch("midstream.loader.Agreement", Agreed):
+        whole = both()
+        assert len(whole[0][0]) == len(whole[1][0]) < len(three_epochs(lambda: ms.DataLoader(short(kind), lanes=4))[0])
+        for at in range(len(whole[0][0]) // 2 + 1):
+            for jump in (1, 2, 4):
+
+                def act(rank: int, loader: Any, at: int = at, jump: int = jump) -> None:
+                    BEFORE[before](loader)
+                    loader.skip(jump)
+                    assert place(loader) == whole[rank][1][at + jump]
+
+                for (got, _), (expected, _) in zip(both(at, act), whole):
+                    assert got == expected[:at] + expected[at + jump :], (at, jump)
+
+
 def test_skip_goes_on_where_a_loop_was_left() -> None:
     expected = whole("rows")[0]
     loader = ms.DataLoader(pipeline("rows"))
@@ -237,6 +359,63 @@ def test_what_cannot_be_left_out_is_refused_and_changes_nothing() -> None:
         ms.merge_states([rank.state_dict() for rank in ranks])
     with pytest.raises(ms.CheckpointError, match="what it excludes"):
         loader.load_state_dict({**state, "excluded": '{"a":[[1]]}'})
+
+
+@pytest.mark.parametrize(
+    ("above", "name"),
+    [
+        (lambda batches: batches.shuffle(3, buffer_size=20), "shuffle"),
+        (lambda batches: batches.flat_map(lambda batch: [batch]).map(tuple), "flat_map"),
+        (lambda batches: batches.map(lambda found: found, batched=True, batch_size=2), "map_batched"),
+        (lambda batches: ms.interleave({"x": batches.shuffle(3, buffer_size=20), "y": source(9)}), "x/shuffle"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_is_left_out_below_what_reads_batches_again(stream: bool, above: Any, name: str) -> None:
+    """The batches it holds would not be what they were: a resume would have to raise `ReplayDiverged`."""
+    data = source(90).filter(lambda row: True) if stream else source(90)
+    pipeline = above(data.batch(3, collate_fn=tuple))
+    loader = ms.DataLoader(pipeline, batch_size=None, lanes=2)
+    batches = iter(loader)
+    got = [next(batches) for _ in range(4)]
+    state = loader.state_dict()
+    with pytest.raises(ValueError, match=rf"(?s)again at '{name}', above .batch.*below the .batch"):
+        loader.exclude([("a90", 0, 50)])
+    assert loader.state_dict() == state and loader.excluded == []
+    assert [*got, *batches] == list(ms.DataLoader(pipeline, batch_size=None, lanes=2))
+
+
+def source(rows: int) -> Dataset:
+    return ms.from_dataset(range(rows), name=f"a{rows}")
+
+
+@pytest.mark.parametrize("above", ["filter", "take", "repeat", "mix"])
+def test_what_reads_nothing_again_may_stand_above_the_batches(above: str) -> None:
+    """Cut after every batch, with rows left out of batches that were read and of ones to come."""
+    data = source(60).filter(lambda row: True).shuffle(1, buffer_size=12).batch(3, collate_fn=tuple)
+    pipeline = {
+        "filter": data.filter(lambda batch: sum(batch) % 3 < 2),
+        "take": data.take(14),
+        "repeat": data.repeat(2),
+        "mix": ms.interleave({"x": data, "y": ms.from_dataset([(9,)] * 5, name="y")}, {"x": 2, "y": 1}),
+    }[above]
+    out = [("a60", 0, row) for row in range(0, 60, 7)]
+    for at in range(0, 12, 3):
+        loader = ms.DataLoader(pipeline, batch_size=None, lanes=2)
+        batches = iter(loader)
+        for _ in range(at):
+            next(batches)
+        loader.exclude(out)
+        expected, states = [], [loader.state_dict()]
+        for batch in batches:
+            expected.append(batch)
+            states.append(loader.state_dict())
+        assert len(expected) > 1
+        for number, state in enumerate(states):
+            again = ms.DataLoader(pipeline, batch_size=None, lanes=2)
+            again.load_state_dict(json.loads(json.dumps(state)))
+            if again.epoch == 0:
+                assert list(again) == expected[number:], (at, number)
 
 
 def test_a_failure_in_a_skipped_batch_is_counted_and_not_raised() -> None:

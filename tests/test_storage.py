@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -261,3 +262,29 @@ def test_a_forged_marker_is_refused(tmp_path: Path, key: str | None, value: Any)
                 checkpoint.load(new, ms.DataLoader(_pipeline()))
     finally:
         marker.write_bytes(good)
+
+
+@pytest.mark.parametrize("ranks", [3_000_000, 1, 0, -2, 2.0, "2"])
+def test_a_damaged_number_of_ranks_takes_no_memory(tmp_path: Path, ranks: Any) -> None:
+    old, new = _two(tmp_path)
+    marker = Path(new, "checkpoint.json")
+    marker.write_text(json.dumps({**json.loads(marker.read_bytes()), "world_size": ranks}))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ms.CheckpointError, match=rf"checkpoint.json is damaged: .* files of 2 of {ranks!r} ranks"):
+            checkpoint.load(new)
+        with pytest.warns(RuntimeWarning, match="Taking the one before"):
+            assert checkpoint.latest(tmp_path) == old
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_ranks_of_any_number_of_digits_are_no_files_of_a_checkpoint(tmp_path: Path) -> None:
+    _, new = _two(tmp_path)
+    marker = Path(new, "checkpoint.json")
+    content = json.loads(marker.read_bytes())
+    forged = f"rank-{'9' * 5000}-of-00002-{'0' * 8}-{'0' * 32}.json"
+    marker.write_text(json.dumps({**content, "files": [*content["files"][1:], forged]}))
+    with pytest.raises(ms.CheckpointError, match="checkpoint.json is damaged"):
+        checkpoint.load(new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from typing import Any
@@ -360,3 +361,43 @@ def test_batches_lost_to_errors_at_the_end_of_an_epoch_are_not_counted_as_droppe
     cluster.run()
     told = ms.progress(ms.merge_states(cluster.states())).sources["web"]
     assert (told.samples, sum(told.failures.values()), told.dropped) == (4, 8, 1)
+
+
+def _lost(rows: int, lost: set[int], drop_last: bool = True) -> ms.Dataset:
+    def fail(x: int) -> int:
+        if x // 3 in lost:
+            raise ValueError(x)
+        return x
+
+    data = ms.from_dataset(range(rows), name="web").map(fail, on_error="skip")
+    return data.batch(3, drop_last=drop_last, collate_fn=tuple)
+
+
+@pytest.mark.parametrize("remainder", ["drop", "pad", "uneven"])
+@pytest.mark.parametrize("lost", [{0, 2, 4}, {2, 6}, {0, 3, 6, 7}, {4}])
+def test_what_an_epoch_leaves_out_is_counted_once_though_a_rank_ends_first(remainder: str, lost: set[int]) -> None:
+    """Saved after every step, the last ones of rank 0 included, and loaded on as many ranks and on others, twice."""
+    options = {"lanes": 12, "remainder": remainder}
+    for rows in (26, 29):
+        whole = Cluster(_lost(rows, lost), 2, 0, **options)
+        whole.run()
+        expected = ms.progress(ms.merge_states(whole.states())).sources["web"]
+        for cut in range(len(whole.steps)):
+            for ranks in (2, 3, 1):
+                state = None
+                for steps in (cut, 0, 1, None):
+                    cluster = Cluster(_lost(rows, lost), 2 if state is None else ranks, 0, state, **options)
+                    if cluster.epoch:
+                        break
+                    cluster.run(steps)
+                    state = ms.merge_states(json.loads(json.dumps(cluster.states())))
+                told = ms.progress(state).sources["web"]
+                if ranks == 2:
+                    assert told == expected, (rows, cut)
+                assert told.samples + told.dropped + sum(told.failures.values()) == rows, (rows, cut, ranks)
+                assert told.dropped < 3 * (ranks if remainder == "drop" else 1)
+    assert ms.merge_states(whole.states())["epoch"] == 1
+    following = Cluster(_lost(rows, lost), 2, 0, ms.merge_states(whole.states()), **options)
+    following.run()
+    told = ms.progress(ms.merge_states(following.states())).sources["web"]
+    assert (told.samples, told.dropped) == (2 * expected.samples, 2 * expected.dropped)

@@ -1,9 +1,12 @@
-"""Hugging Face's Trainer: resumed after any step, with accumulated gradients, after SIGTERM. (SIGKILL: the README.)"""
+"""Hugging Face's Trainer: resumed after any step, with accumulated gradients, after SIGTERM, killed on two ranks."""
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import midstream as ms
 from midstream.transformers import ResumeTrainer
+from torchrun import ledgers, torchrun
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of transformers and what it imports
@@ -140,7 +144,7 @@ def test_nothing_is_read_again_and_the_next_checkpoint_is_right_too(tmp_path: Pa
         done += net.seen
         assert done == whole.seen[: len(done)]
         path = list(checkpoints(folder).values())[-1]
-        state = json.loads((path / "midstream.json").read_text())
+        state = json.loads((path / "midstream.json").read_text())["state"]
         assert (state["epoch"], state["steps_done"]) == divmod(len(done), 15)
         assert ms.progress(state).samples == sum(map(len, done))
     assert len(done) == 2 * 13 - 1
@@ -202,3 +206,81 @@ def test_plain_lists_are_shuffled_and_columns_the_model_does_not_take_are_left_o
     assert whole.seen[:15] != whole.seen[15:]
     rest = train(tmp_path / "rest", data, resume=checkpoints(tmp_path / "whole")[18], num_train_epochs=2)
     assert rest.seen == whole.seen[18:]
+
+
+def ranks_sized() -> ms.Dataset:
+    return ms.from_dataset(range(120), name="web").shuffle(3).map(_sample)  # 15 batches on each of two ranks
+
+
+def ranks_unsized() -> ms.Dataset:
+    return ms.from_dataset(range(540), name="web").filter(lambda x: x % 9).map(_sample)
+
+
+RANKS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sized": (ranks_sized, {"num_train_epochs": 2, "gradient_accumulation_steps": 2}),
+    "unsized": (ranks_unsized, {"max_steps": 12}),
+}
+
+
+def _ranks(folder: str, name: str, attempt: str, death: str, resume: str) -> None:
+    """What torchrun starts; rank 0 dies at its ``death``-th batch, which is taken and not trained."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    net = Net(lambda seen: os.kill(os.getpid(), signal.SIGKILL) if rank == 0 and seen == int(death) else None)
+    pipeline, options = RANKS[name]
+    with open(f"{folder}/{attempt}-{rank}", "w") as ledger:
+
+        class Note(TrainerCallback):  # type: ignore[misc]
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                print(json.dumps([net.seen, net.losses]), file=ledger, flush=True)
+
+        train(
+            Path(folder, attempt),
+            pipeline(),
+            resume=resume,
+            net=net,
+            callbacks=[Note()],
+            save_steps=3,
+            dataloader_num_workers=1,
+            ddp_backend="gloo",
+            **options,
+        )
+    gc.collect()  # the trainer and its model before what they talk through: after it torch may hang
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RANKS)
+def test_killed_on_two_ranks_it_goes_on(name: str, tmp_path: Path) -> None:
+    def run(attempt: str, ranks: int, death: int = 0, resume: str = "") -> list[list[Any]]:
+        torchrun(__file__, ranks, tmp_path, name, attempt, death, resume, dies=death > 0)
+        return ledgers(tmp_path, attempt, ranks)
+
+    one = ms.DataLoader(RANKS[name][0](), batch_size=4, collate_fn=lambda rows: [row["unused"] for row in rows])
+    reference = list(one) + list(one)
+    whole = run("whole", 2)
+    assert [ids for step in zip(*(rank[-1][0] for rank in whole)) for ids in step] == reference[
+        : 2 * len(whole[0][-1][0])
+    ]
+    killed = run("killed", 2, death=21 if name == "sized" else 11)
+    newest = tmp_path / "killed" / "checkpoint-9"
+    taken = 17 if name == "sized" else 9  # micro-batches of nine steps: an epoch of 15 and one step of two
+    assert newest.is_dir() and [len(rank) for rank in killed] == [10, 10]
+    rest = run("rest", 2, resume=str(newest))
+    for rank in range(2):
+        for shown in (0, 1):  # sample ids and losses, bit for bit
+            assert killed[rank][8][shown] + rest[rank][-1][shown] == whole[rank][-1][shown]
+        assert len(killed[rank][8][0]) == taken
+    resume = str(newest)
+    if name == "sized":
+        printed = torchrun(__file__, 3, tmp_path, name, "three", 0, resume, dies=True)
+        assert "was saved on 2 ranks, and there are 3" in printed and "Start 2 ranks; or" in printed
+        return
+    three = run("three", 3, resume=resume)  # a step is a step: nothing is counted by the number of ranks
+    assert [len(rank) for rank in three] == [3] * 3
+    batches = [ids for step in zip(*(rank[-1][0] for rank in three)) for ids in step]
+    assert batches == reference[18:27]
+
+
+if __name__ == "__main__":
+    _ranks(*sys.argv[1:])

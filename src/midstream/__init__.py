@@ -18,6 +18,7 @@ from midstream.errors import (
 )
 from midstream.failures import ErrorRate
 from midstream.loader import DataLoader
+from midstream.metrics import count, distribution
 from midstream.nodes import collate, concatenate, flat, interleave, pad, ragged, schedule
 from midstream.preemption import PreemptionGuard
 from midstream.progress import Progress, progress
@@ -47,6 +48,8 @@ __all__ = [
     "asked_shares",
     "collate",
     "concatenate",
+    "count",
+    "distribution",
     "document_mask",
     "flat",
     "from_dataset",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["require_callable", "require_choice", "require_int", "require_name"]
+__all__ = ["require_callable", "require_choice", "require_int", "require_name", "require_text"]
 
 
 def require_int(value: Any, name: str, minimum: int, where: str) -> None:
@@ -34,3 +34,15 @@ def require_name(value: Any, where: str) -> None:
     """Refuse what is no name (None is: the node then takes one from its place)."""
     if value is not None and (not isinstance(value, str) or not value or "|" in value):
         raise ValueError(f"{where}: a name is a string without '|'; found {value!r}")
+    if value is not None:
+        require_text(value, f"{where}: a name")
+
+
+def require_text(value: str, what: str) -> None:
+    """Refuse what is no text in UTF-8: a lone surrogate, as file names of other encodings have in Python."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} is text that UTF-8 can write; found {value!r}, whose character {error.start} is a lone surrogate"
+        ) from None

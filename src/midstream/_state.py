@@ -10,7 +10,19 @@ import json
 import zlib
 from typing import Any
 
-__all__ = ["MISSING", "Fragment", "Missing", "State", "copy_plain", "decode", "encode", "fingerprint", "seal", "unseal"]
+__all__ = [
+    "MISSING",
+    "Fragment",
+    "Missing",
+    "State",
+    "copy_plain",
+    "decode",
+    "digest",
+    "encode",
+    "fingerprint",
+    "seal",
+    "unseal",
+]
 
 State = Any
 """A plain JSON value. (A recursive alias would say more and check less: every use narrows it at once.)"""
@@ -113,7 +125,12 @@ def fingerprint(spec: State) -> str:
     >>> fingerprint({"node": "shuffle"}) == fingerprint({"node": "shuffle"})
     True
     """
-    return hashlib.blake2b(encode(spec).encode(), digest_size=8).hexdigest()
+    return digest(encode(spec))
+
+
+def digest(text: str) -> str:
+    """`fingerprint` of what is encoded already."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def seal(text: str) -> str:

@@ -3,7 +3,7 @@
     {
       "midstream": 1,            version of this format
       "fingerprint": "...",      hash of "spec"
-      "spec": {...},             the pipeline as data: nodes, names, seeds, weights, lengths
+      "spec": "{...}",           the pipeline as data: nodes, names, seeds, weights, lengths (a string: nothing to copy)
       "epoch": 2,                the epoch in progress (or the next to start)
       "batches": 96,             batches of the epoch that were delivered, over all ranks in step with this one
       "steps_done": 48,          batches of the epoch that a rank handed out
@@ -15,19 +15,23 @@
     }
 
 A rank's state holds the lanes l = rank (mod world size); a merged state holds all. Each lane is one string, empty before
-it has anything to say, else a JSON object; its entries, of which all but "samples", "rows" and "events" may be missing:
+it has anything to say, else a JSON object; its entries, of which all but "samples" may be missing:
 
-    "samples", "rows": [..]     delivered over the whole run, by source (as numbered in "spec")
+    "samples", "rows": [..]     delivered over the whole run, by source (as numbered in "spec"); no "rows" where they are equal
     "tokens": [..]              the same for tokens, where the pipeline packs them
-    "events"                    {"filtered|path|source": 12, ...}: dropped and failed over the whole run
+    "events"                    {"filtered": {"7": 12, "3|1": 4}, ...}: dropped and failed over the whole run, by number of the
+                                node (see _paths.py) and source
     "at"                        [epoch, batches, steps_done, finished]: where the rank stood that saved this as its first lane;
                                 finished: 1 when it had come to its end of the epoch, and others perhaps had not
+    "tracked"                   {path: {source: {metric: [...]}}}: totals of what is tracked (see metrics.py), of the whole
+                                rank, in its first lane
     "told": [batch, errors]     random access: errors of a batch that were raised already
     "ahead": [[first, stride, count], ...]  random access: batches that are done though they are not below "batches"
     "lane"                      streams: {"epoch", "rounds", "done", "state", "marks"}: the lane's epoch (an earlier one than
                                 the run's when something was left over), batches made in it, whether it ended, the nodes'
-                                state, and up to where events were counted; "dealt": the batch size by which rows were dealt
-                                to lanes, where it is not this one; "edits": where in the lane weights were changed
+                                state, and up to where events were counted, by number of the node; "dealt": the batch size by
+                                which rows were dealt to lanes, where it is not this one; "edits": where in the lane weights
+                                were changed
     "crc"                       check number of the text before it
 
 Random access needs "batches" alone to go on, and what is "ahead" where a rank lost whole batches; streams need their lanes.
@@ -38,13 +42,15 @@ by "at", and ranks at different steps are noticed.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from midstream._state import State, copy_plain, decode, encode, fingerprint, seal, unseal
+from midstream._paths import Paths
+from midstream._state import State, copy_plain, decode, digest, encode, seal, unseal
 from midstream.core import FORMAT
 from midstream.errors import CheckpointError, bullet_list
+from midstream.metrics import valid
 from midstream.storage import latest, load, save
 
 __all__ = [
@@ -63,7 +69,7 @@ __all__ = [
 _KEYS: dict[str, type] = {
     "midstream": int,
     "fingerprint": str,
-    "spec": dict,
+    "spec": str,
     "epoch": int,
     "batches": int,
     "steps_done": int,
@@ -87,7 +93,7 @@ class Canonical:
 
     def __init__(self, state: dict[str, State]) -> None:
         self.fingerprint: str = state["fingerprint"]
-        self.spec: dict[str, State] = state["spec"]
+        self.spec: dict[str, State] = decode(state["spec"])
         self.epoch: int = state["epoch"]
         self.batches: int = state["batches"]
         self.steps_done: int = state["steps_done"]
@@ -95,8 +101,9 @@ class Canonical:
         self.rest: str = state["rest"]
         self.edits: str = _edits(state.get("edits", ""))
         self.excluded: str = _excluded(state.get("excluded", ""))
+        paths = Paths(self.spec)
         self.lanes: dict[int, dict[str, Any] | None] = {
-            int(key): _lane(key, value) for key, value in state["lanes"].items()
+            int(key): _lane(key, value, paths) for key, value in state["lanes"].items()
         }
         spoken = [lane for lane in self.lanes.values() if lane is not None]
         self.finished = False
@@ -189,15 +196,17 @@ def parse(state: Any) -> Canonical:
             )
         if type(value) is not str:
             raise CheckpointError(f"this state is damaged: lane {key} is a string; found {type(value).__name__}")
+    if not state["spec"].startswith('{"'):
+        raise CheckpointError(f"this state is damaged: its spec is no JSON object: {state['spec']!r:.60}")
     try:
-        found = fingerprint(copy_plain(state["spec"]))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"this state is damaged: its spec is not plain data ({error})") from None
-    if found != state["fingerprint"]:
-        raise CheckpointError(
-            f"this state is damaged: its spec has the fingerprint {found}, not {state['fingerprint']!r:.40}"
-        )
-    return Canonical(state)
+        found = digest(state["spec"])
+        if found == state["fingerprint"]:
+            return Canonical(state)
+    except (UnicodeError, RecursionError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"this state is damaged: its spec is not what was saved ({error})") from None
+    raise CheckpointError(
+        f"this state is damaged: its spec has the fingerprint {found}, not {state['fingerprint']!r:.40}"
+    )
 
 
 def _edits(text: Any) -> str:
@@ -237,7 +246,6 @@ def _is_lane(key: str, num_lanes: int) -> bool:
     return len(key) < 12 and int(key) < num_lanes and key == f"{int(key):04d}"
 
 
-_EVENT = re.compile(r"([^|]+)\|[^|]*\|(-1|\d{1,6})", re.DOTALL)
 _MOST_AHEAD = 10_000_000
 
 
@@ -278,15 +286,10 @@ def _placed(value: Any) -> bool:
 
 _PARTS: dict[str, tuple[bool, Callable[[Any], bool]]] = {
     "samples": (True, _counts),
-    "rows": (True, _counts),
+    "rows": (False, _counts),
     "tokens": (False, _counts),
-    "events": (
-        True,
-        lambda events: (
-            isinstance(events, dict) and all(_EVENT.fullmatch(key) and _count(count) for key, count in events.items())
-        ),
-    ),
     "at": (False, lambda mark: _counts(mark, 4)),
+    "tracked": (False, valid),
     "told": (False, lambda told: _counts(told, 2)),
     "ahead": (False, _ranges),
     "lane": (False, _run),
@@ -294,7 +297,8 @@ _PARTS: dict[str, tuple[bool, Callable[[Any], bool]]] = {
 """The entries of a lane: whether it must be there, and what it must look like."""
 
 
-def _lane(key: str, text: str) -> dict[str, Any] | None:
+def _lane(key: str, text: str, paths: Paths) -> dict[str, Any] | None:
+    """A lane, decoded, with nodes by path."""
     if not text:
         return None
     try:
@@ -308,7 +312,32 @@ def _lane(key: str, text: str) -> dict[str, Any] | None:
     for name, (needed, good) in _PARTS.items():
         if not (good(lane[name]) if name in lane else not needed):
             raise CheckpointError(f"this state is damaged: lane {key} has no valid {name!r}: {lane.get(name)!r:.60}")
+    try:
+        lane["events"] = paths.events(lane.get("events", {}))
+        if "lane" in lane:
+            lane["lane"]["marks"] = paths.marks(lane["lane"]["marks"], lane["lane"]["epoch"])
+    except ValueError as error:
+        raise CheckpointError(f"this state is damaged: lane {key} counts what its pipeline has not ({error})") from None
+    lane.setdefault("rows", lane["samples"].copy())
     return lane
+
+
+def lane_text(lane: Mapping[str, Any], paths: Paths) -> str:
+    """What `_lane` decodes."""
+    lane = {name: part for name, part in lane.items() if name != "crc"}
+    if lane["rows"] == lane["samples"]:
+        del lane["rows"]
+    events = lane.pop("events")
+    if events:
+        lane["events"] = paths.short_events(events)
+    if "lane" in lane:
+        lane["lane"] = run_state(lane["lane"], paths)
+    return seal(encode(lane))
+
+
+def run_state(run: Mapping[str, Any], paths: Paths) -> dict[str, State]:
+    """A lane's "lane" with nodes by number."""
+    return {**run, "marks": paths.short_marks(run["marks"], run["epoch"])}
 
 
 def merge_states(states: Sequence[State]) -> dict[str, State]:
@@ -392,16 +421,16 @@ def settle(state: dict[str, State]) -> tuple[dict[str, State], Canonical]:
 def render(canonical: Canonical, state: dict[str, State]) -> dict[str, State]:
     """``state`` with everything that ``canonical`` says, after it was changed."""
     position = [canonical.epoch, canonical.batches, canonical.steps_done]
-    lanes = dict.fromkeys(state["lanes"], "")
+    lanes, paths = dict.fromkeys(state["lanes"], ""), Paths(canonical.spec)
     for index, lane in canonical.lanes.items():
         if lane is not None:
             if "at" in lane:
                 lane["at"] = [*position, 0]
-            lanes[f"{index:04d}"] = seal(encode({name: part for name, part in lane.items() if name != "crc"}))
+            lanes[f"{index:04d}"] = lane_text(lane, paths)
     return {
         **copy_plain({**state, "lanes": {}}),
         "fingerprint": canonical.fingerprint,
-        "spec": copy_plain(canonical.spec),
+        "spec": encode(canonical.spec),
         "epoch": canonical.epoch,
         "batches": canonical.batches,
         "steps_done": canonical.steps_done,

@@ -279,15 +279,16 @@ def _line(head: str, text: str, width: int) -> str:
     return head + f"\n{' ' * len(head)}".join(textwrap.wrap(text, room, break_on_hyphens=False) or [""])
 
 
-def _table(rows: list[list[str]]) -> Any:
-    """A plain table: the first row is its header; all columns but the first are numbers."""
+def _table(rows: list[list[str]], left: int = 1, last: bool = False) -> Any:
+    """A plain table: the first row is its header; the first columns, and with ``last`` the last one, are words."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     header, *rest = rows
     for index, column in enumerate(header):
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
+        words = index < left or (last and index == len(header) - 1)
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
     for row in rest:
         table.add_row(*map(Text, row))
     return table
@@ -314,6 +315,10 @@ def _show_checkpoint(path: str, state: dict[str, Any], found: dict[str, Any], ev
     )
     console.print()
     console.print(_table(told.rows()))
+    for table, last in ((told.metric_rows(), False), (told.category_rows(), True)):
+        if table:
+            console.print()
+            console.print(_table(table, 2, last))
     for kind, count in told.unattributed.items():
         console.print(f"of no single source: {count:,} {kind}", markup=False)
     lanes = found["lanes"]

@@ -21,12 +21,13 @@ import dataclasses
 import functools
 import os
 import pickle
+import sys
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import dill
 import numpy as np
@@ -35,13 +36,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._random import fold, salt
 from midstream._state import MISSING, State, copy_plain, fingerprint
+from midstream.bare import divided_by_nobody, divided_by_trainer
 from midstream.breadcrumbs import Trail
 from midstream.columns import Columns
 from midstream.errors import CheckpointError, MidstreamError, Origin, ReplayDiverged, TooManyErrors
-from midstream.failures import ErrorRate, Failure, Hole, Ledger, Windows, add_counts, check_limits
+from midstream.failures import ErrorRate, Excluded, Failure, Hole, Ledger, Windows, add_counts, check_limits
 
 if TYPE_CHECKING:
     from midstream.display import Preview
+    from midstream.metrics import Metric
 
 __all__ = [
     "FORMAT",
@@ -57,6 +60,7 @@ __all__ = [
     "Later",
     "OnError",
     "Origins",
+    "Part",
     "Place",
     "Rows",
     "Run",
@@ -68,6 +72,7 @@ __all__ = [
     "pick",
     "replaying",
     "require_dataset",
+    "require_epochs",
     "require_passes",
 ]
 
@@ -84,6 +89,8 @@ Origins = Any
 PARTS = 1 << 20
 """Parts of a part are numbered in one integer: ``part * PARTS + number``."""
 Item = tuple[Any, Origins]
+Stash = dict[tuple[int, ...], tuple[int, tuple[Any, ...]]]
+"""By the first four numbers of a sample's first origin: its source (-1: several), and a value of each metric."""
 OnError = Literal["raise", "skip", "refill"]
 
 
@@ -157,6 +164,28 @@ class Rows:
                 pieces[place] = as_origin_array(origin)
         sizes = np.array([len(piece) for piece in pieces], dtype=np.int64)
         return Rows(samples, np.concatenate(pieces) if pieces else np.empty((0, 5), dtype=np.int64), sizes)
+
+
+class Part(NamedTuple):
+    """Positions of an input that make up (a part of) what is asked of a node.
+
+    Attributes:
+        place: The input.
+        positions: Its positions, int64, shape [j].
+        keys: uint64, shape [1] or [j]: see `Dataset._rows`.
+        passes: int64, shape [1] or [j].
+        here: Their places in what was asked for, int64, shape [j]; None where they are all of it, in order.
+    """
+
+    place: Place
+    positions: I64
+    keys: U64
+    passes: I64
+    here: I64 | None = None
+
+    def rows(self) -> Rows:
+        """The samples there."""
+        return self.place.rows(self.positions, self.keys, self.passes)
 
 
 class Later:
@@ -239,9 +268,10 @@ class Place:
         source: Index in ``names`` of a source, -1 for other nodes.
         names: The names of all sources in the tree, shared by all its places.
         trail: In a worker: where it writes what it has in hand.
+        stash: Where a node leaves what it tracked of the rows that are read, by origin; None while nobody takes it.
     """
 
-    __slots__ = ("inputs", "names", "node", "path", "salt", "source", "trail")
+    __slots__ = ("_tracking", "inputs", "names", "node", "path", "salt", "source", "stash", "trail")
 
     def __init__(self, node: Dataset, path: str, names: list[str]) -> None:
         self.node, self.path, self.names = node, path, names
@@ -249,6 +279,8 @@ class Place:
         self.inputs: dict[str, Place] = {}
         self.source = -1
         self.trail: Trail | None = None
+        self.stash: Stash | None = None
+        self._tracking: list[Place] | None = None
 
     @property
     def input(self) -> Place:
@@ -262,6 +294,13 @@ class Place:
             self.trail.passed_on(rows.origins)
         return rows
 
+    def foretell(self, positions: I64, keys: U64, passes: I64) -> None:
+        """Tell the sources below, where they want to know, that these positions are read next. Only a hint."""
+        if self.node._reads_ahead:
+            self.node._foretell(positions)
+        for part in self.node._below(self, positions, keys, passes) or ():
+            part.place.foretell(part.positions, part.keys, part.passes)
+
     def later(self, positions: I64, keys: U64, passes: I64) -> Rows | Later:
         """The same, for a reader that takes samples in their order. See `Dataset._later`."""
         rows = self.node._later(self, positions, keys, passes)
@@ -272,8 +311,15 @@ class Place:
     def iterate(self, lane: Lane, key: int, pass_: int) -> Iterator:
         """The stream face: a `Cursor` where there is random access."""
         if self.node.random_access:
-            return Cursor(self, lane, key, pass_)
+            return (TrackingCursor if self.tracking else Cursor)(self, lane, key, pass_)
         return self.node._iterate(self, lane, key, pass_)
+
+    @property
+    def tracking(self) -> list[Place]:
+        """The places from here down that track metrics."""
+        if self._tracking is None:
+            self._tracking = [place for place in self.walk() if place.node.tracks]
+        return self._tracking
 
     def origin(self, origin: Sequence[int]) -> Origin:
         """Five integers with the source's name in place of its index."""
@@ -443,6 +489,7 @@ _MAX_CHUNK = 512
 _CHUNK_BYTES = 8 << 20
 _FAST, _SLOW, _LONG = 2e-3, 8e-3, 16e-3
 _SETTLED = 64  # chunks until a larger one is tried again
+_FORETOLD, _FAR = 8, 1 << 16  # sources are told of so many chunks at a time, and of no row further off
 
 
 class Cursor(Iterator):
@@ -474,6 +521,8 @@ class Cursor(Iterator):
         self.floor, self.cost = 1, 0.0
         self.tried, self.paid, self.settled = 0.0, False, 0  # cost of a row before the chunk was doubled; did that pay?
         self.chunk = min(lane.block, _MAX_CHUNK)  # what takes rows by blocks needs a whole one at once
+        self.sources = [each.node for each in place.walk() if each.node._reads_ahead]
+        self.foretold = 0  # up to which row of this lane
 
     @property
     def number(self) -> int:
@@ -517,25 +566,19 @@ class Cursor(Iterator):
 
     def _fill(self) -> None:
         first = self.first + self.count
-        numbers = np.arange(first, first + self.chunk, dtype=np.int64)
-        if self.lane.num_lanes > 1 or self.lane.index:
-            blocks, inside = np.divmod(numbers, self.block)
-            positions = (blocks * self.lane.num_lanes + self.lane.index) * self.block + inside
-        else:
-            positions = numbers
-        if self.length is not None and positions[-1] >= self.length:
-            positions = positions[positions < self.length]
-            if not positions.size:
-                raise StopIteration
+        positions = self._positions(first, first + self.chunk)
+        if not positions.size:
+            raise StopIteration
         start = time.perf_counter()
         try:
-            rows = self.place.later(positions, self.keys, self.passes)
+            rows = self._read(positions)
             items = self._items(rows)
         except Exception:
             if len(positions) == 1:
                 raise
             self.chunk = 1  # what can still be read comes first; then the error meets whoever asks for its row
-            rows = self.place.later(positions[:1], self.keys, self.passes)
+            self.tried = 0.0
+            rows = self._read(positions[:1])
             items = self._items(rows)
         elapsed = time.perf_counter() - start
         self.first, self.items, self.at = first, items, 0
@@ -549,6 +592,32 @@ class Cursor(Iterator):
         self.lane.ledger.reads += 1
         most = min(_MAX_CHUNK, _CHUNK_BYTES // max(1, size))
         self._adapt(elapsed, elapsed / self.count, most)
+        if self.sources:
+            self._foretell()
+
+    def _positions(self, first: int, stop: int) -> I64:
+        """Positions of the rows of this lane with these numbers, up to the end of the data."""
+        numbers = np.arange(first, stop, dtype=np.int64)
+        if self.lane.num_lanes > 1 or self.lane.index:
+            blocks, inside = np.divmod(numbers, self.block)
+            numbers = (blocks * self.lane.num_lanes + self.lane.index) * self.block + inside
+        if self.length is not None and numbers[-1] >= self.length:
+            numbers = numbers[numbers < self.length]
+        return numbers
+
+    def _foretell(self) -> None:
+        """While the consumer has the rows just read, sources that want to may read those that follow."""
+        after = self.first + self.count
+        first = max(after, self.foretold)
+        stop = min(first + _FORETOLD * self.chunk, after + _FAR)
+        if first < stop and any(node._wants_more() for node in self.sources):
+            self.foretold = stop
+            # Whatever is wrong with rows that nobody has asked for is told with them.
+            with contextlib.suppress(Exception):
+                self.place.foretell(self._positions(first, stop), self.keys, self.passes)
+
+    def _read(self, positions: I64) -> Rows | Later:
+        return self.place.later(positions, self.keys, self.passes)
 
     def _items(self, rows: Rows | Later) -> list[Item]:
         """Samples that were made one by one."""
@@ -614,6 +683,57 @@ class Cursor(Iterator):
     def _load(self, state: State) -> None:
         self.first, self.told, self.block = state
         self.items, self.at, self.ahead, self.later, self.count = [], 0, None, None, 0
+        self.foretold = 0
+
+
+class TrackingCursor(Cursor):
+    """A `Cursor` over nodes that track metrics: what they tracked of a row counts when the row is handed out, or fails."""
+
+    def __init__(self, place: Place, lane: Lane, key: int, pass_: int) -> None:
+        super().__init__(place, lane, key, pass_)
+        self.tracking = [(each, each.node.kinds()) for each in place.tracking]  # type: ignore[attr-defined]
+        self.stashes: list[Stash] = []
+
+    def __next__(self) -> Item:
+        item = super().__next__()
+        number = self.number + (self.told > 0)
+        if self.lane.ledger.first_time(self.place.path, int(self.passes[0]), number):
+            self._count(*item)
+        return item
+
+    def _fill(self) -> None:
+        super()._fill()
+        self.stashes = [each.stash or {} for each, _ in self.tracking]
+        for each, _ in self.tracking:
+            each.stash = None
+
+    def _read(self, positions: I64) -> Rows | Later:
+        for each, _ in self.tracking:
+            each.stash = {}
+        return super()._read(positions)
+
+    def ahead_by_column(self) -> None:
+        """Samples are taken one by one."""
+        return
+
+    def _count(self, sample: Any, origins: Origins) -> None:
+        """Count what was tracked of a row: of all that it is made of, whether it failed later on or not."""
+        row = sample if self.later is not None else self.items[self.at - (self.told == 0)][0]
+        whole: list[tuple[int, ...]] = []
+        if type(row) is not Hole or row.rest is not MISSING:
+            whole = [origins[:4]] if type(origins) is tuple else list(map(tuple, origins[:, :4].tolist()))
+        for error in row.errors if type(row) is Hole else ():
+            if error.origin is not None and type(error) is not Excluded:
+                name, epoch, row_number, part, _ = error.origin
+                whole.append((self.place.names.index(name), epoch, row_number, part))
+        for (each, kinds), stash in zip(self.tracking, self.stashes):
+            found: dict[int, list[tuple[Any, ...]]] = {}
+            for key in whole:
+                known = stash.pop(key, None)
+                if known is not None:
+                    found.setdefault(known[0], []).append(known[1])
+            for source, values in found.items():
+                self.lane.ledger.track(each.path, source, kinds, values)
 
 
 def num_bytes(sample: Any) -> int:
@@ -705,6 +825,12 @@ class Dataset(IterableDataset[Any]):
 
     kind: ClassVar[str] = "dataset"
     """The verb that makes this node: its name in paths, trees and checkpoints."""
+    one_to_one: ClassVar[bool] = False
+    """Whether it gives one sample for each of its only input, in that order."""
+    tracks: ClassVar[bool] = False
+    """Whether it leaves something in its place's stash. It has ``kinds()`` then."""
+    _reads_ahead: ClassVar[bool] = False
+    """Whether this is a source that may read what comes next before it is asked for: see `_foretell`."""
 
     # -- what a node implements ---------------------------------------------------------------------------------------
 
@@ -725,11 +851,13 @@ class Dataset(IterableDataset[Any]):
 
     def _length(self) -> int | None:
         """Number of samples of a random-access dataset; None when it is infinite."""
+        if self.one_to_one:
+            return self.inputs()[""].length()
         raise NotImplementedError(f"{type(self).__name__} has no length")
 
     def block_sizes(self) -> I64 | None:
         """Sizes of the natural blocks, in which reading one row costs a whole block; None where a block is a row."""
-        return None
+        return self.inputs()[""].block_sizes() if self.one_to_one else None
 
     def spec_fields(self) -> dict[str, State]:
         """What a checkpoint remembers of this node: plain values by name."""
@@ -743,8 +871,29 @@ class Dataset(IterableDataset[Any]):
             positions: int64, shape [k], each in [0, length).
             keys: uint64, shape [1] or [k]: the seed key of the pass each position belongs to.
             passes: int64, shape [1] or [k]: the number of that pass, for origins.
+
+        What only chooses and orders rows of its inputs says so in `_below`, and needs no `_rows` of its own.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no random access")
+        parts = self._below(at, positions, keys, passes)
+        if parts is None:
+            raise NotImplementedError(f"{type(self).__name__} has no random access")
+        if len(parts) == 1:
+            return parts[0].rows()
+        return Rows.scatter(len(positions), [(part.here, part.rows()) for part in parts])  # type: ignore[misc]
+
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part] | None:
+        """The positions of the inputs that the samples at ``positions`` are made of; None where that is not known.
+
+        Arguments as for `_rows`. So that sources can be told what comes next (`Place.foretell`).
+        """
+        return [Part(at.input, positions, keys, passes)] if self.one_to_one else None
+
+    def _wants_more(self) -> bool:
+        """Whether `_foretell` would be of use just now. Asked once a chunk."""
+        return False
+
+    def _foretell(self, positions: I64) -> None:
+        """Hear which positions (int64, shape [k]) are likely to be read next, in this order. May change no sample."""
 
     def _later(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows | Later:
         """As `_rows`; a node whose samples are large may make each when it is taken."""
@@ -829,6 +978,10 @@ class Dataset(IterableDataset[Any]):
         fields = ((key, value) for key, value in self.spec_fields().items() if key != "length")
         return f"{self.kind}({', '.join(f'{key}={_short(value)}' for key, value in fields)})"
 
+    def times(self, key: str, exact: bool) -> int:
+        """How many passes over an input one pass over this node may take, for numbering; ``exact``: as its length says."""
+        return 1
+
     def reads_again(self) -> str:
         """What this node itself reads again on a resume, at most, in words; empty where nothing."""
         return ""
@@ -867,7 +1020,7 @@ class Dataset(IterableDataset[Any]):
 
     # -- pickling and hidden slots ------------------------------------------------------------------------------------
 
-    _kept_slots: ClassVar[tuple[str, ...]] = ("_waiting", "_epoch")
+    _kept_slots: ClassVar[tuple[str, ...]] = ("_waiting", "_epoch", "_divided")
     _by_value: ClassVar[tuple[str, ...]] = ()
 
     def _set(self, name: str, value: Any) -> None:
@@ -918,6 +1071,8 @@ class Dataset(IterableDataset[Any]):
 
         In a worker of a bare StatefulDataLoader the worker is a lane.
         """
+        if "_divided" not in self.__dict__ and divided_by_nobody(self._in_words, sys._getframe(1)):
+            self._set("_divided", True)
         worker = get_worker_info()
         index, num_lanes = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         run = Run(self, index, num_lanes, self.__dict__.get("_epoch", 0))
@@ -989,6 +1144,9 @@ class Dataset(IterableDataset[Any]):
             raise sample.errors[0].error()
         return sample
 
+    def _in_words(self) -> str:
+        return f"this dataset ({self.summary()} of {', '.join(bind(self).names)})"
+
     def state_dict(self) -> State:
         """The state of the iteration in progress (or, before any, of its start). Plain values, fresh each time."""
         waiting = self.__dict__.get("_waiting")
@@ -1018,6 +1176,8 @@ class Dataset(IterableDataset[Any]):
         """Choose the epoch of the next fresh ``iter()`` (a loaded state brings its own)."""
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"epoch is an integer of at least 0; found {epoch!r}")
+        if "_divided" not in self.__dict__ and divided_by_trainer(self._in_words, sys._getframe(1)):
+            self._set("_divided", True)  # said once
         self._set("_epoch", epoch)
 
     # -- verbs (the only place where a lower file names a higher one) --------------------------------------------------
@@ -1174,6 +1334,38 @@ class Dataset(IterableDataset[Any]):
         ids = () if separator is None else (separator,) if not isinstance(separator, Iterable) else tuple(separator)
         return Pack(self, seq_len, mode, overflow, key, tuple(columns), mask, ids, pad_id, last, window, min_fill)
 
+    def track(self, **metrics: Callable[[Any], float] | Metric) -> Dataset:
+        """Gather metrics of the samples, by source and over all: in `DataLoader.progress`, exact under resume.
+
+        Changes no sample. The totals travel in the checkpoint (at most 1 KB per source and metric, once per rank) and are
+        the same to the last bit on any ranks, workers and resumes.
+
+        Args:
+            **metrics: By name: a function of a sample (count, sum, mean, min and max of what it returns),
+                `midstream.distribution` of one (quantiles too), or `midstream.count` of one (how often each value came).
+
+        Where the pipeline has random access from here on, a sample counts when its batch is delivered (or when it fails
+        further on); in a stream when it comes by here, which nodes that hold samples back (a buffered shuffle, ``pack``) do
+        before it is delivered. To have what the model saw, put it right before ``batch`` or ``pack``. A sample made of rows
+        of several sources (a mixed batch, say) counts over all only. A bare dataset (without `midstream.DataLoader`) keeps no
+        totals.
+
+        Raises:
+            ValueError: If there is no metric, or one of that name further down.
+            TypeError: If one is no function.
+
+        >>> import midstream as ms
+        >>> ds = ms.from_dataset([{"ids": [1, 2, 3]}, {"ids": [4]}], name="docs").track(tokens=lambda row: len(row["ids"]))
+        >>> loader = ms.DataLoader(ds, batch_size=2, collate_fn=list)
+        >>> for batch in loader:
+        ...     pass
+        >>> loader.progress().sources["docs"].metrics["tokens"]
+        {'count': 2, 'sum': 4, 'mean': 2, 'min': 1, 'max': 3}
+        """
+        from midstream.nodes.track import Track
+
+        return Track.of(self, metrics)
+
     def repeat(self, num_epochs: int | None = None) -> Dataset:
         """Go through the data ``num_epochs`` times, for ever when None; shuffles below draw a new order each pass.
 
@@ -1285,12 +1477,34 @@ def require_dataset(value: Any, where: str) -> None:
         )
 
 
+_TOO_DEEP = (
+    "{}endless passes (repeat(), all_exhausted) are nested too deep to number them in 64 bits. Give repeat a number of epochs, "
+    "or an inner mix max_epochs= or 'all_exhausted_without_replacement'"
+)
+_EPOCHS = 1 << 16  # of a loader at least
+
+
 def require_passes(passes: I64, times: int) -> None:
     """Refuse passes nested so deep that they cannot be numbered in 64 bits."""
     if int(passes.max()) * times >= 1 << 62:
-        raise ValueError(
-            "endless passes (repeat(), all_exhausted) are nested too deep to number them; give repeat a number of epochs"
-        )
+        raise ValueError(_TOO_DEEP.format(""))
+
+
+def require_epochs(root: Place) -> None:
+    """Refuse the same before anything is read: of every source, the passes of 65,536 epochs can be numbered."""
+
+    def most(place: Place, exact: bool) -> tuple[int, list[str]]:
+        below: list[tuple[int, list[str]]] = [(1, [])]
+        for key, child in place.inputs.items():
+            times, paths = most(child, exact)
+            own = place.node.times(key, exact)
+            below.append((times * own, [place.path, *paths] if own > 1 else paths))
+        return max(below, key=lambda found: found[0])
+
+    if most(root, False)[0] * _EPOCHS > 1 << 62:  # lengths may have to be looked up: only where they could matter
+        times, paths = most(root, True)
+        if times * _EPOCHS > 1 << 62:
+            raise ValueError(_TOO_DEEP.format(f"{' > '.join(paths)}: "))
 
 
 def _spec(place: Place) -> dict[str, State]:

@@ -184,20 +184,21 @@ def loader_html(loader: DataLoader) -> str:
 
 def progress_html(progress: Progress) -> str:
     """A progress table."""
-    header, *rows = progress.rows()
-    head = "".join(
-        f"<th style='text-align:{'left' if i == 0 else 'right'}'>{escape(c)}</th>" for i, c in enumerate(header)
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td style='text-align:{'left' if i == 0 else 'right'}'>{escape(c)}</td>" for i, c in enumerate(row))
-        + "</tr>"
-        for row in rows
-    )
+    tables = [(progress.rows(), 1, False), (progress.metric_rows(), 2, False), (progress.category_rows(), 2, True)]
+    shown = "".join(_table(table, left, last) for table, left, last in tables if table)
     caption = f"epoch {progress.epoch}, {progress.batches:,} batches in it, {progress.samples:,} samples in all"
     if progress.packing_waste is not None:
         caption += f", {progress.packing_waste:.1%} of packed rows is padding"
-    return (
-        f"<div><div style='{_NOTE}'>{escape(caption)}</div>"
-        f"<table style='{_MONO}'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    return f"<div><div style='{_NOTE}'>{escape(caption)}</div>{shown}</div>"
+
+
+def _table(table: list[list[str]], left: int, last: bool) -> str:
+    """A table: its first columns, and with ``last`` the last one, to the left, numbers to the right."""
+
+    def cells(row: list[str], tag: str) -> str:
+        sides = ["left" if i < left or (last and i == len(row) - 1) else "right" for i in range(len(row))]
+        return "".join(f"<{tag} style='text-align:{side}'>{escape(cell)}</{tag}>" for side, cell in zip(sides, row))
+
+    header, *rows = table
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f"<table style='{_MONO}'><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{body}</tbody></table>"

@@ -19,14 +19,14 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from midstream._paths import walk
 from midstream._state import State, decode, encode
 from midstream.checkpoint import Canonical, merge_states, parse
 from midstream.core import Dataset, Place, bind
 from midstream.errors import CheckpointError
 from midstream.nodes.batch import Batch
-from midstream.nodes.exclude import Exclude
+from midstream.nodes.concatenate import Concatenate
 from midstream.nodes.interleave import Interleave
-from midstream.nodes.map import Map
 from midstream.nodes.mixing import Weights, check_weights, quotas
 from midstream.nodes.skip import Skip
 from midstream.nodes.take import Take
@@ -204,7 +204,7 @@ def _given(place: Place, target: Place, count: int, mix: str) -> int:
     count = count if length is None else min(count, length)
     if place is target:
         return count
-    if isinstance(node, (Map, Exclude)):
+    if node.one_to_one:
         return _given(place.input, target, count, mix)
     if isinstance(node, Batch):
         return _given(place.input, target, count * node.batch_size, mix)
@@ -220,6 +220,11 @@ def _given(place: Place, target: Place, count: int, mix: str) -> int:
                 if layout.repeats[index] == 1 or counts[index] <= layout.lengths[index]:
                     return _given(place.inputs[key], target, counts[index], mix)
                 raise ValueError(f"set_weights: {mix!r} has started over in this epoch; call it in the next one")
+    if isinstance(node, Concatenate):
+        for dataset, child in zip(node.datasets, place.inputs.values()):
+            if target in child.walk():
+                return _given(child, target, max(0, count), mix)
+            count -= dataset.length() or 0
     raise ValueError(
         f"set_weights: there is a {node.kind} above {mix!r}, so what was delivered is not the beginning of the mix, and its "
         f"weights cannot change without losing or repeating rows. Put the {node.kind} below the mix (on its datasets)."
@@ -270,7 +275,7 @@ def weights_history(state: State) -> list[dict[str, Any]]:
     canonical = parse(merge_states(state) if isinstance(state, list) else state)
     entries = _entries(canonical.edits)
     history = []
-    for path, spec, _ in _mixes(canonical.spec):
+    for path, spec in _mixes(canonical.spec):
         loads = [entry for entry in entries if entry["mix"] == path and "was" in entry]
         first = loads[0]["was"] if loads else weights_of(spec)
         history.append({"mix": path, "weights": first, "epoch": 0, "step": 0, "by": "pipeline"})
@@ -304,10 +309,8 @@ def shares_asked(canonical: Canonical) -> dict[str, float | None]:
             edited[entry["mix"]] = entry["weights"]
         else:
             edited.pop(entry["mix"], None)
-    paths = {id(spec): path for path, spec, _ in _mixes(canonical.spec)}
-    phases = {
-        path: found for path, spec, names in _mixes(canonical.spec) if (found := _lane_phases(canonical, spec, names))
-    }
+    paths = {id(spec): path for path, spec in _mixes(canonical.spec)}
+    phases = {path: found for path, spec in _mixes(canonical.spec) if (found := _lane_phases(canonical, spec, path))}
     shares: dict[str, float | None] = {}
 
     def down(spec: Any, share: float | None, rows: float) -> None:
@@ -345,27 +348,18 @@ def _normed(weights: Mapping[str, float]) -> dict[str, float]:
     return {name: weight / total for name, weight in weights.items()}
 
 
-def _mixes(spec: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, Any, set[str]]]:
-    """Path, spec and names of the inputs of every mix; paths as `midstream.core.bind` makes them."""
-    chain = [spec]
-    while list(chain[-1].get("inputs", {})) == [""]:
-        chain.append(chain[-1]["inputs"][""])
-    last = chain[-1]
-    found: list[tuple[str, Any, set[str]]] = []
-    if last["node"] == "interleave":
-        found.append(("/".join((*prefix, last.get("label", "interleave"))), last, set(last["inputs"])))
-    for key, child in sorted(last.get("inputs", {}).items()):
-        found += _mixes(child, (*prefix, key))
-    return found
+def _mixes(spec: Any) -> list[tuple[str, Any]]:
+    """Path and spec of every mix."""
+    return [(node.path, node.spec) for node in walk(spec) if node.spec["node"] == "interleave"]
 
 
-def _lane_phases(canonical: Canonical, spec: Any, names: set[str]) -> list[int]:
+def _lane_phases(canonical: Canonical, spec: Any, path: str) -> list[int]:
     """The phases in which the lanes of a stream are in the schedule of a mix."""
     found: list[int] = []
 
     def look(value: Any) -> None:
         if isinstance(value, dict):
-            if "phase" in value and isinstance(value.get("inputs"), dict) and set(value["inputs"]) == names:
+            if "phase" in value and value.get("of") == path:
                 found.append(value["phase"][0])
                 return
             value = list(value.values())

@@ -6,11 +6,12 @@ import functools
 import pickle
 import traceback
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from midstream._state import MISSING
 from midstream.errors import Origin, SampleError, TooManyErrors, bullet_list
+from midstream.metrics import Tracked, totals_of
 from midstream.quarantine import Record, write_record
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Failure",
     "Hole",
     "Ledger",
+    "Notes",
     "Windows",
     "add_counts",
     "callable_name",
@@ -216,25 +218,41 @@ class Hole:
         self.errors, self.rest = errors, rest
 
 
+class Notes(NamedTuple):
+    """What a lane has to tell with a delivery: counts, warnings, limits of the nodes that failed, and tracked metrics."""
+
+    events: dict[str, int]
+    notices: list[tuple[str, str]]
+    limits: dict[str, int | ErrorRate]
+    tracked: Tracked
+
+
+_NEVER = [-1, -1]
+
+
 class Ledger:
     """What one lane lost or dropped, counted once however often it is replayed.
 
     Attributes:
         marks: For each node that drops samples the highest (pass, input number) it has counted.
+        moved: Which of them moved since whoever keeps their text has looked.
         events: Counts since the last delivery, keyed ``kind|path|source index``.
+        tracked: What was tracked since the last delivery.
         notices: (key, text) of warnings for the user, to be given once.
         limits: ``max_errors`` of the nodes that failed.
         writes: Whether quarantines are written; not where somebody only looks.
         reads: Grows when a source of the lane gives anything: tells an empty pass from one of which nothing was left.
     """
 
-    __slots__ = ("events", "limits", "marks", "notices", "reads", "writes")
+    __slots__ = ("events", "limits", "marks", "moved", "notices", "reads", "tracked", "writes")
 
     def __init__(self, *, writes: bool = True) -> None:
         self.marks: dict[str, list[int]] = {}
+        self.moved: set[str] = set()
         self.events: dict[str, int] = {}
         self.notices: list[tuple[str, str]] = []
         self.limits: dict[str, int | ErrorRate] = {}
+        self.tracked: Tracked = {}
         self.writes = writes
         self.reads = 0
 
@@ -244,10 +262,25 @@ class Ledger:
 
     def count(self, mark: str, pass_: int, number: int, counts: Mapping[str, int]) -> None:
         """Count several things at once, unless the mark has been at ``number`` of pass ``pass_`` already."""
-        if self.marks.get(mark, [-1, -1]) < [pass_, number]:
-            self.marks[mark] = [pass_, number]
+        if self.first_time(mark, pass_, number):
             for key, count in counts.items():
                 self.events[key] = self.events.get(key, 0) + count
+
+    def first_time(self, mark: str, pass_: int, number: int) -> bool:
+        """Whether the mark comes by ``number`` of pass ``pass_`` for the first time; remembers that it did."""
+        if self.marks.get(mark, _NEVER) >= [pass_, number]:
+            return False
+        self.marks[mark] = [pass_, number]
+        self.moved.add(mark)
+        return True
+
+    def track(self, path: str, source: int, kinds: Mapping[str, str], values: Sequence[tuple[Any, ...]]) -> None:
+        """Take in what was tracked of some samples: for each of them a value by metric, in the order of ``kinds``."""
+        found = self.tracked.get((path, source))
+        if found is None:
+            found = self.tracked[path, source] = {name: totals_of(kind) for name, kind in kinds.items()}
+        for totals, column in zip(found.values(), zip(*values)):
+            totals.add(column)
 
     def failed(self, failure: Failure, source: int) -> None:
         """Count a skipped sample. It is met once: failures pass every buffer at once and replays swallow them."""
@@ -265,10 +298,12 @@ class Ledger:
         """Leave a warning for the user."""
         self.notices.append((key, text))
 
-    def take(self) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int | ErrorRate]]:
-        """Events, notices and limits since the last call."""
-        taken = (self.events, self.notices, self.limits)
-        self.events, self.notices, self.limits = {}, [], {}
+    def take(self) -> Notes | None:
+        """What there is to tell since the last call; None when there is nothing."""
+        if not (self.events or self.notices or self.tracked):
+            return None
+        taken = Notes(self.events, self.notices, self.limits, self.tracked)
+        self.events, self.notices, self.limits, self.tracked = {}, [], {}, {}
         return taken
 
 

@@ -64,21 +64,29 @@ class Told:
     The loader knows the last batch when it hands it out, so nothing is fetched ahead and its state stays what was trained.
 
     Args:
-        loader: The loader; Accelerate reads ``end_of_dataloader`` and ``remainder`` of it.
+        loader: The loader.
         batches: Its iterator.
         last: Whether the batch just handed out was the last one.
+        samples: At the last one: how many of the samples that the ranks have together come first and are no repeats; 0 for
+            all, -1 where that is no number of first samples.
         place: Whether batches go to the device.
+
+    Attributes:
+        end_of_dataloader: Read by Accelerate, which takes this for its loader: whether the last batch is out.
+        remainder: Read by Accelerate: ``samples``, for ``gather_for_metrics``. (The loader's own says what is to be done.)
     """
 
-    def __init__(self, loader: Any, batches: Iter[Any], last: Callable[[], bool], place: bool) -> None:
+    def __init__(
+        self, loader: Any, batches: Iter[Any], last: Callable[[], bool], samples: Callable[[], int], place: bool
+    ) -> None:
         from accelerate.state import AcceleratorState, GradientState
         from accelerate.utils import send_to_device
 
-        self._loader, self._batches, self._last = loader, batches, last
+        self._loader, self._batches, self._last, self._samples = loader, batches, last, samples
         self._send, self._device = send_to_device, AcceleratorState().device if place else None
         self._gradients = GradientState()
-        loader.end_of_dataloader, loader.remainder = False, -1
-        self._gradients._add_dataloader(loader)
+        self.end_of_dataloader, self.remainder = False, -1
+        self._gradients._add_dataloader(self)
 
     def __iter__(self) -> Told:
         return self
@@ -90,10 +98,10 @@ class Told:
         try:
             batch = next(self._batches)
         except StopIteration:
-            self._gradients._remove_dataloader(self._loader)
+            self._gradients._remove_dataloader(self)
             raise
         if self._last():
-            self._loader.end_of_dataloader, self._loader.remainder = True, 0
+            self.end_of_dataloader, self.remainder = True, self._samples()
         return batch if self._device is None else self._send(batch, self._device)
 
 

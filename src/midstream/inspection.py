@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import midstream as ms
-from midstream._state import State
+from midstream._state import State, decode
 from midstream.checkpoint import diff_specs, merge_states, parse, settle
 from midstream.core import Dataset
 from midstream.errors import CheckpointError, Origin
@@ -155,7 +155,7 @@ def describe(state: dict[str, State]) -> dict[str, Any]:
         "num_lanes": canonical.num_lanes,
         "lanes_here": len(canonical.lanes),
         "bytes": len(json.dumps(state, separators=(",", ":"))),
-        "bytes_of_spec": len(json.dumps(state["spec"], separators=(",", ":"))),
+        "bytes_of_spec": len(state["spec"]),
         "progress": progress(state).to_dict(),
         "lanes": {f"{index:04d}": lane for index, lane in lanes.items()},
         "spec": canonical.spec,
@@ -218,7 +218,7 @@ def loader_for(target: Any, state: dict[str, State]) -> ms.DataLoader:
         made = target(**{name: value for name, value in values.items() if every or name in takes})
     if isinstance(made, Dataset):
         options: dict[str, Any] = {}
-        spec = state["spec"]
+        spec = decode(state["spec"])
         if made.fingerprint != state["fingerprint"] and not made.batch_rows and spec.get("node") == "batch":
             options = {"batch_size": spec["batch_size"], "drop_last": bool(spec.get("drop_last"))}
             if "collate_fn" in spec:

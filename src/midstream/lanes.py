@@ -14,10 +14,11 @@ s mod W, padded with empty slots to a multiple of W so that the turns stay in st
 from __future__ import annotations
 
 import math
-import os
 from typing import Any, NamedTuple
 
 import torch.distributed
+
+from midstream.bare import rank_and_world_size
 
 __all__ = [
     "DEFAULT_LANES",
@@ -98,10 +99,7 @@ def current_topology(rank: int | None, world_size: int | None, num_workers: int)
     if (rank is None) != (world_size is None):
         raise ValueError(f"rank and world_size are given together; found rank={rank}, world_size={world_size}")
     if rank is None or world_size is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        else:
-            rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        rank, world_size = rank_and_world_size()
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"rank is in [0, world_size); found rank={rank}, world_size={world_size}")
     return Topology(rank, world_size, num_workers)

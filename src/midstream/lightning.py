@@ -60,8 +60,12 @@ class ResumeCallback(Callback):  # type: ignore[misc]
     epoch or at its end, after an error (``save_on_exception``), and from a save in Slurm's requeue signal. Other loaders are
     left as they are.
 
-    With several ranks a save asks all of them, as Lightning itself does. A ``training_step`` that takes ``dataloader_iter``
-    and fetches ahead by itself is taken to have trained what it fetched.
+    With several ranks a save asks all of them, as Lightning itself does. So an error that is to be saved, or the signal, has to
+    come to all of them in the same step, before or after its exchange of gradients. Where one rank fails alone, or one is an
+    exchange further when the signal comes, Lightning waits until its process group gives up, with this callback or without
+    (without it rank 0's file may be written before it waits): the last regular checkpoint is what there is.
+
+    A ``training_step`` that takes ``dataloader_iter`` and fetches ahead by itself is taken to have trained what it fetched.
 
     An epoch of the loader that Lightning ends early (``limit_train_batches``) is over: the next begins. A pipeline without
     end goes on where it stands.
@@ -316,7 +320,7 @@ def _over(loader: DataLoader, mark: Mark) -> Mark:
     begun = position is loader._current and mark.step > position.first_step
     if loader._endless or not begun or (position.complete and mark.step == position.steps):
         return mark
-    following = loader._epoch_from(position.topology, position.num_lanes, position.epoch + 1, dict(position.tallies))
+    following = loader._epoch_from(position.topology, position.num_lanes, position.epoch + 1, position)
     return Mark(following, 0)
 
 

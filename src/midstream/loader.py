@@ -35,7 +35,7 @@ from midstream._check import require_int
 from midstream._state import State
 from midstream.breadcrumbs import describe, new_table
 from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, render, settle
-from midstream.core import Dataset
+from midstream.core import Dataset, require_epochs
 from midstream.edits import add, in_epoch, lane_edits
 from midstream.errors import CheckpointError, MidstreamError, Origin, SourceError, WorkerError, bullet_list
 from midstream.failures import Windows, add_counts, check_limits, failed_in
@@ -43,10 +43,10 @@ from midstream.hosts import LIGHTNING_ALONE, EpochHint, Told, asked_by, not_regi
 from midstream.lanes import Agreement, Topology, batches_of_rank, choose_lanes, current_topology, slots
 from midstream.nodes.collate import collate
 from midstream.nodes.exclude import excluded_origins, with_origins
-from midstream.position import Facts, Position, Tally, Trace
+from midstream.position import Facts, Position, Trace
 from midstream.progress import Progress, progress
 from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, deliver, send
-from midstream.rest import adopt, running
+from midstream.rest import adopt, require_excludable, running
 from midstream.shield import Context, Orphanage, quiet_at_exit
 from midstream.sources import from_dataset
 from midstream.threads import Launch, ThreadReaders
@@ -280,7 +280,7 @@ class _LoaderIterator:
                     next(self._inner)
 
     def _tell(self, out: Out) -> None:
-        for key, text in out.notes[1] if out.notes is not None else ():
+        for key, text in out.notes.notices if out.notes is not None else ():
             if key not in self._loader._noticed:
                 self._loader._noticed.add(key)
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
@@ -288,7 +288,7 @@ class _LoaderIterator:
     def _limits(self, out: Out, *, counted: bool = False) -> None:
         """Were too many samples skipped? With ``counted`` what it tells is in the position already."""
         assert out.notes is not None
-        events, _, limits = out.notes
+        events, limits = out.notes.events, out.notes.limits
         if not limits:
             return
         totals = self._epoch.totals()
@@ -498,6 +498,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._skipping = False
         self.__dict__["sampler"] = EpochHint(self)
         self._set_pipeline(pipeline)
+        require_epochs(self._facts.place)
         if self._in_threads:
             for place in self._facts.place.walk():
                 if getattr(place.node, "isolate_rng", False):
@@ -520,10 +521,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def _set_pipeline(self, pipeline: Dataset) -> None:
         self._pipeline, self._facts = pipeline, Facts(pipeline, "", self._edits, -1, self._excluded)
 
-    def _epoch_from(
-        self, topology: Topology, num_lanes: int, epoch: int, tallies: dict[int, Tally] | None = None
-    ) -> Position:
-        """The position at the start of an epoch."""
+    def _epoch_from(self, topology: Topology, num_lanes: int, epoch: int, before: Position | None = None) -> Position:
+        """The position at the start of an epoch, with the counts of the one before."""
         facts = self._facts_of("", epoch)
         turns = self._turns(topology, 0, facts)
         return Position(
@@ -533,7 +532,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             epoch,
             turns,
             None,
-            tallies,
+            dict(before.tallies) if before is not None else None,
+            before.tracked if before is not None else None,
             even=self._even(topology, 0, facts),
             keep=self._synced,
         )
@@ -708,7 +708,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if self._foreign:
             return super().__iter__()
         batches = self._iterate()
-        return batches if self._placed is None else Told(self, batches, lambda: batches._epoch.complete, self._placed)
+        if self._placed is None:
+            return batches
+        last, samples = lambda: batches._epoch.complete, lambda: self._samples_of_last_round(batches._epoch)
+        return Told(self, batches, last, samples, self._placed)
 
     def _iterate(self) -> _LoaderIterator:
         if self._started_for_now():
@@ -786,8 +789,15 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             runner.epoch = epoch.epoch
         else:
             super().load_state_dict({})
+            facts = epoch.facts
             runner = Runner(
-                epoch.facts.running, topology, epoch.num_lanes, epoch.epoch, epoch.plan(), self._turns(topology, 0)
+                facts.running,
+                facts.paths,
+                topology,
+                epoch.num_lanes,
+                epoch.epoch,
+                epoch.plan(),
+                self._turns(topology, 0),
             )
             if self.num_workers > 0 and not self._in_threads:
                 if self.persistent_workers:
@@ -859,7 +869,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             canonical = self._loaded[0]
             at = self._epoch_at(topology, canonical)
             if canonical.finished:
-                return self._epoch_from(topology, at.num_lanes, at.epoch + 1, at.tallies), False
+                return self._epoch_from(topology, at.num_lanes, at.epoch + 1, at), False
             return at, False
         if current is None:
             return self._epoch_from(topology, self._num_lanes(topology), self._next_epoch), False
@@ -869,7 +879,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             return self._epoch_at(topology, parse(current.state_at(None))), False
         if current.complete:
             following = current.epoch + 1 if self._next_epoch == current.epoch else self._next_epoch
-            return self._epoch_from(topology, current.num_lanes, following, current.tallies), same
+            return self._epoch_from(topology, current.num_lanes, following, current), same
         if self._next_epoch == current.epoch:
             if self._trained is not None and self._trained[0] is current:
                 return self._epoch_at(topology, parse(current.state_at(self._trained[1]))), False
@@ -884,7 +894,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                     UserWarning,
                     stacklevel=4,
                 )
-        return self._epoch_from(topology, current.num_lanes, self._next_epoch, current.tallies), same
+        return self._epoch_from(topology, current.num_lanes, self._next_epoch, current), same
 
     def _double(self, runner: Runner) -> StatefulDataLoader:
         """This loader as torchdata is to see it: our runner, one envelope at a time, nothing global drawn."""
@@ -979,9 +989,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             return
         if self._current is not None and epoch == self._current.epoch:
             # Again an epoch that is complete: forget that it is.
-            self._current = self._epoch_from(
-                self._current.topology, self._current.num_lanes, epoch, self._current.tallies
-            )
+            self._current = self._epoch_from(self._current.topology, self._current.num_lanes, epoch, self._current)
         self._next_epoch = epoch
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -1003,9 +1011,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         current = self._current
         if current is None or (self._next_epoch not in (current.epoch, current.epoch + current.complete)):
             topology = self._topology()
-            tallies = current.tallies if current is not None else None
             fresh = self._current is None
-            current = self._epoch_from(topology, self._num_lanes(topology), self._next_epoch, tallies)
+            current = self._epoch_from(topology, self._num_lanes(topology), self._next_epoch, current)
             if fresh and (current.num_lanes % topology.world_size or not current.even):
                 # torch.distributed.checkpoint loads the keys that are here, and this rank may need others' lanes.
                 state = current.state_at(None)
@@ -1158,32 +1165,32 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._no_foreign("skip")
         require_int(num_batches, "num_batches", 0, "skip")
         token = self._active or self._renewed
-        live = token.iterator() if token is not None else None
+        live = loop = token.iterator() if token is not None else None
         if live is not None and token is self._active and live._epoch is not self._current:
-            live = None
+            live = None  # it came to its end, and then something was excluded, say
         if live is None and num_batches and self._current is not None and not self._current.complete:
             self.load_state_dict(self.state_dict())  # where a loop was left, not at the start of its epoch
-        iterator, made, steps = live, None, -1
+        iterator, made, fresh = live, None, False
         self._skipping = True
         try:
             while num_batches:
                 if iterator is None:
                     iterator = made = iter(self)
-                    steps = 0
+                    fresh = True
                 try:
                     next(iterator)
                 except StopIteration:
-                    if steps == 0:
+                    if fresh:
                         raise RuntimeError("skip: the epoch has no batch that could be passed over") from None
-                    if iterator is live:
-                        live._over = True
                     iterator = None
                     continue
                 num_batches -= 1
-                steps += 1
+                fresh = False
         finally:
             self._skipping = False
             if made is not None:
+                if loop is not None:
+                    loop._over = True
                 self.load_state_dict(self.state_dict())
 
     def exclude(self, origins: Iterable[Any]) -> None:
@@ -1203,7 +1210,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 a run, about 16 bytes each in every checkpoint.
 
         Raises:
-            ValueError: If there is no such source, or they become too many; then nothing was changed.
+            ValueError: If there is no such source, they become too many, or a node above the batches reads some of them
+                again on a resume (a buffered shuffle of batches, say); then nothing was changed.
             TypeError: If something is no origin.
 
         >>> import midstream as ms
@@ -1216,6 +1224,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         merged, canonical = settle(self.state_dict())
         canonical.excluded = merged["excluded"] = with_origins(canonical.excluded, origins, self._facts.names)
         if canonical.excluded != self._excluded:
+            require_excludable(self._pipeline)
             self._go_on_from(canonical, merged)
 
     @property
@@ -1274,6 +1283,27 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     @_is_accelerate_prepared.setter
     def _is_accelerate_prepared(self, value: bool) -> None:
         pass
+
+    def _samples_of_last_round(self, epoch: Position) -> int:
+        """What Accelerate calls the remainder: that many of the first samples, of all ranks in their order, are no repeats."""
+        ranks = epoch.topology.world_size
+        if ranks == 1 or epoch.total is None or epoch.turns is None or self.remainder == "uneven":
+            return 0
+        first = epoch.start + (epoch.turns - 1) * ranks
+        repeats = max(0, first + ranks - epoch.total)
+        in_order = epoch.start % ranks == 0 and not epoch.ahead
+        if (samples := epoch.facts.samples(first, first + ranks)) is not None and in_order:
+            return samples[0] if samples[0] < samples[1] else 0
+        if repeats:
+            self._notice(
+                "gather",
+                f"the ranks have {repeats} batches twice in the last step of epoch {epoch.epoch} (remainder='pad'), and "
+                f"Accelerate's gather_for_metrics can leave out only what comes last: "
+                f"{'the epoch was begun on another number of ranks' if samples else 'the pipeline does not end in .batch'}. "
+                f"Leave out yourself what a rank has where loader.trace().padded is true.",
+            )
+            return -1
+        return 0
 
     @property
     def use_stateful_dataloader(self) -> bool:

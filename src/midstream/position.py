@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import pickle
+import functools
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from midstream._state import State, decode, encode, seal
-from midstream.checkpoint import Canonical
+from midstream._paths import Paths
+from midstream._state import Fragment, State, decode, encode, seal
+from midstream.checkpoint import Canonical, run_state
 from midstream.core import FORMAT, I64, PARTS, Dataset, bind
 from midstream.errors import Origin
 from midstream.failures import add_counts, failed_in
 from midstream.lanes import Topology, first_batch
+from midstream.metrics import Tracked, decode_tracked, encode_tracked, join, join_tracked
 from midstream.nodes.batch import Batch
-from midstream.nodes.map import Map
 from midstream.readers import BATCH, ERROR, NOTHING, Out, Plan, source_of
 from midstream.rest import running
 
@@ -24,6 +25,8 @@ __all__ = ["Facts", "Position", "Tally", "Trace"]
 
 _LOG_BATCHES = 1024
 _LOG_BYTES = 64 << 20
+_END = "/end of epoch|"
+"""In the events of one of several ranks: counted at its end of the epoch, which others may not have come to."""
 
 
 class Tally:
@@ -80,6 +83,14 @@ class Tally:
         other.samples, other.tokens = self.samples, self.tokens
         return other._with(skipped)
 
+    def settled(self, keep: bool) -> Tally:
+        """The counts with what was left out at the end of the epoch counted for good, or not at all: the epoch goes on."""
+        ends = {key: count for key, count in self.events.items() if _END in key}
+        if not ends:
+            return self
+        kept = {key.replace(_END, "|"): count for key, count in ends.items()} if keep else {}
+        return self.plus(None, add_counts(kept, {key: -count for key, count in ends.items()}))
+
     def _with(self, events: Mapping[str, int] | None) -> Tally:
         """Itself, with more events; for one that nobody else has yet."""
         if events:
@@ -101,6 +112,7 @@ class Entry(NamedTuple):
         told: Random access: errors already raised, by batch number.
         lane: Whose state and counts it changed.
         padded: Whether the batch was a repeat that only fills up the last round.
+        tracked: Metrics of the rank.
         origins: Of the batch, for `Position.trace`; None when it was none.
     """
 
@@ -112,6 +124,7 @@ class Entry(NamedTuple):
     state: str | None
     tally: Tally | None
     origins: I64 | None
+    tracked: Tracked
     padded: bool = False
 
 
@@ -136,13 +149,16 @@ class Facts:
         self.running = running(pipeline, rest, edits, epoch, excluded)
         self.place = bind(self.running)
         self.names = self.place.names
-        self._spec: bytes | None = None
 
-    def spec(self) -> dict[str, Any]:
-        """The pipeline as data, fresh each time: made once, and copied by way of bytes, which is fastest."""
-        if self._spec is None:
-            self._spec = pickle.dumps(self.pipeline.spec())
-        return pickle.loads(self._spec)  # type: ignore[no-any-return]
+    @functools.cached_property
+    def spec(self) -> str:
+        """The pipeline as data, encoded: made when a state is first asked for."""
+        return encode(self.pipeline.spec())
+
+    @functools.cached_property
+    def paths(self) -> Paths:
+        """Numbers of the nodes."""
+        return Paths(decode(self.spec))
 
     def left_out(self, batch: int) -> int:
         """Rows that an epoch of a sized pipeline leaves out when ``batch`` is the first batch that nobody makes.
@@ -151,13 +167,28 @@ class Facts:
         """
         if not self.running.random_access or (total := self.running.length()) is None:
             return 0
-        node = self.running
-        while isinstance(node, Map):
-            node = node.source
-        if not isinstance(node, Batch):
+        node = self._batch
+        if node is None:
             return max(0, total - batch)
         rows = node.source.length() or 0
         return max(0, rows - batch * node.batch_size) if batch < total else rows - min(rows, total * node.batch_size)
+
+    def samples(self, first: int, end: int) -> tuple[int, int] | None:
+        """How many there are in batches ``first`` to ``end`` of a sized pipeline, and how many if all were there and whole.
+
+        None if batches are not the last thing that it makes.
+        """
+        node = self._batch
+        if node is None:
+            return None
+        return self.left_out(first) - self.left_out(end), (end - first) * int(node.batch_size)
+
+    @property
+    def _batch(self) -> Batch | None:
+        node = self.running
+        while node.one_to_one:
+            (node,) = node.inputs().values()
+        return node if isinstance(node, Batch) else None
 
 
 class Position:
@@ -176,6 +207,7 @@ class Position:
         turns: int | None,
         canonical: Canonical | None = None,
         tallies: dict[int, Tally] | None = None,
+        tracked: Tracked | None = None,
         *,
         even: bool = True,
         keep: bool = False,
@@ -190,6 +222,7 @@ class Position:
             turns: Batch numbers of this rank from the start on; None when only reading tells.
             canonical: The state to go on from.
             tallies: The counts to go on from, where there is no such state.
+            tracked: The metrics, likewise.
             even: Whether all ranks come to the end of the epoch at the same step.
             keep: Whether what a lane has not delivered when the epoch ends is kept for the next one (``sync_end``).
         """
@@ -205,18 +238,26 @@ class Position:
         self.told: dict[int, int] = {}  # random access: errors already raised, by batch number; replaced, never changed
         self.told_before: dict[int, int] = {}
         self.ahead: frozenset[int] = frozenset()  # random access: batches of this rank that were done before their turn
+        self.done: Sequence[int] = ()  # the same of all ranks
         self.states: dict[int, str] = {}
-        self.tallies: dict[int, Tally] = tallies if tallies is not None else {}
+        self.tallies: dict[int, Tally] = {index: tally.settled(True) for index, tally in (tallies or {}).items()}
+        self.tracked: Tracked = tracked or {}  # of this rank over the whole run; replaced, never changed
         self.decoded: dict[int, Any] = {}
         if canonical is not None:
+            mine = [lane for index, lane in canonical.lanes.items() if lane is not None and index in self.own]
+            self.tracked = join_tracked(decode_tracked(lane["tracked"]) for lane in mine if "tracked" in lane)
+            self.done = canonical.ahead
             self.ahead = frozenset(n for n in canonical.ahead if self._mine(n))
             self.told_before = dict(canonical.told)
             for index, lane in canonical.lanes.items():
                 if lane is None or index not in self.own:
                     continue
-                self.tallies[index] = Tally(self.num_sources, lane)
+                # Rank 0 was through before the others: it comes to the end again, on what may be another number of ranks.
+                again = lane.get("at", [0])[-1] and not canonical.over and not canonical.finished
+                self.tallies[index] = Tally(self.num_sources, lane).settled(not again)
                 if lane.get("lane") is not None:
-                    self.states[index], self.decoded[index] = encode(lane["lane"]), lane["lane"]
+                    self.states[index] = encode(run_state(lane["lane"], facts.paths))
+                    self.decoded[index] = lane["lane"]
         for number, errors in self.told_before.items():
             if number >= self.start and self._mine(number):
                 self.told = {**self.told, number: errors}
@@ -258,7 +299,12 @@ class Position:
         random_access = lane < 0
         key = self._leaf(self.topology.rank) if random_access else lane
         padded = random_access and self.total is not None and number >= self.total
-        events = out.notes[0] if out.notes is not None else None
+        events = out.notes.events if out.notes is not None else None
+        tracked = self.tracked
+        if out.notes is not None and out.notes.tracked and not (random_access and (padded or skipped)):
+            tracked = dict(tracked)
+            for whose, more in out.notes.tracked.items():
+                tracked[whose] = join(tracked[whose], more) if whose in tracked else more
         if out.kind == ERROR:
             source = source_of(self.facts.place, out.payload)
             events = dict(events or {})
@@ -287,13 +333,22 @@ class Position:
         elif random_access and out.kind == ERROR:
             told = {**told, number: told.get(number, 0) + 1}
         entry = Entry(
-            self.applied + 1, self.steps, self.passed, self.told, key, state, before, out.origins, padded and is_batch
+            self.applied + 1,
+            self.steps,
+            self.passed,
+            self.told,
+            key,
+            state,
+            before,
+            out.origins,
+            self.tracked,
+            padded and is_batch,
         )
         self.log.append(entry)
         self.tallies[key] = after
         if out.state is not None:
             self.states[key] = out.state
-        self.told = told
+        self.told, self.tracked = told, tracked
         self.passed = passed
         self.steps += is_batch
         self.complete = last
@@ -319,7 +374,7 @@ class Position:
         while self.log and self.log[-1].number > applied:
             entry = self.log[-1]
             self.complete = False
-            self.steps, self.passed, self.told = entry.step, entry.passed, entry.told
+            self.steps, self.passed, self.told, self.tracked = entry.step, entry.passed, entry.told, entry.tracked
             _put(self.states, entry.lane, entry.state)
             _put(self.tallies, entry.lane, entry.tally)
             self.log.pop()
@@ -333,7 +388,11 @@ class Position:
         if self.topology.rank == 0:
             first = self.start + self.turns * self.topology.world_size if self.even else self.total
             rows += self.facts.left_out(min(first, self.total))
-        return {f"dropped|{self.facts.place.path}|{0 if self.num_sources == 1 else -1}": rows} if rows else {}
+            for number in self.done:
+                if first <= number < self.total:  # lost to errors, by a rank of another topology, and told as that
+                    rows -= self.facts.left_out(number) - self.facts.left_out(number + 1)
+        path = f"{self.facts.place.path}{_END if self.topology.world_size > 1 else '|'}"
+        return {f"dropped|{path}{0 if self.num_sources == 1 else -1}": rows} if rows else {}
 
     def _padding(self, origins: I64 | None) -> dict[str, int]:
         """Samples of a batch that is a repeat, by source."""
@@ -357,13 +416,13 @@ class Position:
         applied, log = self.applied, list(self.log)
         whole, number = log.copy(), log[-1].number if log else applied
         steps, passed, told, complete = self.steps, self.passed, self.told, self.complete
-        states, tallies = dict(self.states), dict(self.tallies)
+        states, tallies, tracked = dict(self.states), dict(self.tallies), self.tracked
         oldest = log[0].step if log else steps
 
         def undo(entry: Entry) -> None:
-            nonlocal steps, passed, told, complete, number
+            nonlocal steps, passed, told, complete, number, tracked
             number = entry.number - 1
-            steps, passed, told, complete = entry.step, entry.passed, entry.told, False
+            steps, passed, told, complete, tracked = entry.step, entry.passed, entry.told, False, entry.tracked
             _put(states, entry.lane, entry.state)
             _put(tallies, entry.lane, entry.tally)
 
@@ -377,7 +436,7 @@ class Position:
                 )
             while log and log[-1].step >= step:
                 undo(log.pop())
-        return self._render(passed, steps, states, tallies, told, complete, number, whole)
+        return self._render(passed, steps, states, tallies, told, complete, number, whole, tracked)
 
     @property
     def left_over(self) -> bool:
@@ -400,6 +459,7 @@ class Position:
         complete: bool,
         number: int,
         log: Sequence[Entry],
+        tracked: Tracked,
     ) -> State:
         """The canonical state. A complete epoch is the start of the next, where the other ranks are there too."""
         ranks, over = self.topology.world_size, complete and self.together
@@ -421,6 +481,8 @@ class Position:
                 extra.setdefault(self._leaf(number), {})["told"] = [number, errors]
         if self.own:
             extra.setdefault(self.own[0], {})["at"] = [epoch, batches, steps, int(complete and not over)]
+            if tracked:
+                extra[self.own[0]]["tracked"] = Fragment(encode_tracked(tracked))
         if over:
             leaves = {f"{index:04d}": self._leaf_text(states.get(index), tallies.get(index)) for index in self.own}
         else:
@@ -430,7 +492,7 @@ class Position:
         return {
             "midstream": FORMAT,
             "fingerprint": self.facts.pipeline.fingerprint,
-            "spec": self.facts.spec(),
+            "spec": self.facts.spec,
             "epoch": epoch,
             "batches": batches,
             "steps_done": steps,
@@ -469,9 +531,14 @@ class Position:
         if not text and not more and (tally is None or not (tally.samples.any() or tally.events)):
             return ""
         tally = tally or Tally(self.num_sources)
-        counts = {"samples": tally.samples.tolist(), "rows": tally.rows.tolist(), "events": tally.events}
-        tokens = {"tokens": tally.tokens.tolist()} if tally.tokens.any() else {}
-        body = encode({**counts, **tokens, **(more or {})})
+        parts: dict[str, State] = {"samples": tally.samples.tolist(), **(more or {})}
+        if tally.rows is not tally.samples and (tally.rows != tally.samples).any():
+            parts["rows"] = tally.rows.tolist()
+        if tally.tokens.any():
+            parts["tokens"] = tally.tokens.tolist()
+        if tally.events:
+            parts["events"] = self.facts.paths.short_events(tally.events)
+        body = encode(parts)
         return seal(f'{body[:-1]},"lane":{text}}}' if text else body)
 
     def _by_leaf(self, numbers: list[int]) -> dict[int, list[int]]:

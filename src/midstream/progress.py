@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from midstream._state import State
-from midstream.checkpoint import merge_states, parse, source_names
+from midstream.checkpoint import Canonical, merge_states, parse, source_names
 from midstream.edits import shares_asked
+from midstream.metrics import Totals, decode_tracked, join, join_tracked
 
 __all__ = ["Progress", "SourceProgress", "progress"]
 
@@ -30,6 +31,8 @@ class SourceProgress:
             and ``skipped`` with their ``tokens skipped`` (see `DataLoader.exclude` and `DataLoader.skip`).
         asked: The share that the weights of the mixes above it ask for now; None where no weights say.
         token_share: Its part of all tokens delivered; None where tokens are not counted.
+        metrics: What `Dataset.track` gathered, by name: ``count``, ``sum``, ``mean``, ``min``, ``max``, of a distribution
+            ``p05``, ``p50``, ``p95`` too; or the counts of categories.
     """
 
     name: str
@@ -44,6 +47,7 @@ class SourceProgress:
     counts: dict[str, int] = field(default_factory=dict)
     asked: float | None = None
     token_share: float | None = None
+    metrics: dict[str, dict[str, int | float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,10 @@ class Progress:
     unattributed: dict[str, int] = field(default_factory=dict)
     """Counts that are of no single source: rows of a mix that ``drop_last`` left out, batches that failed as a whole,
     ``padding tokens``."""
+    metrics: dict[str, dict[str, int | float]] = field(default_factory=dict)
+    """What `Dataset.track` gathered over all sources; a mean is that of all samples."""
+    kinds: dict[str, str] = field(default_factory=dict)
+    """For each metric ``"numbers"``, ``"distribution"`` or ``"count"``."""
 
     @property
     def samples(self) -> int:
@@ -107,8 +115,9 @@ class Progress:
             if self.tokens:
                 flat[f"{name}/tokens"] = source.tokens
             flat.update({f"{name}/{kind}": count for kind, count in source.counts.items()})
+            flat.update(_flat(source.metrics, f"{name}/"))
         flat.update({f"unattributed/{kind}": count for kind, count in self.unattributed.items()})
-        return flat
+        return {**flat, **_flat(self.metrics, "all/")}
 
     def rows(self) -> list[list[str]]:
         """The table as text: a header, then one row per source. Columns that would say nothing are not there."""
@@ -135,23 +144,75 @@ class Progress:
         cells = [[cell if cell is not None else "–" for cell in column] for column in columns.values()]
         return [list(columns), *map(list, zip(*cells))]
 
+    def metric_rows(self) -> list[list[str]]:
+        """Tracked numbers as text: a header, then a row per metric and source; empty where there are none."""
+        words = ["count", "mean", "min", "p05", "p50", "p95", "max", "sum"]
+        wide = any(kind == "distribution" for kind in self.kinds.values())
+        words = [word for word in words if wide or not word.startswith("p")]
+        told = [(name, where, of[name]) for name, where, of in self._tracked() if self.kinds[name] != "count"]
+        rows = [[name, where, *(_number(of.get(word)) for word in words)] for name, where, of in told]
+        return [["metric", "source", *words], *rows] if rows else []
+
+    def category_rows(self) -> list[list[str]]:
+        """Counted categories as text: a header, then a row per metric and source, most frequent first; empty likewise."""
+        rows = []
+        for name, where, of in self._tracked():
+            if self.kinds[name] == "count":
+                total = sum(of[name].values())
+                ordered = sorted(of[name].items(), key=lambda item: -item[1])
+                shown = [f"{category} {number:,} ({number / total:.0%})" for category, number in ordered[:6]]
+                more = len(ordered) - len(shown)
+                rows.append([name, where, f"{total:,}", ", ".join(shown) + (f", {more} more" if more else "")])
+        return [["metric", "source", "count", "categories"], *rows] if rows else []
+
+    def _tracked(self) -> list[tuple[str, str, dict[str, dict[str, int | float]]]]:
+        """Name of the metric, where, and all metrics there: each metric of its sources, and over all where there are more."""
+        found = []
+        for name in self.kinds:
+            places = [(source.name, source.metrics) for source in self.sources.values() if name in source.metrics]
+            several = len(places) != 1 or (name in self.metrics and places[0][1][name] != self.metrics[name])
+            found += [(name, where, of) for where, of in places]
+            found += [(name, "all", self.metrics)] if several and name in self.metrics else []
+        return found
+
     def __str__(self) -> str:
-        table = self.rows()
-        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
         lines = [f"epoch {self.epoch}, {self.batches:,} batches in it, {self.samples:,} samples in all"]
-        for row in table:
-            first, *rest = row
-            cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:]))
-            lines.append(f"  {first.ljust(widths[0])}  {'  '.join(cells)}")
+        lines += _aligned(self.rows(), left=1)
         for kind, count in self.unattributed.items():
             part = f" ({self.packing_waste:.1%} of the rows)" if kind == "padding tokens" and self.packing_waste else ""
             lines.append(f"  of no single source: {count:,} {kind}{part}")
+        if table := self.metric_rows():
+            lines += ["tracked:", *_aligned(table, left=2)]
+        if table := self.category_rows():
+            lines += ["counted:", *_aligned(table, left=2, last=True)]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         from midstream.display import progress_html
 
         return progress_html(self)
+
+
+def _flat(metrics: dict[str, dict[str, int | float]], prefix: str) -> dict[str, float]:
+    return {f"{prefix}{name}/{word}": value for name, told in metrics.items() for word, value in told.items()}
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) and abs(value) < 1e15 else f"{value:,.4g}"
+
+
+def _aligned(table: list[list[str]], left: int, last: bool = False) -> list[str]:
+    """Rows of a table: the first columns, and with ``last`` the last one, to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = []
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row[:left], widths)]
+        end = len(row) - last
+        cells += [cell.rjust(width) for cell, width in zip(row[left:end], widths[left:end])]
+        lines.append("  " + "  ".join([*cells, *row[end:]]).rstrip())
+    return lines
 
 
 def progress(state: State) -> Progress:
@@ -183,6 +244,7 @@ def progress(state: State) -> Progress:
                     counts[index] += count
             for key, count in lane["events"].items():
                 events[key] = events.get(key, 0) + count
+    tracked, over_all, kinds = _metrics(canonical)
     samples, tokens = totals["samples"], totals["tokens"]
     total, all_tokens = sum(samples), sum(tokens)
     asked = shares_asked(canonical) if len(names) > 1 else {}
@@ -222,8 +284,36 @@ def progress(state: State) -> Progress:
             counts=dict(sorted(others.items())),
             asked=asked.get(name),
             token_share=tokens[index] / all_tokens if all_tokens else None,
+            metrics=tracked.get(index, {}),
         )
-    return Progress(canonical.epoch, canonical.batches, sources, unattributed)
+    return Progress(canonical.epoch, canonical.batches, sources, unattributed, over_all, kinds)
+
+
+_Summaries = dict[str, dict[str, "int | float"]]
+
+
+def _metrics(canonical: Canonical) -> tuple[dict[int, _Summaries], _Summaries, dict[str, str]]:
+    """What was tracked: by index of the source, over all, and the kind of each metric.
+
+    Two nodes may track a metric of one name in different branches: their totals belong together where their kinds agree,
+    else each goes by its path.
+    """
+    lanes = [lane["tracked"] for lane in canonical.lanes.values() if lane is not None and "tracked" in lane]
+    tracked = join_tracked(map(decode_tracked, lanes))
+    kinds: dict[str, set[str]] = {}
+    for named in tracked.values():
+        for name, totals in named.items():
+            kinds.setdefault(name, set()).add(totals.kind)
+    by_source: dict[int, dict[str, Totals]] = {}
+    for (path, source), named in sorted(tracked.items()):
+        told = {name if len(kinds[name]) == 1 else f"{name} ({path})": totals for name, totals in named.items()}
+        by_source[source] = join(by_source.get(source, {}), told)
+    whole: dict[str, Totals] = {}
+    for told in by_source.values():
+        whole = join(whole, told)
+    summaries = {source: {name: told[name].summary() for name in sorted(told)} for source, told in by_source.items()}
+    names = sorted(whole)
+    return summaries, {name: whole[name].summary() for name in names}, {name: whole[name].kind for name in names}
 
 
 def _lengths(spec: State) -> list[Any]:

@@ -11,6 +11,7 @@ import gc
 import multiprocessing
 import pickle
 import traceback
+from collections.abc import Iterable
 from collections.abc import Iterator as Iter
 from typing import Any, NamedTuple
 
@@ -18,11 +19,24 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from midstream._state import encode
+from midstream._paths import Paths, short_value
+from midstream._state import Fragment, encode
 from midstream.breadcrumbs import Trail
-from midstream.core import I64, Cursor, Dataset, Delivery, Item, Lane, Place, as_origin_array, bind, epoch_key
+from midstream.core import (
+    I64,
+    Cursor,
+    Dataset,
+    Delivery,
+    Item,
+    Lane,
+    Place,
+    TrackingCursor,
+    as_origin_array,
+    bind,
+    epoch_key,
+)
 from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError
-from midstream.failures import ErrorRate, Failure, Hole, Ledger
+from midstream.failures import Failure, Hole, Ledger, Notes
 from midstream.lanes import Topology, first_batch, slots
 from midstream.nodes.mixing import LaneEdits
 from midstream.transport import Arena, Once, Parcel, begin, pack
@@ -43,7 +57,7 @@ class Out(NamedTuple):
         origins: int64 [m, 5], or None.
         final: Whether the turn's batch number is done with after this.
         state: Streams: the lane's state as canonical JSON, or None when it did not change.
-        notes: Events, notices and limits from the lane's ledger, or None.
+        notes: What the lane's ledger has to tell, or None.
     """
 
     kind: int
@@ -51,11 +65,7 @@ class Out(NamedTuple):
     origins: I64 | None = None
     final: bool = False
     state: str | None = None
-    notes: tuple[dict[str, int], list[tuple[str, str]], dict[str, int | ErrorRate]] | None = None
-
-
-def _take_notes(ledger: Ledger) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int | ErrorRate]] | None:
-    return ledger.take() if ledger.events or ledger.notices else None
+    notes: Notes | None = None
 
 
 class Plan(NamedTuple):
@@ -84,7 +94,14 @@ class Runner(IterableDataset[Any]):
     """
 
     def __init__(
-        self, dataset: Dataset, topology: Topology, lanes: int, epoch: int, plan: Plan, next_turns: int | None
+        self,
+        dataset: Dataset,
+        paths: Paths,
+        topology: Topology,
+        lanes: int,
+        epoch: int,
+        plan: Plan,
+        next_turns: int | None,
     ) -> None:
         self.dataset, self.topology, self.lanes = dataset, topology, lanes
         self._once = Once(dataset)
@@ -93,6 +110,7 @@ class Runner(IterableDataset[Any]):
         self.crumbs: torch.Tensor | None = None
         self.arena: Arena | None = None
         self.edits: dict[str, list[dict[str, float]]] = {}  # streams: weights set on the way, by mix
+        self.paths = paths
         self.frozen = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,7 +165,10 @@ class _RandomReader:
         self.broken: Out | None = None
 
     def _cursor(self, batch: int) -> Cursor:
-        return Cursor(self.place, Lane(batch, self.stride, 1, self.ledger), int(epoch_key(self.epoch)[0]), self.epoch)
+        self.ledger.marks.clear()  # what comes by is new: nothing is replayed here
+        lane = Lane(batch, self.stride, 1, self.ledger)
+        kind = TrackingCursor if self.place.tracking else Cursor
+        return kind(self.place, lane, int(epoch_key(self.epoch)[0]), self.epoch)
 
     def __iter__(self) -> _RandomReader:
         return self
@@ -184,19 +205,19 @@ class _RandomReader:
             done = cursor.number > before
             if type(sample) is not Hole:
                 origins = as_origin_array(origins)
-                return [*outs, Out(BATCH, sample, origins, True, None, _take_notes(self.ledger))]
+                return [*outs, Out(BATCH, sample, origins, True, None, self.ledger.take())]
             failure = sample.errors[0]
             if failure.quiet:
                 self.ledger.failed(failure, source_of(self.place, failure))
                 if done:
-                    return [*outs, Out(NOTHING, None, None, True, None, _take_notes(self.ledger))]
+                    return [*outs, Out(NOTHING, None, None, True, None, self.ledger.take())]
                 continue
             errors += 1
             if errors > told:
                 # What was skipped before it is told with the batch: a resume makes the whole batch again.
-                outs.append(Out(ERROR, failure, None, done, None, _take_notes(self.ledger) if done else None))
+                outs.append(Out(ERROR, failure, None, done, None, self.ledger.take() if done else None))
             elif done:
-                outs.append(Out(NOTHING, None, None, True, None, _take_notes(self.ledger)))
+                outs.append(Out(NOTHING, None, None, True, None, self.ledger.take()))
             if done:
                 return outs
 
@@ -204,10 +225,26 @@ class _RandomReader:
 class _LaneRun:
     """A stream lane in its worker: what an earlier epoch left over of it, then the epoch in progress."""
 
-    __slots__ = ("dealt", "delivery", "done", "epoch", "index", "lane", "last_epoch", "place", "resumed", "rounds")
+    __slots__ = (
+        "dealt",
+        "delivery",
+        "done",
+        "epoch",
+        "index",
+        "lane",
+        "last_epoch",
+        "marks",
+        "paths",
+        "place",
+        "resumed",
+        "rounds",
+    )
 
-    def __init__(self, place: Place, index: int, num_lanes: int, epoch: int, state: Any, edits: Any = None) -> None:
-        self.place, self.index, self.last_epoch = place, index, epoch
+    def __init__(
+        self, place: Place, paths: Paths, index: int, num_lanes: int, epoch: int, state: Any, edits: Any = None
+    ) -> None:
+        self.place, self.paths, self.index, self.last_epoch = place, paths, index, epoch
+        self.marks: dict[str, str] = {}  # by number of the node, as text: of hundreds of them, few move at a time
         self.dealt = 0 if state is None else state.get("dealt", 0)
         placed = None if state is None else state.get("edits")
         self.lane = Lane(index, num_lanes, 1, Ledger(), self.dealt, LaneEdits(edits, placed) if edits else None)
@@ -216,7 +253,7 @@ class _LaneRun:
         self.delivery, self.resumed = self._delivery(), False
         if state is not None:
             self.rounds, self.done = state["rounds"], state["done"]
-            self.lane.ledger.marks = state["marks"]
+            self._mark(state["marks"])
             if not self.done and state["state"] is not None:
                 self.delivery.iterator.load(state["state"])
                 self.resumed = True
@@ -239,7 +276,7 @@ class _LaneRun:
                     raise
                 self.epoch += 1
                 self.dealt, self.lane = 0, dataclasses.replace(self.lane, dealt=0)
-                self.lane.ledger.marks = {}
+                self._mark({})
                 if self.lane.edits is not None:
                     self.lane.edits.forget()
                 self.delivery = self._delivery()
@@ -251,14 +288,30 @@ class _LaneRun:
                     f"or the data is not what it was."
                 ) from error
 
+    def _mark(self, marks: dict[str, list[int]]) -> None:
+        """Begin with these marks."""
+        self.lane.ledger.marks, self.lane.ledger.moved, self.marks = marks, set(marks), {}
+
+    def _marks(self) -> Iterable[str]:
+        """The entries of the marks, as canonical JSON."""
+        ledger, texts = self.lane.ledger, self.marks
+        known = len(texts)
+        for mark in ledger.moved:
+            short = self.paths.short_mark(mark)
+            texts[short] = f"{encode(short)}:{encode(short_value(ledger.marks[mark], self.epoch))}"
+        ledger.moved.clear()
+        if len(texts) > known:
+            texts = self.marks = dict(sorted(texts.items()))
+        return texts.values()
+
     def state(self) -> str:
         """The lane's part of the checkpoint, as canonical JSON."""
-        state = {
+        state: dict[str, Any] = {
             "epoch": self.epoch,
             "rounds": self.rounds,
             "done": self.done,
             "state": None if self.done else self.delivery.iterator.snapshot(),
-            "marks": {} if self.done else self.lane.ledger.marks,
+            "marks": {} if self.done else Fragment(f"{{{','.join(self._marks())}}}"),
         }
         if self.dealt:
             state["dealt"] = self.dealt
@@ -275,7 +328,9 @@ class _StreamReader:
         self.lanes = runner.lanes
         mine = slots(runner.topology, runner.lanes, worker)
         self.runs = [
-            None if index < 0 else _LaneRun(place, index, runner.lanes, epoch, plan.lanes.get(index), runner.edits)
+            None
+            if index < 0
+            else _LaneRun(place, runner.paths, index, runner.lanes, epoch, plan.lanes.get(index), runner.edits)
             for index in mine
         ]
         # All lanes of the rank count, not only this worker's: the turns of all workers start in the same round.
@@ -310,14 +365,14 @@ class _StreamReader:
             try:
                 sample, origins = run.next()
             except StopIteration:
-                return [*outs, Out(NOTHING, None, None, True, run.state(), _take_notes(ledger))]
+                return [*outs, Out(NOTHING, None, None, True, run.state(), ledger.take())]
             except Exception as error:
                 return [*outs, _fatal(error)]
             if type(sample) is not Failure:
                 run.rounds += 1
                 origins = as_origin_array(origins)
-                return [*outs, Out(BATCH, sample, origins, True, run.state(), _take_notes(ledger))]
-            outs.append(Out(ERROR, sample, None, False, run.state(), _take_notes(ledger)))
+                return [*outs, Out(BATCH, sample, origins, True, run.state(), ledger.take())]
+            outs.append(Out(ERROR, sample, None, False, run.state(), ledger.take()))
         # One turn is one batch, or the turns of the workers would no longer be in step.
         return [
             *outs,

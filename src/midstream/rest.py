@@ -22,13 +22,15 @@ from midstream.checkpoint import Canonical, diff_specs, source_names
 from midstream.core import Dataset, Place, bind
 from midstream.edits import apply, edits_of, note_load, phases_in, replaced, weights_of
 from midstream.errors import CheckpointError, bullet_list
+from midstream.metrics import Tracked, decode_tracked, encode_tracked, join_tracked
 from midstream.nodes.batch import Batch
 from midstream.nodes.exclude import Exclude, excluded_origins
 from midstream.nodes.interleave import Interleave, Picks
-from midstream.nodes.map import Map
 from midstream.nodes.skip import Skip
 
-__all__ = ["adopt", "running"]
+__all__ = ["adopt", "require_excludable", "running"]
+
+_ONE_TO_ONE = ("map", "track")
 
 
 def running(pipeline: Dataset, rest: str, edits: str = "", epoch: int = -1, excluded: str = "") -> Dataset:
@@ -62,6 +64,30 @@ def _excluding(pipeline: Dataset, excluded: str) -> Dataset:
     return pipeline if places else Exclude(pipeline, origins)
 
 
+def require_excludable(pipeline: Dataset) -> None:
+    """Refuse to leave samples out below a node that reads again: batches it has read would not be what they were.
+
+    Raises:
+        ValueError: If there is such a node above the batches, by its path.
+    """
+    root = bind(pipeline)
+    batches = set(_batches(root))
+
+    def refuse(place: Place) -> None:
+        if place.path in batches or all(each.path not in batches for each in place.walk()):
+            return
+        if again := place.node.reads_again():
+            raise ValueError(
+                f"exclude: a resume reads {again} again at {place.path!r}, above .batch: batches that it has read already "
+                f"would come shorter, or not at all, and it could not go on exactly. Put the {place.node.kind} below the "
+                f".batch, or pass over whole batches with loader.skip."
+            )
+        for child in place.inputs.values():
+            refuse(child)
+
+    refuse(root)
+
+
 def _batches(place: Place) -> list[str]:
     """Paths of the topmost batches."""
     if isinstance(place.node, Batch):
@@ -85,9 +111,10 @@ def _over(node: Dataset, kind: type[Dataset], change: Any) -> Dataset:
     """The tree with its first node of a kind changed, below nothing but one-to-one maps."""
     if isinstance(node, kind):
         return change(node)  # type: ignore[no-any-return]
-    if not isinstance(node, Map):
+    if not node.one_to_one:
         raise ValueError(f"there is a {node.kind} above the {kind.__name__.lower()}")
-    return dataclasses.replace(node, source=_over(node.source, kind, change))
+    one: Any = node
+    return dataclasses.replace(one, source=_over(one.source, kind, change))  # type: ignore[no-any-return]
 
 
 def adopt(canonical: Canonical, pipeline: Dataset, *, strict: bool) -> list[str]:
@@ -105,7 +132,7 @@ def adopt(canonical: Canonical, pipeline: Dataset, *, strict: bool) -> list[str]
     here = pipeline.spec()
     lines = diff_specs(canonical.spec, here)
     old, new, above = canonical.spec, here, []
-    while _kind(old) == _kind(new) == "map" and _alike(old, new):
+    while _kind(old) == _kind(new) in _ONE_TO_ONE and _alike(old, new):
         old, new = old["inputs"][""], new["inputs"][""]
     if _kind(old) != "batch" or _kind(new) != "batch" or not _alike(old, new, "batch_size"):
         raise _refusal(lines, "only the batch size and, with strict=False, a mix's weights and inputs may change")
@@ -113,9 +140,9 @@ def adopt(canonical: Canonical, pipeline: Dataset, *, strict: bool) -> list[str]
     old, new = old["inputs"][""], new["inputs"][""]
     other_mix = old != new
     if other_mix:
-        if not strict and _kind(old) == "map":
-            above.append("map")
-        while _kind(old) == _kind(new) == "map" and _alike(old, new):
+        if not strict and _kind(old) in _ONE_TO_ONE:
+            above.append(_kind(old))
+        while _kind(old) == _kind(new) in _ONE_TO_ONE and _alike(old, new):
             old, new = old["inputs"][""], new["inputs"][""]
         same = _kind(old) == _kind(new) == "interleave" and _alike(old, new, "weights", "schedule")
         kept = set(old.get("inputs", {})) & set(new.get("inputs", {}))
@@ -129,7 +156,7 @@ def adopt(canonical: Canonical, pipeline: Dataset, *, strict: bool) -> list[str]
     if pipeline.random_access:
         given = _adopt_random(canonical, pipeline, old if other_mix else None, size, lines)
     else:
-        _adopt_stream(canonical, new if other_mix else None, size, bool(above), lines)
+        _adopt_stream(canonical, pipeline, (old, new) if other_mix else None, size, bool(above), lines)
     if other_mix:
         _rename(canonical, source_names(canonical.spec), source_names(here))
         canonical.edits = note_load(canonical, _find(bind(pipeline)).path, weights_of(old), weights_of(new), given)
@@ -204,9 +231,17 @@ def _counts(
     return counts
 
 
-def _adopt_stream(canonical: Canonical, mix_spec: State, size: int, above: bool, lines: list[str]) -> None:
-    inputs = None if mix_spec is None else sorted(mix_spec["inputs"])
-    if inputs is not None and above:
+def _adopt_stream(
+    canonical: Canonical,
+    pipeline: Dataset,
+    mixes: tuple[State, State] | None,
+    size: int,
+    above: bool,
+    lines: list[str],
+) -> None:
+    """``mixes``: the specs of the mix as it was and as it is, where it is another one."""
+    was, mix_spec = mixes or ({}, {})
+    if mixes is not None and above:
         raise _refusal(lines, "in a stream, only a mix right below the batch can change")
     for index, lane in canonical.lanes.items():
         if lane is None:
@@ -218,18 +253,20 @@ def _adopt_stream(canonical: Canonical, mix_spec: State, size: int, above: bool,
             continue
         if canonical.batches or canonical.steps_done:
             run.setdefault("dealt", size)
-        if inputs is None or run["state"] is None:
+        if mixes is None or run["state"] is None:
             continue
         try:
             number, since, mix = run["state"]
             if since:
                 raise _refusal(lines, "a batch is half read; save the state after a batch, not after an error")
-            kept = {name: mix["inputs"][name][:3] for name in inputs if name in mix["inputs"]}
+            saved = dict(zip(sorted(was["inputs"]), mix["inputs"], strict=True))
+            kept = [saved[name][:3] if name in saved else None for name in sorted(mix_spec["inputs"])]
             changed: dict[str, Any] = {"picks": 0, "ended": False, "inputs": kept}
             if "schedule" in mix_spec:
                 if "phase" not in mix and "weights_by" in mix_spec:
                     raise _refusal(lines, "without a schedule it was not counted how much the mix has given")
                 changed["phase"] = [0, 0, mix["phase"][2] if "phase" in mix else mix["picks"]]
+                changed["of"] = _find(bind(pipeline)).path
             run["state"] = [number, 0, changed]
             run.pop("edits", None)
         except (KeyError, TypeError, ValueError) as error:
@@ -259,6 +296,11 @@ def _rename(canonical: Canonical, old: list[str], new: list[str]) -> None:
                     events[key] = events.get(key, 0) + count
             lane[kind] = counts
         lane["events"] = events
+        if "tracked" in lane:
+            moved: list[Tracked] = []
+            for (path, source), named in decode_tracked(lane["tracked"]).items():
+                moved.append({(path, place.get(source, -1)): named})
+            lane["tracked"] = decode(encode_tracked(join_tracked(moved)))
 
 
 def _kind(spec: State) -> Any:

@@ -35,7 +35,7 @@ __all__ = ["latest", "load", "save"]
 
 _MARKER = "checkpoint.json"
 _VERSION = 1
-_RANK = re.compile(r"rank-(\d{5,})-of-(\d{5,})-([0-9a-f]{8})-[0-9a-f]{32}\.json")
+_RANK = re.compile(r"rank-([0-9]{5,12})-of-([0-9]{5,12})-([0-9a-f]{8})-[0-9a-f]{32}\.json")
 _FOLDER = re.compile(r"(?:epoch-\d{6}-batch|step)-\d{12}")
 
 
@@ -336,7 +336,8 @@ def _verified(store: _Store, name: str) -> dict[str, bytes]:
         if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
             raise CheckpointError(f"{name}/{_MARKER} is damaged: it lists no files: {files!r:.60}.")
         found = [match for match in map(_RANK.fullmatch, files) if match]
-        if sorted(int(match[1]) for match in found) != list(range(ranks if type(ranks) is int else -1)) or not found:
+        whole = type(ranks) is int and ranks == len(found) > 0  # compared first: a damaged number may be of any size
+        if not whole or sorted(int(match[1]) for match in found) != list(range(len(found))):
             raise CheckpointError(
                 f"{name}/{_MARKER} is damaged: it lists the files of {len(found)} of {ranks!r:.20} ranks."
             )

@@ -40,14 +40,15 @@ class ResumeMixin:
 
     ``train(resume_from_checkpoint=...)`` goes on with the batch after the last one that was trained, without reading what
     came before it; gradient accumulation, its remainder at the end of an epoch, and checkpoints on SIGTERM
-    (``enable_jit_checkpoint``) included. The number of ranks stays the same, because the ``Trainer`` counts by it.
+    (``enable_jit_checkpoint``) included. Where the data has a length the number of ranks stays the same, because the
+    ``Trainer`` counts its steps by it; data without one, under ``max_steps``, goes on on any.
 
     ``train_dataset`` is a midstream dataset, with or without ``.batch``, or map-style data, which is shuffled by
     ``args.data_seed`` or ``args.seed``. Leave ``ignore_data_skip`` False: nothing is read to skip, and the steps are counted
     right.
 
     Raises:
-        CheckpointError: On resuming from a checkpoint without the data's position.
+        CheckpointError: On resuming from a checkpoint without the data's position, or of another number of ranks.
     """
 
     _loader: DataLoader | None = None
@@ -87,15 +88,31 @@ class ResumeMixin:
             path = os.path.join(self._checkpoint, _FILE)
             try:
                 with open(path, encoding="utf-8") as file:
-                    state = json.load(file)
-            except (OSError, ValueError) as error:
+                    kept = json.load(file)
+                state, ranks = kept["state"], int(kept["ranks"])
+            except (OSError, ValueError, LookupError, TypeError) as error:
                 raise CheckpointError(
                     f"{path} cannot be read ({error}): this checkpoint does not say where the training stood in its data. It "
                     f"was saved without midstream's ResumeMixin, or never finished; resume from an older one."
                 ) from error
+            self._check_ranks(loader, ranks, path)
             loader.load_state_dict(state)
         self._loader, self._marks = loader, {}
         return loader
+
+    def _check_ranks(self, loader: DataLoader, saved: int, path: str) -> None:
+        """Batches of an epoch on a rank are what the ``Trainer`` finds epoch and step by."""
+        here = loader._topology().world_size
+        if here == saved or not _trainer.has_length(loader):
+            return
+        step = self.state.global_step  # type: ignore[attr-defined]
+        raise CheckpointError(
+            f"{path} was saved on {saved} ranks, and there are {here}. This data has a length, and the Trainer counts epochs "
+            f"and steps by what one rank has of it, so it would take step {step} for another place. Start {saved} ranks; or "
+            f'go on in a loop of your own or in Accelerate: loader.load_state_dict(json.load(open("{path}"))["state"]) takes '
+            f"it on any number. A run of the Trainer that is to change its ranks begins with data without a length "
+            f"(.repeat()) and max_steps."
+        )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch a step's micro-batches."""
@@ -119,7 +136,8 @@ class ResumeMixin:
                 name = f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
                 folder = os.path.join(self._get_output_dir(trial=trial), name)  # type: ignore[attr-defined]
                 os.makedirs(folder, exist_ok=True)
-                write_whole(os.path.join(folder, _FILE), json.dumps(state).encode())
+                kept = {"ranks": self._loader._topology().world_size, "state": state}
+                write_whole(os.path.join(folder, _FILE), json.dumps(kept).encode())
         super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
 
     def _trained(self) -> dict[str, Any]:

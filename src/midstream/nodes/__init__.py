@@ -14,6 +14,7 @@ from midstream.nodes.repeat import Repeat
 from midstream.nodes.shuffle import BufferedShuffle, Shuffle
 from midstream.nodes.skip import Skip
 from midstream.nodes.take import Take
+from midstream.nodes.track import Track
 
 __all__ = [
     "Batch",
@@ -30,6 +31,7 @@ __all__ = [
     "Shuffle",
     "Skip",
     "Take",
+    "Track",
     "collate",
     "concatenate",
     "flat",

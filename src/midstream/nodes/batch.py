@@ -18,6 +18,7 @@ from midstream.core import (
     Iterator,
     Lane,
     Later,
+    Part,
     Place,
     Rows,
     join_origins,
@@ -81,6 +82,20 @@ class Batch(Dataset):
             return super().full_lanes(num_lanes, block)
         return self.source.full_lanes(num_lanes, block * self.batch_size)
 
+    def _counts(self, positions: I64) -> I64:
+        """Samples of the batches at these positions."""
+        size, length = int(self.batch_size), self.source.length()
+        counts = np.full(len(positions), size, dtype=np.int64)
+        return counts if length is None else np.minimum(counts, length - positions * size)
+
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
+        counts = self._counts(positions)
+        ends = np.cumsum(counts)
+        which = np.repeat(np.arange(len(positions), dtype=np.int64), counts)
+        starts = positions * int(self.batch_size)
+        inside = np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(starts - ends + counts, counts)
+        return [Part(at.input, inside, pick(keys, which), pick(passes, which))]
+
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
         later = self._later(at, positions, keys, passes)
         if not isinstance(later, Later):
@@ -94,16 +109,8 @@ class Batch(Dataset):
         return Rows(batches, later.origins, np.diff(later.bounds))
 
     def _later(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows | Later:
-        size, length = int(self.batch_size), self.source.length()
-        starts = positions * size
-        counts = np.full(len(positions), size, dtype=np.int64)
-        if length is not None:
-            counts = np.minimum(counts, length - starts)
-        ends = np.cumsum(counts)
-        which = np.repeat(np.arange(len(positions), dtype=np.int64), counts)
-        inside = np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(starts - ends + counts, counts)
-        rows = at.input.rows(inside, pick(keys, which), pick(passes, which))
-        bounds = [0, *ends.tolist()]
+        rows = self._below(at, positions, keys, passes)[0].rows()
+        bounds = [0, *np.cumsum(self._counts(positions)).tolist()]
         columns, over = rows.columns, over_columns(self.collate_fn or collate)
         if columns is None or over is None:
             samples = rows.samples

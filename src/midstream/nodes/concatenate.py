@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, bind, pick, require_dataset
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Part, Place, bind, pick, require_dataset
 
 
 def concatenate(datasets: Sequence[Dataset]) -> Dataset:
@@ -66,16 +66,16 @@ class Concatenate(Dataset):
         sizes = [dataset.block_sizes() for dataset in self.datasets]
         return None if any(size is None for size in sizes) else np.concatenate(sizes)  # type: ignore[arg-type]
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
         ends = np.cumsum([length for dataset in self.datasets if (length := dataset.length()) is not None])
         number = np.searchsorted(ends, positions, side="right")
-        parts: list[tuple[I64, Rows]] = []
+        parts: list[Part] = []
         for index in np.unique(number).tolist():
             here = np.flatnonzero(number == index)
             start = int(ends[index - 1]) if index else 0
-            rows = at.inputs[str(index)].rows(positions[here] - start, pick(keys, here), pick(passes, here))
-            parts.append((here, rows))
-        return Rows.scatter(len(positions), parts)
+            child = at.inputs[str(index)]
+            parts.append(Part(child, positions[here] - start, pick(keys, here), pick(passes, here), here))
+        return parts
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         return _ConcatenateIterator(at, lane, key, pass_)

@@ -30,13 +30,7 @@ class Exclude(Dataset):
     source: Dataset
     origins: tuple[tuple[str, int, int, int], ...]
     kind = "exclude"
-
-    def _length(self) -> int | None:
-        return self.source.length()
-
-    def block_sizes(self) -> I64 | None:
-        """The input's."""
-        return self.source.block_sizes()
+    one_to_one = True
 
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
         rows = at.input.rows(positions, keys, passes)

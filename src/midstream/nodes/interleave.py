@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from midstream._check import require_callable, require_choice, require_int, require_name
+from midstream._check import require_callable, require_choice, require_int, require_name, require_text
 from midstream._random import fold, pass_key, salt
 from midstream._state import Fragment, State, copy_plain, encode
 from midstream.core import (
@@ -18,8 +18,8 @@ from midstream.core import (
     Item,
     Iterator,
     Lane,
+    Part,
     Place,
-    Rows,
     bind,
     pick,
     replaying,
@@ -61,7 +61,8 @@ def interleave(
         seed: Chooses the order of picks. The order is the same every epoch, so that ``len`` is too.
         stopping_strategy: As Hugging Face ``datasets`` has them. ``"first_exhausted"``, the default: the end is the last
             sample of the first dataset to run out. ``"all_exhausted"``: the last sample of the last one; the others start
-            over, in a new order where they are shuffled. ``"all_exhausted_without_replacement"``: every sample once. On
+            over, in a new order where they are shuffled, but not after a pass that gave (with ``weights_by``: counted)
+            nothing. ``"all_exhausted_without_replacement"``: every sample once. On
             streams each lane stops by itself, when it would pick from a dataset that has run out.
         weights_by: What a sample counts: a function that returns a whole number (of tokens, say), or the name of a column
             whose length it is. Makes the mix a stream.
@@ -92,6 +93,11 @@ def interleave(
         )
     if weights is None:
         weights = dict.fromkeys(datasets, 1)
+    if not isinstance(weights, (Mapping, Schedule)):
+        raise TypeError(
+            f"interleave takes weights by name, as the datasets, like {{{', '.join(f'{key!r}: 1' for key in datasets)}}}, or a "
+            f"midstream.schedule of them; found {weights!r:.60}"
+        )
     phases = weights.phases if isinstance(weights, Schedule) else ((0, tuple(weights.items())),)
     checked = tuple((border, check_weights(dict(pairs), list(datasets), "interleave")) for border, pairs in phases)
     require_name(name, "interleave")
@@ -176,6 +182,7 @@ class Interleave(Dataset):
         for key, dataset in self.datasets:
             if not isinstance(key, str) or not key or "/" in key or "|" in key:
                 raise ValueError(f"interleave: a name is a string without '/' and '|'; found {key!r}")
+            require_text(key, "interleave: a name")
             require_dataset(dataset, f"interleave {key!r}")
         if self.weights_by is not None and not isinstance(self.weights_by, str):
             require_callable(self.weights_by, "interleave: weights_by")
@@ -265,10 +272,18 @@ class Interleave(Dataset):
             self._set("_layout_made", cached)
         return cached
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+    def times(self, key: str, exact: bool) -> int:
+        """Passes over a dataset that starts over."""
+        if self.stopping_strategy != "all_exhausted":
+            return 1
+        if not exact or not self.random_access:
+            return PASSES
+        return self.layout().repeats[list(self.inputs()).index(key)]
+
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
         layout = self.layout()
         source, inside = layout.locate(positions)
-        parts: list[tuple[I64, Rows]] = []
+        parts: list[Part] = []
         order = np.argsort(source, kind="stable")
         ends = np.flatnonzero(np.diff(source[order], append=-1)) + 1
         start = 0
@@ -283,8 +298,8 @@ class Interleave(Dataset):
                 number, local = np.divmod(local, layout.lengths[index])
                 child_keys = pass_key(child_keys, number)
                 child_passes = child_passes * layout.repeats[index] + number
-            parts.append((here, child.rows(local, child_keys, child_passes)))
-        return Rows.scatter(len(positions), parts)
+            parts.append(Part(child, local, child_keys, child_passes, here))
+        return parts
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         if self.weights_by is not None:
@@ -319,7 +334,7 @@ class _InterleaveIterator(Iterator):
         # The state of an input is made again only after it was read: with hundreds of them, most were not.
         self.texts = [""] * len(self.names)
         self.touched = set(range(len(self.names)))
-        self.by_name = [(f"{encode(name)}:", index) for name, index in sorted(zip(self.names, range(len(self.names))))]
+        self.by_name = [index for _, index in sorted(zip(self.names, range(len(self.names))))]
         self._use(0, node.weights)
 
     def _open(self, name: str, number: int) -> Iterator:
@@ -412,7 +427,6 @@ class _InterleaveIterator(Iterator):
             ):
                 try:
                     item = next(child.source)
-                    child.flags |= _YIELDED
                     self.picks += 1
                     return self._counted(index, item)
                 except StopIteration:
@@ -423,6 +437,7 @@ class _InterleaveIterator(Iterator):
         raise StopIteration
 
     def _counted(self, index: int, item: Item) -> Item:
+        self.children[index].flags |= _YIELDED
         self.given += 1
         return item
 
@@ -452,9 +467,11 @@ class _InterleaveIterator(Iterator):
         for index in self.touched:
             self.texts[index] = encode(self._input_state(index, self.children[index]))
         self.touched.clear()
-        inputs = ",".join([name + self.texts[index] for name, index in self.by_name])
-        state = {"picks": self.picks, "ended": self.ended, "inputs": Fragment(f"{{{inputs}}}")}
-        return {**state, "phase": [self.phase, self.start, self.given]} if self.node.later else state
+        inputs = ",".join([self.texts[index] for index in self.by_name])
+        state: dict[str, State] = {"picks": self.picks, "ended": self.ended, "inputs": Fragment(f"[{inputs}]")}
+        if self.node.later:
+            state["phase"], state["of"] = [self.phase, self.start, self.given], self.at.path
+        return state
 
     def _load_input(self, index: int, state: list[State]) -> None:
         """What an input's state has beyond pass, flags and its own."""
@@ -474,12 +491,15 @@ class _InterleaveIterator(Iterator):
                 self._use(-1 - self.edit, check_weights(weights, self.names, self.at.path))
         self.touched = set(range(len(self.names)))
         inputs = copy_plain(state["inputs"]) if type(state["inputs"]) is Fragment else state["inputs"]
-        for index, (name, child) in enumerate(zip(self.names, self.children)):
-            if name not in inputs:
+        if len(inputs) != len(self.names):
+            raise ValueError(f"{len(inputs)} inputs of a mix of {len(self.names)}")
+        for index, saved in zip(self.by_name, inputs):
+            if saved is None:
                 continue  # new since the state was saved: it begins at its beginning
-            self._load_input(index, inputs[name])
-            child.number, child.flags, source = inputs[name][:3]
-            child.source = self._open(name, child.number)
+            child = self.children[index]
+            self._load_input(index, saved)
+            child.number, child.flags, source = saved[:3]
+            child.source = self._open(self.names[index], child.number)
             child.source.load(source)
 
 
@@ -527,12 +547,16 @@ class _MeasuredIterator(_InterleaveIterator):
         return int(most[0])
 
     def _counted(self, index: int, item: Item) -> Item:
+        size: Any = 0
         if type(item[0]) is not Hole:
             size = self.call(*item)
             if type(size) is Hole:
-                return size, item[1]
+                item, size = (size, item[1]), 0
             self.counted[index] += size
             self.given += size
+        # What never counts anything stays furthest behind: if it started over, nothing else would ever be picked.
+        if size or self.node.stopping_strategy != "all_exhausted":
+            self.children[index].flags |= _YIELDED
         return item
 
     def _ran_out(self, index: int, child: _Input) -> bool:

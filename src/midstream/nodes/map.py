@@ -49,6 +49,7 @@ class Map(Dataset):
     max_errors: int | ErrorRate | None = None
     quarantine: str | None = None
     kind = "map"
+    one_to_one = True
 
     def __post_init__(self) -> None:
         require_dataset(self.source, "map")
@@ -61,13 +62,6 @@ class Map(Dataset):
     def random_access(self) -> bool:
         """As the input, but ``on_error="refill"`` makes a stream: what fills a batch up depends on what failed."""
         return self.source.random_access and self.on_error != "refill"
-
-    def _length(self) -> int | None:
-        return self.source.length()
-
-    def block_sizes(self) -> I64 | None:
-        """The input's blocks."""
-        return self.source.block_sizes()
 
     def spec_fields(self) -> dict[str, State]:
         """The function's name and every option that is not the default."""
@@ -153,7 +147,7 @@ class _MapIterator(Iterator):
 class Call:
     """User code applied to one sample: returns its value, or a `Hole` that says what went wrong."""
 
-    __slots__ = ("at", "call", "fn", "limit", "quarantine", "quiet", "trail")
+    __slots__ = ("at", "call", "fn", "label", "limit", "quarantine", "quiet", "trail")
 
     def __init__(
         self,
@@ -163,9 +157,10 @@ class Call:
         limit: int | ErrorRate | None,
         call: Callable[[Any, Origins], Any],
         quarantine: str | None = None,
+        label: str | None = None,
     ) -> None:
         self.at, self.fn, self.quiet, self.limit, self.call = at, fn, quiet, limit, call
-        self.quarantine = quarantine
+        self.quarantine, self.label = quarantine, label  # the function in words; None: its name and place
         self.trail = at.trail
 
     def __call__(self, sample: Any, origins: Origins) -> Any:
@@ -197,7 +192,7 @@ class Call:
             error = RuntimeError(f"the function raised StopIteration({error})").with_traceback(error.__traceback__)
         array = as_origin_array(origins)
         origin = self.at.origin(array[0].tolist()) if len(array) else None
-        function = describe_callable(self.fn)
+        function = self.label or describe_callable(self.fn)
         failure = Failure(self.at.path, origin, function, error, quiet=self.quiet, limit=self.limit)
         return Hole((failure if self.quarantine is None else failure.quarantined(self.quarantine, error, sample),))
 

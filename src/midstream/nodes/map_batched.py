@@ -76,6 +76,10 @@ class MapBatched(Dataset):
             fields["on_error"] = self.on_error
         return fields
 
+    def reads_again(self) -> str:
+        """See `Dataset.reads_again`."""
+        return f"at most {self.batch_size:,} inputs of a lane"
+
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         return _MapBatchedIterator(self, at, lane, key, pass_)
 

@@ -78,7 +78,8 @@ def check_weights(weights: Mapping[str, Any], names: Sequence[str], where: str) 
     """
     if set(weights) != set(names):
         raise ValueError(
-            f"{where}: weights are by the names of the datasets; expected {sorted(names)}, found {sorted(weights)}"
+            f"{where}: weights are by the names of the datasets; expected {sorted(names, key=str)}, found "
+            f"{sorted(weights, key=str)}"
         )
     for key, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float, np.number)):

@@ -9,7 +9,7 @@ import numpy as np
 from midstream._check import require_int
 from midstream._random import pass_key
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, require_dataset, require_passes
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Part, Place, require_dataset, require_passes
 from midstream.errors import SourceError
 from midstream.failures import Hole
 
@@ -55,12 +55,16 @@ class Repeat(Dataset):
         """Number of passes."""
         return {"num_epochs": None if self.num_epochs is None else int(self.num_epochs)}
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+    def times(self, key: str, exact: bool) -> int:
+        """Its passes."""
+        return int(self.num_epochs or _ENDLESS)
+
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
         length = self.source.length()
         assert length
-        require_passes(passes, self.num_epochs or _ENDLESS)
+        require_passes(passes, self.times("", True))
         number, inside = np.divmod(positions, length)
-        return at.input.rows(inside, pass_key(keys, number), passes * (self.num_epochs or _ENDLESS) + number)
+        return [Part(at.input, inside, pass_key(keys, number), passes * self.times("", True) + number)]
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         return _RepeatIterator(self, at, lane, key, pass_)
@@ -75,9 +79,10 @@ class _RepeatIterator(Iterator):
 
     def _start(self, number: int) -> None:
         self.number, self.any, self.read = number, False, False
-        require_passes(np.array([self.pass_]), self.node.num_epochs or _ENDLESS)
+        times = self.node.times("", True)
+        require_passes(np.array([self.pass_]), times)
         key = int(pass_key(np.array([self.key], dtype=np.uint64), np.array([number]))[0])
-        self.source = self.at.input.iterate(self.lane, key, self.pass_ * (self.node.num_epochs or _ENDLESS) + number)
+        self.source = self.at.input.iterate(self.lane, key, self.pass_ * times + number)
 
     def _next(self) -> Item:
         ledger = self.lane.ledger

@@ -12,7 +12,7 @@ import numpy as np
 from midstream._check import require_int
 from midstream._random import fold, fold_array, permute, uniform32
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Origins, Place, Rows, as_origin_array
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Origins, Part, Place, as_origin_array
 from midstream.errors import ReplayDiverged
 from midstream.failures import Hole
 
@@ -62,20 +62,23 @@ class Shuffle(Dataset):
             fields["window_blocks"] = self.window_blocks
         return fields
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
+        return [Part(at.input, self._permute(at, positions, keys), keys, passes)]
+
+    def _permute(self, at: Place, positions: I64, keys: U64) -> I64:
         sizes = self.source.block_sizes() if self.window_blocks is not None else None
         seed = fold(self.seed, at.salt)
         if sizes is None:
             length = self.source.length()
             assert length is not None
-            return at.input.rows(permute(positions, length, seed, keys), keys, passes)
+            return permute(positions, length, seed, keys)
         if keys.size == 1:
-            return at.input.rows(self._windows(int(keys[0]), seed, sizes).permute(positions), keys, passes)
+            return self._windows(int(keys[0]), seed, sizes).permute(positions)
         rows = np.empty_like(positions)
         for key in np.unique(keys):
             here = np.flatnonzero(keys == key)
             rows[here] = self._windows(int(key), seed, sizes).permute(positions[here])
-        return at.input.rows(rows, keys, passes)
+        return rows
 
     def _windows(self, key: int, seed: int, sizes: I64) -> _Windows:
         """The block order of one pass; the last few are kept."""

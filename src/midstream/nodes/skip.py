@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from midstream._check import require_int
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, require_dataset
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Part, Place, require_dataset
 from midstream.nodes.take import cut_blocks
 
 
@@ -39,8 +39,8 @@ class Skip(Dataset):
         """How many."""
         return {"n": int(self.n)}
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
-        return at.input.rows(positions + int(self.n), keys, passes)
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
+        return [Part(at.input, positions + int(self.n), keys, passes)]
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         return _SkipIterator(at.input.iterate(lane, key, pass_), lane.share(int(self.n)))

@@ -8,7 +8,7 @@ import numpy as np
 
 from midstream._check import require_int
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Place, Rows, require_dataset
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Part, Place, require_dataset
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,8 +45,8 @@ class Take(Dataset):
         """How many."""
         return {"n": int(self.n)}
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
-        return at.input.rows(positions, keys, passes)
+    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
+        return [Part(at.input, positions, keys, passes)]
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         return _TakeIterator(at.input.iterate(lane, key, pass_), lane.share(int(self.n)))

@@ -22,6 +22,7 @@ try:
 except ImportError:  # the extra ``fast``; the same samples without it, later
     _orjson = None  # type: ignore[assignment]
 
+from midstream._bar import watched
 from midstream._check import require_name
 from midstream._state import State
 from midstream.core import I64, U64, Dataset, Iterator, Lane, Place, Rows
@@ -122,7 +123,7 @@ class JsonSource(Dataset):
         """Where the rows of each file start. Not pickled: another process finds it on disk."""
         offsets: list[I64] | None = self.__dict__.get("_row_offsets")
         if offsets is None:
-            offsets = [_load_index(found) for found in self._found()]
+            offsets = [_load_index(found) for found in watched(self._found(), "read_json: finding the rows of files")]
             self._set("_row_offsets", offsets)
         return offsets
 
@@ -385,7 +386,9 @@ def _row_starts(file: io.FileIO, first: int) -> list[I64]:
     buffer = np.frombuffer(room, dtype=np.uint8)
     starts: list[I64] = []
     base, line = 0, first  # bytes read, and start of the line that goes on into the next chunk
-    while size := file.readinto(room):
+    num_chunks = -(-os.fstat(file.fileno()).st_size // _CHUNK)
+    chunks = iter(lambda: file.readinto(room), 0)
+    for size in watched(chunks, f"read_json: finding the rows of {os.path.basename(str(file.name))}", num_chunks):
         ends = np.flatnonzero(buffer[:size] == 10) + base
         if len(ends):
             begins = np.concatenate([[line], ends[:-1] + 1])

@@ -6,11 +6,13 @@ Also here, because every source of files needs it: `list_files`, which turns pat
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import logging
 import os
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -22,11 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import get_worker_info
 
-from midstream._check import require_name
+from midstream._bar import watched
+from midstream._check import require_name, require_text
 from midstream._state import State, fingerprint
 from midstream.core import I64, U64, Dataset, Place, Rows
 from midstream.errors import SourceError, bullet_list
 from midstream.failures import Failure, Hole
+from midstream.sources.ahead import Ahead
 from midstream.sources.arrow import TableReader
 from midstream.sources.sequence import row_origins
 
@@ -59,7 +63,7 @@ def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None, name: st
     files there are is settled then, for this dataset and every worker process. Rows are decoded a row group at a time,
     and ``.shuffle()`` mixes windows of groups, so that reading in shuffled order decodes each about once per process. The
     groups of a window (16, see ``window_blocks``) should fit in `CACHE_BYTES`: write files with ``row_group_size`` of some
-    thousand rows.
+    thousand rows. Groups that take more than 20 ms to read are read ahead, in a thread, while you work on those before.
 
     Raises:
         TypeError, ValueError: If an argument is not one of these. On first use: if the files do not have the same columns,
@@ -95,6 +99,10 @@ class ParquetSource(Dataset):
     group of theirs is first needed, at most `MAX_OPEN_FILES` at a time. The list of files and the sizes of their row
     groups are read once and travel to the workers (16 bytes a group and the paths); nothing that is open does.
 
+    Where a group takes long to read, those that come next are read by one thread per process while the consumer works
+    (`midstream.sources.ahead.Ahead`): in the room that the cache has left, and at most two groups beyond it. That changes
+    when groups are read, never which samples come, nor their order, nor the state.
+
     State: none but the position.
     Resume: decodes the row groups it stands in again; reads no other row again.
     """
@@ -103,6 +111,7 @@ class ParquetSource(Dataset):
     columns: tuple[str, ...] | None = None
     name: str | None = None
     kind = "read_parquet"
+    _reads_ahead = True
     _kept_slots = (*Dataset._kept_slots, "_groups")
 
     @property
@@ -153,7 +162,7 @@ class ParquetSource(Dataset):
     def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
         origins = row_origins(at, passes, positions)
         groups: _Groups = self._handle()
-        numbers = np.searchsorted(groups.starts, positions, side="right") - 1
+        numbers = groups.of(positions)
         inside = positions - groups.starts[numbers]
         parts: dict[int, tuple[I64, Rows]] = {}
 
@@ -166,7 +175,9 @@ class ParquetSource(Dataset):
                 else:
                     parts[number] = here, Rows([_without_views(sample) for sample in rows.samples], rows.origins)
 
-        for number in groups.cached_first(np.unique(numbers).tolist()):
+        needed = groups.store.at_hand_first(np.unique(numbers).tolist())
+        groups.store.want(needed[:0:-1])  # the thread helps, from the other end
+        for number in needed:
             here = np.flatnonzero(numbers == number)
             reader = groups.reader(number, len(here), release)
             try:
@@ -177,10 +188,19 @@ class ParquetSource(Dataset):
                     try:
                         found.append(reader.rows(row.reshape(1))[0])
                     except Exception as error:
-                        where = f"{groups.place_of(number)}, row {row}"
+                        where = f"{groups.index.place_of(number)}, row {row}"
                         found.append(Hole((Failure(at.path, at.origin(origins[place].tolist()), where, error),)))
                 parts[number] = here, Rows(found, origins[here])
         return Rows.scatter(len(positions), list(parts.values()))
+
+    def _wants_more(self) -> bool:
+        groups: _Groups = self._handle()
+        return groups.store.hungry
+
+    def _foretell(self, positions: I64) -> None:
+        groups: _Groups = self._handle()
+        numbers, first = np.unique(groups.of(positions), return_index=True)
+        groups.store.want(numbers[np.argsort(first)].tolist())
 
 
 def _without_views(sample: Any) -> Any:
@@ -213,6 +233,10 @@ class _Index:
     file_of: npt.NDArray[np.int32]
     number_in_file: npt.NDArray[np.int32]
 
+    def place_of(self, number: int) -> str:
+        """A group in words."""
+        return f"{self.files[self.file_of[number]]}, row group {self.number_in_file[number]}"
+
 
 class _Footer(NamedTuple):
     sizes: list[int]
@@ -223,7 +247,7 @@ def _read_index(paths: tuple[str, ...], columns: tuple[str, ...] | None) -> _Ind
     files = list_files(paths, "read_parquet")
     # Each footer is a few round trips on an object store, so many are asked for at once.
     with ThreadPoolExecutor(min(16, len(files))) as pool:
-        footers = list(pool.map(_read_footer, files))
+        footers = list(watched(pool.map(_read_footer, files), "read_parquet: reading footers", len(files)))
     names = list(footers[0].types) if columns is None else list(columns)
     _check_columns(files, footers, names, everything=columns is None)
     sizes = np.array([size for footer in footers for size in footer.sizes], dtype=np.int64)
@@ -308,59 +332,29 @@ class _Groups:
     def __init__(self, index: _Index) -> None:
         self.index = index
         self.starts: I64 = np.concatenate([[0], np.cumsum(index.sizes)]).astype(np.int64)
-        self.files: OpenFiles[pq.ParquetFile] = OpenFiles(lambda number: _open_parquet(index.files[number]))
-        self.cache: OrderedDict[int, tuple[TableReader, int]] = OrderedDict()
-        self.num_bytes = 0
+        files: OpenFiles[pq.ParquetFile] = OpenFiles(lambda number: _open_parquet(index.files[number]))
+
+        def read(number: int) -> tuple[TableReader, int]:  # no method: a thread that reads does not keep this object
+            table = _decode(index, files, number)
+            return TableReader(table), table.get_total_buffer_size()
+
+        self.store: Ahead[TableReader] = Ahead(read, lambda: CACHE_BYTES)
         self.decodes = 0
         self.decoded_at: dict[int, int] = {}
         self.rows_decoded = self.rows_used = self.again = 0  # since decodes was last a multiple of _WATCH
         self.warned = False
 
-    def cached_first(self, numbers: list[int]) -> list[int]:
-        """The same groups, those at hand first: otherwise a new one could push out one that is needed next."""
-        return sorted(numbers, key=lambda number: number not in self.cache)
+    def of(self, positions: I64) -> I64:
+        """The groups in which rows lie."""
+        return np.searchsorted(self.starts, positions, side="right") - 1
 
     def reader(self, number: int, rows: int, release: Callable[[int], None]) -> TableReader:
         """The reader of a group, from which ``rows`` rows will be taken; ``release`` hears which groups are dropped."""
         self.rows_used += rows
-        if number in self.cache:
-            self.cache.move_to_end(number)
-            return self.cache[number][0]
-        table = self._decode(number)
-        reader, size = TableReader(table), table.get_total_buffer_size()
-        self.cache[number] = reader, size
-        self.num_bytes += size
-        while self.num_bytes > CACHE_BYTES and len(self.cache) > 1:
-            oldest, (_, freed) = self.cache.popitem(last=False)
-            self.num_bytes -= freed
-            release(oldest)
-        self._watch(number)
+        reader, new = self.store.get(number, release)
+        if new:
+            self._watch(number)
         return reader
-
-    def place_of(self, number: int) -> str:
-        """A group in words."""
-        return f"{self.index.files[self.index.file_of[number]]}, row group {self.index.number_in_file[number]}"
-
-    def _decode(self, number: int) -> pa.Table:
-        index = self.index
-        try:
-            parquet = self.files.get(int(index.file_of[number]))
-            # In a worker the other cores belong to the other workers.
-            threads = get_worker_info() is None
-            table = parquet.read_row_group(
-                int(index.number_in_file[number]), columns=index.columns, use_threads=threads
-            ).select(index.columns)
-        except Exception as error:
-            raise SourceError(
-                f"{self.place_of(number)} cannot be read: {type(error).__name__}: {error}. Restore the file, or leave it out "
-                f"of the paths and start a new run: a checkpoint counts its rows."
-            ) from error
-        if table.num_rows != index.sizes[number]:
-            raise SourceError(
-                f"{self.place_of(number)} has {table.num_rows} rows, and had {index.sizes[number]} when this dataset was "
-                f"first used: the file was replaced. Make the dataset again with read_parquet, and start a new run."
-            )
-        return table
 
     def _watch(self, number: int) -> None:
         """Say it once when the same groups are decoded again and again for a few rows each."""
@@ -379,10 +373,31 @@ class _Groups:
                 "row_group_size.",
                 self.rows_decoded // max(1, self.rows_used),
                 CACHE_BYTES >> 20,
-                self.place_of(number),
-                self.cache[number][1] / (1 << 20),
+                self.index.place_of(number),
+                self.store.size / (1 << 20),
             )
         self.rows_decoded = self.rows_used = self.again = 0
+
+
+def _decode(index: _Index, files: OpenFiles[pq.ParquetFile], number: int) -> pa.Table:
+    try:
+        with files.lend(int(index.file_of[number])) as parquet:
+            # In a worker the other cores belong to the other workers.
+            threads = get_worker_info() is None
+            table = parquet.read_row_group(
+                int(index.number_in_file[number]), columns=index.columns, use_threads=threads
+            ).select(index.columns)
+    except Exception as error:
+        raise SourceError(
+            f"{index.place_of(number)} cannot be read: {type(error).__name__}: {error}. Restore the file, or leave it out "
+            f"of the paths and start a new run: a checkpoint counts its rows."
+        ) from error
+    if table.num_rows != index.sizes[number]:
+        raise SourceError(
+            f"{index.place_of(number)} has {table.num_rows} rows, and had {index.sizes[number]} when this dataset was "
+            f"first used: the file was replaced. Make the dataset again with read_parquet, and start a new run."
+        )
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,6 +443,7 @@ class OpenFiles(Generic[F]):
     def __init__(self, open_file: Callable[[int], F]) -> None:
         self.open_file = open_file
         self.files: OrderedDict[int, F] = OrderedDict()
+        self.lock = threading.Lock()
 
     def get(self, number: int) -> F:
         """An open file."""
@@ -439,6 +455,26 @@ class OpenFiles(Generic[F]):
         else:
             self.files.move_to_end(number)
         return file
+
+    @contextlib.contextmanager
+    def lend(self, number: int) -> Iterator[F]:
+        """An open file for one thread alone; another one that asks for the same file meanwhile gets it opened again."""
+        with self.lock:
+            file = self.files.pop(number, None)
+            while file is None and len(self.files) >= MAX_OPEN_FILES:
+                self.files.popitem(last=False)[1].close()
+        if file is None:
+            file = self.open_file(number)
+        try:
+            yield file
+        finally:
+            with self.lock:
+                spare = self.files.pop(number, None)
+                self.files[number] = file
+                while len(self.files) > MAX_OPEN_FILES:
+                    self.files.popitem(last=False)[1].close()
+            if spare is not None:
+                spare.close()
 
 
 def plain_paths(paths: Paths, where: str) -> tuple[str, ...]:
@@ -453,6 +489,8 @@ def plain_paths(paths: Paths, where: str) -> tuple[str, ...]:
     plain = tuple(os.fspath(path) for path in paths)
     if not plain or not all(isinstance(path, str) and path for path in plain):
         raise ValueError(f"{where} takes one path or more, none of them empty; found {list(plain)}")
+    for path in plain:
+        require_text(path, f"{where}: a path")
     return plain
 
 
@@ -484,6 +522,7 @@ def list_files(paths: tuple[str, ...], where: str) -> list[File]:
                 f"{where}: {name} is matched twice by {list(paths)}, so its rows would be there twice. Name it once; to see "
                 f"data more often use .repeat, or midstream.interleave with weights"
             )
+        require_text(name, f"{where}: the name of a file")
         seen.add(name)
     return files
 

@@ -97,7 +97,7 @@ class Saved(NamedTuple):
         """Size over all ranks, the pipeline's spec aside (it does not grow)."""
         if not self.ours:
             return sum(map(len, self.states))
-        return sum(len(json.dumps({**json.loads(state), "spec": {}})) for state in self.states)
+        return sum(len(json.dumps({**json.loads(state), "spec": ""})) for state in self.states)
 
 
 @dataclass(frozen=True)

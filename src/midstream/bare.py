@@ -1,0 +1,103 @@
+"""A dataset in a run of several ranks, read by a loader that is not midstream's: who divides it, and what is saved.
+
+    loader of torch or torchdata    every rank gets every sample
+    Accelerate, dispatching         rank 0 reads ahead for all ranks, and all of them save one file: not where the training is
+    Accelerate, not dispatching     every rank reads every sample and keeps its own; a resume reads all of them again
+
+Nothing here imports a trainer: when one is running, it has been imported.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch.distributed
+
+from midstream.errors import CheckpointError
+
+__all__ = ["divided_by_nobody", "divided_by_trainer", "rank_and_world_size"]
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Rank and world size: of ``torch.distributed``, else of RANK and WORLD_SIZE, else one rank."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def divided_by_trainer(what: Callable[[], str], caller: FrameType | None) -> bool:
+    """Whether Accelerate divides this dataset among ranks: it tells the epoch, in the main process and before it reads.
+
+    Warns, where what it does is right or where nothing is saved.
+
+    Args:
+        what: The dataset in words.
+        caller: The frame that called ``set_epoch``.
+
+    Raises:
+        CheckpointError: If it would save a position that is not that of the training.
+    """
+    if caller is None or caller.f_globals.get("__name__") != "accelerate.data_loader":
+        return False
+    host: Any = caller.f_locals.get("self")
+    kind = type(host).__name__
+    if kind == "IterableDatasetShard" and host.num_processes > 1:
+        _warn(
+            f"Accelerate reads {what()} whole on each of {host.num_processes} ranks, which drops what is the others', and "
+            f"after a resume reads it again from the start of the epoch. {_INSTEAD}"
+        )
+        return True
+    if kind != "DataLoaderDispatcher" or host.state.num_processes == 1:
+        return False
+    if not host.use_stateful_dataloader:
+        _warn(
+            f"Accelerate reads {what()} on rank 0 for {host.state.num_processes} ranks, and saves no position in it: a resume "
+            f"reads it again from the start of the epoch. {_INSTEAD}"
+        )
+        return True
+    raise CheckpointError(
+        f"Accelerate reads {what()} on rank 0, ahead for {host.state.num_processes} ranks, and each rank writes the position "
+        f"of its own loader into one file. Expected a checkpoint of what was trained; it would be batches off, or the start of "
+        f"the data. {_INSTEAD}"
+    )
+
+
+def divided_by_nobody(what: Callable[[], str], caller: FrameType | None) -> bool:
+    """Whether a loader of torch or torchdata is about to read this dataset whole on each of several ranks: warns.
+
+    Args:
+        what: The dataset in words.
+        caller: The frame that called ``iter(dataset)``.
+    """
+    if (
+        caller is None
+        or caller.f_globals.get("__name__") != "torch.utils.data._utils.fetch"
+        or (count := rank_and_world_size()[1]) < 2
+    ):
+        return False  # somebody looks into it
+    while caller is not None:  # past the start of a worker that was forked
+        if caller.f_globals.get("__name__") == "accelerate.data_loader":
+            return False
+        caller = caller.f_back
+    _warn(
+        f"each of {count} ranks reads {what()} whole, through a loader that is not midstream's: if nothing else divides it, "
+        f"the training sees every sample {count} times. midstream.DataLoader(dataset, batch_size) divides it among the ranks, "
+        f"and its position can be loaded on any number of them"
+    )
+    return True
+
+
+_INSTEAD = (
+    "Give it midstream's loader, which divides the samples and saves what was trained: "
+    "loader = accelerator.prepare(midstream.DataLoader(dataset, batch_size)), then "
+    "accelerator.register_for_checkpointing(midstream.WholeRun(loader)). In Hugging Face's Trainer: "
+    "midstream.transformers.ResumeTrainer"
+)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)

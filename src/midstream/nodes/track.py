@@ -1,0 +1,148 @@
+"""Track: numbers and categories of the samples that come by, gathered for progress."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from midstream._state import MISSING, State
+from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Origins, Place, Rows, require_dataset
+from midstream.failures import Hole, describe_callable
+from midstream.metrics import Metric, as_metric
+from midstream.nodes.map import Call
+
+__all__ = ["Track"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Track(Dataset):
+    """Every sample as it is, its metrics taken. One to one, so random access is kept.
+
+    State: ``[number, input]`` in a stream, none of its own over random access; the totals are once per rank.
+    Resume: reads nothing again; what comes by again counts once.
+    """
+
+    source: Dataset
+    metrics: tuple[tuple[str, Metric], ...]
+    kind = "track"
+    one_to_one = True
+    tracks = True
+    _by_value = ("metrics",)
+
+    def __post_init__(self) -> None:
+        require_dataset(self.source, "track")
+        if not self.metrics:
+            raise ValueError("track takes at least one metric, as in track(length=len)")
+        names = {name for name, _ in self.metrics}
+        for name in names:
+            if "/" in name or len(name) > 64:
+                raise ValueError(
+                    f"track: the name of a metric has at most 64 characters and no '/'; found {name!r:.80}"
+                )
+        below = [self.source]
+        while below:
+            node = below.pop()
+            if isinstance(node, Track) and (twice := sorted(names & {name for name, _ in node.metrics})):
+                raise ValueError(
+                    f"track: {', '.join(map(repr, twice))} is tracked further down already; choose another name"
+                )
+            below.extend(node.inputs().values())
+
+    @staticmethod
+    def of(source: Dataset, metrics: Mapping[str, Any]) -> Track:
+        """A node that tracks metrics, or plain functions, by name."""
+        return Track(source, tuple((name, as_metric(metric, name)) for name, metric in sorted(metrics.items())))
+
+    def spec_fields(self) -> dict[str, State]:
+        """The kind of each metric, by name."""
+        return {"metrics": self.kinds()}
+
+    def kinds(self) -> dict[str, str]:
+        """The kind of each metric, by name."""
+        return {name: metric.kind for name, metric in self.metrics}
+
+    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+        rows = at.input.rows(positions, keys, passes)
+        measure = _Measure(self, at)
+        samples: list[Any] | None = None
+        if rows.sizes is None:
+            origins: Iterable[Origins] = map(tuple, rows.origins.tolist())
+        else:
+            origins = [origin for _, origin in rows.items()]
+        stash = at.stash
+        for index, (sample, origin) in enumerate(zip(rows.samples, origins)):
+            values, hole = measure(sample, origin)
+            if hole is not None:
+                samples = samples or list(rows.samples)
+                samples[index] = hole
+            elif values is not None and stash is not None:
+                first, source = _first(origin)
+                stash[first] = source, values
+        return rows if samples is None else Rows(samples, rows.origins, rows.sizes)
+
+    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _TrackIterator(self, at, lane, key, pass_)
+
+
+def _first(origin: Origins) -> tuple[tuple[int, ...], int]:
+    """What says which sample it is, and its source: -1 when it is made of rows of several."""
+    if type(origin) is tuple:
+        return origin[:4], origin[0]
+    if not len(origin):
+        return (), -1
+    source = int(origin[0, 0])
+    return tuple(origin[0, :4].tolist()), source if (origin[:, 0] == source).all() else -1
+
+
+class _Measure:
+    """The metrics of one sample."""
+
+    __slots__ = ("at", "metrics")
+
+    def __init__(self, node: Track, at: Place) -> None:
+        self.at, self.metrics = at, node.metrics
+
+    def __call__(self, sample: Any, origins: Origins) -> tuple[tuple[Any, ...] | None, Hole | None]:
+        """A value of each metric, and the hole in the sample's place where a function failed."""
+        errors: tuple[Any, ...] = ()
+        if type(sample) is Hole:
+            if sample.rest is MISSING:
+                return None, None
+            errors, sample = sample.errors, sample.rest
+        values: list[Any] = []
+        try:
+            for _, metric in self.metrics:
+                values.append(metric.value(sample))  # how many there are tells which one failed
+            return tuple(values), None
+        except Exception as error:
+            name, metric = self.metrics[len(values)]
+            label = f"{describe_callable(metric.fn)} (metric {name!r})"
+            call = Call(self.at, metric.fn, False, None, lambda sample, _: metric.value(sample), label=label)
+            hole = call.failed(error, origins, sample)
+            return None, Hole(errors + hole.errors, hole.rest)
+
+
+class _TrackIterator(Iterator):
+    def __init__(self, node: Track, at: Place, lane: Lane, key: int, pass_: int) -> None:
+        self.source, self.ledger = at.input.iterate(lane, key, pass_), lane.ledger
+        self.path, self.pass_, self.kinds = at.path, pass_, node.kinds()
+        self.measure = _Measure(node, at)
+        self.number = 0
+
+    def _next(self) -> Item:
+        sample, origins = next(self.source)
+        self.number += 1
+        values, hole = self.measure(sample, origins)
+        if hole is not None:
+            return hole, origins
+        if values is not None and self.ledger.first_time(self.path, self.pass_, self.number):
+            self.ledger.track(self.path, _first(origins)[1], self.kinds, [values])
+        return sample, origins
+
+    def _state(self) -> State:
+        return [self.number, self.source.snapshot()]
+
+    def _load(self, state: State) -> None:
+        self.number, upstream = state
+        self.source.load(upstream)
