@@ -40,7 +40,7 @@ from interface import Contestant  # noqa: E402
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "midstream-benchmarks"
 EFFORT: dict[str, dict[str, Any]] = {
-    "full": {"seconds": 0.8, "patience": 15.0, "rounds": None, "timeout": 150},
+    "full": {"seconds": 0.6, "patience": 8.0, "rounds": None, "timeout": 150},
     "quick": {"seconds": 0.4, "patience": 5.0, "rounds": 1, "timeout": 90},
     "tiny": {"seconds": 0.1, "patience": 5.0, "rounds": 1, "timeout": 45},
 }

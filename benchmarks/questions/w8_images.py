@@ -12,7 +12,7 @@ from measure import Options, attempt, rate
 
 from questions import throughput
 
-NAME, TITLE, KIND, SETS, ROUNDS = "W8", "Images", IMAGES, ("images",), 3
+NAME, TITLE, KIND, SETS, ROUNDS = "W8", "Images", IMAGES, ("images",), 2
 TEXT = (
     "JPEG files of 512 x 384 decoded, cropped and scaled to 224 x 224 by Pillow in the user's function, batches of 16 as uint8 "
     "tensors. Images a second. The limit is the bare function in a loop; with 2 workers, in two processes that send nothing."

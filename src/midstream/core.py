@@ -3,6 +3,7 @@
     Dataset    a frozen description: a node with its inputs. Opens nothing until it is read.
     Place      a node at its place in one tree: path, salt, inputs. Made by `bind` when a tree is about to run.
     Rows       what the random-access face returns for an array of positions.
+    Later      the same, where each sample is made when it is taken: batches.
     Iterator   the stream face, running in one lane. All state in fields, none in a generator's frame.
     Cursor     the one Iterator of every random-access dataset: reads chunks of positions ahead.
     Run        ``iter(dataset)``: one lane without a loader; what a bare StatefulDataLoader drives too.

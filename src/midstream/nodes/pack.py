@@ -636,6 +636,7 @@ class _Ready:
     Attributes:
         rows: Each with its origins.
         at: How many were delivered.
+        split: (row, document) of those that are longer than a row, until they are told.
     """
 
     def __init__(
