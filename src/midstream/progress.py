@@ -50,7 +50,7 @@ class SourceProgress:
     metrics: dict[str, dict[str, int | float]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Progress:
     """Counts since the run's first epoch; survives resumes, merges over ranks.
 
@@ -186,6 +186,8 @@ class Progress:
         if table := self.category_rows():
             lines += ["counted:", *_aligned(table, left=2, last=True)]
         return "\n".join(lines)
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         from midstream.display import progress_html
