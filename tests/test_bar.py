@@ -168,6 +168,16 @@ def test_tqdm_disable_means_what_it_says(
     assert ("looking" in terminal.getvalue()) == shown
 
 
+@pytest.mark.parametrize(("config", "wanted"), [({"IPKernelApp": {}}, True), ({}, False)])
+def test_a_notebook_is_where_someone_looks(
+    clock: Clock, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], wanted: bool
+) -> None:
+    monkeypatch.setattr(terminal, "isatty", lambda: False)
+    shell = SimpleNamespace(config=config)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
+    assert _bar._is_wanted() == wanted
+
+
 def test_a_real_worker_shows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
     monkeypatch.setattr(_bar, "_AFTER_S", 0.0)
     ds = ms.from_dataset([1, 2, 3, 4]).map(

@@ -662,6 +662,43 @@ def test_passes_nested_too_deep_are_refused_before_anything_is_read(stream: bool
     assert len(list(itertools.islice(deepest, 40))) == 40
 
 
+# -- ranks that end before others -------------------------------------------------------------------------------------------
+
+
+def test_weights_set_when_a_rank_has_ended_are_one_change_for_all() -> None:
+    """That rank tells the next epoch, the others this one: after any step the checkpoint is whole, and goes on exactly."""
+    pipeline = ms.interleave(
+        {
+            "web": source(0, 30).filter(lambda row: row % 4 != 1 or row < 8),
+            "code": source(1, 16).filter(lambda row: True),
+        },
+        name="mix",
+        stopping_strategy="all_exhausted_without_replacement",
+    ).batch(2, collate_fn=tuple)
+
+    def ranks(count: int, state: Any = None) -> Cluster:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Cluster(pipeline, count, 0, state, lanes=2)
+
+    whole = ranks(2)
+    whole.run()
+    assert len(whole.steps[-1]) == 1  # one rank ends before the other
+    for step in range(len(whole.steps)):
+        for order in (1, -1):
+            begun = ranks(2)
+            begun.run(step)
+            for loader in begun.loaders:
+                loader.set_weights("mix", {"web": 5, "code": 1})
+            state = ms.merge_states(json.loads(json.dumps(begun.states()))[::order])
+            (_, told) = ms.weights_history(state)
+            assert (told["epoch"], told["step"]) == (0, step)
+            later = ranks(1 if order > 0 else 2, state)
+            later.run()
+            assert Counter(flat([*begun.sequence, *later.sequence])) == Counter(flat(whole.sequence))
+            assert later.states()[0]["epoch"] == 1 or order < 0
+
+
 # -- below concatenate --------------------------------------------------------------------------------------------------
 
 

@@ -369,7 +369,7 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
                 f"the states of different pipelines do not merge; state {index} differs from state 0:"
                 f"{bullet_list(diff_specs(first.spec, canonical.spec))}"
             )
-        if canonical.edits != first.edits:
+        if canonical.edits != first.edits and _lasting(canonical.edits) != _lasting(first.edits):
             raise CheckpointError(
                 f"state {index} has other changes of weights than state 0: call set_weights on every rank, after the same "
                 f"step and with the same weights"
@@ -397,6 +397,8 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
         )
     # The numbers of any one state do here: where each rank stood is in its lanes. One without lanes has them alone.
     merged = dict(states[0])
+    # Told by a rank in the midst of its epoch, where there is one.
+    merged["edits"] = min((canonical.edits for canonical in parsed), key=_when)
     for canonical in parsed:
         if not any(canonical.lanes.values()) and (canonical.epoch, canonical.steps_done) != (
             first.epoch,
@@ -407,6 +409,16 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
                 f"{first.epoch}, step {first.steps_done}. Save all after the same one."
             )
     return settle({**merged, "lanes": dict(sorted(lanes.items()))})[0]
+
+
+def _lasting(edits: str) -> list[Any]:
+    """Changes of weights without when they were made, where that is history alone: streams keep in their lanes from where they
+    hold, and a rank that has come to its end of the epoch tells the next one."""
+    return [{**entry, **({"epoch": 0, "step": 0} if entry["at"] is None else {})} for entry in decode(edits or "[]")]
+
+
+def _when(edits: str) -> list[tuple[int, int]]:
+    return [(entry["epoch"], -entry["step"]) for entry in decode(edits or "[]")]
 
 
 def settle(state: dict[str, State]) -> tuple[dict[str, State], Canonical]:
