@@ -256,6 +256,38 @@ def test_what_fails_further_on_counts_and_what_is_left_out_does_not() -> None:
     assert told(loader.progress()) == counted(samples)
 
 
+def fails_at_eights(batch: list[Any]) -> list[Any]:
+    if batch[0]["id"] % 8 == 0:
+        raise ValueError("no good")
+    return batch
+
+
+WHOLE = {
+    "collate": lambda ds: ds.batch(4, collate_fn=fails_at_eights),
+    "map": lambda ds: ds.batch(4, collate_fn=list).map(fails_at_eights),
+    "map, skipped": lambda ds: ds.batch(4, collate_fn=list).map(fails_at_eights, on_error="skip"),
+    "batch of batches": lambda ds: ds.batch(4, collate_fn=fails_at_eights).batch(2, collate_fn=list),
+    "after a failed row": lambda ds: ds.map(fails, on_error="skip").batch(4, collate_fn=fails_at_eights),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("stream", [False, True])
+def test_all_rows_of_a_batch_that_fails_count(kind: str, stream: bool) -> None:
+    source = ms.from_dataset(rows(0, 40), name="web")
+    loader = ms.DataLoader(WHOLE[kind]((source.filter(bool) if stream else source).track(**METRICS)))
+    iterator, failed = iter(loader), 0
+    while True:
+        try:
+            next(iterator)
+        except StopIteration:
+            break
+        except ms.SampleError:
+            failed += 1
+    assert failed == {"map, skipped": 0, "after a failed row": 4}.get(kind, 5)
+    assert told(loader.progress())["all"] == counted(rows(0, 40))["all"]
+
+
 @pytest.mark.parametrize("raised", [True, False])
 def test_errors_that_are_raised_count_once_over_resumes(raised: bool) -> None:
     def made() -> ms.DataLoader:

@@ -220,7 +220,10 @@ class Later:
         if trail is not None:
             trail.rows(origins)
         sample = self.make(first, last)
-        return sample, origins[:0] if type(sample) is Hole else origins
+        if type(sample) is not Hole:
+            return sample, origins
+        sample.errors[0].rows = origins
+        return sample, origins[:0]
 
     def num_bytes(self) -> int:
         """Roughly how much is held for one sample."""
@@ -724,7 +727,9 @@ class TrackingCursor(Cursor):
         if type(row) is not Hole or row.rest is not MISSING:
             whole = [origins[:4]] if type(origins) is tuple else list(map(tuple, origins[:, :4].tolist()))
         for error in row.errors if type(row) is Hole else ():
-            if error.origin is not None and type(error) is not Excluded:
+            if error.rows is not None:
+                whole.extend(map(tuple, error.rows[:, :4].tolist()))
+            elif error.origin is not None and type(error) is not Excluded:
                 name, epoch, row_number, part, _ = error.origin
                 whole.append((self.place.names.index(name), epoch, row_number, part))
         for (each, kinds), stash in zip(self.tracking, self.stashes):

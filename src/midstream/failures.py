@@ -9,6 +9,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from midstream._state import MISSING
 from midstream.errors import Origin, SampleError, TooManyErrors, bullet_list
 from midstream.metrics import Tracked, totals_of
@@ -90,6 +93,7 @@ class Failure:
         quiet: Counted (``on_error="skip"``) instead of raised.
         limit: ``max_errors`` of the node, or None.
         record: What is written to the node's quarantine when it is counted, or None.
+        rows: Origins of all that was lost with it, as int64 [m, 5], where it was more than one row; else None.
     """
 
     __slots__ = (
@@ -102,6 +106,7 @@ class Failure:
         "origin",
         "quiet",
         "record",
+        "rows",
         "traceback",
     )
 
@@ -122,6 +127,7 @@ class Failure:
         self.traceback = "" if quiet else _traceback(error)
         self.exception = b"" if quiet else _pickle_exception(error)
         self.record: Record | None = None
+        self.rows: npt.NDArray[np.int64] | None = None
 
     def quarantined(self, folder: str, error: BaseException, sample: Any) -> Failure:
         """The same, to be written to a quarantine when it is counted."""
@@ -170,7 +176,7 @@ class Excluded(Failure):
     def __init__(self, node: str, origin: Origin) -> None:
         self.node, self.origin, self.function, self.quiet, self.limit = node, origin, "", True, None
         self.error_type = self.message = self.traceback = ""
-        self.exception, self.record = b"", None
+        self.exception, self.record, self.rows = b"", None, None
 
 
 def _indent(text: str) -> str:

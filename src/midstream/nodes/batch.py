@@ -142,6 +142,7 @@ class Batch(Dataset):
                 good.append((sample, origin))
             batch = self._collate(at, [sample for sample, _ in good]) if good else MISSING
             if type(batch) is Hole:
+                batch.errors[0].rows = join_origins(good)
                 errors.extend(batch.errors)
                 batch, good = MISSING, []
             samples.append(Hole(tuple(errors), batch) if errors else batch)

@@ -194,6 +194,7 @@ class Call:
         origin = self.at.origin(array[0].tolist()) if len(array) else None
         function = self.label or describe_callable(self.fn)
         failure = Failure(self.at.path, origin, function, error, quiet=self.quiet, limit=self.limit)
+        failure.rows = array if len(array) > 1 else None
         return Hole((failure if self.quarantine is None else failure.quarantined(self.quarantine, error, sample),))
 
 
