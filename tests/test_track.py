@@ -382,6 +382,29 @@ def test_other_weights_and_sources_keep_the_totals() -> None:
     assert other.progress().metrics["size"]["count"] == 36
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.filterwarnings("ignore:going on with another pipeline")
+def test_an_input_that_was_removed_counts_when_it_is_there_again(stream: bool) -> None:
+    def made(names: str) -> ms.DataLoader:
+        parts = {}
+        for k, name in enumerate("ab"):
+            if name in names:
+                source = ms.from_dataset(rows(k, 90))
+                parts[name] = (source.filter(no_seventh) if stream else source).track(size=of_size)
+        return ms.DataLoader(ms.interleave(parts), batch_size=4, collate_fn=list, lanes=2)
+
+    loader, seen = made("ab"), 0
+    for names in ("ab", "b", "ab"):
+        state, loader = loader.state_dict(), made(names)
+        loader.load_state_dict(state, strict=False)
+        for _, batch in zip(range(4), loader):
+            seen += len(batch)
+        assert loader.progress().metrics["size"]["count"] == seen
+    again = loader.progress().sources["a"]
+    assert again.metrics["size"]["count"] == again.samples
+    assert again.filtered == (1 if stream else 0)  # row 3, again
+
+
 def test_batches_that_only_fill_up_the_last_round_do_not_count() -> None:
     ranks = [ms.DataLoader(pipeline("rows"), rank=rank, world_size=4, remainder="pad", lanes=12) for rank in range(4)]
     for loader in ranks:

@@ -241,6 +241,7 @@ def _adopt_stream(
 ) -> None:
     """``mixes``: the specs of the mix as it was and as it is, where it is another one."""
     was, mix_spec = mixes or ({}, {})
+    new = _find(bind(pipeline)).inputs if mixes is not None else {}
     if mixes is not None and above:
         raise _refusal(lines, "in a stream, only a mix right below the batch can change")
     for index, lane in canonical.lanes.items():
@@ -261,6 +262,11 @@ def _adopt_stream(
                 raise _refusal(lines, "a batch is half read; save the state after a batch, not after an error")
             saved = dict(zip(sorted(was["inputs"]), mix["inputs"], strict=True))
             kept = [saved[name][:3] if name in saved else None for name in sorted(mix_spec["inputs"])]
+            # What an input of that name had counted when it was removed is not what begins now.
+            begin = {place.path for name, child in new.items() if name not in saved for place in child.walk()}
+            run["marks"] = {
+                key: mark for key, mark in run["marks"].items() if not begin & {key, key.rpartition(" ")[0]}
+            }
             changed: dict[str, Any] = {"picks": 0, "ended": False, "inputs": kept}
             if "schedule" in mix_spec:
                 if "phase" not in mix and "weights_by" in mix_spec:
