@@ -234,6 +234,16 @@ def test_totals_are_those_of_what_was_delivered_at_every_step(kind: str, workers
     assert told(loader.progress())["all"]["size"]["count"] > first > 100
 
 
+def test_what_failed_before_is_not_looked_at() -> None:
+    for stream in (False, True):
+        ds = ms.from_dataset(rows(0, 66)).map(fails, on_error="skip")
+        ds = (ds.filter(bool) if stream else ds).track(number=lambda sample: 1, kind=ms.count(lambda sample: "a"))
+        loader = ms.DataLoader(ds, batch_size=4, collate_fn=list)
+        samples = [row for batch in loader for row in batch]
+        assert len(samples) == 60
+        assert loader.progress().metrics["number"]["count"] == loader.progress().metrics["kind"]["a"] == 60
+
+
 def test_what_fails_further_on_counts_and_what_is_left_out_does_not() -> None:
     loader = ms.DataLoader(pipeline("failing"))
     samples = [row for batch in loader for row in batch]

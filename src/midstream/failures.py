@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from midstream._state import MISSING
 from midstream.errors import Origin, SampleError, TooManyErrors, bullet_list
-from midstream.metrics import Tracked, totals_of
+from midstream.metrics import Gathered, Tracked
 from midstream.quarantine import Record, write_record
 
 __all__ = [
@@ -243,23 +243,23 @@ class Ledger:
         marks: For each node that drops samples the highest (pass, input number) it has counted.
         moved: Which of them moved since whoever keeps their text has looked.
         events: Counts since the last delivery, keyed ``kind|path|source index``.
-        tracked: What was tracked since the last delivery.
+        tracks: Whether somebody takes what is tracked.
         notices: (key, text) of warnings for the user, to be given once.
         limits: ``max_errors`` of the nodes that failed.
         writes: Whether quarantines are written; not where somebody only looks.
         reads: Grows when a source of the lane gives anything: tells an empty pass from one of which nothing was left.
     """
 
-    __slots__ = ("events", "limits", "marks", "moved", "notices", "reads", "tracked", "writes")
+    __slots__ = ("events", "limits", "marks", "moved", "notices", "reads", "tracked", "tracks", "writes")
 
-    def __init__(self, *, writes: bool = True) -> None:
+    def __init__(self, *, writes: bool = True, tracks: bool = False) -> None:
         self.marks: dict[str, list[int]] = {}
         self.moved: set[str] = set()
         self.events: dict[str, int] = {}
         self.notices: list[tuple[str, str]] = []
         self.limits: dict[str, int | ErrorRate] = {}
-        self.tracked: Tracked = {}
-        self.writes = writes
+        self.tracked: dict[tuple[str, int], Gathered] = {}
+        self.writes, self.tracks = writes, tracks
         self.reads = 0
 
     def dropped(self, kind: str, path: str, source: int, pass_: int, number: int, count: int = 1) -> None:
@@ -282,11 +282,11 @@ class Ledger:
 
     def track(self, path: str, source: int, kinds: Mapping[str, str], values: Sequence[tuple[Any, ...]]) -> None:
         """Take in what was tracked of some samples: for each of them a value by metric, in the order of ``kinds``."""
-        found = self.tracked.get((path, source))
-        if found is None:
-            found = self.tracked[path, source] = {name: totals_of(kind) for name, kind in kinds.items()}
-        for totals, column in zip(found.values(), zip(*values)):
-            totals.add(column)
+        if self.tracks:
+            found = self.tracked.get((path, source))
+            if found is None:
+                found = self.tracked[path, source] = Gathered(kinds)
+            found.add(values)
 
     def failed(self, failure: Failure, source: int) -> None:
         """Count a skipped sample. It is met once: failures pass every buffer at once and replays swallow them."""
@@ -308,7 +308,8 @@ class Ledger:
         """What there is to tell since the last call; None when there is nothing."""
         if not (self.events or self.notices or self.tracked):
             return None
-        taken = Notes(self.events, self.notices, self.limits, self.tracked)
+        tracked = {key: found.totals() for key, found in self.tracked.items()}
+        taken = Notes(self.events, self.notices, self.limits, tracked)
         self.events, self.notices, self.limits, self.tracked = {}, [], {}, {}
         return taken
 

@@ -27,6 +27,7 @@ from midstream._state import State, encode
 __all__ = [
     "MOST_BYTES",
     "Categories",
+    "Gathered",
     "Metric",
     "Numbers",
     "Spread",
@@ -51,6 +52,7 @@ _LARGEST = 1e300
 _BUCKET_BYTES = 480
 _CATEGORY_BYTES = 960
 _NAME = 64
+_TOGETHER = 1024
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,17 @@ class Metric:
             TypeError: If the function gives no number (for `count`: neither str, int, bool nor None).
             ValueError: If the number is not finite, or beyond 1e300.
         """
-        value = self.fn(sample)
+        return self.checked(self.fn(sample))
+
+    def values(self, samples: Iterable[Any]) -> list[Any]:
+        """`value` of each."""
+        values = list(map(self.fn, samples))
+        if self.kind == "count" or {*map(type, values)} - {int, float} or not _within(values):
+            return list(map(self.checked, values))
+        return values
+
+    def checked(self, value: Any) -> Any:
+        """What the function gave, as it is counted."""
         kind = type(value)
         if self.kind == "count":
             if kind is str:
@@ -82,6 +94,11 @@ class Metric:
         if not -_LARGEST <= value <= _LARGEST:
             raise ValueError(f"a metric is a finite number of at most 1e300; the function gave {value!r:.40}")
         return value
+
+
+def _within(values: Sequence[int | float]) -> bool:
+    """Whether all are finite, and none too large. (One that is no number makes the sum none.)"""
+    return not values or (min(values) >= -_LARGEST and max(values) <= _LARGEST and sum(values) * 0 == 0)
 
 
 def _number(value: Any) -> int | float:
@@ -486,6 +503,31 @@ _KINDS: dict[str, type[Any]] = {"numbers": Numbers, "distribution": Spread, "cou
 def totals_of(kind: str) -> Totals:
     """Totals of nothing, for a kind of metric."""
     return _KINDS[kind]()  # type: ignore[no-any-return]
+
+
+class Gathered:
+    """Values of the metrics of one place and source, put together many at a time."""
+
+    __slots__ = ("kinds", "summed", "values")
+
+    def __init__(self, kinds: Mapping[str, str]) -> None:
+        self.kinds, self.values = kinds, list[tuple[Any, ...]]()
+        self.summed: dict[str, Totals] | None = None
+
+    def add(self, values: Sequence[tuple[Any, ...]]) -> None:
+        """Take in the values of some samples: for each of them one by metric, in the order of ``kinds``."""
+        self.values += values
+        if len(self.values) >= _TOGETHER:
+            self.totals()
+
+    def totals(self) -> dict[str, Totals]:
+        """The totals of all, by name."""
+        if self.summed is None:
+            self.summed = {name: totals_of(kind) for name, kind in self.kinds.items()}
+        for totals, column in zip(self.summed.values(), zip(*self.values)):
+            totals.add(column)
+        self.values.clear()
+        return self.summed
 
 
 def join(one: Mapping[str, Totals], other: Mapping[str, Totals]) -> dict[str, Totals]:

@@ -160,7 +160,7 @@ class _RandomReader:
         self.told, self.ahead = plan.told, plan.ahead
         self.place, self.epoch = runner.bind(worker), epoch
         self.total = runner.dataset.length()
-        self.ledger = Ledger()
+        self.ledger = Ledger(tracks=True)
         self.cursor = self._cursor(self.batch)
         self.broken: Out | None = None
 
@@ -247,7 +247,9 @@ class _LaneRun:
         self.marks: dict[str, str] = {}  # by number of the node, as text: of hundreds of them, few move at a time
         self.dealt = 0 if state is None else state.get("dealt", 0)
         placed = None if state is None else state.get("edits")
-        self.lane = Lane(index, num_lanes, 1, Ledger(), self.dealt, LaneEdits(edits, placed) if edits else None)
+        self.lane = Lane(
+            index, num_lanes, 1, Ledger(tracks=True), self.dealt, LaneEdits(edits, placed) if edits else None
+        )
         self.rounds, self.done = 0, False
         self.epoch = epoch if state is None else state["epoch"]
         self.delivery, self.resumed = self._delivery(), False
