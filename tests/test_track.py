@@ -120,6 +120,16 @@ def test_quantiles_are_near_and_totals_stay_small(draw: Any) -> None:
     assert wide or totals.level <= 4
 
 
+def test_sums_beyond_what_a_float_holds() -> None:
+    totals = Numbers()
+    totals.add([1e300, 0.5])
+    for _ in range(40):
+        totals = totals.plus(totals)
+    told = totals.summary()
+    assert told["sum"] > 10**312 - 10**297
+    assert told["mean"] == 5e299
+
+
 def test_quantiles_of_small_integers_are_integers() -> None:
     totals = Spread()
     totals.add([1, 2, 3, 3, 3, 50, 100, 127])
@@ -134,6 +144,9 @@ def test_quantiles_of_small_integers_are_integers() -> None:
         (["distribution", 3, "0", 0, 0, 0, 1, 0, "", 0, ""], "buckets that do not add up"),
         (["distribution", 3, "0", 0, 0, 99, 3, 0, "", 0, ""], "no level"),
         (["count", 0, 0, {"a": -1}], "negative"),
+        (["numbers", 1.5, "0", 0, 0], "half a count"),
+        (["distribution", 1, "0", 0, 0, 1.0, 1, 0, "", 0, ""], "a level that is no integer"),
+        (["count", 1.0, 0, {"a": 1}], "the same"),
         (["other", 1], "no kind"),
         ([], "nothing"),
     ],

@@ -228,8 +228,10 @@ class Numbers:
         """Take what `state` gave."""
         _, self.count, total, self.least, self.most = state[:5]
         self.total = int(total, 16)
-        if self.count < 1 or not all(
-            type(edge) in (int, float) and math.isfinite(edge) for edge in (self.least, self.most)
+        if (
+            type(self.count) is not int
+            or self.count < 1
+            or not all(type(edge) in (int, float) and math.isfinite(edge) for edge in (self.least, self.most))
         ):
             raise ValueError("no count, or edges that are no numbers")
 
@@ -257,7 +259,7 @@ def _plain(value: int | float) -> int | float:
 def _ratio(total: int, count: int) -> int | float:
     """``total * 2**-96 / count``, an integer where it is one."""
     whole, rest = divmod(total, count << _UNIT)
-    return whole if not rest else total / (count << _UNIT)
+    return whole if not rest or abs(whole) >= 1 << 1023 else total / (count << _UNIT)
 
 
 class Spread(Numbers):
@@ -323,7 +325,8 @@ class Spread(Numbers):
         super().load(state)
         self.level, self.zeros = state[5:7]
         self.sides = (_unpacked(*state[7:9]), _unpacked(*state[9:11]))
-        if not 0 <= self.level < 24 or self.zeros < 0 or len(state) != 11:
+        whole = type(self.level) is type(self.zeros) is int
+        if not whole or not 0 <= self.level < 24 or self.zeros < 0 or len(state) != 11:
             raise ValueError("no such buckets")
         if self.zeros + sum(sum(side.values()) for side in self.sides) != self.count:
             raise ValueError("its buckets hold another number of values than it counts")
@@ -476,7 +479,8 @@ class Categories:
         """Take what `state` gave."""
         _, self.level, self.others, names = state
         self.names = dict(names)
-        if not 0 <= self.level < 64 or self.others < 0:
+        whole = type(self.level) is type(self.others) is int
+        if not whole or not 0 <= self.level < 64 or self.others < 0:
             raise ValueError("no such categories")
         if not all(type(name) is str and type(number) is int and number > 0 for name, number in self.names.items()):
             raise ValueError("counts that are no numbers")
