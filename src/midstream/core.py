@@ -308,6 +308,8 @@ class Place:
     def later(self, positions: I64, keys: U64, passes: I64) -> Rows | Later:
         """The same, for a reader that takes samples in their order. See `Dataset._later`."""
         rows = self.node._later(self, positions, keys, passes)
+        if rows is None:
+            return self.rows(positions, keys, passes)
         if self.trail is not None:
             self.trail.passed_on(rows.origins)
         return rows
@@ -901,9 +903,9 @@ class Dataset(IterableDataset[Any]):
     def _foretell(self, positions: I64) -> None:
         """Hear which positions (int64, shape [k]) are likely to be read next, in this order. May change no sample."""
 
-    def _later(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows | Later:
-        """As `_rows`; a node whose samples are large may make each when it is taken."""
-        return self._rows(at, positions, keys, passes)
+    def _later(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows | Later | None:
+        """As `_rows`, for a node whose samples are large: each may be made when it is taken. None: as `_rows` has them."""
+        return None
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         """The running form in one lane, for one pass."""
