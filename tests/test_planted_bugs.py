@@ -88,9 +88,9 @@ BUGS = {
         ("test_track.py", "only_fill_up"),
     ),
     "metrics are not taken back with what they are of": Bug(
-        "position.py",
-        "steps, passed, told, complete, tracked = entry.step, entry.passed, entry.told, False, entry.tracked",
-        "steps, passed, told, complete = entry.step, entry.passed, entry.told, False",
+        "metrics.py",
+        "for at, each in added if start < at <= number]",
+        "for at, each in added if start < at]",
         ("test_track.py", "any_of_the_last_steps"),
     ),
     "buckets of another width are taken for the same": Bug(

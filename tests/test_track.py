@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pickle
+import tracemalloc
 from collections import Counter
 from fractions import Fraction
 from typing import Any
@@ -465,6 +466,26 @@ def test_three_distributions_of_a_hundred_sources_stay_within_their_kilobyte() -
     assert len(each) == 60
     assert max(each) <= MOST_BYTES
     assert len(max(state["lanes"].values(), key=len)) < 60 * (MOST_BYTES + 20) + 20 * 64 + 1024
+
+
+def test_a_thousand_steps_back_the_totals_of_many_sources_take_little_memory() -> None:
+    parts = {f"s{k}": ms.from_dataset(range(k, 4000, 3), name=f"s{k}") for k in range(8)}
+    mix = ms.interleave(parts).repeat().track(a=ms.distribution(float), b=ms.distribution(lambda x: -x * x))
+    loader = ms.DataLoader(mix, batch_size=8, collate_fn=list)
+    states = {}
+    tracemalloc.start()
+    try:
+        for step, _ in zip(range(1, 1201), loader):
+            if step == 200:
+                before = tracemalloc.get_traced_memory()[0]
+            if step > 180 and step % 17 == 0:
+                states[step] = loader.state_dict()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 40 << 20  # whole totals after each step: 310 MB
+    for step in (1190, 1020, 204, 1190):
+        assert loader.state_at(step) == states[step]
 
 
 # -- arguments, errors, looks ---------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ __all__ = [
     "MOST_BYTES",
     "Categories",
     "Gathered",
+    "History",
     "Metric",
     "Numbers",
     "Spread",
@@ -579,6 +580,51 @@ def join_tracked(parts: Iterable[Tracked]) -> Tracked:
             known = tracked.get(key)
             tracked[key] = dict(named) if known is None else join(known, named)
     return tracked
+
+
+_APART = 32
+
+
+class History:
+    """Totals after each of the last deliveries: whole after every 32 that brought anything, else what each brought.
+
+    Whole ones after each would be up to a thousand copies of all buckets, and the copying dearer than the batch. Nothing that
+    was handed out changes, and a reader that interrupts a change, a signal handler say, finds what was there before.
+    """
+
+    __slots__ = ("_known", "_parts")
+
+    def __init__(self, totals: Tracked) -> None:
+        self._parts: list[tuple[int, Tracked, list[tuple[int, Tracked]]]] = [(0, totals, [])]
+        self._known = 0, totals  # the last answer: the next one goes on from there
+
+    def add(self, number: int, more: Tracked) -> None:
+        """What delivery ``number`` brings; it counts once `at` is asked for that number."""
+        self._parts[-1][2].append((number, more))
+
+    def settle(self, number: int, oldest: int) -> None:
+        """Delivery ``number`` is done; nobody asks for a number below ``oldest - 1`` any more."""
+        if len(self._parts[-1][2]) >= _APART:
+            self._parts.append((number, self.at(number), []))
+        while len(self._parts) > 1 and self._parts[1][0] < oldest:
+            del self._parts[0]
+
+    def at(self, number: int) -> Tracked:
+        """The totals after delivery ``number``."""
+        start, totals, added = next(part for part in reversed(self._parts) if part[0] <= number)
+        if start <= self._known[0] <= number:
+            start, totals = self._known
+        if more := [each for at, each in added if start < at <= number]:
+            totals = join_tracked([totals, join_tracked(more)])
+        self._known = number, totals
+        return totals
+
+    def undo_to(self, number: int) -> None:
+        """Forget all deliveries after ``number``."""
+        parts = [part for part in self._parts if part[0] <= number]
+        start, totals, added = parts[-1]
+        parts[-1] = start, totals, [each for each in added if each[0] <= number]
+        self._parts, self._known = parts, (start, totals)
 
 
 def valid(state: Any) -> bool:

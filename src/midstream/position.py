@@ -16,7 +16,7 @@ from midstream.core import FORMAT, I64, PARTS, Dataset, bind
 from midstream.errors import Origin
 from midstream.failures import add_counts, failed_in
 from midstream.lanes import Topology, first_batch
-from midstream.metrics import Tracked, decode_tracked, encode_tracked, join, join_tracked
+from midstream.metrics import History, Tracked, decode_tracked, encode_tracked, join_tracked
 from midstream.nodes.batch import Batch
 from midstream.readers import BATCH, ERROR, NOTHING, Out, Plan, source_of
 from midstream.rest import running
@@ -112,7 +112,6 @@ class Entry(NamedTuple):
         told: Random access: errors already raised, by batch number.
         lane: Whose state and counts it changed.
         padded: Whether the batch was a repeat that only fills up the last round.
-        tracked: Metrics of the rank.
         origins: Of the batch, for `Position.trace`; None when it was none.
     """
 
@@ -124,7 +123,6 @@ class Entry(NamedTuple):
     state: str | None
     tally: Tally | None
     origins: I64 | None
-    tracked: Tracked
     padded: bool = False
 
 
@@ -241,11 +239,11 @@ class Position:
         self.done: Sequence[int] = ()  # the same of all ranks
         self.states: dict[int, str] = {}
         self.tallies: dict[int, Tally] = {index: tally.settled(True) for index, tally in (tallies or {}).items()}
-        self.tracked: Tracked = tracked or {}  # of this rank over the whole run; replaced, never changed
+        known: Tracked = tracked or {}  # of this rank over the whole run
         self.decoded: dict[int, Any] = {}
         if canonical is not None:
             mine = [lane for index, lane in canonical.lanes.items() if lane is not None and index in self.own]
-            self.tracked = join_tracked(decode_tracked(lane["tracked"]) for lane in mine if "tracked" in lane)
+            known = join_tracked(decode_tracked(lane["tracked"]) for lane in mine if "tracked" in lane)
             self.done = canonical.ahead
             self.ahead = frozenset(n for n in canonical.ahead if self._mine(n))
             self.told_before = dict(canonical.told)
@@ -261,6 +259,7 @@ class Position:
         for number, errors in self.told_before.items():
             if number >= self.start and self._mine(number):
                 self.told = {**self.told, number: errors}
+        self.history = History(known)
         self.passed = self._skip_ahead(0)
         fewest = 0 if turns is None or canonical is None else self._fewest_ahead(canonical.ahead, turns)
         self.most = None if turns is None else turns - fewest  # random access: of the rank that comes to its end last
@@ -300,11 +299,6 @@ class Position:
         key = self._leaf(self.topology.rank) if random_access else lane
         padded = random_access and self.total is not None and number >= self.total
         events = out.notes.events if out.notes is not None else None
-        tracked = self.tracked
-        if out.notes is not None and out.notes.tracked and not (random_access and (padded or skipped)):
-            tracked = dict(tracked)
-            for whose, more in out.notes.tracked.items():
-                tracked[whose] = join(tracked[whose], more) if whose in tracked else more
         if out.kind == ERROR:
             source = source_of(self.facts.place, out.payload)
             events = dict(events or {})
@@ -341,14 +335,15 @@ class Position:
             state,
             before,
             out.origins,
-            self.tracked,
             padded and is_batch,
         )
         self.log.append(entry)
         self.tallies[key] = after
         if out.state is not None:
             self.states[key] = out.state
-        self.told, self.tracked = told, tracked
+        if out.notes is not None and out.notes.tracked and not (random_access and (padded or skipped)):
+            self.history.add(entry.number, out.notes.tracked)
+        self.told = told
         self.passed = passed
         self.steps += is_batch
         self.complete = last
@@ -357,6 +352,7 @@ class Position:
         while len(self.log) > _LOG_BATCHES or (self.log_bytes > _LOG_BYTES and len(self.log) > 64):
             old = self.log.popleft()
             self.log_bytes -= old.origins.nbytes if old.origins is not None else 0
+        self.history.settle(entry.number, self.log[0].number)
 
     def finish(self) -> None:
         """The epoch is over and there was nothing more to hand out."""
@@ -371,10 +367,11 @@ class Position:
     def undo_to(self, applied: int) -> None:
         """Take back every delivery after number ``applied``, and one that was interrupted half-way."""
         self.applied, self._rendered = applied, None
+        self.history.undo_to(applied)
         while self.log and self.log[-1].number > applied:
             entry = self.log[-1]
             self.complete = False
-            self.steps, self.passed, self.told, self.tracked = entry.step, entry.passed, entry.told, entry.tracked
+            self.steps, self.passed, self.told = entry.step, entry.passed, entry.told
             _put(self.states, entry.lane, entry.state)
             _put(self.tallies, entry.lane, entry.tally)
             self.log.pop()
@@ -416,13 +413,13 @@ class Position:
         applied, log = self.applied, list(self.log)
         whole, number = log.copy(), log[-1].number if log else applied
         steps, passed, told, complete = self.steps, self.passed, self.told, self.complete
-        states, tallies, tracked = dict(self.states), dict(self.tallies), self.tracked
+        states, tallies = dict(self.states), dict(self.tallies)
         oldest = log[0].step if log else steps
 
         def undo(entry: Entry) -> None:
-            nonlocal steps, passed, told, complete, number, tracked
+            nonlocal steps, passed, told, complete, number
             number = entry.number - 1
-            steps, passed, told, complete, tracked = entry.step, entry.passed, entry.told, False, entry.tracked
+            steps, passed, told, complete = entry.step, entry.passed, entry.told, False
             _put(states, entry.lane, entry.state)
             _put(tallies, entry.lane, entry.tally)
 
@@ -436,7 +433,12 @@ class Position:
                 )
             while log and log[-1].step >= step:
                 undo(log.pop())
-        return self._render(passed, steps, states, tallies, told, complete, number, whole, tracked)
+        return self._render(passed, steps, states, tallies, told, complete, number, whole)
+
+    @property
+    def tracked(self) -> Tracked:
+        """Metrics of this rank over the whole run."""
+        return self.history.at(self.applied)
 
     @property
     def left_over(self) -> bool:
@@ -459,7 +461,6 @@ class Position:
         complete: bool,
         number: int,
         log: Sequence[Entry],
-        tracked: Tracked,
     ) -> State:
         """The canonical state. A complete epoch is the start of the next, where the other ranks are there too."""
         ranks, over = self.topology.world_size, complete and self.together
@@ -477,11 +478,11 @@ class Position:
             done += sorted(n for n in self.ahead if n >= self.first + passed * ranks)
             for leaf, numbers in self._by_leaf(done).items():
                 extra.setdefault(leaf, {})["ahead"] = to_ranges(numbers)
-            for number, errors in sorted(told.items(), reverse=True):
-                extra.setdefault(self._leaf(number), {})["told"] = [number, errors]
+            for batch, errors in sorted(told.items(), reverse=True):
+                extra.setdefault(self._leaf(batch), {})["told"] = [batch, errors]
         if self.own:
             extra.setdefault(self.own[0], {})["at"] = [epoch, batches, steps, int(complete and not over)]
-            if tracked:
+            if tracked := self.history.at(number):
                 extra[self.own[0]]["tracked"] = Fragment(encode_tracked(tracked))
         if over:
             leaves = {f"{index:04d}": self._leaf_text(states.get(index), tallies.get(index)) for index in self.own}
