@@ -682,6 +682,36 @@ def test_a_shuffle_has_its_next_window_at_hand_where_there_is_room(tmp_path: Pat
     assert order == ids(ms.read_parquet(f"{tmp_path}/*.parquet").shuffle(1, window_blocks=4))
 
 
+@pytest.mark.parametrize("leaves", [1, 2])
+def test_an_interrupt_between_two_steps_of_a_read_leaves_nothing_to_wait_for(leaves: int) -> None:
+    class Interrupted:
+        """A condition; Ctrl-C comes as it is left for the n-th time."""
+
+        def __init__(self, condition: threading.Condition) -> None:
+            self.condition, self.left = condition, 0
+
+        def __enter__(self) -> None:
+            self.condition.__enter__()
+
+        def __exit__(self, *error: Any) -> None:
+            self.condition.__exit__(*error)
+            self.left += 1
+            if self.left == leaves:
+                raise KeyboardInterrupt
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.condition, name)
+
+    store: ahead.Ahead[int] = ahead.Ahead(lambda number: (number, 1), lambda: 4)
+    store.changed = Interrupted(store.changed)  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        store.get(3, print)
+    again = threading.Thread(target=lambda: store.get(3, print), daemon=True)
+    again.start()
+    again.join(5)
+    assert not again.is_alive()
+
+
 def store_of(limit: int) -> tuple[ahead.Ahead[int], Callable[..., None], Callable[[], tuple[list[int], list[int]]]]:
     """A store of numbers, each of size 1; what gets them; what waits for the thread and tells what is there."""
     store: ahead.Ahead[int] = ahead.Ahead(lambda number: (number, 1), lambda: limit)

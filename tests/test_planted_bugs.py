@@ -167,7 +167,7 @@ BUGS = {
     ),
     "a row group that is being read is not waited for": Bug(
         "sources/ahead.py",
-        "            while number in self.reading:\n                self.changed.wait()\n",
+        "                while number in self.reading:\n                    self.changed.wait()\n",
         "",
         ("test_parquet.py", "waited_for_not_read_again"),
     ),

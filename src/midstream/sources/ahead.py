@@ -80,33 +80,33 @@ class Ahead(Generic[T]):
 
     def get(self, number: int, dropped: Callable[[int], None]) -> tuple[T, bool]:
         """A thing, and whether it was brought just now; ``dropped`` hears which ones are kept no longer."""
-        with self.changed:
-            self.calls += 1
-            foreseen = number in self.wanted or number in self.reading
-            self.wanted.pop(number, None)
-            while number in self.reading:
-                self.changed.wait()
-            if number in self.kept:
-                self.kept.move_to_end(number)
-                self.used[number] = self.calls
-                self._start()
-                return self.kept[number][0], False
-            waits = self.waiting.pop(number, None)
-            if waits is not None:
-                self.waiting_bytes -= waits.size
-                self._keep(number, waits.thing, waits.size, dropped)
-                return waits.thing, True
-            if not foreseen:
-                self.wanted.clear()  # someone went elsewhere
-            self.reading.add(number)
         try:
+            with self.changed:
+                self.calls += 1
+                foreseen = number in self.wanted or number in self.reading
+                self.wanted.pop(number, None)
+                while number in self.reading:
+                    self.changed.wait()
+                if number in self.kept:
+                    self.kept.move_to_end(number)
+                    self.used[number] = self.calls
+                    self._start()
+                    return self.kept[number][0], False
+                waits = self.waiting.pop(number, None)
+                if waits is not None:
+                    self.waiting_bytes -= waits.size
+                    self._keep(number, waits.thing, waits.size, dropped)
+                    return waits.thing, True
+                if not foreseen:
+                    self.wanted.clear()  # someone went elsewhere
+                self.reading.add(number)
             thing, size, cost = _timed(self.read, number)
-        except BaseException:
+            with self.changed:
+                self._done(number, size, cost)
+                self._keep(number, thing, size, dropped)
+        except BaseException:  # Ctrl-C too, at any place: who asks again must not wait for a read that is over
             self._done(number)
             raise
-        with self.changed:
-            self._done(number, size, cost)
-            self._keep(number, thing, size, dropped)
         return thing, True
 
     def want(self, numbers: Iterable[int]) -> None:
