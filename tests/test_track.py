@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 import json
 import math
@@ -548,10 +549,10 @@ def test_two_branches_with_metrics_of_one_name() -> None:
     for _ in loader:
         pass
     told = loader.progress()
-    assert told.metrics["x"]["count"] == told.metrics["y (a/track)"]["count"] + sum(
-        told.metrics["y (b/track)"].values()
+    assert told.metrics["x"]["count"] == told.metrics["y (a/track, numbers)"]["count"] + sum(
+        told.metrics["y (b/track, count)"].values()
     )
-    assert set(told.sources["a"].metrics) == {"x", "y (a/track)"}
+    assert set(told.sources["a"].metrics) == {"x", "y (a/track, numbers)"}
 
 
 def test_how_it_looks() -> None:
@@ -566,3 +567,36 @@ def test_how_it_looks() -> None:
     assert flat["web/size/mean"] == loader.progress().sources["web"].metrics["size"]["mean"]
     assert flat["all/language/a"] == loader.progress().metrics["language"]["a"]
     assert encode_tracked(decode_tracked({})) == "{}"
+
+
+def test_a_metric_keeps_its_kind() -> None:
+    def made(names: str, **metrics: Any) -> ms.DataLoader:
+        parts = {name: ms.from_dataset(rows(0, 60), name=name) for name in names}
+        parts["a"] = parts["a"].track(**metrics) if "a" in parts else parts["b"]
+        mix = ms.interleave({name: parts[name] for name in names})
+        return ms.DataLoader(mix, batch_size=4, collate_fn=list)
+
+    loader = made("ab", size=of_size)
+    next(iter(loader))
+    for names, metrics in (("b", {}), ("ab", {"size": ms.count(language)})):
+        following = made(names, **metrics)
+        following.load_state_dict(loader.state_dict(), strict=False)
+        loader = following
+    next(iter(loader))
+    told = loader.progress()
+    assert told.metrics["size (a/track, numbers)"]["count"] == 2
+    assert told.metrics["size (a/track, count)"] == {"a": 1, "b": 1}
+    with pytest.raises(ms.CheckpointError, match="'size' was gathered as .* so far, and is .* now"):
+        made("b").load_state_dict(loader.state_dict(), strict=False)
+
+
+class Language(str, enum.Enum):
+    """As users have them."""
+
+    EN = "en"
+
+
+def test_a_category_of_an_enumeration_is_its_value() -> None:
+    loader = ms.DataLoader(ms.from_dataset(range(4)).track(of=ms.count(lambda _: Language.EN)), batch_size=4)
+    next(iter(loader))
+    assert loader.progress().metrics["of"] == {"en": 4}

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from midstream._check import require_callable
 from midstream._state import State, encode
+from midstream.errors import CheckpointError
 
 __all__ = [
     "MOST_BYTES",
@@ -83,10 +84,11 @@ class Metric:
         """What the function gave, as it is counted."""
         kind = type(value)
         if self.kind == "count":
-            if kind is str:
+            if isinstance(value, str):
+                value = str.__str__(value)  # of an enumeration, its value
                 return value if len(value) <= _NAME else value[: _NAME - 1] + "…"
-            if value is None or kind is bool or kind is int:
-                return str(value)
+            if value is None or isinstance(value, int):
+                return str(value) if value is None or kind is bool else int.__repr__(value)
             if hasattr(value, "item") and getattr(value, "size", 0) == 1:  # a numpy scalar
                 return str(value.item())[:_NAME]
             raise TypeError(f"count takes a str, int, bool or None of each sample; the function gave {kind.__name__}")
@@ -536,10 +538,19 @@ class Gathered:
 
 
 def join(one: Mapping[str, Totals], other: Mapping[str, Totals]) -> dict[str, Totals]:
-    """The totals of two parts, by name. Neither changes."""
+    """The totals of two parts, by name. Neither changes.
+
+    Raises:
+        CheckpointError: If a metric was gathered in another way before.
+    """
     joined = dict(one)
     for name, totals in other.items():
         known: Any = joined.get(name)
+        if known is not None and known.kind != totals.kind:
+            raise CheckpointError(
+                f"the metric {name!r} was gathered as {known.kind} so far, and is {totals.kind} now: their totals do not add "
+                f"up. Track it as it was, or under another name."
+            )
         joined[name] = totals if known is None else known.plus(totals)
     return joined
 

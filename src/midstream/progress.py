@@ -298,7 +298,7 @@ def _metrics(canonical: Canonical) -> tuple[dict[int, _Summaries], _Summaries, d
     """What was tracked: by index of the source, over all, and the kind of each metric.
 
     Two nodes may track a metric of one name in different branches: their totals belong together where their kinds agree,
-    else each goes by its path.
+    else each goes by its path and kind.
     """
     lanes = [lane["tracked"] for lane in canonical.lanes.values() if lane is not None and "tracked" in lane]
     tracked = join_tracked(map(decode_tracked, lanes))
@@ -308,7 +308,10 @@ def _metrics(canonical: Canonical) -> tuple[dict[int, _Summaries], _Summaries, d
             kinds.setdefault(name, set()).add(totals.kind)
     by_source: dict[int, dict[str, Totals]] = {}
     for (path, source), named in sorted(tracked.items()):
-        told = {name if len(kinds[name]) == 1 else f"{name} ({path})": totals for name, totals in named.items()}
+        told = {
+            name if len(kinds[name]) == 1 else f"{name} ({path}, {totals.kind})": totals
+            for name, totals in named.items()
+        }
         by_source[source] = join(by_source.get(source, {}), told)
     whole: dict[str, Totals] = {}
     for told in by_source.values():
