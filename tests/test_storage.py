@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import signal
 import tracemalloc
 import warnings
@@ -17,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream import checkpoint
+from midstream import checkpoint, storage
 from simulate import Cluster
 
 
@@ -102,6 +104,43 @@ def test_the_last_ones_are_kept(tmp_path: Path, keep: int) -> None:
         else:
             paths.append(_save_all(tmp_path, cluster, keep=keep)[0])
     assert sorted(os.path.join(tmp_path, name) for name in os.listdir(tmp_path)) == paths[-keep:]
+
+
+def test_ranks_that_prune_at_once_do_not_mind_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank removes all of a checkpoint before each thing that this one does to it."""
+    plain = {name: getattr(storage, name) for name in ("_sync",)}
+    for turn in itertools.count():
+        root = tmp_path / str(turn)
+        loader = ms.DataLoader(ms.from_dataset(range(40)), batch_size=2)
+        iterator = iter(loader)
+        for _ in range(2):
+            next(iterator)
+            ms.checkpoint.save(root, loader)
+        old, new = sorted(path.name for path in root.iterdir())
+        store = storage._Store(root)
+        done = 0
+
+        def meanwhile() -> None:
+            nonlocal done
+            if done == turn:
+                shutil.rmtree(root / old)
+            done += 1
+
+        for place, name in ((storage, "_sync"), (store.files, "rm_file"), (store.files, "rmdir"), (store.files, "ls")):
+            call = plain.get(name) or getattr(type(place), name)
+
+            def instead(*given: Any, call: Any = call, bound: bool = name not in plain, **options: Any) -> Any:
+                meanwhile()
+                return call(store.files, *given, **options) if bound else call(*given, **options)
+
+            monkeypatch.setattr(place, name, instead)
+        storage._prune(store, new, 1)
+        monkeypatch.undo()
+        assert not (root / old).exists()
+        assert ms.checkpoint.latest(root) == str(root / new)
+        if done <= turn:
+            break
+    assert turn >= 5
 
 
 def test_a_rank_that_ended_alone_asks_for_the_training_step(tmp_path: Path) -> None:

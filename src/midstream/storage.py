@@ -239,10 +239,13 @@ class _Store:
             pass
 
     def remove_folder(self, name: str) -> None:
-        """Marker first, so that what is half removed is no checkpoint."""
+        """Marker first, so that what is half removed is no checkpoint. Other ranks may be at it as well."""
         self.remove(name, _MARKER)
         if self.local:
-            _sync(self.path(name))
+            try:
+                _sync(self.path(name))
+            except FileNotFoundError:
+                return  # another rank has removed all of it
         for file in self.names(name):
             self.remove(name, file)
         try:
