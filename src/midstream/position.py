@@ -225,7 +225,8 @@ class Position:
             keep: Whether what a lane has not delivered when the epoch ends is kept for the next one (``sync_end``).
         """
         self.facts, self.topology, self.num_lanes, self.epoch, self.turns = facts, topology, num_lanes, epoch, turns
-        self.even, self.keep = even, keep and not facts.pipeline.random_access
+        self.by_position = facts.pipeline.random_access  # asked once: it looks at the whole pipeline
+        self.even, self.keep = even, keep and not self.by_position
         self.num_sources = len(facts.names)
         self.total = facts.running.length() if facts.running.random_access else None
         self.own = range(topology.rank, num_lanes, topology.world_size)
@@ -469,7 +470,7 @@ class Position:
         if over:
             epoch, batches, steps, rest = self.epoch + 1, 0, 0, ""
             states = {index: self._kept(states.get(index)) for index in self.own} if self.keep else {}
-        elif self.total is not None or self.facts.pipeline.random_access:
+        elif self.total is not None or self.by_position:
             done = [self.first + turn * ranks for turn in range((batches - self.start) // ranks, passed)]
             if ranks == 1:
                 batches, done = self.start + passed, []
