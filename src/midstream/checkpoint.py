@@ -322,17 +322,23 @@ def _lane(key: str, text: str, paths: Paths) -> dict[str, Any] | None:
     return lane
 
 
-def lane_text(lane: Mapping[str, Any], paths: Paths) -> str:
-    """What `_lane` decodes."""
-    lane = {name: part for name, part in lane.items() if name != "crc"}
-    if lane["rows"] == lane["samples"]:
-        del lane["rows"]
-    events = lane.pop("events")
-    if events:
-        lane["events"] = paths.short_events(events)
+def leaf_text(lane: Mapping[str, Any], paths: Paths, run: str | None = None) -> str:
+    """What `_lane` decodes, of a lane with nodes by path.
+
+    Args:
+        lane: Its entries.
+        paths: Of the pipeline.
+        run: Its "lane" with nodes by number, encoded, where that is known already.
+    """
+    parts = {name: part for name, part in lane.items() if name not in ("crc", "events", "lane")}
+    if parts["rows"] == parts["samples"]:
+        del parts["rows"]
+    if lane["events"]:
+        parts["events"] = paths.short_events(lane["events"])
     if "lane" in lane:
-        lane["lane"] = run_state(lane["lane"], paths)
-    return seal(encode(lane))
+        run = encode(run_state(lane["lane"], paths))
+    body = encode(parts)
+    return seal(f'{body[:-1]},"lane":{run}}}' if run else body)
 
 
 def run_state(run: Mapping[str, Any], paths: Paths) -> dict[str, State]:
@@ -438,7 +444,7 @@ def render(canonical: Canonical, state: dict[str, State]) -> dict[str, State]:
         if lane is not None:
             if "at" in lane:
                 lane["at"] = [*position, 0]
-            lanes[f"{index:04d}"] = lane_text(lane, paths)
+            lanes[f"{index:04d}"] = leaf_text(lane, paths)
     return {
         **copy_plain({**state, "lanes": {}}),
         "fingerprint": canonical.fingerprint,

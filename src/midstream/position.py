@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from midstream._paths import Paths
-from midstream._state import Fragment, State, decode, encode, seal
-from midstream.checkpoint import Canonical, run_state
+from midstream._state import Fragment, State, decode, encode
+from midstream.checkpoint import Canonical, leaf_text, run_state
 from midstream.core import FORMAT, I64, PARTS, Dataset, bind
 from midstream.errors import Origin
 from midstream.failures import add_counts, failed_in
@@ -533,15 +533,9 @@ class Position:
         if not text and not more and (tally is None or not (tally.samples.any() or tally.events)):
             return ""
         tally = tally or Tally(self.num_sources)
-        parts: dict[str, State] = {"samples": tally.samples.tolist(), **(more or {})}
-        if tally.rows is not tally.samples and (tally.rows != tally.samples).any():
-            parts["rows"] = tally.rows.tolist()
-        if tally.tokens.any():
-            parts["tokens"] = tally.tokens.tolist()
-        if tally.events:
-            parts["events"] = self.facts.paths.short_events(tally.events)
-        body = encode(parts)
-        return seal(f'{body[:-1]},"lane":{text}}}' if text else body)
+        tokens = {"tokens": tally.tokens.tolist()} if tally.tokens.any() else {}
+        counts = {"samples": tally.samples.tolist(), "rows": tally.rows.tolist(), "events": tally.events}
+        return leaf_text({**counts, **tokens, **(more or {})}, self.facts.paths, text)
 
     def _by_leaf(self, numbers: list[int]) -> dict[int, list[int]]:
         leaves: dict[int, list[int]] = {}
