@@ -32,6 +32,7 @@ from contestants import everyone
 from interface import WEIGHTS, Work
 
 import midstream as ms
+from midstream._paths import Paths
 from midstream.core import Dataset, Later, bind
 from midstream.lanes import Topology
 from midstream.readers import Plan, Runner
@@ -94,9 +95,9 @@ def stages(work: Work, samples: int) -> dict[str, Callable[[], float]]:
         top = ms.interleave(shuffled, weights=WEIGHTS, seed=work.seed)
         found["interleave"] = in_chunks(top, samples)
     batched = top.batch(BATCH, collate_fn=SHAPES[work.shape])
-    plan, topology = Plan(0, None, {}, {}), Topology(0, 1, 0)
+    paths, plan, topology = Paths(batched.spec()), Plan(0, None, {}, {}), Topology(0, 1, 0)
     found["batch"] = in_chunks(batched, samples, BATCH)
-    found["reader"] = batches(lambda: Runner(batched, topology, 48, 0, plan, None), samples)
+    found["reader"] = batches(lambda: Runner(batched, paths, topology, 48, 0, plan, None), samples)
     found["loader"] = batches(lambda: ms.DataLoader(batched), samples)
     for name in ("limit", "limit-rows"):
         found[name] = batches(lambda name=name: everyone()[name].open(work), samples)  # type: ignore[misc]
