@@ -426,8 +426,7 @@ def test_pipes_travel_as_multiprocessing_sends_them() -> None:
     assert tensor.equal(torch.ones(3))
 
 
-def test_origins_do_not_hold_a_slot(worker: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "get_worker_info", lambda: object())
+def test_origins_do_not_hold_a_slot(worker: Arena) -> None:
     origins = np.arange(5 * INLINE).reshape(-1, 5)
     packed = readers.send((3, -1, [readers.Out(readers.BATCH, torch.ones(INLINE), origins, True, "s", None)]))
     assert isinstance(packed, Parcel)

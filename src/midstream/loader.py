@@ -34,6 +34,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from midstream._check import require_int
 from midstream._state import State
 from midstream.breadcrumbs import describe, new_table
+from midstream.bundles import MOST, Unbundler, new_sizes
 from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, render, settle
 from midstream.core import Dataset, require_epochs
 from midstream.edits import add, in_epoch, lane_edits
@@ -45,7 +46,7 @@ from midstream.nodes.collate import collate
 from midstream.nodes.exclude import excluded_origins, with_origins
 from midstream.position import Facts, Position, Trace
 from midstream.progress import Progress, progress
-from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, deliver, send
+from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, deliver, keep
 from midstream.rest import adopt, require_excludable, running
 from midstream.shield import Context, Orphanage, quiet_at_exit
 from midstream.sources import from_dataset
@@ -724,6 +725,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             epoch, inner = self._open()
         self._current, self._loaded, self._trained = epoch, None, None
         self._next_epoch = epoch.epoch
+        if self._runner is not None and self._runner.sizes is not None:
+            inner = Unbundler(inner, self.num_workers, self.prefetch_factor, self._runner.sizes)
         return _LoaderIterator(self, epoch, inner)
 
     def start(self) -> None:
@@ -803,9 +806,12 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 if self.persistent_workers:
                     runner.shared = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
                 runner.crumbs = new_table(self.num_workers)
+                runner.sizes = new_sizes(self.prefetch_factor)
                 runner.arena = self._arena()
             runner.edits = lane_edits(self._edits)
             self._runner = runner
+        if reuse and runner.sizes is not None:
+            runner.sizes.fill_(runner.sizes.min())  # as small as the smallest of late
         if runner.shared is not None:
             runner.shared[0] = epoch.epoch
             runner.shared[1] += 1
@@ -836,9 +842,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         return epoch, inner
 
     def _arena(self) -> Arena | None:
-        """Shared memory for batches; what every worker holds ready, what is handed out, and what the training holds on to."""
+        """Shared memory for batches: bundles that are ready and one in the making, and what the training holds on to."""
         try:
-            return Arena(self.num_workers, self.prefetch_factor + 4)
+            return Arena(self.num_workers, (self.prefetch_factor + 1) * MOST + 4)
         except (OSError, ValueError) as error:
             self._no_memory(f"no shared memory for batches ({error}): they go through a pipe, which is slower.")
             return None
@@ -902,7 +908,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         double.__dict__.update(
             self.__dict__,
             dataset=runner,
-            collate_fn=send,
+            collate_fn=keep,
             batch_size=None,
             drop_last=False,
             snapshot_every_n_steps=0,  # our envelopes carry the state; torchdata's would cost and hold nothing

@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from midstream._paths import Paths, short_value
 from midstream._state import Fragment, encode
 from midstream.breadcrumbs import Trail
+from midstream.bundles import Bundle, Bundler
 from midstream.core import (
     I64,
     Cursor,
@@ -41,7 +42,7 @@ from midstream.lanes import Topology, first_batch, slots
 from midstream.nodes.mixing import LaneEdits
 from midstream.transport import Arena, Once, Parcel, begin, pack
 
-__all__ = ["BATCH", "ERROR", "FATAL", "NOTHING", "Out", "Plan", "Runner", "deliver", "send", "source_of"]
+__all__ = ["BATCH", "ERROR", "FATAL", "NOTHING", "Out", "Plan", "Runner", "deliver", "keep", "send", "source_of"]
 
 _ERRORS_A_TURN = 1000
 
@@ -90,7 +91,8 @@ class Runner(IterableDataset[Any]):
     """What a loader's worker processes iterate: the pipeline at one topology.
 
     ``shared`` holds epoch and generation where workers live on: a plan is for one generation only, so that a worker that
-    was forked with one does not follow it again in the next epoch. ``crumbs`` is the table of `midstream.breadcrumbs`.
+    was forked with one does not follow it again in the next epoch. ``crumbs`` is the table of `midstream.breadcrumbs`,
+    ``sizes`` that of `midstream.bundles`.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Runner(IterableDataset[Any]):
         self.shared: torch.Tensor | None = None
         self.crumbs: torch.Tensor | None = None
         self.arena: Arena | None = None
+        self.sizes: torch.Tensor | None = None
         self.edits: dict[str, list[dict[str, float]]] = {}  # streams: weights set on the way, by mix
         self.paths = paths
         self.frozen = False
@@ -132,7 +135,10 @@ class Runner(IterableDataset[Any]):
             epoch, generation = self.shared.tolist()
             if generation != self.generation:
                 plan = Plan(0, self.next_turns, {}, {})
-        return self.read(worker.id if worker is not None else 0, epoch, plan)
+        if worker is None:
+            return self.read(0, epoch, plan)
+        assert self.sizes is not None
+        return Bundler(self.read(worker.id, epoch, plan), send, worker.id, self.sizes)
 
     def read(self, worker: int, epoch: int, plan: Plan) -> Iter[Any]:
         """The envelopes of one reader of `Topology.readers`."""
@@ -400,13 +406,16 @@ def _fatal(error: Exception) -> Out:
     return Out(FATAL, (f"{type(error).__name__}: {error}", text, data))
 
 
-def send(envelope: tuple[int, int, list[Out]]) -> Any:
-    """The collate function of envelopes: in a worker process they are packed for the way, in the main one they stay.
+def keep(made: tuple[int, int, list[Out]] | Bundle) -> Any:
+    """The collate function of what a `Runner` makes: nothing is left to do."""
+    return made
+
+
+def send(envelope: tuple[int, int, list[Out]]) -> Parcel:
+    """An envelope, packed for the way to the main process.
 
     Origins go in the header: the main process keeps them for long, and would keep a slot with them.
     """
-    if get_worker_info() is None:
-        return envelope
     number, lane, outs = envelope
     try:
         return pack((number, lane, [_flat(out) for out in outs]))

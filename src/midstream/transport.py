@@ -10,8 +10,9 @@ The main process makes tensors and arrays that look into the slot: same dtypes a
 is written again only after the last of them is gone. When a worker's slots are all looked at (``list(loader)``), the batch
 goes through the queue however large: nobody ever waits for a slot.
 
-    memory     at most ``num_workers * (prefetch_factor + 4)`` slots, each as large as the largest batch it carried
-               (up to a quarter more); what no batch needed yet takes none
+    memory     a slot is as large as the largest batch it carried (up to a quarter more), and one that no batch needed yet
+               takes none; batches of a MB or more travel alone, and a worker has ``prefetch_factor + 4`` of them at once;
+               smaller ones travel in bundles (`midstream.bundles`), for which there are up to eight times as many slots
     leaks      none is possible: the memory is one anonymous file (memfd), which has no name in /dev/shm, is not limited by
                its size, and is gone with the last process that holds it, however that ended
     no memory  a slot's pages are reserved before they are written, so that a full machine is an error that is caught
@@ -21,6 +22,8 @@ What is no plain tensor or array (a sparse tensor, a parameter, a masked array) 
 which torch needs one for each tensor. What cannot be pickled is an error at its turn. Slots know of the main process alone: a
 process that it forks while it looks into one may see it change. Tensors that were views of one storage arrive as copies.
 
+A list of tensors that were cut from one (`split`) travels as that one, unless somebody changed it.
+
 Whoever forms batches may write them straight into the slot: `empty` gives an array that lies there, where there is a slot
 being filled, and an ordinary one elsewhere. Nothing has to be told about it afterwards.
 """
@@ -29,6 +32,7 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
+import functools
 import io
 import mmap
 import os
@@ -44,7 +48,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data._utils import pin_memory
 
-__all__ = ["INLINE", "Arena", "Once", "Parcel", "begin", "empty", "pack"]
+__all__ = ["INLINE", "Arena", "Once", "Parcel", "begin", "empty", "pack", "split"]
 
 INLINE = 16 << 10
 """Bytes of tensors and arrays from which on a batch goes by a slot."""
@@ -52,6 +56,10 @@ INLINE = 16 << 10
 _ALIGN = 64
 _STRIDE = 1 << 40  # between two slots, in an address space that costs nothing
 _GRAIN = 64 << 10
+
+_NUMPYS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float32, torch.float64}
+
+_FEW = 16  # of a longer list nobody looks at the elements, to find what was split
 
 _MARK = pickle.PickleBuffer(bytearray(1))
 
@@ -178,6 +186,11 @@ class Parcel:
     def __reduce__(self) -> Any:
         return _arrive, (self._header, self._spans, self._body, self._route, self.notice)
 
+    @property
+    def size(self) -> int:
+        """Bytes of tensors and arrays."""
+        return self._body if isinstance(self._body, int) else len(self._body)
+
     def open(self) -> Any:
         """The value. To be called once."""
         if self._opened is not None:
@@ -274,10 +287,10 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, file: io.BytesIO, parts: list[npt.NDArray[np.uint8]]) -> None:
         super().__init__(file, protocol=5, buffer_callback=_out_of_band)
-        extra = reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
-        self.dispatch_table = {**copyreg.dispatch_table, **{kind: extra[kind] for kind in extra.keys() - _torch_sends}}
-        self.dispatch_table[torch.Tensor] = lambda tensor: _reduce_tensor(tensor, parts)
-        self.dispatch_table[np.ndarray] = lambda array: _reduce_array(array, parts)
+        self.dispatch_table = table = copyreg.dispatch_table.copy()
+        table.update(_others(len(reduction.ForkingPickler._extra_reducers)))  # type: ignore[attr-defined]
+        table[torch.Tensor] = lambda tensor: _reduce_tensor(tensor, parts)
+        table[np.ndarray] = lambda array: _reduce_array(array, parts)
 
 
 _torch_sends = {
@@ -286,6 +299,13 @@ _torch_sends = {
     if kind.__module__.split(".")[0] == "torch"
 }
 """By files: not here. What others registered (pipes, say) goes as they want it."""
+
+
+@functools.lru_cache(maxsize=1)
+def _others(number: int) -> dict[Any, Any]:
+    """What is registered, when it is so many."""
+    extra = reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+    return {kind: extra[kind] for kind in extra.keys() - _torch_sends}
 
 
 def _out_of_band(buffer: pickle.PickleBuffer) -> bool:
@@ -329,7 +349,7 @@ def _reduce_tensor(tensor: torch.Tensor, parts: list[npt.NDArray[np.uint8]]) -> 
         return tensor.__reduce_ex__(4)  # type: ignore[no-untyped-call]
     shape: Any = tuple(tensor.shape)
     if tensor.is_contiguous():
-        parts.append(_storage(tensor))
+        parts.append(_bytes_of(tensor.numpy()) if tensor.dtype in _NUMPYS else _storage(tensor))
         return _tensor, (_MARK, tensor.dtype, shape)
     repeated = [size > 1 and step == 0 for size, step in zip(shape, tensor.stride())]
     if any(repeated):  # expanded: its bytes are there once
@@ -358,7 +378,8 @@ def _storage(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
 
 
 def _tensor(part: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.frombuffer(part, dtype=dtype).view(shape)
+    flat = torch.frombuffer(part, dtype=dtype)
+    return flat if len(shape) == 1 else flat.view(shape)
 
 
 def _strided(
@@ -381,6 +402,7 @@ class _Filling:
         self.thread = threading.get_ident()
         self.notice = ""
         self.told = False
+        self.split: dict[int, tuple[torch.Tensor, list[torch.Tensor], list[int]]] = {}  # by the id of the first piece
 
     def take(self) -> bool:
         """Choose a slot, unless one is chosen."""
@@ -462,6 +484,7 @@ class _Filling:
     def close(self) -> None:
         """The turn is over."""
         self.slot, self.at, self.places = -1, 0, []
+        self.split.clear()
 
 
 class _Held(np.ndarray[Any, Any]):
@@ -493,7 +516,7 @@ def pack(value: Any) -> Parcel:
     file = io.BytesIO()
     filling = _filling
     try:
-        _Pickler(file, parts).dump(value)
+        _Pickler(file, parts).dump(_folded(value, filling.split) if filling is not None and filling.split else value)
         header = file.getvalue()
         parcel = filling.pack(header, parts) if filling is not None else None
         if parcel is None:
@@ -530,3 +553,56 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         if array is not None:
             return array
     return np.empty(shape, kind)
+
+
+def split(whole: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
+    """A tensor cut along its first dimension, as many tensors that leave a worker as one.
+
+    "Unsafe" are only two parts of the same rows: here each is a tensor of its own to autograd, not one of several views.
+    """
+    pieces = list(whole.unsafe_split_with_sizes(lengths))
+    filling = _filling
+    if filling is not None and len(pieces) > 1 and whole.ndim == 1 and filling.thread == threading.get_ident():
+        filling.split[id(pieces[0])] = whole, pieces, lengths
+    return pieces
+
+
+class _Whole:
+    """In a list's place: what its tensors were cut from."""
+
+    __slots__ = ("lengths", "whole")
+
+    def __init__(self, whole: torch.Tensor, lengths: list[int]) -> None:
+        self.whole, self.lengths = whole, lengths
+
+    def __reduce__(self) -> Any:
+        return _unfolded, (self.whole, self.lengths)
+
+
+def _unfolded(whole: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
+    return list(whole.unsafe_split_with_sizes(lengths))
+
+
+def _folded(value: Any, known: dict[int, tuple[torch.Tensor, list[torch.Tensor], list[int]]], depth: int = 6) -> Any:
+    """The value, with lists that `split` made, and nobody has changed, as one tensor each."""
+    kind = type(value)
+    if kind is dict and depth:
+        return {key: _folded(each, known, depth - 1) for key, each in value.items()}
+    if kind is tuple and depth:
+        return tuple([_folded(each, known, depth - 1) for each in value])
+    if kind is not list or not value:
+        return value
+    found = known.get(id(value[0]))
+    if found is None:
+        return [_folded(each, known, depth - 1) for each in value] if depth and len(value) <= _FEW else value
+    whole, pieces, lengths = found
+    if len(value) != len(pieces) or whole.requires_grad:
+        return value
+    dtype, size, address = whole.dtype, whole.element_size(), whole.data_ptr()
+    for tensor, piece, length in zip(value, pieces, lengths):
+        if tensor is not piece or tensor.dtype is not dtype or tensor.requires_grad or tensor.__dict__:
+            return value
+        if (length and tensor.data_ptr() != address) or tensor.shape != (length,):
+            return value
+        address += length * size
+    return _Whole(whole, lengths)

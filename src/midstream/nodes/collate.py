@@ -18,6 +18,7 @@ from torch.utils.data import default_collate
 
 from midstream._check import require_int
 from midstream.columns import Column, Columns, whole_block
+from midstream.transport import split
 
 __all__ = ["collate", "flat", "over_columns", "pad", "ragged"]
 
@@ -261,8 +262,7 @@ def _ragged_columns(columns: Columns) -> dict[str, Any]:
 
 def _ragged_column(column: Column, where: str) -> list[torch.Tensor]:
     tensor, lengths = _flat_column(column, "ragged", where)
-    # "Unsafe" are only two parts of the same rows: here each is a tensor of its own to autograd, not one of several views.
-    return list(tensor.unsafe_split_with_sizes(lengths.tolist()))
+    return split(tensor, lengths.tolist())
 
 
 def _columns(samples: Sequence[Mapping[str, Any]]) -> Columns:

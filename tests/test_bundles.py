@@ -1,0 +1,207 @@
+"""Several envelopes a trip: in order whatever the sizes, nothing is lost, and no worker gets ahead for good."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections import deque
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import midstream as ms
+from midstream import bundles, transport
+from midstream.bundles import MOST, Bundler, Unbundler, new_sizes
+
+
+class Torch:
+    """What torch does with the workers: ``prefetch`` bundles of each asked for, handed out in the order they were asked for."""
+
+    def __init__(self, workers: list[Bundler], prefetch: int) -> None:
+        self.workers: list[Bundler | None] = list(workers)
+        self.cycle = 0
+        self.asked: deque[Any] = deque()
+        for _ in range(prefetch * len(workers)):
+            self.ask()
+
+    def ask(self) -> None:
+        for _ in self.workers:
+            number, self.cycle = self.cycle, (self.cycle + 1) % len(self.workers)
+            worker = self.workers[number]
+            if worker is not None:
+                try:
+                    self.asked.append(next(worker))
+                except StopIteration:
+                    self.workers[number] = None
+                    self.asked.append(None)
+                except Exception as error:
+                    self.asked.append(error)
+                return
+
+    def __next__(self) -> Any:
+        while self.asked:
+            found = self.asked.popleft()
+            self.ask()
+            if isinstance(found, Exception):
+                raise found
+            if found is not None:
+                return found
+        raise StopIteration
+
+
+def through(lists: list[list[Any]], prefetch: int, most_waiting: list[int] | None = None) -> list[Any]:
+    """What arrives of these, one list for each worker."""
+    sizes = new_sizes(prefetch)
+    workers = [Bundler(iter(each), transport.pack, number, sizes) for number, each in enumerate(lists)]
+    reader = Unbundler(Torch(workers, prefetch), len(lists), prefetch, sizes)
+    found = []
+    for parcel in reader:
+        found.append(parcel.open())
+        if most_waiting is not None:
+            most_waiting.append(max(map(len, reader._lines)))
+    with pytest.raises(StopIteration):
+        next(reader)
+    return found
+
+
+def in_turn(lists: list[list[Any]]) -> list[Any]:
+    """One of each while it has any."""
+    longest = max(map(len, lists))
+    return [each[number] for number in range(longest) for each in lists if number < len(each)]
+
+
+@given(
+    st.lists(st.integers(0, 70), min_size=1, max_size=5),
+    st.integers(1, 5),
+    st.lists(st.sampled_from([0.0, 0.0, 0.0, 2e-3, 5e-3]), min_size=1, max_size=12),
+    st.data(),
+)
+@settings(max_examples=150)
+def test_the_order_is_that_of_turns_whatever_bundles_hold(lengths, prefetch, times, data):
+    lists = [[(worker, number) for number in range(length)] for worker, length in enumerate(lengths)]
+    clock = 0.0
+
+    def now() -> float:
+        nonlocal clock
+        clock += data.draw(st.sampled_from(times), label="seconds")
+        return clock
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundles, "perf_counter", now)
+        assert through(lists, prefetch) == in_turn(lists)
+
+
+def test_bundles_grow_and_no_worker_gets_ahead():
+    waiting: list[int] = []
+    lists = [list(range(4000)), list(range(4000)), list(range(4000))]
+    assert through(lists, 2, waiting) == in_turn(lists)
+    assert MOST // 2 <= max(waiting) <= 2 * MOST
+
+
+def test_a_worker_with_large_batches_does_not_let_the_others_pile_up(monkeypatch):
+    """Bundles that are cut are owed for: over a long run all workers have sent as much."""
+    monkeypatch.setattr(bundles, "_FULL", 1 << 12)
+    small, large = torch.zeros(1), torch.zeros(1 << 11)
+    phases = [large if number // 400 % 2 else small for number in range(6000)]
+    waiting: list[int] = []
+    found = through([phases, [small] * 6000], 2, waiting)
+    assert [len(each) for each in found] == [len(each) for each in in_turn([phases, [small] * 6000])]
+    assert max(waiting) <= 8 * MOST
+
+
+def test_an_error_comes_after_what_was_made_before_it():
+    def fails():
+        yield from range(20)
+        raise OSError("the disk is gone")
+
+    sizes = new_sizes(2)
+    sizes.fill_(MOST)
+    reader = Unbundler(Torch([Bundler(fails(), transport.pack, 0, sizes)], 2), 1, 2, sizes)
+    found = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for parcel in reader:
+            found.append(parcel.open())
+    assert found == list(range(20))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_quick_batches_travel_together_and_slow_ones_alone(context):
+    ds = ms.from_dataset(range(4000)).shuffle(1)
+    expected = [batch.tolist() for batch in ms.DataLoader(ds, batch_size=2)]
+    options: dict[str, Any] = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": context}
+    loader = ms.DataLoader(ds, batch_size=2, **options)
+    largest = 0
+    for epoch in range(2):
+        iterator = iter(loader)
+        found = []
+        for batch in iterator:
+            found.append(batch.tolist())
+            largest = max(largest, iterator._inner._size)
+        if epoch == 0:
+            assert found == expected
+        assert sorted(sum(found, [])) == list(range(4000))
+    assert largest == MOST
+    loader.close()
+    slow = ms.DataLoader(ds.map(_wait), batch_size=2, num_workers=2, multiprocessing_context=context)
+    iterator = iter(slow)
+    assert [next(iterator).tolist() for _ in range(20)] == expected[:20]
+    assert iterator._inner._size == 1
+    slow.close()
+
+
+def _wait(sample: int) -> int:
+    time.sleep(3e-3)
+    return sample
+
+
+def test_a_list_cut_from_one_tensor_travels_as_one(worker):
+    pieces = transport.split(torch.arange(3000), [1000, 0, 1500, 500])
+    parcel = transport.pack({"ids": pieces, "deep": [{"again": pieces}]})
+    assert len(parcel._spans) == 2  # where it begins, and its size
+    found = pickle.loads(pickle.dumps(parcel)).open()
+    for arrived in (found["ids"], found["deep"][0]["again"]):
+        assert type(arrived) is list
+        assert all(a.equal(b) and a.dtype == b.dtype for a, b in zip(arrived, pieces, strict=True))
+
+
+CHANGES = {
+    "another list": lambda pieces: pieces[:2],
+    "another order": lambda pieces: [pieces[0], pieces[2], pieces[1]],
+    "a shape": lambda pieces: [pieces[0].unsqueeze_(0), *pieces[1:]],
+    "other memory": lambda pieces: [pieces[0], _with_data(pieces[1], torch.full((3,), 7)), pieces[2]],
+    "another dtype": lambda pieces: [pieces[0], _with_data(pieces[1], torch.zeros(3)), pieces[2]],
+    "values": lambda pieces: [pieces[0].fill_(9), *pieces[1:]],
+    "something more": lambda pieces: [*pieces, torch.zeros(2)],
+}
+
+
+def _with_data(tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    tensor.data = data
+    return tensor
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_somebody_changed_travels_as_it_is(worker, change):
+    changed = CHANGES[change](transport.split(torch.arange(9), [2, 3, 4]))
+    found = transport.pack([changed]).open()[0]
+    assert [(a.shape, a.dtype, a.tolist()) for a in found] == [(b.shape, b.dtype, b.tolist()) for b in changed]
+
+
+def test_a_gradient_asked_for_travels(worker):
+    pieces = transport.split(torch.arange(9.0), [2, 3, 4])
+    pieces[1].requires_grad_()
+    assert [each.requires_grad for each in transport.pack(pieces).open()] == [False, True, False]
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """This process packs as a worker does."""
+    arena = transport.Arena(1, 3)
+    monkeypatch.setattr(transport, "_filling", None)
+    transport.begin(arena, 0)
+    yield arena
+    transport._filling = None
