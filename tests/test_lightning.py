@@ -493,8 +493,7 @@ def _ended(folder: str, name: str, attempt: str, end: str, root: str, resume: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ACROSS)
-@pytest.mark.parametrize("end", ["error", "requeue"])
+@pytest.mark.parametrize(("end", "name"), list(zip(["error", "requeue"], ACROSS, strict=True)))
 def test_two_ranks_that_come_to_the_same_end_go_on_as_if_nothing_had_been(end: str, name: str, tmp_path: Path) -> None:
     def run(attempt: str, end: str = "", root: str = "", resume: str = "") -> list[list[Any]]:
         torchrun(__file__, 2, "ended", tmp_path, name, attempt, end, root, resume, dies=end != "")

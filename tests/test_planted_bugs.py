@@ -79,7 +79,7 @@ BUGS = {
         "nodes/track.py",
         "if values is not None and self.ledger.first_time(self.path, self.pass_, self.number):",
         "if values is not None:",
-        ("test_track.py", "any_chain_of_topologies"),
+        ("test_track.py", "a_resume_reads_again"),
     ),
     "what a repeat tracks counts": Bug(
         "position.py",
@@ -334,10 +334,11 @@ def test_a_planted_bug_turns_its_test_red(name: str, copy: Path) -> None:
 
 
 @pytest.mark.slow
-def test_without_a_bug_the_named_tests_are_green(copy: Path) -> None:
-    files: dict[str, list[str]] = {}
-    for bug in BUGS.values():
-        files.setdefault(bug.test[0], []).append(f"({bug.test[1]})")
-    for file, expressions in files.items():
-        done = run(copy, file, " or ".join(sorted(set(expressions))))
+def test_without_a_bug_the_named_tests_are_green_there(copy: Path) -> None:
+    """Some of them, to see that the copy alone turns nothing red: the suite itself runs all."""
+    for file, expression in [
+        BUGS[name].test
+        for name in ("a live list in a state", "a replay counts twice", "documents that wait are forgotten")
+    ]:
+        done = run(copy, file, expression)
         assert done.returncode == 0, done.stdout[-3000:]

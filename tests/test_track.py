@@ -338,6 +338,22 @@ def test_errors_that_are_raised_count_once_over_resumes(raised: bool) -> None:
     assert told(loader.progress())["all"] == counted(rows(0, 66))["all"]
 
 
+def test_what_a_resume_reads_again_does_not_count_again() -> None:
+    ds = (
+        ms.from_dataset(rows(0, 66))
+        .filter(bool)
+        .track(size=of_size)
+        .shuffle(5, buffer_size=20)
+        .batch(3, collate_fn=list)
+    )
+    whole = ms.DataLoader(ds, lanes=2)
+    for batches, _ in zip(range(1, 22), whole):
+        again = ms.DataLoader(ds, lanes=2)
+        again.load_state_dict(whole.state_dict())
+        assert sum(1 for _ in again) == 22 - batches
+        assert told(again.progress())["all"]["size"]["count"] == 66
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_any_chain_of_topologies_gives_the_same_totals(data: Any) -> None:
