@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream import readers, transport
-from midstream.transport import INLINE, Arena, Once, Parcel, begin, empty, pack
+from midstream.transport import DIRECT, INLINE, Arena, Once, Parcel, begin, empty, pack
 
 
 def travel(value: Any) -> Any:
@@ -243,9 +243,9 @@ def test_an_array_made_in_the_slot_is_not_copied_and_may_be_kept(worker: Arena) 
     kept = []
     for turn in range(5):
         small = np.full(3, turn)
-        array = empty((INLINE,), np.uint8)
+        array = empty((DIRECT,), np.uint8)
         array[:] = turn
-        other = empty((7, 1000), np.float32)  # the mapping may grow between the two
+        other = empty((7, DIRECT // 7), np.float32)  # the mapping may grow between the two
         other[:] = turn
         found = travel({"small": small, "array": array, "tensor": torch.from_numpy(other)})
         assert (found["small"] == turn).all()
@@ -265,7 +265,7 @@ def test_an_array_made_in_the_slot_is_not_copied_and_may_be_kept(worker: Arena) 
 
 
 def test_what_was_not_sent_leaves_the_slot_to_the_next(worker: Arena) -> None:
-    array = empty((INLINE,), np.uint8)
+    array = empty((DIRECT,), np.uint8)
     array[:] = 7
     assert travel("nothing of it") == "nothing of it"
     found = travel(np.full(INLINE, 3, np.uint8))

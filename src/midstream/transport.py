@@ -24,8 +24,8 @@ process that it forks while it looks into one may see it change. Tensors that we
 
 A list of tensors that were cut from one (`split`) travels as that one, unless somebody changed it.
 
-Whoever forms batches may write them straight into the slot: `empty` gives an array that lies there, where there is a slot
-being filled, and an ordinary one elsewhere. Nothing has to be told about it afterwards.
+Large batches are written straight into the slot: `empty` gives an array that lies there, where there is a slot being filled,
+and an ordinary one elsewhere. Nothing has to be told about it afterwards. `pad`, `flat` and `ragged` make theirs so.
 """
 
 from __future__ import annotations
@@ -48,10 +48,13 @@ import numpy.typing as npt
 import torch
 from torch.utils.data._utils import pin_memory
 
-__all__ = ["INLINE", "Arena", "Once", "Parcel", "begin", "empty", "pack", "split"]
+__all__ = ["DIRECT", "INLINE", "Arena", "Once", "Parcel", "begin", "empty", "pack", "split"]
 
 INLINE = 16 << 10
 """Bytes of tensors and arrays from which on a batch goes by a slot."""
+
+DIRECT = 128 << 10
+"""Bytes of an array from which on it is worth to be made in the slot: smaller ones are copied in less time."""
 
 _ALIGN = 64
 _STRIDE = 1 << 40  # between two slots, in an address space that costs nothing
@@ -435,7 +438,7 @@ class _Filling:
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any] | None:
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        if size < _ALIGN or dtype.hasobject or not self.take():
+        if size < DIRECT or dtype.hasobject or not self.take():
             return None
         memory = self.room(self.at + size)
         if memory is None:

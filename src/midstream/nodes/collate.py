@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 
 from midstream._check import require_int
 from midstream.columns import Column, Columns, whole_block
-from midstream.transport import split
+from midstream.transport import empty, split
 
 __all__ = ["collate", "flat", "over_columns", "pad", "ragged"]
 
@@ -303,7 +303,8 @@ def _pad_column(column: Column, value: float, multiple: int, where: str) -> tupl
     sizes = list(map(len, arrays))
     longest = -(-max(sizes) // multiple) * multiple
     shape = (len(arrays), longest, *tail)
-    out = np.full(shape, value, dtype=dtype) if value else np.zeros(shape, dtype=dtype)
+    out = empty(shape, dtype)
+    out[...] = value
     flat, start = out.reshape(len(arrays) * longest, *tail), 0  # no view is made of each row
     for size, array in zip(sizes, arrays):
         if size:
@@ -326,7 +327,7 @@ def _flat_column(column: Column, verb: str, where: str) -> tuple[torch.Tensor, t
         return torch.cat(filled), _int64(list(map(len, tensors)))
     arrays, tail, dtype = _arrays(column, verb, where)
     sizes = list(map(len, arrays))
-    out = np.empty((sum(sizes), *tail), dtype=dtype)
+    out = empty((sum(sizes), *tail), dtype)
     if out.size:
         # An empty list has a dtype of its own, and an empty array may have another shape.
         np.concatenate([array for array in arrays if array.size] if column.dtype is None else arrays, out=out)
