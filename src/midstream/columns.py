@@ -30,10 +30,13 @@ class Column:
     __slots__ = ("_lengths", "_values", "array", "dtype")
 
     def __init__(
-        self, values: list[Any] | None, dtype: np.dtype[Any] | None = None, array: npt.NDArray[Any] | None = None
+        self,
+        values: list[Any] | None,
+        dtype: np.dtype[Any] | None = None,
+        array: npt.NDArray[Any] | None = None,
+        lengths: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        self._values, self.dtype, self.array = values, dtype, array
-        self._lengths: npt.NDArray[np.int64] | None = None
+        self._values, self.dtype, self.array, self._lengths = values, dtype, array, lengths
 
     @property
     def values(self) -> list[Any]:
@@ -54,7 +57,7 @@ class Column:
         """The values of some samples."""
         if self.array is not None:
             return Column(None, None, self.array[part])
-        return Column(self.values[part], self.dtype)
+        return Column(self.values[part], self.dtype, None, None if self._lengths is None else self._lengths[part])
 
     def own(self) -> Column:
         """The same values without views into someone else's memory."""

@@ -7,11 +7,13 @@ without the Hugging Face formatters (50 µs a row); the parquet source reads its
 from __future__ import annotations
 
 import bisect
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from midstream._state import State
@@ -143,6 +145,8 @@ class _Column:
         self.opened: list[Any] = [None] * len(self.chunks)
         self.kind = _kind(column.type)
         self.dtype = np.dtype(column.type.value_type.to_pandas_dtype()) if self.kind == "list" else None
+        self.spans: list[_Span] | None = None
+        self.spread = self.kind not in ("list", "number") or pa.types.is_fixed_size_list(column.type)  # no spans
 
     def take(self, rows: I64) -> Column:
         """Values at these rows."""
@@ -167,9 +171,41 @@ class _Column:
         self.opened[chunk] = _OPEN[self.kind](self.chunks[chunk])
         return self.opened[chunk]
 
+    def _spans(self, chunks: I64) -> list[_Span] | None:
+        """What the rows of these chunks are found in by numpy alone: the numbers, or all values and where each row ends."""
+        if self.spread:
+            return None
+        if self.spans is None:
+            first, last = self._arrays(0), self._arrays(len(self.chunks) - 1)
+            if first is None or last is None:
+                self.spread = True
+                return None
+            self.spans = [_Span(a, b, self.chunks) for a, b in zip(first, last)]
+        unknown = np.flatnonzero(self.spans[-1].starts[chunks] < 0)
+        for chunk in set(chunks[unknown].tolist()) if len(unknown) else ():
+            arrays = self._arrays(chunk)
+            if arrays is None or not all(span.add(chunk, array) for span, array in zip(self.spans, arrays)):
+                self.spread, self.spans = True, None
+                return None
+        return self.spans
+
+    def _arrays(self, chunk: int) -> list[npt.NDArray[Any]] | None:
+        """Of one chunk; None where some of its rows are null."""
+        opened = self.opened[chunk] or self._read(chunk)
+        if opened[-1] is not None:
+            return None
+        return [np.asarray(each) for each in opened[:-1]]
+
     def _lists(self, chunks: I64 | None, inside: I64) -> Column:
         """Views into the chunks' values; the loop of every token pipeline, so nothing is called in it."""
         opened, views = self.opened, []
+        if chunks is not None and (spans := self._spans(chunks)) is not None:
+            values, ends = spans
+            flat, shifts, places = values.array, values.starts[chunks], ends.starts[chunks] + inside
+            starts, stops = ends.array[places] + shifts, ends.array[places + 1] + shifts
+            return Column(
+                [flat[a:b] for a, b in zip(starts.tolist(), stops.tolist())], flat.dtype, None, stops - starts
+            )
         if chunks is None:
             flat, ends, odd = opened[0] or self._read(0)
             if odd is not None:
@@ -193,6 +229,8 @@ class _Column:
             if valid is None:
                 return Column(None, None, values[inside])
             return Column([v if good else None for v, good in zip(values[inside].tolist(), valid[inside].tolist())])
+        if (spans := self._spans(chunks)) is not None:
+            return Column(None, None, spans[0].array[spans[0].starts[chunks] + inside])
         distinct = np.unique(chunks).tolist()
         found = [opened[chunk] or self._read(chunk) for chunk in distinct]
         if any(valid is not None for _, valid in found):
@@ -211,6 +249,39 @@ class _Column:
             here = np.flatnonzero(chunks == chunk)
             array[here] = opened[chunk][0][inside[here]]
         return Column(None, None, array)
+
+
+class _Span:
+    """The memory from a column's first chunk to its last as one array: what a memory-mapped file is in truth.
+
+    Only what `add` has placed is ever looked at: what lies between need not even be there.
+
+    Attributes:
+        array: Of the chunks' dtype. Holds the chunks, and so does every view of it.
+        starts: int64, shape [chunks]: where in the array each chunk begins; -1 where it was not looked up yet.
+    """
+
+    __slots__ = ("array", "size", "start", "starts")
+
+    def __init__(self, first: npt.NDArray[Any], last: npt.NDArray[Any], chunks: list[pa.Array]) -> None:
+        self.start, self.size = _address(first), max(0, _address(last) + last.nbytes - _address(first))
+        memory: Any = (ctypes.c_byte * (self.size // first.itemsize * first.itemsize)).from_address(self.start)
+        memory.held = chunks
+        self.array = np.frombuffer(memory, first.dtype) if self.size >= first.itemsize else first[:0]
+        self.array.flags.writeable = False
+        self.starts = np.full(len(chunks), -1, dtype=np.int64)
+
+    def add(self, chunk: int, array: npt.NDArray[Any]) -> bool:
+        """Place a chunk. False where it lies elsewhere."""
+        at = _address(array) - self.start
+        if array.nbytes and (at < 0 or at + array.nbytes > self.array.nbytes or at % array.itemsize):
+            return False
+        self.starts[chunk] = at // array.itemsize if array.nbytes else 0
+        return True
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def _kind(type_: pa.DataType) -> str:
