@@ -372,8 +372,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             tensors): one all-reduce of a number before each batch.
         worker_type: ``"process"``, or ``"thread"``: the ``num_workers`` readers are threads of this process. Right where
             reading waits or works outside the GIL; see `midstream.threads`. Order and checkpoints are the same.
-        prefetch_factor: Batches that each worker has ready (2). With ``num_workers=0`` it may be given too: then one thread
-            reads so many batches ahead while the model trains.
+        prefetch_factor: Batches that each worker has ready (2); up to eight times as many where they are small and quickly
+            made. With ``num_workers=0`` it may be given too: then one thread reads so many ahead while the model trains.
         collate_fn, drop_last, num_workers, ...: As in torch. ``in_order=False`` is refused.
 
     Raises:
