@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
 import random
+import select
 import time
 import weakref
 from collections import deque
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -245,6 +248,31 @@ def test_quick_batches_travel_together_and_slow_ones_alone(context):
     assert [next(iterator).tolist() for _ in range(20)] == expected[:20]
     assert iterator._inner._size == 1
     slow.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hugging_face", [False, True])
+def test_a_source_that_waits_for_the_training_loop_gets_what_it_waits_for(hugging_face):
+    """Each batch is asked for before the row after the next exists: what is made must not wait for it."""
+    ear, mouth = os.pipe()
+
+    def rows() -> Iterator[dict[str, int]]:
+        while select.select([ear], [], [], 20)[0] and (row := int(os.read(ear, 4))) >= 0:
+            yield {"x": row}
+
+    source = datasets.IterableDataset.from_generator(rows) if hugging_face else None
+    ds = ms.from_dataset(source) if source is not None else ms.from_iterable(rows)
+    loader = ms.DataLoader(ds, batch_size=1, num_workers=1, multiprocessing_context="fork")
+    for row in range(3):
+        os.write(mouth, b"%4d" % row)
+    found = []
+    for number, batch in enumerate(loader):
+        found += batch["x"].tolist()
+        os.write(mouth, b"%4d" % (number + 3 if number < 60 else -1))
+    assert found == list(range(63))
+    loader.close()
+    os.close(ear)
+    os.close(mouth)
 
 
 def _wait(sample: int) -> int:

@@ -10,6 +10,9 @@ handed out one from each worker in turn, so that a worker whose bundles were lar
 A bundle that gets late (`_LATE_S`) or large (`_FULL` bytes) leaves as it is. What is told are totals: the next ones bring
 what it lacks, and no difference between workers stays, whatever each of them saw told. As long as one is far behind, the others
 get no more than one envelope a bundle: so few wait in the main process, however long the run.
+
+What is made waits for the rest of its bundle. Where the next row may never come before it arrives (a source that the training
+loop feeds, say), each envelope goes alone.
 """
 
 from __future__ import annotations
@@ -124,10 +127,11 @@ class Unbundler:
         workers: How many there are.
         prefetch: Bundles that torch lets each of them make ahead.
         totals: See `new_totals`; as it was when the workers began with it.
+        most: Envelopes in a bundle.
     """
 
-    def __init__(self, inner: Any, workers: int, prefetch: int, totals: torch.Tensor) -> None:
-        self._inner, self._prefetch = inner, prefetch
+    def __init__(self, inner: Any, workers: int, prefetch: int, totals: torch.Tensor, most: int = MOST) -> None:
+        self._inner, self._prefetch, self._most = inner, prefetch, most
         self._lines: list[deque[Parcel]] = [deque() for _ in range(workers)]
         self._ended = [False] * workers
         self._turn = 0
@@ -167,7 +171,7 @@ class Unbundler:
     def _plan(self, alive: int) -> None:
         """A bundle of each worker is here: choose the size of one that none of them can have begun."""
         if self._longest < _QUICK_S:
-            self._size = min(2 * self._size, MOST)
+            self._size = min(2 * self._size, self._most)
         elif self._longest > _LATE_S:
             self._size = max(1, self._size // 2)
         self._longest = 0.0

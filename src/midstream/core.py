@@ -839,6 +839,8 @@ class Dataset(IterableDataset[Any]):
     """Whether it leaves something in its place's stash. It has ``kinds()`` then."""
     _reads_ahead: ClassVar[bool] = False
     """Whether this is a source that may read what comes next before it is asked for: see `_foretell`."""
+    _may_wait: ClassVar[bool] = False
+    """Whether this is a source that runs code of others, which may wait for what the training loop does first."""
 
     # -- what a node implements ---------------------------------------------------------------------------------------
 

@@ -726,7 +726,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._current, self._loaded, self._trained = epoch, None, None
         self._next_epoch = epoch.epoch
         if self._runner is not None and self._runner.totals is not None:
-            inner = Unbundler(inner, self.num_workers, self.prefetch_factor, self._runner.totals)
+            most = 1 if any(place.node._may_wait for place in epoch.facts.place.walk()) else MOST
+            inner = Unbundler(inner, self.num_workers, self.prefetch_factor, self._runner.totals, most)
         return _LoaderIterator(self, epoch, inner)
 
     def start(self) -> None:

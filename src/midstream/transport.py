@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
-import functools
 import io
 import mmap
 import os
@@ -291,7 +290,7 @@ class _Pickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO, parts: list[npt.NDArray[np.uint8]]) -> None:
         super().__init__(file, protocol=5, buffer_callback=_out_of_band)
         self.dispatch_table = table = copyreg.dispatch_table.copy()
-        table.update(_others(len(reduction.ForkingPickler._extra_reducers)))  # type: ignore[attr-defined]
+        table.update(_others())
         table[torch.Tensor] = lambda tensor: _reduce_tensor(tensor, parts)
         table[np.ndarray] = lambda array: _reduce_array(array, parts)
 
@@ -304,11 +303,16 @@ _torch_sends = {
 """By files: not here. What others registered (pipes, say) goes as they want it."""
 
 
-@functools.lru_cache(maxsize=1)
-def _others(number: int) -> dict[Any, Any]:
-    """What is registered, when it is so many."""
+_known: tuple[dict[Any, Any], dict[Any, Any]] = {}, {}
+
+
+def _others() -> dict[Any, Any]:
+    """What others registered, which are few; found again only where something has changed."""
+    global _known
     extra = reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
-    return {kind: extra[kind] for kind in extra.keys() - _torch_sends}
+    if _known[0] != extra:
+        _known = dict(extra), {kind: extra[kind] for kind in extra.keys() - _torch_sends}
+    return _known[1]
 
 
 def _out_of_band(buffer: pickle.PickleBuffer) -> bool:

@@ -30,6 +30,7 @@ class IterableSource(Dataset):
     data: Any
     name: str | None = None
     kind = "from_dataset"
+    _may_wait = True
 
     def __post_init__(self) -> None:
         shuffling = _find_shuffle(self.data._ex_iterable)

@@ -57,6 +57,7 @@ class FromIterable(Dataset):
     num_shards: int = 1
     split: str = "shards"
     kind = "from_iterable"
+    _may_wait = True
 
     @property
     def random_access(self) -> bool:
