@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import random
 import time
 from collections import deque
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream import bundles, transport
-from midstream.bundles import MOST, Bundler, Unbundler, new_sizes
+from midstream.bundles import MOST, Bundler, Unbundler, begin_anew, new_totals
 
 
 class Torch:
@@ -52,11 +55,49 @@ class Torch:
         raise StopIteration
 
 
+class Lazy(Torch):
+    """The same, of workers that make a bundle some time between being asked and being waited for."""
+
+    def __init__(self, workers: list[Bundler], prefetch: int) -> None:
+        self.random = random.Random(1)
+        self.prefetch = prefetch
+        super().__init__(workers, prefetch)
+
+    def ask(self) -> None:
+        for _ in self.workers:
+            number, self.cycle = self.cycle, (self.cycle + 1) % len(self.workers)
+            if self.workers[number] is not None:
+                self.asked.append([number])
+                return
+
+    def make(self, cell: list[Any]) -> None:
+        for each in self.asked:  # what the same worker was asked for before
+            if len(each) == 1 and each[0] == cell[0]:
+                each.append(next(self.workers[cell[0]], None))
+            if each is cell:
+                return
+
+    def __next__(self) -> Any:
+        while self.asked:
+            for cell in self.asked:
+                if len(cell) == 1 and self.random.random() < 0.3:
+                    self.make(cell)
+            self.make(self.asked[0])
+            number, found = self.asked.popleft()
+            if found is None and self.workers[number] is not None:  # what else it was asked for is forgotten
+                self.workers[number] = None
+                self.asked = deque(cell for cell in self.asked if cell[0] != number)
+            self.ask()
+            if found is not None:
+                return found
+        raise StopIteration
+
+
 def through(lists: list[list[Any]], prefetch: int, most_waiting: list[int] | None = None) -> list[Any]:
     """What arrives of these, one list for each worker."""
-    sizes = new_sizes(prefetch)
-    workers = [Bundler(iter(each), transport.pack, number, sizes) for number, each in enumerate(lists)]
-    reader = Unbundler(Torch(workers, prefetch), len(lists), prefetch, sizes)
+    totals = new_totals(len(lists), prefetch)
+    workers = [Bundler(iter(each), transport.pack, number, totals) for number, each in enumerate(lists)]
+    reader = Unbundler(Torch(workers, prefetch), len(lists), prefetch, totals)
     found = []
     for parcel in reader:
         found.append(parcel.open())
@@ -117,14 +158,65 @@ def test_an_error_comes_after_what_was_made_before_it():
         yield from range(20)
         raise OSError("the disk is gone")
 
-    sizes = new_sizes(2)
-    sizes.fill_(MOST)
-    reader = Unbundler(Torch([Bundler(fails(), transport.pack, 0, sizes)], 2), 1, 2, sizes)
+    totals = new_totals(1, 2)
+    totals.mul_(MOST)
+    reader = Unbundler(Torch([Bundler(fails(), transport.pack, 0, totals)], 2), 1, 2, totals)
     found = []
     with pytest.raises(OSError, match="the disk is gone"):
         for parcel in reader:
             found.append(parcel.open())
     assert found == list(range(20))
+
+
+def _slow(worker: int, number: int) -> float:
+    return 1e-2 if worker == 0 and number % 81 == 0 else 1e-5
+
+
+def _phases(worker: int, number: int) -> float:
+    return 5e-3 if worker == 1 and number // 10 % 2 else 1e-5
+
+
+@pytest.mark.parametrize(
+    ("lengths", "seconds", "size"),
+    [
+        pytest.param([20_000, 20_000], _slow, 0, id="a batch is late now and then, the first of its bundle"),
+        pytest.param([20_000, 20_000], lambda *_: 1e-5, bundles._FULL, id="a batch is large now and then"),
+        pytest.param([10, 20_000, 20_000], _phases, 0, id="a worker has ended"),
+        pytest.param([10, 10, 20_000, 20_000], _phases, 0, id="two workers have ended"),
+        pytest.param([5000, 10, 20_000, 9000], _phases, 0, id="they end one after the other"),
+    ],
+)
+@pytest.mark.parametrize("prefetch", [1, 2, 5])
+def test_what_waits_does_not_grow_with_the_run(monkeypatch, lengths, seconds, size, prefetch):
+    clock = 0.0
+    monkeypatch.setattr(bundles, "perf_counter", lambda: clock)
+
+    def made(worker: int, length: int) -> Iterator[tuple[int, int]]:
+        nonlocal clock
+        for number in range(length):
+            clock += seconds(worker, number)
+            yield worker, number
+
+    def pack(value: tuple[int, int]) -> Any:
+        worker, number = value
+        return SimpleNamespace(value=value, size=size if worker == 0 and number % 81 == 0 else 1)
+
+    totals = new_totals(len(lengths), prefetch)
+    workers = [Bundler(made(*each), pack, each[0], totals) for each in enumerate(lengths)]
+    reader = Unbundler(Lazy(workers, prefetch), len(lengths), prefetch, totals)
+    found, waiting = [], []
+    for parcel in reader:
+        found.append(parcel.value)
+        waiting.append(max(map(len, reader._lines)))
+    assert found == in_turn([[(worker, number) for number in range(length)] for worker, length in enumerate(lengths)])
+    assert max(waiting) <= (prefetch + len(lengths) + 2) * MOST
+
+
+def test_the_next_epoch_begins_with_the_smallest_bundles_of_late():
+    totals = new_totals(2, 2)
+    totals.copy_(torch.tensor([8, 16, 20, 24, 32, 40, 48, 56, 64, 72, 80, 88]).roll(5))
+    begin_anew(totals)
+    assert totals.tolist() == list(range(4, 52, 4))
 
 
 @pytest.mark.slow

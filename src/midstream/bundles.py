@@ -4,11 +4,12 @@ A worker bundles the envelopes it makes next, when they are quickly made and sma
 sees what a bundle took, for each worker's first, second, ... bundle of an epoch, and for all workers alike: envelopes are
 handed out one from each worker in turn, so that a worker whose bundles were larger would only be waited for by the others.
 
-    worker 0   | a | c | e g i k | m o q s |        sizes   1 1 4 4
+    worker 0   | a | c | e g i k | m o q s |        totals  1 2 6 10
     worker 1   | b | d | f h j l | n p r t |        order   a b c d e f g h i j ...
 
-A bundle that gets late (`_LATE_S`) or large (`_FULL` bytes) leaves as it is; what it lacks is owed, and the next one brings it.
-In the main process at most ``MOST`` envelopes a worker wait besides those that torch prefetches.
+A bundle that gets late (`_LATE_S`) or large (`_FULL` bytes) leaves as it is. What is told are totals: the next ones bring
+what it lacks, and no difference between workers stays, whatever each of them saw told. As long as one is far behind, the others
+get no more than one envelope a bundle: so few wait in the main process, however long the run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 from midstream.transport import Parcel
 
-__all__ = ["MOST", "Bundle", "Bundler", "Unbundler", "new_sizes"]
+__all__ = ["MOST", "Bundle", "Bundler", "Unbundler", "begin_anew", "new_totals"]
 
 MOST = 8
 """Envelopes in a bundle."""
@@ -32,10 +33,16 @@ _QUICK_S, _LATE_S = 1e-3, 4e-3
 _FULL = 1 << 20
 
 
-def new_sizes(prefetch: int) -> torch.Tensor:
-    """How many envelopes each bundle is to hold, by its number: int64, shape [n], used in a ring, in shared memory."""
-    sizes = torch.ones(prefetch + 8, dtype=torch.int64)
-    return sizes.share_memory_()  # type: ignore[no-untyped-call, no-any-return]
+def new_totals(workers: int, prefetch: int) -> torch.Tensor:
+    """How many envelopes a worker is to have sent with each bundle, by its number: int64, used in a ring, in shared memory."""
+    totals = torch.arange(1, prefetch + workers + 9)
+    return totals.share_memory_()  # type: ignore[no-untyped-call, no-any-return]
+
+
+def begin_anew(totals: torch.Tensor) -> None:
+    """For the next epoch of living workers: bundles as small as the smallest of late."""
+    size = int(totals.sort().values.diff().min().clamp(1, MOST))
+    totals.copy_(torch.arange(1, len(totals) + 1) * size)
 
 
 class Bundle:
@@ -70,13 +77,13 @@ class Bundler:
         reader: Makes envelopes.
         pack: Packs one.
         worker: The worker's number.
-        sizes: See `new_sizes`.
+        totals: See `new_totals`.
     """
 
-    def __init__(self, reader: Iterator[Any], pack: Callable[[Any], Parcel], worker: int, sizes: torch.Tensor) -> None:
+    def __init__(self, reader: Iterator[Any], pack: Callable[[Any], Parcel], worker: int, totals: torch.Tensor) -> None:
         self._reader, self._pack, self._worker = reader, pack, worker
-        self._sizes = memoryview(sizes.numpy().data)
-        self._number, self._owed = 0, 0
+        self._totals = memoryview(totals.numpy().data)
+        self._number, self._sent = 0, 0
         self._error: Exception | None = None
 
     def __iter__(self) -> Bundler:
@@ -85,7 +92,7 @@ class Bundler:
     def __next__(self) -> Bundle:
         if self._error is not None:
             raise self._error
-        wanted = self._sizes[self._number % len(self._sizes)] + self._owed
+        wanted = min(self._totals[self._number % len(self._totals)] - self._sent, MOST)
         self._number += 1
         parcels: list[Parcel] = []
         size, start = 0, perf_counter()
@@ -102,9 +109,9 @@ class Bundler:
                 break
             parcels.append(parcel)
             size += parcel.size
-            if len(parcels) >= min(wanted, MOST) or size >= _FULL or perf_counter() - start > _LATE_S:
+            if len(parcels) >= wanted or size >= _FULL or perf_counter() - start > _LATE_S:
                 break
-        self._owed = wanted - len(parcels)
+        self._sent += len(parcels)
         took = perf_counter() - start if size < _FULL else math.inf
         return Bundle(self._worker, parcels, took, False)
 
@@ -116,17 +123,20 @@ class Unbundler:
         inner: Torch's iterator over the bundles of all workers.
         workers: How many there are.
         prefetch: Bundles that torch lets each of them make ahead.
-        sizes: See `new_sizes`; none of the workers may have begun with a bundle that it does not tell the size of.
+        totals: See `new_totals`; as it was when the workers began with it.
     """
 
-    def __init__(self, inner: Any, workers: int, prefetch: int, sizes: torch.Tensor) -> None:
+    def __init__(self, inner: Any, workers: int, prefetch: int, totals: torch.Tensor) -> None:
         self._inner, self._prefetch = inner, prefetch
         self._lines: list[deque[Parcel]] = [deque() for _ in range(workers)]
         self._ended = [False] * workers
         self._turn = 0
-        self._sizes = memoryview(sizes.numpy().data)
-        self._size = self._sizes[0]
-        self._rows, self._in_row, self._longest = 0, 0, 0.0
+        self._totals = memoryview(totals.numpy().data)
+        self._size = self._totals[0]
+        self._received = [0] * workers  # bundles
+        self._rows, self._longest = 0, 0.0
+        self._told = prefetch + 2  # of how many bundles the total is settled
+        self._total = self._totals[self._told - 1]
 
     def __iter__(self) -> Unbundler:
         return self
@@ -145,21 +155,28 @@ class Unbundler:
 
     def _receive(self, bundle: Bundle) -> None:
         self._lines[bundle.worker].extend(bundle.parcels)
+        self._received[bundle.worker] += 1
         if bundle.ended:
             self._ended[bundle.worker] = True
         self._longest = max(self._longest, bundle.took)
-        self._in_row += 1
-        if self._in_row >= len(self._lines):
-            self._plan()
+        alive = [count for count, ended in zip(self._received, self._ended) if not ended]
+        if alive and min(alive) > self._rows:
+            self._rows = min(alive)
+            self._plan(len(alive))
 
-    def _plan(self) -> None:
+    def _plan(self, alive: int) -> None:
         """A bundle of each worker is here: choose the size of one that none of them can have begun."""
         if self._longest < _QUICK_S:
             self._size = min(2 * self._size, MOST)
         elif self._longest > _LATE_S:
             self._size = max(1, self._size // 2)
-        self._rows, self._in_row, self._longest = self._rows + 1, 0, 0.0
-        self._sizes[(self._rows + self._prefetch + 1) % len(self._sizes)] = self._size
+        self._longest = 0.0
+        # Of each worker that ended, torch has the others make one bundle more ahead.
+        ahead = self._prefetch + -(-len(self._lines) // alive) + 1
+        while self._told < self._rows + ahead:
+            self._total += self._size if max(map(len, self._lines)) <= 2 * MOST else 1
+            self._totals[self._told % len(self._totals)] = self._total
+            self._told += 1
 
     @property
     def _workers(self) -> Any:

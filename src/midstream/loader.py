@@ -34,7 +34,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from midstream._check import require_int
 from midstream._state import State
 from midstream.breadcrumbs import describe, new_table
-from midstream.bundles import MOST, Unbundler, new_sizes
+from midstream.bundles import MOST, Unbundler, begin_anew, new_totals
 from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, render, settle
 from midstream.core import Dataset, require_epochs
 from midstream.edits import add, in_epoch, lane_edits
@@ -725,8 +725,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             epoch, inner = self._open()
         self._current, self._loaded, self._trained = epoch, None, None
         self._next_epoch = epoch.epoch
-        if self._runner is not None and self._runner.sizes is not None:
-            inner = Unbundler(inner, self.num_workers, self.prefetch_factor, self._runner.sizes)
+        if self._runner is not None and self._runner.totals is not None:
+            inner = Unbundler(inner, self.num_workers, self.prefetch_factor, self._runner.totals)
         return _LoaderIterator(self, epoch, inner)
 
     def start(self) -> None:
@@ -806,12 +806,12 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 if self.persistent_workers:
                     runner.shared = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
                 runner.crumbs = new_table(self.num_workers)
-                runner.sizes = new_sizes(self.prefetch_factor)
+                runner.totals = new_totals(self.num_workers, self.prefetch_factor)
                 runner.arena = self._arena()
             runner.edits = lane_edits(self._edits)
             self._runner = runner
-        if reuse and runner.sizes is not None:
-            runner.sizes.fill_(runner.sizes.min())  # as small as the smallest of late
+        if reuse and runner.totals is not None:
+            begin_anew(runner.totals)
         if runner.shared is not None:
             runner.shared[0] = epoch.epoch
             runner.shared[1] += 1

@@ -92,7 +92,7 @@ class Runner(IterableDataset[Any]):
 
     ``shared`` holds epoch and generation where workers live on: a plan is for one generation only, so that a worker that
     was forked with one does not follow it again in the next epoch. ``crumbs`` is the table of `midstream.breadcrumbs`,
-    ``sizes`` that of `midstream.bundles`.
+    ``totals`` that of `midstream.bundles`.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Runner(IterableDataset[Any]):
         self.shared: torch.Tensor | None = None
         self.crumbs: torch.Tensor | None = None
         self.arena: Arena | None = None
-        self.sizes: torch.Tensor | None = None
+        self.totals: torch.Tensor | None = None
         self.edits: dict[str, list[dict[str, float]]] = {}  # streams: weights set on the way, by mix
         self.paths = paths
         self.frozen = False
@@ -137,8 +137,8 @@ class Runner(IterableDataset[Any]):
                 plan = Plan(0, self.next_turns, {}, {})
         if worker is None:
             return self.read(0, epoch, plan)
-        assert self.sizes is not None
-        return Bundler(self.read(worker.id, epoch, plan), send, worker.id, self.sizes)
+        assert self.totals is not None
+        return Bundler(self.read(worker.id, epoch, plan), send, worker.id, self.totals)
 
     def read(self, worker: int, epoch: int, plan: Plan) -> Iter[Any]:
         """The envelopes of one reader of `Topology.readers`."""
