@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import random
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -267,6 +269,8 @@ CHANGES = {
     "other memory": lambda pieces: [pieces[0], _with_data(pieces[1], torch.full((3,), 7)), pieces[2]],
     "another dtype": lambda pieces: [pieces[0], _with_data(pieces[1], torch.zeros(3)), pieces[2]],
     "values": lambda pieces: [pieces[0].fill_(9), *pieces[1:]],
+    "strides": lambda pieces: [pieces[0], pieces[1].as_strided_((3,), (2,)), pieces[2]],
+    "a smaller home": lambda pieces: [_with_data(pieces[0], torch.arange(2) + 5), *pieces[1:]],
     "something more": lambda pieces: [*pieces, torch.zeros(2)],
 }
 
@@ -281,6 +285,29 @@ def test_what_somebody_changed_travels_as_it_is(worker, change):
     changed = CHANGES[change](transport.split(torch.arange(9), [2, 3, 4]))
     found = transport.pack([changed]).open()[0]
     assert [(a.shape, a.dtype, a.tolist()) for a in found] == [(b.shape, b.dtype, b.tolist()) for b in changed]
+
+
+def test_what_is_there_twice_arrives_as_one(worker):
+    pieces = transport.split(torch.arange(9), [2, 3, 4])
+    both: dict[str, Any] = {"ids": pieces, "labels": pieces}
+    both["self"] = both
+    found = transport.pack([both, both]).open()
+    assert found[0] is found[1] is found[0]["self"]
+    assert found[0]["ids"] is found[0]["labels"]
+
+
+def test_what_nobody_wants_is_not_kept_until_the_turn_ends(worker):
+    """A filter may drop any number of batches before there is one to send."""
+    wholes = []
+    for _ in range(3):
+        whole = torch.arange(9)
+        wholes.append(weakref.ref(whole))
+        pieces = transport.split(whole, [2, 3, 4])
+        del whole
+    gc.collect()
+    assert [each() for each in wholes] == [None] * 3
+    assert len(transport._filling.split) == 1
+    assert len(transport.pack({"ids": pieces})._spans) == 2
 
 
 def test_a_gradient_asked_for_travels(worker):

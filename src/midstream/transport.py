@@ -402,7 +402,7 @@ class _Filling:
         self.thread = threading.get_ident()
         self.notice = ""
         self.told = False
-        self.split: dict[int, tuple[torch.Tensor, list[torch.Tensor], list[int]]] = {}  # by the id of the first piece
+        self.split: dict[int, _Cut] = {}  # by the id of the first piece
 
     def take(self) -> bool:
         """Choose a slot, unless one is chosen."""
@@ -516,7 +516,9 @@ def pack(value: Any) -> Parcel:
     file = io.BytesIO()
     filling = _filling
     try:
-        _Pickler(file, parts).dump(_folded(value, filling.split) if filling is not None and filling.split else value)
+        if filling is not None and filling.split:
+            value = _folded(value, filling.split, {})
+        _Pickler(file, parts).dump(value)
         header = file.getvalue()
         parcel = filling.pack(header, parts) if filling is not None else None
         if parcel is None:
@@ -562,8 +564,16 @@ def split(whole: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
     """
     pieces = list(whole.unsafe_split_with_sizes(lengths))
     filling = _filling
-    if filling is not None and len(pieces) > 1 and whole.ndim == 1 and filling.thread == threading.get_ident():
-        filling.split[id(pieces[0])] = whole, pieces, lengths
+    if (
+        filling is not None
+        and len(pieces) > 1
+        and whole.dtype in _NUMPYS
+        and whole.ndim == 1
+        and filling.thread == threading.get_ident()
+    ):
+        known, key = filling.split, id(pieces[0])
+        # Nothing is kept alive here: a filter may drop any number of batches before a turn ends.
+        known[key] = weakref.ref(pieces[0], lambda _: known.pop(key, None)), whole.dtype, lengths
     return pieces
 
 
@@ -583,26 +593,53 @@ def _unfolded(whole: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
     return list(whole.unsafe_split_with_sizes(lengths))
 
 
-def _folded(value: Any, known: dict[int, tuple[torch.Tensor, list[torch.Tensor], list[int]]], depth: int = 6) -> Any:
-    """The value, with lists that `split` made, and nobody has changed, as one tensor each."""
+_Cut = tuple["weakref.ref[torch.Tensor]", torch.dtype, list[int]]
+"""The first piece, and of what dtype and lengths all are."""
+
+
+def _folded(value: Any, known: dict[int, _Cut], seen: dict[int, Any], depth: int = 6) -> Any:
+    """The value, with lists that `split` made, and nobody has changed, as one tensor each.
+
+    What is there twice stays one: ``seen`` is what came of each dict and list so far, by id.
+    """
     kind = type(value)
-    if kind is dict and depth:
-        return {key: _folded(each, known, depth - 1) for key, each in value.items()}
     if kind is tuple and depth:
-        return tuple([_folded(each, known, depth - 1) for each in value])
-    if kind is not list or not value:
+        return tuple([_folded(each, known, seen, depth - 1) for each in value])
+    if (kind is not dict and kind is not list) or not value:
         return value
-    found = known.get(id(value[0]))
-    if found is None:
-        return [_folded(each, known, depth - 1) for each in value] if depth and len(value) <= _FEW else value
-    whole, pieces, lengths = found
-    if len(value) != len(pieces) or whole.requires_grad:
+    again = seen.get(id(value))
+    if again is not None:
+        return again
+    new: Any = value
+    if kind is dict:
+        if depth:
+            new = seen[id(value)] = {}
+            for key, each in value.items():
+                new[key] = _folded(each, known, seen, depth - 1)
+    elif (found := known.get(id(value[0]))) is not None:
+        new = _joined(value, found)
+    elif depth and len(value) <= _FEW:
+        new = seen[id(value)] = []
+        new.extend([_folded(each, known, seen, depth - 1) for each in value])
+    seen[id(value)] = new
+    return new
+
+
+def _joined(value: list[Any], found: _Cut) -> Any:
+    """The list as one tensor, if its tensors lie side by side still; else the list."""
+    first: torch.Tensor = value[0]
+    known, dtype, lengths = found
+    if first is not known() or len(value) != len(lengths):
         return value
-    dtype, size, address = whole.dtype, whole.element_size(), whole.data_ptr()
-    for tensor, piece, length in zip(value, pieces, lengths):
-        if tensor is not piece or tensor.dtype is not dtype or tensor.requires_grad or tensor.__dict__:
+    # What lies where the pieces lay is what they are, whoever made these tensors.
+    storage, start, size = first.untyped_storage(), first.storage_offset(), dtype.itemsize
+    if (start + sum(lengths)) * size > storage.nbytes():
+        return value
+    address = storage.data_ptr() + start * size
+    for tensor, length in zip(value, lengths):
+        if type(tensor) is not torch.Tensor or tensor.dtype is not dtype or tensor.requires_grad or tensor.__dict__:
             return value
-        if (length and tensor.data_ptr() != address) or tensor.shape != (length,):
+        if (length and tensor.data_ptr() != address) or tensor.shape != (length,) or not tensor.is_contiguous():
             return value
         address += length * size
-    return _Whole(whole, lengths)
+    return _Whole(first.as_strided((sum(lengths),), (1,), start), lengths)
