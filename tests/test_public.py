@@ -72,6 +72,7 @@ LAYERS = [
     "breadcrumbs",
     "shield",
     "transport",
+    "bundles",
     "preemption",
     "columns",
     "bare",
