@@ -61,6 +61,25 @@ def test_every_question_is_answered_by_midstream_and_torch(bench, name):
         assert "NOT exact" not in text and text.count("| exact") >= 2
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
+@pytest.mark.parametrize(("kind", "data"), [("shuffled", "tokens"), ("mix", "mix")])
+def test_every_stage_can_be_measured(bench, kind, data):
+    import prepare
+    import stages
+    from interface import Work
+
+    folders = {}
+    for number, (part, rows) in enumerate(prepare.parts_of(data, "tiny").items()):
+        folder = prepare.folder_of(bench.cache / "stages", "tiny", data, part)
+        prepare.make_raw(folder, data, number, rows)
+        prepare.write("arrow", folder)
+        folders[part] = str(folder)
+    found = stages.stages(Work(kind, folders, "flat"), 1024)
+    assert set(found) >= {"source", "shuffle", "batch", "reader", "loader", "limit"}
+    assert all(measure() > 0 for measure in found.values())
+
+
 def test_the_one_command_records_what_fails_and_goes_on(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.run, "measure", lambda question, one, *rest: {"failed": "told to fail", "took": 0.0})
     monkeypatch.setattr(bench.run, "get_ready", lambda *rest: {})
