@@ -10,7 +10,9 @@ import io
 import json
 import math
 import pickle
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import GeneratorType
 from typing import Any
@@ -1191,11 +1193,8 @@ def pieces(draw: Any) -> pa.ChunkedArray:
         chunks.append(whole.slice(start, draw(st.integers(0, len(rows) - start))) if draw(st.booleans()) else whole)
     chunks = draw(st.permutations(chunks))
     if draw(st.booleans()):  # one after the other, as a file has them
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, pa.schema([("x", kind)])) as writer:
-            for chunk in chunks:
-                writer.write_batch(pa.record_batch([chunk], names=["x"]))
-        return pa.ipc.open_stream(sink.getvalue()).read_all().column(0)
+        whole = pa.table({"x": pa.chunked_array(chunks, kind)})
+        return pa.ipc.open_stream(_stream(whole)).read_all().column(0)
     return pa.chunked_array(chunks, kind)
 
 
@@ -1227,3 +1226,30 @@ def test_a_view_keeps_the_memory_it_looks_into(tmp_path: Path) -> None:
     assert all(
         pickle.loads(pickle.dumps(view)).tolist() == view.tolist() and len(pickle.dumps(view)) < 700 for view in views
     )
+
+
+def test_threads_that_open_a_column_at_once_read_its_values() -> None:
+    column = pa.chunked_array(
+        [pa.array([[number] * 3 for number in range(start, start + 5)]) for start in range(0, 200, 5)]
+    )
+    numbers = pa.chunked_array([pa.array(range(start, start + 5)) for start in range(0, 200, 5)])
+    table = pa.ipc.open_stream(_stream(pa.table({"x": column, "n": numbers}))).read_all()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            for seed in range(150):
+                reader = TableReader(table)
+                orders = [np.random.default_rng((seed, number)).permutation(200)[:20] for number in range(6)]
+                for order, found in zip(orders, pool.map(reader.columns, orders)):
+                    assert [view.tolist() for view in found.columns[0].values] == [[row] * 3 for row in order]
+                    assert found.columns[1].values == order.tolist()
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def _stream(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()

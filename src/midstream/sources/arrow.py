@@ -175,19 +175,20 @@ class _Column:
         """What the rows of these chunks are found in by numpy alone: the numbers, or all values and where each row ends."""
         if self.spread:
             return None
-        if self.spans is None:
+        spans = self.spans  # threads may read here at once: each goes on with what it has in hand
+        if spans is None:
             first, last = self._arrays(0), self._arrays(len(self.chunks) - 1)
             if first is None or last is None:
                 self.spread = True
                 return None
-            self.spans = [_Span(a, b, self.chunks) for a, b in zip(first, last)]
-        unknown = np.flatnonzero(self.spans[-1].starts[chunks] < 0)
+            spans = self.spans = [_Span(a, b, self.chunks) for a, b in zip(first, last)]
+        unknown = np.flatnonzero(spans[-1].starts[chunks] < 0)
         for chunk in set(chunks[unknown].tolist()) if len(unknown) else ():
             arrays = self._arrays(chunk)
-            if arrays is None or not all(span.add(chunk, array) for span, array in zip(self.spans, arrays)):
+            if arrays is None or not all(span.add(chunk, array) for span, array in zip(spans, arrays)):
                 self.spread, self.spans = True, None
                 return None
-        return self.spans
+        return spans
 
     def _arrays(self, chunk: int) -> list[npt.NDArray[Any]] | None:
         """Of one chunk; None where some of its rows are null."""
@@ -261,13 +262,14 @@ class _Span:
         starts: int64, shape [chunks]: where in the array each chunk begins; -1 where it was not looked up yet.
     """
 
-    __slots__ = ("array", "size", "start", "starts")
+    __slots__ = ("array", "start", "starts")
 
     def __init__(self, first: npt.NDArray[Any], last: npt.NDArray[Any], chunks: list[pa.Array]) -> None:
-        self.start, self.size = _address(first), max(0, _address(last) + last.nbytes - _address(first))
-        memory: Any = (ctypes.c_byte * (self.size // first.itemsize * first.itemsize)).from_address(self.start)
+        self.start = _address(first)
+        count = max(0, _address(last) + last.nbytes - self.start) // first.itemsize
+        memory: Any = (ctypes.c_byte * (count * first.itemsize)).from_address(self.start)
         memory.held = chunks
-        self.array = np.frombuffer(memory, first.dtype) if self.size >= first.itemsize else first[:0]
+        self.array = np.frombuffer(memory, first.dtype) if count else first[:0]
         self.array.flags.writeable = False
         self.starts = np.full(len(chunks), -1, dtype=np.int64)
 
