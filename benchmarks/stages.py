@@ -21,6 +21,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,22 +105,27 @@ def stages(work: Work, samples: int) -> dict[str, Callable[[], float]]:
     return found
 
 
+def folders_of(cache: Path, scale: str, data: str) -> dict[str, str]:
+    """Part -> folder of a set of data, made where it is missing."""
+    folders = {}
+    for number, (part, count) in enumerate(prepare.parts_of(data, scale).items()):
+        folder = prepare.folder_of(cache, scale, data, part)
+        if not (folder / "raw" / "values.npy").exists():
+            prepare.make_raw(folder, data, number, count)
+        if not (folder / "arrow").exists():
+            prepare.write("arrow", folder)
+        folders[part] = str(folder)
+    return folders
+
+
 def measure(arguments: argparse.Namespace) -> own.Rows:
     """Every stage of both, in the three shapes of a batch."""
     torch.set_num_threads(1)
     scale = "quick" if arguments.quick else "full"
     rows = []
     for name, (kind, data) in WORKS.items():
-        parts = prepare.parts_of(data, scale)
-        folders = {}
-        for number, (part, count) in enumerate(parts.items()):
-            folder = prepare.folder_of(arguments.cache, scale, data, part)
-            if not (folder / "raw" / "values.npy").exists():
-                prepare.make_raw(folder, data, number, count)
-            if not (folder / "arrow").exists():
-                prepare.write("arrow", folder)
-            folders[part] = str(folder)
-        samples = int(sum(parts.values()) * 0.6) // CHUNK * CHUNK
+        folders = folders_of(arguments.cache, scale, data)
+        samples = int(sum(prepare.parts_of(data, scale).values()) * 0.6) // CHUNK * CHUNK
         for shape in SHAPES:
             found = own.in_turn(stages(Work(kind, folders, shape), samples), 3 if arguments.quick else 7)
             rows.append({"question": name, "shape": shape, "with all below it": found})

@@ -65,16 +65,10 @@ def test_every_question_is_answered_by_midstream_and_torch(bench, name):
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
 @pytest.mark.parametrize(("kind", "data"), [("shuffled", "tokens"), ("mix", "mix")])
 def test_every_stage_can_be_measured(bench, kind, data):
-    import prepare
     import stages
     from interface import Work
 
-    folders = {}
-    for number, (part, rows) in enumerate(prepare.parts_of(data, "tiny").items()):
-        folder = prepare.folder_of(bench.cache / "stages", "tiny", data, part)
-        prepare.make_raw(folder, data, number, rows)
-        prepare.write("arrow", folder)
-        folders[part] = str(folder)
+    folders = stages.folders_of(bench.cache / "stages", "tiny", data)
     found = stages.stages(Work(kind, folders, "flat"), 1024)
     assert set(found) >= {"source", "shuffle", "batch", "reader", "loader", "limit"}
     assert all(measure() > 0 for measure in found.values())

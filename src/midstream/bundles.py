@@ -177,8 +177,9 @@ class Unbundler:
         self._longest = 0.0
         # Of each worker that ended, torch has the others make one bundle more ahead.
         ahead = self._prefetch + -(-len(self._lines) // alive) + 1
+        size = self._size if max(map(len, self._lines)) <= 2 * MOST else 1
         while self._told < self._rows + ahead:
-            self._total += self._size if max(map(len, self._lines)) <= 2 * MOST else 1
+            self._total += size
             self._totals[self._told % len(self._totals)] = self._total
             self._told += 1
 

@@ -565,11 +565,8 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
 
 
 def split(whole: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
-    """A tensor cut along its first dimension, as many tensors that leave a worker as one.
-
-    "Unsafe" are only two parts of the same rows: here each is a tensor of its own to autograd, not one of several views.
-    """
-    pieces = list(whole.unsafe_split_with_sizes(lengths))
+    """A tensor cut along its first dimension, as many tensors that leave a worker as one."""
+    pieces = _pieces(whole, lengths)
     filling = _filling
     if (
         filling is not None
@@ -593,10 +590,11 @@ class _Whole:
         self.whole, self.lengths = whole, lengths
 
     def __reduce__(self) -> Any:
-        return _unfolded, (self.whole, self.lengths)
+        return _pieces, (self.whole, self.lengths)
 
 
-def _unfolded(whole: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
+def _pieces(whole: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
+    # "Unsafe" are only two parts of the same rows: here each is a tensor of its own to autograd, not one of several views.
     return list(whole.unsafe_split_with_sizes(lengths))
 
 
