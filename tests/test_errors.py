@@ -622,7 +622,7 @@ KILL = """
 
 @pytest.fixture(scope="module")
 def killed() -> tuple[list[dict[str, Any]], str, int]:
-    """In a process of its own: torch's handler for dead children raises wherever the main thread happens to be."""
+    """In a process of its own, whose whole error output is looked at."""
     ran = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILL)], capture_output=True, text=True, timeout=120, check=False
     )

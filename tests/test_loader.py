@@ -725,7 +725,7 @@ def test_a_state_taken_in_a_signal_handler_restores_what_follows(row: str, worke
 
 
 def test_a_delivery_that_is_interrupted_half_way_is_undone() -> None:
-    """Whatever raises inside ``next()``, at any line (torch's handler for dead workers, say): the state is as before it."""
+    """Whatever raises inside ``next()``, at any line (an alarm, say): the state is as before it."""
     import sys
 
     for row in ("interleave", "interleave streams"):

@@ -291,7 +291,7 @@ HANDLERS = """
         loader = make(ms.from_dataset(range(4)).repeat(4).map(look), worker_init_fn=init)
         say(*(row for batch in loader for row in batch))
         after = [signal.getsignal(number) for number in range(1, 32)], signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        # torch sets a handler for children that die
+        # torch sets a handler for children that die; ours are not among those it asks for
         differ = [n for n in range(1, 32) if before[0][n - 1] != after[0][n - 1] and n != signal.SIGCHLD]
         say(differ, before[1] == after[1], loader.worker_init_fn is init)
 """
@@ -508,6 +508,70 @@ def test_a_dead_worker_is_told_with_the_rows_it_had_in_hand(
         if name in ROW_ALONE:
             assert " working on row 150 of 'web' (pass 0)." in text, (name, text)
         assert ("'code'" in text) == (name == "interleave"), (name, text)
+
+
+UNSEEN = """
+    import array, fcntl, termios
+    from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter as Torchs
+
+    def die(x):
+        if x == 20 and sys.argv[2] == "between":
+            while not os.path.exists(__file__ + ".go"):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+    def made(rows):
+        if rows[0] < 8 or sys.argv[2] == "between":
+            return rows
+        if rows[0] % 8:
+            time.sleep(3600)  # worker 1
+        return rows + list(range(10**6))  # worker 0: more than the pipe takes
+
+    def waiting(batches):
+        count = array.array("i", [0])
+        fcntl.ioctl(batches._reader.fileno(), termios.FIONREAD, count)
+        return count[0]
+
+    if __name__ == "__main__":
+        Torchs._try_get_data.__defaults__ = (3600.0,)  # it would look which workers live after so many seconds
+        ds = ms.from_dataset(range(400)).map(die).batch(4, collate_fn=made)
+        loader = ms.DataLoader(ds, num_workers=2, multiprocessing_context=METHOD, timeout=int(sys.argv[3]))
+        found, text = [], ""
+        try:
+            for batch in loader:
+                found.append(batch)
+                if sys.argv[2] == "between":
+                    open(__file__ + ".go", "w").close()
+                elif len(found) == 2:
+                    while waiting(loader._iterator._worker_result_queue) < 60000:
+                        pass
+                    os.kill(pids(loader)[0], signal.SIGKILL)
+                # A step of training, with every instruction a place where a handler could raise.
+                if len(found) == (1 if sys.argv[2] == "between" else 2):
+                    while all(worker.is_alive() for worker in loader._iterator._workers):
+                        pass
+                    say("trained")
+        except ms.WorkerError as error:
+            text = str(error)
+        say(found, text, loader.state_dict()["steps_done"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "when", "timeout"),
+    [("fork", "between", 0), ("fork", "between", 50), ("fork", "half a batch", 0), ("spawn", "half a batch", 50)],
+)
+def test_a_death_is_told_at_once_when_a_batch_is_asked_for_and_not_before(
+    program: Any, method: str, when: str, timeout: int
+) -> None:
+    (trained, *rest), errors, status = program(UNSEEN, method, when, str(timeout)).end()
+    assert (trained, errors, status) == (["trained"], "", 0)
+    ((found, text, steps),) = rest
+    assert re.match(r"worker [01] \(pid \d+\) was killed by SIGKILL", text), text
+    assert found == [list(range(row, row + 4)) for row in range(0, 4 * len(found), 4)]
+    assert steps == len(found) and (1 if when == "between" else 2) <= steps <= 5
 
 
 def test_the_table_says_what_is_in_hand() -> None:

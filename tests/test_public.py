@@ -71,6 +71,7 @@ LAYERS = [
     "failures",
     "breadcrumbs",
     "shield",
+    "watch",
     "transport",
     "bundles",
     "preemption",

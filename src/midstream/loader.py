@@ -48,10 +48,11 @@ from midstream.position import Facts, Position, Trace
 from midstream.progress import Progress, progress
 from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, deliver, keep
 from midstream.rest import adopt, require_excludable, running
-from midstream.shield import Context, Orphanage, quiet_at_exit
+from midstream.shield import Context, Orphanage
 from midstream.sources import from_dataset
 from midstream.threads import Launch, ThreadReaders
 from midstream.transport import Arena, Parcel
+from midstream.watch import watch
 
 __all__ = ["DataLoader"]
 
@@ -124,7 +125,7 @@ class _LoaderIterator:
         except BaseException as error:
             if self._settled:
                 raise
-            # Torch's handler for dead workers, or Ctrl-C, may raise anywhere: then nothing was handed out.
+            # A dead worker is told here, and Ctrl-C may raise anywhere: then nothing was handed out.
             self._epoch.undo_to(applied)
             self._ready.extendleft(reversed(self._taken))
             self._loud = sum(out.kind != NOTHING for _, _, out in self._ready)
@@ -1363,7 +1364,7 @@ def _comes_up_slowly(context: Any) -> bool:
 def _readers_of(double: StatefulDataLoader) -> Any:
     """Start its workers, and wait until they are there."""
     inner = iter(double)
-    quiet_at_exit(inner)
+    watch(inner)
     return inner
 
 

@@ -33,9 +33,7 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from torch.utils.data._utils import signal_handling
-
-__all__ = ["SIGNALS", "Context", "Orphanage", "quiet_at_exit"]
+__all__ = ["SIGNALS", "Context", "Orphanage"]
 
 SIGNALS = frozenset(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
@@ -157,28 +155,3 @@ def _die_with_parent() -> None:
         if direct and os.getppid() != mine:
             break
     os._exit(1)
-
-
-_watched: weakref.WeakSet[Any] = weakref.WeakSet()
-_watched_by = 0
-
-
-def quiet_at_exit(iterator: Any) -> None:
-    """Let workers that live at exit be ended without torch taking that for a failure.
-
-    multiprocessing ends them, at once; torch's handler of SIGCHLD would raise in the middle of that.
-    """
-    global _watched_by
-    if hasattr(iterator, "_worker_pids_set"):
-        _watched.add(iterator)
-        _watched_by = os.getpid()
-        atexit.unregister(_forget_workers)
-        atexit.register(_forget_workers)  # before what was registered earlier
-
-
-def _forget_workers() -> None:
-    if _watched_by == os.getpid():
-        for iterator in list(_watched):
-            if iterator._worker_pids_set:
-                signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
-                iterator._worker_pids_set = False

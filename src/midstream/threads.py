@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.data._utils import pin_memory, signal_handling
+from torch.utils.data._utils import pin_memory
 
 from midstream.errors import WorkerError
 from midstream.readers import Runner
@@ -175,6 +175,5 @@ class Launch:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        signal_handling._set_SIGCHLD_handler()  # torch can do it in the main thread alone
         found, self._found = self._found, None
         return found
