@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 
 import pytest
@@ -13,6 +14,9 @@ patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, Hea
 settings.register_profile("hand", **patient)
 settings.register_profile("ci", derandomize=True, **patient)
 settings.load_profile("ci" if os.environ.get("CI") else "hand")
+
+# What the processes of a fork server need, imported there once.
+multiprocessing.set_forkserver_preload(["midstream", "datasets", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

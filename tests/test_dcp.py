@@ -43,7 +43,7 @@ def free_port() -> int:
 
 def run_ranks(ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``work(rank, *args)`` returned on each rank, each a process of a gloo group of its own."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
     answers = context.Queue()
     port = free_port()
     processes = [context.Process(target=_rank, args=(rank, ranks, port, answers, work, args)) for rank in range(ranks)]

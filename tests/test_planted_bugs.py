@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from nursery import nursery
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -288,32 +288,22 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, file: str, expression: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(folder / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=",
-        f"tests/{file}",
-        "-k",
-        expression,
-    ]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False
-    )
+def run(folder: Path, file: str, expression: str) -> tuple[int, str]:
+    """Exit status and output of those tests, on the copy."""
+    out = folder / "out"
+    out.write_text("")
+    modules = "torch", "torchdata.stateful_dataloader", "datasets", "pyarrow.parquet", "hypothesis", "pytest"
+    options = shlex.split("-m pytest -xq -p no:cacheprovider -o addopts= -W ignore::pytest.PytestAssertRewriteWarning")
+    command = [*options, f"tests/{file}", "-k", expression]
+    imported = nursery(*modules, path=str(folder / "src"))
+    (status,) = imported.run(command, [{}], out, timeout=400, out=str(out), cwd=str(folder))
+    return status, out.read_text()
 
 
 def test_the_copy_is_what_is_tested(copy: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(copy / "src")}
-    code = "import midstream; print(midstream.__file__)"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(str(copy))
+    (copy / "tests" / "test_where.py").write_text("def test(): import midstream; assert not midstream.__file__")
+    status, printed = run(copy, "test_where.py", "test")
+    assert status == 1 and str(copy / "src") in printed
 
 
 @pytest.mark.slow
@@ -325,12 +315,12 @@ def test_a_planted_bug_turns_its_test_red(name: str, copy: Path) -> None:
     assert text.count(bug.old) == 1, f"{bug.file} has changed: plant the bug anew"
     path.write_text(text.replace(bug.old, bug.new))
     try:
-        done = run(copy, *bug.test)
+        status, printed = run(copy, *bug.test)
     finally:
         path.write_text(text)
-    assert done.returncode == 1, f"no test failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-    assert " failed" in done.stdout
-    assert "rror during collection" not in done.stdout
+    assert status == 1, f"no test failed:\n{printed[-4000:]}"
+    assert " failed" in printed
+    assert "rror during collection" not in printed
 
 
 @pytest.mark.slow
@@ -340,5 +330,5 @@ def test_without_a_bug_the_named_tests_are_green_there(copy: Path) -> None:
         BUGS[name].test
         for name in ("a live list in a state", "a replay counts twice", "documents that wait are forgotten")
     ]:
-        done = run(copy, file, expression)
-        assert done.returncode == 0, done.stdout[-3000:]
+        status, printed = run(copy, file, expression)
+        assert status == 0, printed[-3000:]

@@ -1,33 +1,33 @@
-"""Starts a program on several ranks, as a cluster's torchrun does, and reads what they wrote down."""
+"""Starts a program on several ranks, in the environment of torchrun, and reads what they wrote down."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from nursery import nursery
+
 
 def torchrun(program: str, ranks: int, *arguments: Any, dies: bool = False, timeout: float = 240) -> str:
-    """Run a file on CPU ranks and return its stderr; it must end well, or with ``dies`` must not."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
+    """Run a file on CPU ranks and return its stderr; it must end well, or with ``dies`` must not.
+
+    `test_cluster.py` runs torchrun itself. Here the ranks are forked from an interpreter that has imported the file.
+    """
+    for_all = {
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join(sys.path),
+        "GROUP_RANK": "0",
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "TORCHELASTIC_RUN_ID": "none",
+        "WORLD_SIZE": str(ranks),
     }
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", program, *map(str, arguments)]
-    ran = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        _, printed = ran.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        ran.terminate()  # and it ends its ranks; killed, it would leave them behind
-        _, printed = ran.communicate()
-        raise AssertionError(f"not done in {timeout} s:\n{printed[-5000:]}") from None
-    assert (ran.returncode != 0) == dies, printed[-5000:]
+    environments = [{**for_all, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    with tempfile.NamedTemporaryFile("r") as errors:
+        command, imported = [program, *map(str, arguments)], nursery(Path(program).stem)
+        statuses = imported.run(command, environments, Path(errors.name), timeout=timeout, store=True)
+        printed = errors.read()
+    assert any(statuses) == dies, f"{statuses}: {printed[-5000:]}"
     return printed
 
 

@@ -32,13 +32,14 @@ _END = "/end of epoch|"
 class Tally:
     """Counts of one lane (random access: of one rank), over the whole run."""
 
-    __slots__ = ("events", "rows", "samples", "tokens")
+    __slots__ = ("_texts", "events", "rows", "samples", "tokens")
 
     def __init__(self, num_sources: int, lane: Mapping[str, Any] | None = None) -> None:
         self.samples = np.zeros(num_sources, dtype=np.int64)
         self.rows = np.zeros(num_sources, dtype=np.int64)
         self.tokens = np.zeros(num_sources, dtype=np.int64)
         self.events: dict[str, int] = {}
+        self._texts: dict[str, Fragment] | None = None
         if lane is not None:
             for counts, found in (
                 (self.samples, lane["samples"]),
@@ -53,6 +54,7 @@ class Tally:
         """The counts after a batch, and what was dropped on the way to it. These stay as they are."""
         other = Tally.__new__(Tally)  # once a batch in the main process: copy.copy would be the dearest part of it
         other.samples, other.rows, other.tokens, other.events = self.samples, self.rows, self.tokens, self.events
+        other._texts = None
         if origins is not None and len(origins):
             size = len(self.samples)
             source = origins[:, 0]
@@ -68,6 +70,17 @@ class Tally:
                 source = source[(tokens == 0) | (part % PARTS == 0)]  # further pieces of a document are no samples
             other.samples = self.samples + np.bincount(source, minlength=size)
         return other._with(events)
+
+    def texts(self) -> dict[str, Fragment]:
+        """The counts by source as a checkpoint has them, encoded once: a state has most lanes as the one before had them."""
+        if self._texts is None:
+            counts = {"samples": self.samples}
+            if not np.array_equal(self.rows, self.samples):
+                counts["rows"] = self.rows
+            if self.tokens.any():
+                counts["tokens"] = self.tokens
+            self._texts = {name: Fragment(encode(count.tolist())) for name, count in counts.items()}
+        return self._texts
 
     def passed_over(self, origins: I64 | None, events: Mapping[str, int] | None, path: str) -> Tally:
         """The counts after a batch that `DataLoader.skip` passed over: its rows were read, and nothing was delivered."""
@@ -533,9 +546,7 @@ class Position:
         if not text and not more and (tally is None or not (tally.samples.any() or tally.events)):
             return ""
         tally = tally or Tally(self.num_sources)
-        tokens = {"tokens": tally.tokens.tolist()} if tally.tokens.any() else {}
-        counts = {"samples": tally.samples.tolist(), "rows": tally.rows.tolist(), "events": tally.events}
-        return leaf_text({**counts, **tokens, **(more or {})}, self.facts.paths, text)
+        return leaf_text({**tally.texts(), "events": tally.events, **(more or {})}, self.facts.paths, text)
 
     def _by_leaf(self, numbers: list[int]) -> dict[int, list[int]]:
         leaves: dict[int, list[int]] = {}
