@@ -16,7 +16,9 @@ settings.register_profile("ci", derandomize=True, **patient)
 settings.load_profile("ci" if os.environ.get("CI") else "hand")
 
 # What the processes of a fork server need, imported there once.
-multiprocessing.set_forkserver_preload(["midstream", "datasets", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
+multiprocessing.set_forkserver_preload(
+    ["midstream", "datasets", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
