@@ -526,6 +526,10 @@ UNSEEN = """
             return rows
         if rows[0] % 8:
             time.sleep(3600)  # worker 1
+        if sys.argv[2] == "half a batch, held" and os.fork() == 0:
+            os.closerange(0, 3)
+            time.sleep(20)  # it has all other descriptors of worker 0, and lives longer
+            os._exit(0)
         return rows + list(range(10**6))  # worker 0: more than the pipe takes
 
     def waiting(batches):
@@ -561,7 +565,7 @@ UNSEEN = """
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "when", "timeout"),
-    [("fork", "between", 0), ("fork", "between", 50), ("fork", "half a batch", 0), ("spawn", "half a batch", 50)],
+    [("fork", "between", 0), ("fork", "between", 50), ("fork", "half a batch, held", 0), ("spawn", "half a batch", 50)],
 )
 def test_a_death_is_told_at_once_when_a_batch_is_asked_for_and_not_before(
     program: Any, method: str, when: str, timeout: int

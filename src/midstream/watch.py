@@ -23,7 +23,7 @@ from torch.utils.data._utils import signal_handling
 __all__ = ["watch"]
 
 _REAPED_S = 1.0  # a process closes what it holds shortly before its status can be asked for
-_HALF_S = 1.0  # how long a batch that is half here is waited for, once a worker was killed
+_HALF_S = 1.0  # how long the rest of a batch is waited for, once a worker was killed
 
 
 def watch(iterator: Any) -> None:
@@ -45,10 +45,11 @@ class _Wait:
     def __init__(self, iterator: Any, pipe: int) -> None:
         self._iterator = weakref.ref(iterator)
         self._pipe = pipe
+        self._alive = dict(enumerate(iterator._workers))
         self._selector = selectors.DefaultSelector()
         self._selector.register(pipe, selectors.EVENT_READ)
-        for number, worker in enumerate(iterator._workers):
-            self._selector.register(worker.sentinel, selectors.EVENT_READ, (number, worker))
+        for number, worker in self._alive.items():
+            self._selector.register(worker.sentinel, selectors.EVENT_READ, number)
         self._lacking = self._killed = self._torn = False
 
     def poll(self, timeout: float = 0.0) -> bool:
@@ -64,30 +65,39 @@ class _Wait:
         """So many bytes of the pipe."""
         found = io.BytesIO()
         while (left := size - found.tell()) > 0:
-            while not self._ready(_HALF_S if self._killed else None):
-                if self._killed and not self._ready(_HALF_S):
+            self._killed = waited = False
+            while not self._ready(_HALF_S):
+                if waited:  # what is here already is of the one that was killed: whoever lives would have gone on
                     self._torn = True
                     raise queue.Empty  # nothing came: torch then looks which workers are alive
+                for number, worker in list(self._alive.items()):
+                    if not worker.is_alive():  # and a process that it had started holds what tells of its end
+                        self._ended(number)
+                waited = self._killed
             chunk = os.read(self._pipe, left)
             if not chunk:
                 raise EOFError("no worker can send any more")
             found.write(chunk)
         return found
 
-    def _ready(self, timeout: float | None) -> bool:
-        """Whether the pipe has something. If not, workers may have ended."""
+    def _ready(self, timeout: float) -> bool:
+        """Whether the pipe has something. If not, workers may have ended, and all they sent was taken."""
         if self._torn:  # what comes now begins in the middle
-            time.sleep(timeout or 0.0)
+            time.sleep(timeout)
             return False
         ready = [key.data for key, _ in self._selector.select(timeout)]
         if None in ready:
             return True
-        iterator = self._iterator()
-        for number, worker in ready:
-            self._selector.unregister(worker.sentinel)
-            until = time.monotonic() + _REAPED_S
-            while worker.is_alive() and time.monotonic() < until:
-                time.sleep(0.001)
-            self._killed |= worker.exitcode != 0
-            self._lacking |= iterator is not None and iterator._workers_status[number]
+        for number in ready:
+            self._ended(number)
         return False
+
+    def _ended(self, number: int) -> None:
+        worker = self._alive.pop(number)
+        self._selector.unregister(worker.sentinel)
+        until = time.monotonic() + _REAPED_S
+        while worker.is_alive() and time.monotonic() < until:
+            time.sleep(0.001)
+        iterator = self._iterator()
+        self._killed |= worker.exitcode != 0
+        self._lacking |= iterator is not None and iterator._workers_status[number]
