@@ -16,7 +16,6 @@ import dataclasses
 import logging
 import os
 import pickle
-import signal
 import sys
 import warnings
 import weakref
@@ -52,7 +51,7 @@ from midstream.shield import Context, Orphanage
 from midstream.sources import from_dataset
 from midstream.threads import Launch, ThreadReaders
 from midstream.transport import Arena, Parcel
-from midstream.watch import watch
+from midstream.watch import Watched, exit_status, lost_in, usable
 
 __all__ = ["DataLoader"]
 
@@ -321,14 +320,14 @@ class _LoaderIterator:
         """What torch raises when a worker died, with what is known of it; any other error as it is."""
         if isinstance(error, MidstreamError):
             return error
-        dead = []
+        dead, lost = [], lost_in(error)
         for number, worker in enumerate(getattr(self._inner, "_workers", [])):
             # A batch of a dead worker that cannot be received any more may be noticed before the death is.
-            worker.join(0 if self._dead_known else 0.2)
-            if worker.exitcode not in (None, 0):
+            worker.join(0 if self._dead_known or lost is not None else 0.2)
+            if worker.exitcode not in (None, 0) or (lost is not None and number in lost.numbers):
                 crumbs = self._crumbs[number].numpy() if self._crumbs is not None else None
                 hand = describe(crumbs, self._epoch.facts.names) if crumbs is not None else ""
-                what = f"{_exit_status(worker.exitcode)}{f' while working on {hand}' if hand else ''}"
+                what = f"{exit_status(worker.exitcode)}{f' while working on {hand}' if hand else ''}"
                 dead.append(f"worker {number} (pid {worker.pid}) {what}")
         self._dead_known = True
         if dead or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error)):
@@ -873,6 +872,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         """The epoch to iterate, and whether living workers may go on with it from its start."""
         current = self._current
         alive = self.persistent_workers and self.num_workers > 0 and not self._in_threads and self._iterator is not None
+        alive = alive and usable(self._iterator)
         if self._loaded is not None:
             canonical = self._loaded[0]
             at = self._epoch_at(topology, canonical)
@@ -904,9 +904,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 )
         return self._epoch_from(topology, current.num_lanes, self._next_epoch, current), same
 
-    def _double(self, runner: Runner) -> StatefulDataLoader:
+    def _double(self, runner: Runner) -> _Double:
         """This loader as torchdata is to see it: our runner, one envelope at a time, nothing global drawn."""
-        double = object.__new__(StatefulDataLoader)
+        double = object.__new__(_Double)
         double.__dict__.update(
             self.__dict__,
             dataset=runner,
@@ -1361,19 +1361,28 @@ def _comes_up_slowly(context: Any) -> bool:
     return bool(context.get_context().get_start_method() != "fork")
 
 
-def _readers_of(double: StatefulDataLoader) -> Any:
+class _Double(StatefulDataLoader):  # type: ignore[misc]
+    """The loader as torchdata is to see it."""
+
+    def _get_iterator(self) -> Any:
+        if self.num_workers == 0 or os.name != "posix":
+            return super()._get_iterator()
+        self.check_worker_number_rationality()
+        return Watched(self, self.next_iter_state)
+
+
+def _readers_of(double: _Double) -> Any:
     """Start its workers, and wait until they are there."""
-    inner = iter(double)
-    watch(inner)
-    return inner
-
-
-def _exit_status(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit status {code}"
-    with contextlib.suppress(ValueError):
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"was killed by signal {-code}"
+    try:
+        return iter(double)
+    except RuntimeError as error:
+        lost = lost_in(error)
+        if lost is None:
+            raise
+        raise WorkerError(
+            f"{lost}, before it had begun to read. The position is as it was; to go on from there: "
+            f"loader.load_state_dict(loader.state_dict()), and iterate again."
+        ) from error
 
 
 def _ours(dataset: Any, sampler: Any, batch_sampler: Any, generator: Any) -> bool:

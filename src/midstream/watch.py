@@ -1,4 +1,4 @@
-"""The wait for worker processes: one that dies is noticed when a batch is asked for, and nowhere else.
+"""The wait for worker processes: one that dies is told when a batch is asked for, at once, and nowhere else.
 
 torch has its handler of SIGCHLD raise wherever the main thread happens to be: in the middle of a step of the optimizer,
 after which no checkpoint is right, or in the callback of a weak reference, where the error is printed and lost. It needs
@@ -10,70 +10,141 @@ time.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import queue
 import selectors
+import signal
 import time
 import weakref
 from typing import Any
 
 from torch.utils.data._utils import signal_handling
+from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter
 
-__all__ = ["watch"]
+__all__ = ["Lost", "Watched", "exit_status", "lost_in", "usable"]
 
-_REAPED_S = 1.0  # a process closes what it holds shortly before its status can be asked for
-_HALF_S = 1.0  # how long the rest of a batch is waited for, once a worker was killed
+_LOOK_S = 1.0  # a wait looks that often by itself; and so long the rest of a batch may take once its worker may be dead
+_NAP_S = 0.05
 
 
-def watch(iterator: Any) -> None:
-    """Have torch's iterator over worker processes notice deaths while it waits, and not by a signal; others stay as they are.
+class Lost(RuntimeError):
+    """Workers ended that should have sent more, or the pipe is of no use any more.
 
-    Nothing raises at exit either, when multiprocessing ends workers that still live.
+    Attributes:
+        numbers: Of the workers.
     """
-    if getattr(iterator, "_worker_pids_set", False):
-        batches = iterator._worker_result_queue
-        wait = _Wait(iterator, batches._reader.fileno())
-        batches._poll, batches._reader._recv = wait.poll, wait.read
-        signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
-        iterator._worker_pids_set = False
+
+    def __init__(self, text: str, numbers: list[int]) -> None:
+        super().__init__(text)
+        self.numbers = numbers
+
+
+def lost_in(error: BaseException) -> Lost | None:
+    """That, if it is behind an error; torchdata raises one of its own from it."""
+    found = error if isinstance(error, Lost) else error.__cause__
+    return found if isinstance(found, Lost) else None
+
+
+class Watched(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[misc]
+    """torchdata's iterator over worker processes, with this wait.
+
+    torch's handler is not to look at its workers: also not at exit, when multiprocessing ends those that still live.
+    """
+
+    _made_by = 0
+
+    def _reset(self, loader: Any, first_iter: bool = False, prime_prefetch: bool = True) -> None:
+        if first_iter:
+            self.wait, self._made_by = _Wait(self), os.getpid()
+            signal_handling._remove_worker_pids(id(self))  # type: ignore[attr-defined]
+            self._worker_pids_set = False
+        super()._reset(loader, first_iter, prime_prefetch)
+
+    def __del__(self) -> None:
+        if self._made_by in (0, os.getpid()):  # not the copy in a worker that was forked later: its workers are not there
+            super().__del__()
+
+
+def usable(iterator: Any) -> bool:
+    """Whether its workers can make another epoch."""
+    return not (isinstance(iterator, Watched) and iterator.wait.broken)
+
+
+def exit_status(code: int | None) -> str:
+    """What became of a process, in words."""
+    if code is None:
+        return "ended, and somebody else was told how"
+    if code >= 0:
+        return f"ended with exit status {code}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"was killed by signal {-code}"
 
 
 class _Wait:
-    """What a queue calls for its pipe, in the one thread that reads it."""
+    """What a queue calls for its pipe, in the one thread that reads it: the loader's, or torch's that pins memory."""
 
-    def __init__(self, iterator: Any, pipe: int) -> None:
+    def __init__(self, iterator: Any) -> None:
+        batches = iterator._worker_result_queue
         self._iterator = weakref.ref(iterator)
-        self._pipe = pipe
-        self._alive = dict(enumerate(iterator._workers))
+        self._reader = batches._reader
+        self._pipe = self._reader.fileno()
+        self._dead: set[int] = set()
+        self._torn = self._told = False
+        self._workers = iterator._workers
+        self._alive = set(range(len(self._workers)))
         self._selector = selectors.DefaultSelector()
-        self._selector.register(pipe, selectors.EVENT_READ)
-        for number, worker in self._alive.items():
+        self._selector.register(self._pipe, selectors.EVENT_READ)
+        for number, worker in enumerate(self._workers):
             self._selector.register(worker.sentinel, selectors.EVENT_READ, number)
-        self._lacking = self._killed = self._torn = False
+        batches._poll, batches._recv_bytes, self._reader._recv = self.poll, self.receive, self.read
+        self._pinned: queue.Queue[Any] | None = None
+        if hasattr(iterator, "_pin_memory_thread"):
+            self._pinned = iterator._data_queue
+            iterator._data_queue = _Pinned(self._pinned)
+
+    @property
+    def broken(self) -> bool:
+        """Whether a worker is gone, or what comes next begins in the middle."""
+        return self._torn or bool(self._dead)
 
     def poll(self, timeout: float = 0.0) -> bool:
-        """Whether something comes within so many seconds; False at once when a worker ended that should have sent more."""
+        """Whether something comes within so many seconds.
+
+        Raises:
+            Lost: When all that was sent is taken, and a worker ended that should have sent more.
+        """
         until = time.monotonic() + timeout
-        while not self._ready(left := max(0.0, until - time.monotonic())):
-            if self._lacking or left == 0.0:
-                self._lacking = False
+        while True:
+            left = max(0.0, until - time.monotonic())
+            if self._ready(0.0 if self._owing() and not self._told else min(left, _LOOK_S)):
+                return True
+            if self._torn or self._owing():
+                self._tell()
+            if left == 0.0:
                 return False
-        return True
+
+    def receive(self) -> Any:
+        """The bytes of a batch."""
+        try:
+            return self._reader.recv_bytes()
+        except BaseException:  # Ctrl-C, too
+            self._torn = True
+            raise
 
     def read(self, size: int) -> io.BytesIO:
         """So many bytes of the pipe."""
-        found = io.BytesIO()
+        found, before = io.BytesIO(), self._dead.copy()
         while (left := size - found.tell()) > 0:
-            self._killed = waited = False
-            while not self._ready(_HALF_S):
-                if waited:  # what is here already is of the one that was killed: whoever lives would have gone on
+            doubtful = False
+            while not self._ready(_LOOK_S):
+                if doubtful:  # nothing more comes: the rest was the dead one's
                     self._torn = True
-                    raise queue.Empty  # nothing came: torch then looks which workers are alive
-                for number, worker in list(self._alive.items()):
-                    if not worker.is_alive():  # and a process that it had started holds what tells of its end
-                        self._ended(number)
-                waited = self._killed
+                    self._tell()
+                    raise queue.Empty
+                doubtful = not before.issuperset(self._owing())
             chunk = os.read(self._pipe, left)
             if not chunk:
                 raise EOFError("no worker can send any more")
@@ -81,23 +152,58 @@ class _Wait:
         return found
 
     def _ready(self, timeout: float) -> bool:
-        """Whether the pipe has something. If not, workers may have ended, and all they sent was taken."""
-        if self._torn:  # what comes now begins in the middle
-            time.sleep(timeout)
+        """Whether the pipe has something. If not, all that the dead have sent was taken."""
+        if self._torn:
+            time.sleep(min(timeout, _NAP_S))
             return False
         ready = [key.data for key, _ in self._selector.select(timeout)]
         if None in ready:
             return True
+        # A process that a worker started may hold what tells of its end.
+        ready += [number for number in self._alive if not ready and not self._workers[number].is_alive()]
         for number in ready:
-            self._ended(number)
+            self._alive.remove(number)
+            self._dead.add(number)
+            self._selector.unregister(self._workers[number].sentinel)
         return False
 
-    def _ended(self, number: int) -> None:
-        worker = self._alive.pop(number)
-        self._selector.unregister(worker.sentinel)
-        until = time.monotonic() + _REAPED_S
-        while worker.is_alive() and time.monotonic() < until:
-            time.sleep(0.001)
-        iterator = self._iterator()
-        self._killed |= worker.exitcode != 0
-        self._lacking |= iterator is not None and iterator._workers_status[number]
+    def _owing(self) -> list[int]:
+        """Dead workers that have not sent all; one that ended by itself did so after it had."""
+        if not self._dead:
+            return []
+        status = getattr(self._iterator(), "_workers_status", None)
+        return [number for number in sorted(self._dead) if status is None or status[number]]
+
+    def _tell(self) -> None:
+        numbers = self._owing()
+        words = []
+        for number in numbers:
+            worker, until = self._workers[number], time.monotonic() + _LOOK_S
+            while worker.is_alive() and time.monotonic() < until:  # it closes what it holds before its status is there
+                time.sleep(0.001)
+            words.append(f"DataLoader worker {number} (pid {worker.pid}) {exit_status(worker.exitcode)}")
+        lost = Lost("; ".join(words) or "DataLoader worker: reading was interrupted in the middle of a batch", numbers)
+        if self._pinned is None:
+            raise lost
+        if not self._told:
+            self._told = True
+            self._pinned.put(lost)
+
+
+class _Pinned:
+    """The queue between the thread that pins memory and the loader, as the loader sees it."""
+
+    def __init__(self, batches: queue.Queue[Any]) -> None:
+        self._batches = batches
+
+    def get(self, timeout: float | None = None) -> Any:
+        """What comes next.
+
+        Raises:
+            Lost: When that is the end of a worker.
+        """
+        found = self._batches.get(timeout=timeout)
+        if isinstance(found, Lost):
+            self._batches.put(found)  # nor does anything else come after it
+            raise found
+        return found
