@@ -792,7 +792,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if reuse and runner is not None:
             runner.epoch = epoch.epoch
         else:
-            super().load_state_dict({})
+            self._let_go()
             facts = epoch.facts
             runner = Runner(
                 facts.running,
@@ -841,6 +841,14 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 return epoch, Launch(lambda: _readers_of(double))
             self._iterator = inner = _readers_of(double)
         return epoch, inner
+
+    def _let_go(self) -> None:
+        """Other readers will be needed."""
+        if not usable(self._iterator):
+            self._shut(
+                self._iterator
+            )  # now: an error that is kept keeps them too, and what the collector meets waits long
+        super().load_state_dict({})
 
     def _arena(self) -> Arena | None:
         """Shared memory for batches: bundles that are ready and one in the making, and what the training holds on to."""
@@ -1102,7 +1110,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         own = [f"{index:04d}" for index in range(topology.rank, canonical.num_lanes, topology.world_size)]
         merged["lanes"] = {key: merged["lanes"].get(key, "") for key in own}
         self._drop_started()
-        super().load_state_dict({})
+        self._let_go()
         self._active = self._renewed = self._trained = None
         self.sampler.forget()
         self._current, self._runner = None, None
@@ -1141,7 +1149,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._edits, self._excluded = canonical.edits, canonical.excluded
         self._set_pipeline(self._pipeline)
         self._drop_started()
-        super().load_state_dict({})
+        self._let_go()
         if not over and self._active is not None:
             self._active, self._renewed = None, self._active
         self._current, self._runner = None, None

@@ -63,7 +63,10 @@ class Watched(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[misc]
         super()._reset(loader, first_iter, prime_prefetch)
 
     def __del__(self) -> None:
-        if self._made_by in (0, os.getpid()):  # not the copy in a worker that was forked later: its workers are not there
+        if self._made_by in (
+            0,
+            os.getpid(),
+        ):  # not the copy in a worker that was forked later: its workers are not there
             super().__del__()
 
 
