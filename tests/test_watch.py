@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import midstream as ms
 
 pytestmark = pytest.mark.slow
 
@@ -202,6 +206,24 @@ def test_a_death_is_told_at_once_when_a_batch_is_asked_for_and_not_before(
     assert re.match(r"worker [01] \(pid \d+\) (was killed by SIGKILL|ended)", text), text
     assert seen == [list(range(row, row + 4)) for row in range(0, 4 * len(seen), 4)]
     assert steps == len(seen) and 1 <= steps <= 5
+
+
+def test_all_of_it_goes_with_its_iterator() -> None:
+    """Without the collector: it holds the pipe, and what tells of the ends of workers."""
+    loader = ms.DataLoader(ms.from_dataset(range(40)).batch(4), num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    gc.collect()
+    gc.disable()
+    try:
+        of = loader._iterator
+        held = [weakref.ref(x) for x in (of, of.wait, of._worker_result_queue._reader, of._workers[0])]
+        del of
+        loader.close()
+        del batches, loader
+        assert [each() for each in held] == [None] * 4
+    finally:
+        gc.enable()
 
 
 ENDED = """

@@ -18,6 +18,8 @@ import selectors
 import signal
 import time
 import weakref
+from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 from torch.utils.data._utils import signal_handling
@@ -92,8 +94,8 @@ class _Wait:
     def __init__(self, iterator: Any) -> None:
         batches = iterator._worker_result_queue
         self._iterator = weakref.ref(iterator)
-        self._reader = batches._reader
-        self._pipe = self._reader.fileno()
+        reader = batches._reader  # not held here: it holds this
+        self._pipe = reader.fileno()
         self._dead: set[int] = set()
         self._torn = self._told = False
         self._workers = iterator._workers
@@ -102,7 +104,7 @@ class _Wait:
         self._selector.register(self._pipe, selectors.EVENT_READ)
         for number, worker in enumerate(self._workers):
             self._selector.register(worker.sentinel, selectors.EVENT_READ, number)
-        batches._poll, batches._recv_bytes, self._reader._recv = self.poll, self.receive, self.read
+        batches._poll, batches._recv_bytes, reader._recv = self.poll, partial(self.receive, reader), self.read
         self._pinned: queue.Queue[Any] | None = None
         if hasattr(iterator, "_pin_memory_thread"):
             self._pinned = iterator._data_queue
@@ -126,13 +128,13 @@ class _Wait:
                 return True
             if self._torn or self._owing():
                 self._tell()
-            if left == 0.0:
+            if self._torn or left == 0.0:
                 return False
 
-    def receive(self) -> Any:
+    def receive(self, reader: Connection) -> bytes:
         """The bytes of a batch."""
         try:
-            return self._reader.recv_bytes()
+            return reader.recv_bytes()
         except BaseException:  # Ctrl-C, too
             self._torn = True
             raise
