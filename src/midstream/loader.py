@@ -27,8 +27,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset
+from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter
 
 from midstream._check import require_int
 from midstream._state import State
@@ -51,7 +53,7 @@ from midstream.shield import Context, Orphanage
 from midstream.sources import from_dataset
 from midstream.threads import Launch, ThreadReaders
 from midstream.transport import Arena, Parcel
-from midstream.watch import Watched, exit_status, lost_in, usable
+from midstream.watch import Wait, exit_status, lost_in
 
 __all__ = ["DataLoader"]
 
@@ -844,7 +846,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
 
     def _let_go(self) -> None:
         """Other readers will be needed."""
-        if not usable(self._iterator):
+        if not _usable(self._iterator):
             self._shut(
                 self._iterator
             )  # now: an error that is kept keeps them too, and what the collector meets waits long
@@ -880,7 +882,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         """The epoch to iterate, and whether living workers may go on with it from its start."""
         current = self._current
         alive = self.persistent_workers and self.num_workers > 0 and not self._in_threads and self._iterator is not None
-        alive = alive and usable(self._iterator)
+        alive = alive and _usable(self._iterator)
         if self._loaded is not None:
             canonical = self._loaded[0]
             at = self._epoch_at(topology, canonical)
@@ -1376,7 +1378,35 @@ class _Double(StatefulDataLoader):  # type: ignore[misc]
         if self.num_workers == 0 or os.name != "posix":
             return super()._get_iterator()
         self.check_worker_number_rationality()
-        return Watched(self, self.next_iter_state)
+        return _Watched(self, self.next_iter_state)
+
+
+class _Watched(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[misc]
+    """torchdata's iterator over worker processes, with our wait.
+
+    torch's handler is not to look at its workers: also not at exit, when multiprocessing ends those that still live.
+    """
+
+    _made_by = 0
+
+    def _reset(self, loader: Any, first_iter: bool = False, prime_prefetch: bool = True) -> None:
+        if first_iter:
+            self.wait, self._made_by = Wait(self), os.getpid()
+            signal_handling._remove_worker_pids(id(self))  # type: ignore[attr-defined]
+            self._worker_pids_set = False
+        super()._reset(loader, first_iter, prime_prefetch)
+
+    def __del__(self) -> None:
+        if self._made_by in (
+            0,
+            os.getpid(),
+        ):  # not the copy in a worker that was forked later: its workers are not there
+            super().__del__()
+
+
+def _usable(iterator: Any) -> bool:
+    """Whether its workers can make another epoch."""
+    return not (isinstance(iterator, _Watched) and iterator.wait.broken)
 
 
 def _readers_of(double: _Double) -> Any:

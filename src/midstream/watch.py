@@ -22,10 +22,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from torch.utils.data._utils import signal_handling
-from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter
-
-__all__ = ["Lost", "Watched", "exit_status", "lost_in", "usable"]
+__all__ = ["Lost", "Wait", "exit_status", "lost_in"]
 
 _LOOK_S = 1.0  # a wait looks that often by itself; and so long the rest of a batch may take once its worker may be dead
 _NAP_S = 0.05
@@ -44,37 +41,9 @@ class Lost(RuntimeError):
 
 
 def lost_in(error: BaseException) -> Lost | None:
-    """That, if it is behind an error; torchdata raises one of its own from it."""
+    """That, if it is behind an error; torch raises one of its own from it."""
     found = error if isinstance(error, Lost) else error.__cause__
     return found if isinstance(found, Lost) else None
-
-
-class Watched(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[misc]
-    """torchdata's iterator over worker processes, with this wait.
-
-    torch's handler is not to look at its workers: also not at exit, when multiprocessing ends those that still live.
-    """
-
-    _made_by = 0
-
-    def _reset(self, loader: Any, first_iter: bool = False, prime_prefetch: bool = True) -> None:
-        if first_iter:
-            self.wait, self._made_by = _Wait(self), os.getpid()
-            signal_handling._remove_worker_pids(id(self))  # type: ignore[attr-defined]
-            self._worker_pids_set = False
-        super()._reset(loader, first_iter, prime_prefetch)
-
-    def __del__(self) -> None:
-        if self._made_by in (
-            0,
-            os.getpid(),
-        ):  # not the copy in a worker that was forked later: its workers are not there
-            super().__del__()
-
-
-def usable(iterator: Any) -> bool:
-    """Whether its workers can make another epoch."""
-    return not (isinstance(iterator, Watched) and iterator.wait.broken)
 
 
 def exit_status(code: int | None) -> str:
@@ -88,8 +57,12 @@ def exit_status(code: int | None) -> str:
     return f"was killed by signal {-code}"
 
 
-class _Wait:
-    """What a queue calls for its pipe, in the one thread that reads it: the loader's, or torch's that pins memory."""
+class Wait:
+    """What a queue calls for its pipe, in the one thread that reads it: the loader's, or torch's that pins memory.
+
+    Args:
+        iterator: torch's, over worker processes; its queue waits here from now on.
+    """
 
     def __init__(self, iterator: Any) -> None:
         batches = iterator._worker_result_queue
