@@ -47,7 +47,7 @@ class Nursery:
             program: A file, or ``-m`` and a module, and its arguments.
             environments: What each has more in its environment.
             errors: A file for what they print to stderr.
-            timeout: Seconds after which all are killed.
+            timeout: Seconds after which all are killed, and this fails.
             **more: ``out``, a file for what they print; ``cwd``, where they run; ``store``, that ranks are to meet there.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -56,7 +56,8 @@ class Nursery:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         assert answer, "the nursery has ended"
-        statuses: list[int] = json.loads(answer)
+        statuses: list[int] | None = json.loads(answer)
+        assert statuses is not None, f"not done in {timeout} s:\n{errors.read_text()[-5000:]}"
         return statuses
 
 
@@ -128,9 +129,11 @@ def _become(
     sys.exit()
 
 
-def _wait(children: list[int], timeout: float) -> list[int]:
+def _wait(children: list[int], timeout: float) -> list[int] | None:
+    """Their exit statuses; None when they had to be killed because it took too long."""
+    late = time.monotonic() + timeout
     statuses: dict[int, int] = {}
-    until = time.monotonic() + timeout
+    until = late
     while len(statuses) < len(children):
         alive = [child for child in children if child not in statuses]
         for child in alive:
@@ -148,7 +151,7 @@ def _wait(children: list[int], timeout: float) -> list[int]:
                     os.kill(child, signal.SIGKILL)
             until = float("inf")
         time.sleep(0.01)
-    return [statuses[child] for child in children]
+    return None if time.monotonic() > late else [statuses[child] for child in children]
 
 
 if __name__ == "__main__":

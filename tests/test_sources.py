@@ -840,7 +840,9 @@ def test_data_that_became_shorter_is_a_replay_that_diverged() -> None:
     ("options", "error", "match"),
     [
         ({"make_iterable": [1, 2]}, TypeError, "from_iterable takes a callable; found list"),
-        pytest.param({"make_iterable": (x for x in "ab")}, TypeError, "found generator", id="generator"),
+        pytest.param(
+            {"make_iterable": (x for x in "ab")}, TypeError, "takes a callable; found generator", id="generator"
+        ),
         ({"num_shards": 0}, ValueError, "num_shards is at least 1; found 0"),
         ({"num_shards": 2.0}, TypeError, "num_shards is an integer; found 2.0"),
         ({"num_shards": True}, TypeError, "num_shards is an integer; found True"),

@@ -41,6 +41,13 @@ HEAD = """
     def kill(loader, worker, number=signal.SIGKILL):
         os.kill(loader._iterator._workers[worker].pid, number)
 
+    def die(x):  # once the main process says so
+        if x == 20:
+            while not os.path.exists(__file__ + ".go"):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
     def run(loader, doing=lambda seen, loader: None):
         seen, error = [], None
         try:
@@ -55,13 +62,6 @@ HEAD = """
 PROGRAMS = {
     # Every instruction of a step of training is a place where a handler could raise.
     "between": """
-        def die(x):
-            if x == 20:
-                while not os.path.exists(__file__ + ".go"):
-                    time.sleep(0.01)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return x
-
         def train(seen, loader):
             open(__file__ + ".go", "w").close()
             while all(worker.is_alive() for worker in loader._iterator._workers):
@@ -132,13 +132,6 @@ PROGRAMS = {
                     pass
             except ChildProcessError:
                 pass
-
-        def die(x):
-            if x == 20:
-                while not os.path.exists(__file__ + ".go"):
-                    time.sleep(0.01)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return x
 
         def train(seen, loader):
             open(__file__ + ".go", "w").close()
@@ -234,7 +227,7 @@ ENDED = """
             yield i + 1000 * shard
 
     def made(rows):
-        return big(rows) if rows[0] == 8 else rows
+        return big(rows) * 5 if rows[0] == 8 else rows  # long enough on its way to be met there
 
     def stop(loader):
         inner = loader._iterator

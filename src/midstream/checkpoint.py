@@ -331,7 +331,7 @@ def leaf_text(lane: Mapping[str, Any], paths: Paths, run: str | None = None) -> 
         run: Its "lane" with nodes by number, encoded, where that is known already.
     """
     parts = {name: part for name, part in lane.items() if name not in ("crc", "events", "lane")}
-    if parts.get("rows") == parts["samples"]:
+    if parts["rows"] == parts["samples"]:
         del parts["rows"]
     if lane["events"]:
         parts["events"] = paths.short_events(lane["events"])

@@ -323,9 +323,10 @@ class _LoaderIterator:
         if isinstance(error, MidstreamError):
             return error
         dead, lost = [], lost_in(error)
+        known = self._dead_known or lost is not None
         for number, worker in enumerate(getattr(self._inner, "_workers", [])):
             # A batch of a dead worker that cannot be received any more may be noticed before the death is.
-            worker.join(0 if self._dead_known or lost is not None else 0.2)
+            worker.join(0 if known else 0.2)
             if worker.exitcode not in (None, 0) or (lost is not None and number in lost.numbers):
                 crumbs = self._crumbs[number].numpy() if self._crumbs is not None else None
                 hand = describe(crumbs, self._epoch.facts.names) if crumbs is not None else ""
@@ -847,9 +848,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def _let_go(self) -> None:
         """Other readers will be needed."""
         if not _usable(self._iterator):
-            self._shut(
-                self._iterator
-            )  # now: an error that is kept keeps them too, and what the collector meets waits long
+            # Now: an error that is kept keeps them too, and what the collector meets waits long.
+            self._shut(self._iterator)
         super().load_state_dict({})
 
     def _arena(self) -> Arena | None:
@@ -881,8 +881,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def _begin(self, topology: Topology) -> tuple[Position, bool]:
         """The epoch to iterate, and whether living workers may go on with it from its start."""
         current = self._current
-        alive = self.persistent_workers and self.num_workers > 0 and not self._in_threads and self._iterator is not None
-        alive = alive and _usable(self._iterator)
+        in_processes = self.num_workers > 0 and not self._in_threads
+        alive = self.persistent_workers and in_processes and self._iterator is not None and _usable(self._iterator)
         if self._loaded is not None:
             canonical = self._loaded[0]
             at = self._epoch_at(topology, canonical)

@@ -74,12 +74,11 @@ class Tally:
     def texts(self) -> dict[str, Fragment]:
         """The counts by source as a checkpoint has them, encoded once: a state has most lanes as the one before had them."""
         if self._texts is None:
-            counts = {"samples": self.samples}
-            if not np.array_equal(self.rows, self.samples):
-                counts["rows"] = self.rows
+            samples = Fragment(encode(self.samples.tolist()))
+            same = np.array_equal(self.rows, self.samples)
+            self._texts = {"samples": samples, "rows": samples if same else Fragment(encode(self.rows.tolist()))}
             if self.tokens.any():
-                counts["tokens"] = self.tokens
-            self._texts = {name: Fragment(encode(count.tolist())) for name, count in counts.items()}
+                self._texts["tokens"] = Fragment(encode(self.tokens.tolist()))
         return self._texts
 
     def passed_over(self, origins: I64 | None, events: Mapping[str, int] | None, path: str) -> Tally:
