@@ -48,6 +48,13 @@ HEAD = """
             os.kill(os.getpid(), signal.SIGKILL)
         return x
 
+    def pin():  # what torch asks and calls, so that its thread runs here too
+        torch.accelerator.is_available = lambda: True
+        torch.accelerator.set_device_index = lambda *_: None
+        torch.accelerator.current_accelerator = lambda *_, **__: torch.device("cuda")
+        torch._C._get_accelerator = lambda *_, **__: torch.device("cuda")
+        torch.cuda.current_device = lambda: 0
+
     def run(loader, doing=lambda seen, loader: None):
         seen, error = [], None
         try:
@@ -146,12 +153,7 @@ PROGRAMS = {
 TOLD = """
     if __name__ == "__main__":
         if sys.argv[3] == "pinned":
-            # What torch asks and calls, so that its thread runs here too.
-            torch.accelerator.is_available = lambda: True
-            torch.accelerator.set_device_index = lambda *_: None
-            torch.accelerator.current_accelerator = lambda *_, **__: torch.device("cuda")
-            torch._C._get_accelerator = lambda *_, **__: torch.device("cuda")
-            torch.cuda.current_device = lambda: 0
+            pin()
         loader = ms.DataLoader(
             ds, num_workers=2, multiprocessing_context=sys.argv[1], timeout=int(sys.argv[2]), pin_memory=sys.argv[3] == "pinned"
         )
@@ -255,6 +257,42 @@ def test_a_worker_that_had_sent_all_may_die_and_the_epoch_is_whole_and_so_is_the
     assert first == second == whole
 
 
+UNEVEN = """
+    def rows(shard):
+        for i in range(4 if shard else 20):
+            if not shard:
+                time.sleep(0.05)
+            yield i + 1000 * shard
+
+    class Slow:  # the loader is kept from going on, after a worker was told to end
+        def __init__(self, tasks):
+            self.tasks = tasks
+
+        def __getattr__(self, name):
+            return getattr(self.tasks, name)
+
+        def put(self, task):
+            self.tasks.put(task)
+            if task is None:
+                time.sleep(0.3)
+
+    if __name__ == "__main__":
+        pin()
+        ds = ms.from_iterable(rows, name="web", num_shards=2).batch(1, collate_fn=list)
+        loader = ms.DataLoader(ds, num_workers=2, lanes=2, multiprocessing_context="fork", pin_memory=True)
+        batches = iter(loader)
+        inner = loader._iterator
+        assert hasattr(inner, "_pin_memory_thread")
+        inner._index_queues = [Slow(tasks) for tasks in inner._index_queues]
+        say([batch[0] for batch in batches], [batch[0] for batch in ms.DataLoader(ds, lanes=2)])
+"""
+
+
+def test_an_ordinary_end_is_no_death_for_the_thread_that_pins(tmp_path: Path) -> None:
+    ((found, whole),) = run(tmp_path, UNEVEN)
+    assert found == whole
+
+
 INTERRUPTED = """
     def made(rows):
         return big(rows) if rows[0] == 20 else rows
@@ -310,14 +348,16 @@ STARTED = """
             try:
                 iter(loader)
             except ms.WorkerError as error:
-                say(str(error))
+                kept = error  # and with it all that its traceback knows
+                say(str(error), [worker.pid for worker in torch.multiprocessing.active_children()])
 """
 
 
 def test_a_death_while_workers_start_is_told_by_iter(tmp_path: Path) -> None:
     told = run(tmp_path, STARTED)
     assert len(told) == 2
-    for (text,) in told:
+    for text, alive in told:
+        assert alive == []
         assert re.match(
             r"DataLoader worker 1 \(pid \d+\) ended with exit status 3, before it had begun to read\.", text
         )

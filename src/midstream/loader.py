@@ -1391,10 +1391,21 @@ class _Watched(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[misc]
 
     def _reset(self, loader: Any, first_iter: bool = False, prime_prefetch: bool = True) -> None:
         if first_iter:
-            self.wait, self._made_by = Wait(self), os.getpid()
             signal_handling._remove_worker_pids(id(self))  # type: ignore[attr-defined]
             self._worker_pids_set = False
-        super()._reset(loader, first_iter, prime_prefetch)
+            self.wait, self._made_by = Wait(self), os.getpid()
+        self.wait.begin([])
+        try:
+            super()._reset(loader, first_iter, prime_prefetch)
+        except BaseException:
+            # Now: of a start that failed nobody else has this iterator, and an error that is kept would keep its workers.
+            self._shutdown_workers()
+            raise
+        self.wait.begin(self._workers_status)
+
+    def _mark_worker_as_unavailable(self, worker_id: int, shutdown: bool = False) -> None:
+        self.wait.let_go(worker_id)
+        super()._mark_worker_as_unavailable(worker_id, shutdown)
 
     def __del__(self) -> None:
         if self._made_by in (
@@ -1406,7 +1417,7 @@ class _Watched(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[misc]
 
 def _usable(iterator: Any) -> bool:
     """Whether its workers can make another epoch."""
-    return not (isinstance(iterator, _Watched) and iterator.wait.broken)
+    return not (isinstance(iterator, _Watched) and (iterator._shutdown or iterator.wait.broken))
 
 
 def _readers_of(double: _Double) -> Any:
@@ -1415,10 +1426,10 @@ def _readers_of(double: _Double) -> Any:
         return iter(double)
     except RuntimeError as error:
         lost = lost_in(error)
-        if lost is None:
+        if lost is None and "DataLoader worker" not in str(error):
             raise
         raise WorkerError(
-            f"{lost}, before it had begun to read. The position is as it was; to go on from there: "
+            f"{lost or error}, before it had begun to read. The position is as it was; to go on from there: "
             f"loader.load_state_dict(loader.state_dict()), and iterate again."
         ) from error
 

@@ -17,7 +17,6 @@ import queue
 import selectors
 import signal
 import time
-import weakref
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -66,10 +65,11 @@ class Wait:
 
     def __init__(self, iterator: Any) -> None:
         batches = iterator._worker_result_queue
-        self._iterator = weakref.ref(iterator)
         reader = batches._reader  # not held here: it holds this
         self._pipe = reader.fileno()
         self._dead: set[int] = set()
+        self._through: set[int] = set()
+        self._status: list[bool] = []
         self._torn = self._told = False
         self._workers = iterator._workers
         self._alive = set(range(len(self._workers)))
@@ -82,6 +82,15 @@ class Wait:
         if hasattr(iterator, "_pin_memory_thread"):
             self._pinned = iterator._data_queue
             iterator._data_queue = _Pinned(self._pinned)
+
+    def begin(self, status: list[bool]) -> None:
+        """Another epoch, of which all workers owe batches until `let_go` or until they are False in torch's ``status``."""
+        self._through.clear()
+        self._status = status
+
+    def let_go(self, number: int) -> None:
+        """That worker has sent all. Said before it is told to end: torch's ``status`` changes later, in another thread."""
+        self._through.add(number)
 
     @property
     def broken(self) -> bool:
@@ -146,13 +155,14 @@ class Wait:
         return False
 
     def _owing(self) -> list[int]:
-        """Dead workers that have not sent all; one that ended by itself did so after it had."""
+        """Dead workers that have not sent all."""
         if not self._dead:
             return []
-        status = getattr(self._iterator(), "_workers_status", None)
-        return [number for number in sorted(self._dead) if status is None or status[number]]
+        return [number for number in sorted(self._dead - self._through) if not self._status or self._status[number]]
 
     def _tell(self) -> None:
+        if self._told:
+            return
         numbers = self._owing()
         words = []
         for number in numbers:
@@ -163,9 +173,8 @@ class Wait:
         lost = Lost("; ".join(words) or "DataLoader worker: reading was interrupted in the middle of a batch", numbers)
         if self._pinned is None:
             raise lost
-        if not self._told:
-            self._told = True
-            self._pinned.put(lost)
+        self._told = True
+        self._pinned.put(lost)
 
 
 class _Pinned:
