@@ -27,7 +27,7 @@ import torch
 
 import midstream as ms
 from midstream._state import encode, seal
-from midstream.core import Dataset
+from midstream.dataset import Dataset
 
 warnings.filterwarnings("ignore", message=".*set_vital.*|.*worker processes in total.*")
 

@@ -23,7 +23,8 @@ import pyarrow as pa
 import torch
 
 import midstream as ms
-from midstream.core import Dataset, bind
+from midstream.core import bind
+from midstream.dataset import Dataset
 from midstream.sources.arrow import TableReader
 
 warnings.filterwarnings("ignore", message=".*set_vital.*|.*worker processes in total.*")
@@ -157,7 +158,7 @@ class Bare(torch.utils.data.IterableDataset):
         from midstream.core import Lane
         from midstream.failures import Ledger
 
-        place = bind(self.ds)
+        place = bind(self.ds.node)
         runs = [place.iterate(Lane(lane, 48, 1, Ledger()), 0, 0) for lane in range(worker.id, 48, worker.num_workers)]
         while True:
             for run in runs:

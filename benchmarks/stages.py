@@ -34,7 +34,8 @@ from interface import WEIGHTS, Work
 
 import midstream as ms
 from midstream._paths import Paths
-from midstream.core import Dataset, Later, bind
+from midstream.core import Later, bind
+from midstream.dataset import Dataset
 from midstream.lanes import Topology
 from midstream.readers import Plan, Runner
 
@@ -46,7 +47,7 @@ STAGES = ("source", "shuffle", "interleave", "batch", "reader", "loader")
 
 def in_chunks(dataset: Dataset, samples: int, each: int = 1, order: Any = None) -> Callable[[], float]:
     """Microseconds a sample of rows read a chunk at a time, where a row is ``each`` samples."""
-    place, chunk = bind(dataset), CHUNK // each
+    place, chunk = bind(dataset.node), CHUNK // each
     key, first = np.zeros(1, dtype=np.uint64), np.zeros(1, dtype=np.int64)
 
     def measure() -> float:

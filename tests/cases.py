@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 import midstream as ms
-from midstream.core import Dataset
+from midstream.dataset import Dataset
 
 BASE = 10_000
 

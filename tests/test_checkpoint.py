@@ -207,7 +207,7 @@ def _nested() -> ms.Dataset:
 @pytest.mark.parametrize("make", [_random, _stream, _nested])
 def test_nodes_of_a_spec_have_the_paths_and_sources_of_its_places(make: Any) -> None:
     pipeline = make()
-    places = {place.path: place for place in bind(pipeline).walk()}
+    places = {place.path: place for place in bind(pipeline.node).walk()}
     nodes = list(walk(json.loads(json.dumps(pipeline.spec(), sort_keys=True))))
     assert len(nodes) == len(places)
     for node in nodes:
@@ -219,7 +219,7 @@ def test_nodes_of_a_spec_have_the_paths_and_sources_of_its_places(make: Any) -> 
 @given(st.data())
 def test_counts_and_marks_by_number_are_read_back(data: Any) -> None:
     pipeline = data.draw(st.sampled_from([_random, _stream, _nested]))()
-    known = [place.path for place in bind(pipeline).walk()]
+    known = [place.path for place in bind(pipeline.node).walk()]
     paths = Paths(pipeline.spec())
     path = st.one_of(
         st.sampled_from(known),

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import midstream as ms
 import midstream.sources.parquet
 from midstream.columns import rows_of_block
-from midstream.core import Dataset, Delivery, Lane, as_origin_array, bind, epoch_key
+from midstream.core import Delivery, Lane, as_origin_array, bind, epoch_key
+from midstream.dataset import Dataset
 from midstream.failures import Failure, Hole, Ledger
 from midstream.nodes.collate import over_columns
 from midstream.sources.arrow import TableReader
@@ -158,9 +159,9 @@ def test_numbers_of_many_small_chunks_are_those_of_one(kind: pa.DataType, picked
 
 def columns_reach(ds: Dataset) -> bool:
     """Whether the rows of a pipeline are columns still."""
-    length = ds.length()
+    length = ds.node.length()
     assert length is not None
-    rows = bind(ds).rows(np.arange(length), epoch_key(0), np.array([0]))
+    rows = bind(ds.node).rows(np.arange(length), epoch_key(0), np.array([0]))
     return rows.columns is not None
 
 
@@ -190,7 +191,7 @@ def test_a_row_that_cannot_be_read_is_a_hole_among_columns() -> None:
     good = pa.array(["a", "b", "c"])
     bad = pa.Array.from_buffers(pa.string(), 3, [None, good.buffers()[1], pa.py_buffer(b"a\xffc")])
     ds = ms.from_dataset(datasets.Dataset(datasets.table.InMemoryTable(pa.table({"text": bad}))))
-    rows = bind(ds).rows(np.arange(3), epoch_key(0), np.array([0]))
+    rows = bind(ds.node).rows(np.arange(3), epoch_key(0), np.array([0]))
     assert rows.columns is None
     assert [type(sample) for sample in rows.samples] == [dict, Hole, dict]
     assert isinstance(rows.samples[1].errors[0], Failure)
@@ -201,7 +202,7 @@ def test_views_of_a_row_group_that_leaves_the_cache_are_copied(tmp_path: Path, m
     pq.write_table(pa.table({"ids": [[row] * 50 for row in range(60)]}), tmp_path / "x.parquet", row_group_size=10)
     monkeypatch.setattr(midstream.sources.parquet, "CACHE_BYTES", 1)
     ds = ms.read_parquet(str(tmp_path / "x.parquet"))
-    rows = bind(ds).rows(np.arange(60)[::-1].copy(), epoch_key(0), np.array([0]))
+    rows = bind(ds.node).rows(np.arange(60)[::-1].copy(), epoch_key(0), np.array([0]))
     assert rows.columns is not None
     views = rows.columns.columns[0].values
     assert [view[0] for view in views] == list(range(60))[::-1]
@@ -245,7 +246,7 @@ def test_flat_and_ragged_take_arrays_tensors_and_lists() -> None:
 
 def deliveries(ds: Dataset, lane: Lane, state: Any = None, most: int = 10_000) -> list[Any]:
     """Every row with its origins, the state after it and what was counted on the way."""
-    delivery = Delivery(bind(ds), lane, int(epoch_key(0)[0]), 0)
+    delivery = Delivery(bind(ds.node), lane, int(epoch_key(0)[0]), 0)
     if state is not None:
         delivery.iterator.load_state_dict(state)
     found = []

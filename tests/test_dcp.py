@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 
 import midstream as ms
-from midstream.core import Dataset
+from midstream.dataset import Dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 

@@ -19,7 +19,8 @@ import pytest
 
 import midstream as ms
 from midstream._random import draw, fold, fold_array, generator, mix_array, pass_key, permute, salt
-from midstream.core import FORMAT, I64, Dataset, Run
+from midstream.core import FORMAT, I64, Run
+from midstream.dataset import Dataset
 from midstream.sources import SequenceSource
 
 FILE = Path(__file__).parent / "golden" / f"compositions-{FORMAT}.json"
@@ -60,7 +61,7 @@ def mix(stream: bool = False, **options: Any) -> Dataset:
 
 
 def first(ds: Dataset, lane: int = 0, lanes: int = 1, epoch: int = 0) -> list[Any]:
-    return list(itertools.islice(Run(ds, lane, lanes, epoch), FIRST))
+    return list(itertools.islice(Run(ds.node, lane, lanes, epoch), FIRST))
 
 
 def batches(ds: Dataset, **options: Any) -> list[Any]:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from cases import BASE, Bomb, Shards, identify, ids, plain
-from midstream.core import I64, Dataset, Delivery, Lane, Run, as_origin_array, bind, epoch_key
+from midstream.core import I64, Delivery, Lane, Run, as_origin_array, bind, epoch_key
+from midstream.dataset import Dataset
 from midstream.failures import Failure, Ledger
 from midstream.sources import SequenceSource
 
@@ -282,10 +283,10 @@ class Trees:
         """The plan with another node on top."""
         if not verbs:
             verbs = ("map", "take", "skip", "batch", *("buffered", "filter", "flat_map") * 2)
-            verbs += ("shuffle",) * 2 * (ds.random_access and not ds.infinite)
+            verbs += ("shuffle",) * 2 * (ds.random_access and not ds.node.infinite)
             # Over an endless input only what lets something pass in every lane: the others may read for ever.
-            verbs += () if ds.infinite else ("repeat", "repeat", "skip_errors", "refill")
-        elif ds.infinite:
+            verbs += () if ds.node.infinite else ("repeat", "repeat", "skip_errors", "refill")
+        elif ds.node.infinite:
             verbs = tuple(verb for verb in verbs if verb not in ("refill", "skip_errors"))
         if flat_maps(plan) == 3:  # a fourth is refused
             verbs = tuple(verb for verb in verbs if verb != "flat_map")
@@ -297,10 +298,10 @@ class Trees:
         elif verb == "map":
             args = (self.draw(st.sampled_from(["plain", "with_noise"])),)
         elif verb == "filter":
-            args = (self.draw(st.sampled_from(["anything"] if ds.infinite else ["anything", "is_odd", "not_third"])),)
+            args = (self.draw(st.sampled_from(["anything"] if ds.node.infinite else ["anything", "is_odd", "not_third"])),)
         elif verb == "flat_map":
             args = (
-                self.draw(st.sampled_from(["pairs", "unbatch"] if ds.infinite else ["pairs", "unbatch", "copies"])),
+                self.draw(st.sampled_from(["pairs", "unbatch"] if ds.node.infinite else ["pairs", "unbatch", "copies"])),
             )
         elif verb == "repeat":
             args = (self.draw(st.sampled_from([2, None, 3, 1])),)
@@ -335,7 +336,7 @@ def plans(draw: Any, shards: bool = True, stream: bool = True) -> Plan:
     while sum(node[0] != "source" for node in nodes(plan)) < 3:
         plan, ds = trees.verb(plan, ds)
     try:
-        for place in bind(ds).walk():
+        for place in bind(ds.node).walk():
             if place.node.random_access:
                 place.node.length()
     except ValueError:
@@ -390,9 +391,9 @@ def samples(events: list[Any]) -> list[Any]:
 def check_chain(
     ds: Dataset, again: Callable[[], Dataset], lane: tuple[int, int], epoch: int, pieces: list[int]
 ) -> None:
-    expected, states = read(Run(ds, *lane, epoch), LIMIT)
+    expected, states = read(Run(ds.node, *lane, epoch), LIMIT)
     at = 0
-    run = Run(again(), *lane, epoch)
+    run = Run(again().node, *lane, epoch)
     for count in pieces:
         for _ in range(count):
             if at == len(expected):
@@ -402,7 +403,7 @@ def check_chain(
             at += 1
             assert through_json(run.state_dict()) == states[at], f"state after event {at - 1}"
         state = through_json(run.state_dict())
-        run = Run(again(), *lane, epoch)
+        run = Run(again().node, *lane, epoch)
         run.load_state_dict(state)
         assert run.state_dict() == state
     found, after = read(run, len(expected) - at)
@@ -436,8 +437,8 @@ def test_errors_lose_nothing_but_the_samples_that_failed(
 ) -> None:
     note(repr(build(plan)))
     assume(firm(plan)[0])
-    flat, ended = flatten(Run(build(plan), *lane, 0))
-    found, found_ended = flatten(Run(build(plan, bomb), *lane, 0))
+    flat, ended = flatten(Run(build(plan).node, *lane, 0))
+    found, found_ended = flatten(Run(build(plan, bomb).node, *lane, 0))
     expected = [value for value in flat if value not in bomb]
     size = min(len(expected), len(found))
     if not regrouped(plan):
@@ -454,7 +455,7 @@ def flatten(run: Run) -> tuple[list[int], bool]:
 
 def deliveries(ds: Dataset, lane: tuple[int, int], epoch: int) -> Iterator[tuple[Any, list[ms.Origin]]]:
     """Samples with their origins."""
-    place = bind(ds)
+    place = bind(ds.node)
     delivery = Delivery(place, Lane(*lane, 1, Ledger()), int(epoch_key(epoch)[0]), epoch)
     while True:
         try:
@@ -476,7 +477,7 @@ def test_lanes_together_are_an_epoch_and_no_origin_comes_twice(plan: Plan, num_l
     found: Counter[int] = Counter()
     # What flat_map makes of a batch has the origins of the whole batch, or one each where their numbers agree.
     exact = not any(node[0] == "flat_map" and batched(node) for node in nodes(plan))
-    limit = 200 if ds.infinite else 3000
+    limit = 200 if ds.node.infinite else 3000
     complete = True
     for epoch in (0, 1):
         for lane in range(num_lanes):
@@ -492,7 +493,7 @@ def test_lanes_together_are_an_epoch_and_no_origin_comes_twice(plan: Plan, num_l
                 if epoch == 0:
                     found.update(identify(sample))
     event(f"promised: {expected is not None}")
-    if expected is not None and complete and not ds.infinite:
+    if expected is not None and complete and not ds.node.infinite:
         assert found == expected
 
 
@@ -517,16 +518,16 @@ def test_the_two_faces_agree(plan: Plan, lane: tuple[int, int], epoch: int) -> N
     """A random-access pipeline read as a stream is its rows, lane by lane; a filter that drops nothing changes nothing."""
     ds = build(plan)
     assume(ds.random_access)
-    length = ds.length()
+    length = ds.node.length()
     length = LIMIT if length is None else min(length, 4 * LIMIT)
     positions = [position for position in range(length) if position % lane[1] == lane[0]]
     quiet = any(node[0] == "skip_errors" for node in nodes(plan))
     for made in (ds, ds.filter(anything)):
-        found = samples(read(Run(made, *lane, epoch), len(positions))[0])
+        found = samples(read(Run(made.node, *lane, epoch), len(positions))[0])
         if not quiet:
             assert found == [plain(sample) for sample in ds.rows(positions, epoch)]
     if quiet:
-        same = [samples(read(Run(made, *lane, epoch), len(positions))[0]) for made in (ds, ds.filter(anything))]
+        same = [samples(read(Run(made.node, *lane, epoch), len(positions))[0]) for made in (ds, ds.filter(anything))]
         assert same[0] == same[1]
 
 
@@ -688,7 +689,7 @@ def batches_in_step(loader: ms.DataLoader, num_lanes: int) -> int:
     pipeline = loader._pipeline
     if pipeline.random_access:
         return len(pipeline)
-    return min(sum(1 for _ in Run(pipeline, lane, num_lanes, 0)) * num_lanes + lane for lane in range(num_lanes))
+    return min(sum(1 for _ in Run(pipeline.node, lane, num_lanes, 0)) * num_lanes + lane for lane in range(num_lanes))
 
 
 @pytest.mark.filterwarnings("ignore:.*lanes are dealt to:RuntimeWarning")
@@ -703,7 +704,7 @@ def test_any_epoch_is_exactly_once_over_changing_ranks(
 ) -> None:
     ds = build(plan)
     note(repr(ds))
-    assume(not ds.infinite)
+    assume(not ds.node.infinite)
     one = setting.loader(ds)
     iterator = iter(one)
     whole: list[Any] = []

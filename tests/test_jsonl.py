@@ -274,7 +274,7 @@ def test_a_compressed_stream_resumes_at_every_row(tmp_path: Path, suffix: str, n
     pattern = f"{tmp_path}/*.jsonl{suffix}"
     assert sorted(ids(ms.read_json(pattern))) == list(range(21))
     for lane in range(num_lanes):
-        whole = Run(ms.read_json(pattern), lane, num_lanes, 0)
+        whole = Run(ms.read_json(pattern).node, lane, num_lanes, 0)
         states, order = [json.dumps(whole.state_dict())], []
         for sample in whole:
             order.append(sample["id"])
@@ -282,7 +282,7 @@ def test_a_compressed_stream_resumes_at_every_row(tmp_path: Path, suffix: str, n
         assert order == [i for number in range(lane, 3, num_lanes) for i in range(number * 7, number * 7 + 7)]
         assert max(map(len, states)) < 300
         for step, state in enumerate(states):
-            resumed = Run(ms.read_json(pattern), lane, num_lanes, 0)
+            resumed = Run(ms.read_json(pattern).node, lane, num_lanes, 0)
             resumed.load_state_dict(json.loads(state))
             assert json.dumps(resumed.state_dict()) == state
             assert ids(resumed) == order[step:]
@@ -340,15 +340,15 @@ def test_lanes_of_a_stream_are_at_most_its_files_and_the_error_says_ways_out(tmp
     for number in range(2):
         compress(tmp_path / f"{number}.jsonl.gz", lines(range(number, 4, 2)))
     ds = ms.read_json(f"{tmp_path}/*.jsonl.gz", name="web")
-    limit, text = ds.max_lanes()
+    limit, text = ds.node.max_lanes()
     assert limit == 2
     for part in ("'web'", "2 files", "fewer workers", "more files", "plain local files"):
         assert part in text
-    assert ds.full_lanes(5, 1) == (2, "read_json has 2 files")
+    assert ds.node.full_lanes(5, 1) == (2, "read_json has 2 files")
     (tmp_path / "x.jsonl").write_bytes(lines(range(9)))
     plain = ms.read_json(tmp_path / "x.jsonl")
-    assert plain.max_lanes() is None
-    assert plain.full_lanes(5, 4)[0] == 3
+    assert plain.node.max_lanes() is None
+    assert plain.node.full_lanes(5, 4)[0] == 3
     assert isinstance(plain, JsonSource)
 
 

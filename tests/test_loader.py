@@ -16,7 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import midstream as ms
 from cases import BASE, CASES, FIVE, identify, numbers, plain
-from midstream.core import Dataset
+from midstream.dataset import Dataset
 
 ROWS = list(CASES)
 LANES = 12

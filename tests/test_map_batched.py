@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream.core import Dataset, Delivery, Lane, Run, as_origin_array, bind, epoch_key
+from midstream.core import Delivery, Lane, Run, as_origin_array, bind, epoch_key
+from midstream.dataset import Dataset
 from midstream.failures import Ledger
 
 
@@ -133,7 +134,7 @@ def test_wrong_arguments_are_told_at_once(make: Callable[[], Any], words: str) -
 
 
 def origins(ds: Dataset) -> list[list[list[int]]]:
-    delivery = Delivery(bind(ds), Lane(0, 1, 1, Ledger()), int(epoch_key(0)[0]), 0)
+    delivery = Delivery(bind(ds.node), Lane(0, 1, 1, Ledger()), int(epoch_key(0)[0]), 0)
     found = []
     while True:
         try:
@@ -159,12 +160,12 @@ def test_origins_are_one_by_one_or_numbered_parts_of_all() -> None:
 def test_a_replay_that_finds_fewer_diverges() -> None:
     size = 3
     ds = ms.from_dataset(range(4)).map(lambda batch: batch * size, batched=True, batch_size=2)
-    whole = Run(ds, 0, 1, 0)
+    whole = Run(ds.node, 0, 1, 0)
     for _ in range(5):
         next(whole)
     state = whole.state_dict()
     size = 1
-    resumed = Run(ds, 0, 1, 0)
+    resumed = Run(ds.node, 0, 1, 0)
     resumed.load_state_dict(state)
     with pytest.raises(ms.ReplayDiverged, match="more than 5 samples"):
         next(resumed)
@@ -220,9 +221,9 @@ def test_cut_anywhere_it_goes_on_identically(
                 found.append(error.original_message)
             states.append(json.loads(json.dumps(run.state_dict())))
 
-    found, states = events(Run(ds, *lane, 0))
+    found, states = events(Run(ds.node, *lane, 0))
     for step, state in enumerate(states):
-        resumed = Run(ds, *lane, 0)
+        resumed = Run(ds.node, *lane, 0)
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state
         again, later = events(resumed)

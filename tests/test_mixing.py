@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream.core import Dataset, Run
+from midstream.core import Run
+from midstream.dataset import Dataset
 from midstream.nodes.interleave import Interleave
 from simulate import Cluster
 
@@ -80,9 +81,11 @@ mixes = st.integers(1, 4).flatmap(
 
 
 def step_by_step(
-    mix: Interleave, lengths: list[int], lane: int | None = None, share: Any = int
+    ds: Dataset, lengths: list[int], lane: int | None = None, share: Any = int
 ) -> list[tuple[int, int]]:
     """What a mix gives by its definition: dataset and row, counted over its passes."""
+    mix = ds.node
+    assert isinstance(mix, Interleave)
     strategy = mix.stopping_strategy
     k, out, taken, phase = len(lengths), [], [0] * len(lengths), 0
     borders = [share(border) for border, _ in mix.phases]
@@ -115,7 +118,7 @@ def step_by_step(
             return out
 
 
-def _make(lengths: list[int], steps: list[tuple[int, list[int]]], strategy: Any, seed: int, stream: bool) -> Interleave:
+def _make(lengths: list[int], steps: list[tuple[int, list[int]]], strategy: Any, seed: int, stream: bool) -> Dataset:
     names = [f"s{c}" for c in range(len(lengths))]
     borders = [0, *itertools.accumulate(length for length, _ in steps[:-1])]
     plan = ms.schedule([(border, dict(zip(names, weights))) for border, (_, weights) in zip(borders, steps)])
@@ -126,7 +129,6 @@ def _make(lengths: list[int], steps: list[tuple[int, list[int]]], strategy: Any,
     if stream:
         parts = {name: part.filter(lambda row: True) for name, part in parts.items()}
     mix = ms.interleave(parts, plan, seed=seed, stopping_strategy=strategy)
-    assert isinstance(mix, Interleave)
     return mix
 
 
@@ -160,7 +162,7 @@ def test_a_schedule_of_streams_is_its_reading_step_by_step_in_every_lane(
     index, lanes = lane
     own = [[100 * c + row for row in range(index, length, lanes)] for c, length in enumerate(lengths)]
     expected = step_by_step(mix, list(map(len, own)), index, lambda border: border // lanes + (index < border % lanes))
-    assert list(Run(mix, index, lanes, 0)) == [own[c][row] for c, row in expected]
+    assert list(Run(mix.node, index, lanes, 0)) == [own[c][row] for c, row in expected]
 
 
 @settings(max_examples=150, deadline=None)
@@ -179,7 +181,7 @@ def test_by_tokens_the_source_furthest_behind_comes_next(
     given, total = np.zeros(len(sizes)), sum(weights[: len(sizes)])
     shares = np.array(weights[: len(sizes)]) / total
     longest = [max(size) for size in sizes]
-    found = list(Run(mix, 0, 1, lane))
+    found = list(Run(mix.node, 0, 1, lane))
     for c, size in found:
         behind = shares * given.sum() - given
         assert behind[c] == behind.max()
@@ -198,7 +200,7 @@ def test_short_and_long_documents_are_mixed_by_tokens(lanes: int) -> None:
     short = ms.from_dataset(range(60_000), name="short").filter(lambda row: row // 4 % 10 == 0)
     long = ms.from_dataset(range(100_000, 100_080), name="long")
     mix = ms.interleave({"short": short, "long": long}, weights_by=lambda row: 5000 if row >= 100_000 else 50)
-    runs = [Run(mix, lane, lanes, 0) for lane in range(lanes)]
+    runs = [Run(mix.node, lane, lanes, 0) for lane in range(lanes)]
     total = np.zeros(2)
     given = np.zeros((lanes, 2))
     documents = 0
@@ -219,7 +221,7 @@ def test_short_and_long_documents_are_mixed_by_tokens(lanes: int) -> None:
 def test_what_cannot_be_counted_is_one_failed_sample() -> None:
     parts = {"web": ms.from_dataset([3, -1, 2, 5]), "code": ms.from_dataset([1, 1, 1, 1, 1, 1])}
     run = Run(
-        ms.interleave(parts, weights_by=lambda row: row, stopping_strategy="all_exhausted_without_replacement"), 0, 1, 0
+        ms.interleave(parts, weights_by=lambda row: row, stopping_strategy="all_exhausted_without_replacement").node, 0, 1, 0
     )
     found, errors = [], 0
     while True:
@@ -606,7 +608,7 @@ def test_what_counts_nothing_in_a_whole_pass_does_not_start_over(kind: str, lane
 
 
 def test_what_can_never_be_counted_fails_once_each_and_the_mix_ends() -> None:
-    run, errors, found = Run(counts_nothing("uncountable"), 0, 1, 0), 0, []
+    run, errors, found = Run(counts_nothing("uncountable").node, 0, 1, 0), 0, []
     while errors <= 7:
         try:
             found.append(next(run))
@@ -652,7 +654,7 @@ def test_passes_nested_too_deep_are_refused_before_anything_is_read(stream: bool
         if stream:
             path = "repeat > outer > inner/interleave: endless passes"
             with pytest.raises(
-                ValueError, match=path.replace("repeat >", "repeat#2 > repeat >") if pipeline.infinite else path
+                ValueError, match=path.replace("repeat >", "repeat#2 > repeat >") if pipeline.node.infinite else path
             ):
                 ms.DataLoader(pipeline, batch_size=2, lanes=1)
         else:  # by position it is known how many passes there are
@@ -849,7 +851,7 @@ def _orders() -> dict[str, Any]:
     lanes = ms.DataLoader(ms.interleave(streams, plan, name="mix"), batch_size=4, collate_fn=list, lanes=2)
 
     def first(ds: Dataset, lane: int = 0, lanes: int = 1) -> list[Any]:
-        return list(itertools.islice(Run(ds, lane, lanes, 0), 80))
+        return list(itertools.islice(Run(ds.node, lane, lanes, 0), 80))
 
     def after(loader: Any) -> list[Any]:
         found = []

@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import default_collate
 
 import midstream as ms
-from midstream.core import Dataset, Run, bind
+from midstream.core import Run, bind
+from midstream.dataset import Dataset
 
 
 def numbers(n: int = 30, name: str | None = None) -> Dataset:
@@ -238,7 +239,7 @@ def test_the_repr_is_the_tree() -> None:
 
 
 def test_paths_are_the_names_chosen_on_the_way_down() -> None:
-    place = bind(tree())
+    place = bind(tree().node)
     assert [at.path for at in place.walk()] == [
         "batch",
         "shuffle",
@@ -254,20 +255,20 @@ def test_paths_are_the_names_chosen_on_the_way_down() -> None:
         "1/from_dataset",
     ]
     assert place.names == ["git", "0/inner/books", "0/inner/news", "tail"]
-    assert [at.path for at in bind(numbers().map(str).map(str).shuffle(1).map(str)).walk()] == [
+    assert [at.path for at in bind(numbers().map(str).map(str).shuffle(1).map(str).node).walk()] == [
         "map#3",
         "shuffle",
         "map#2",
         "map",
         "from_dataset",
     ]
-    assert bind(numbers()).names == ["data"]
+    assert bind(numbers().node).names == ["data"]
 
 
 def test_a_path_does_not_depend_on_the_order_in_which_names_were_given() -> None:
     one = ms.interleave({"a": numbers(4), "b": numbers(5)}, {"a": 1, "b": 2})
     other = ms.interleave({"b": numbers(5), "a": numbers(4)}, {"b": 2, "a": 1})
-    assert bind(one).names == bind(other).names == ["a", "b"]
+    assert bind(one.node).names == bind(other.node).names == ["a", "b"]
     assert list(one) == list(other)
 
 
@@ -557,19 +558,19 @@ def test_the_state_after_too_many_errors_is_that_of_the_last_batch_handed_out(mo
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_state_after_too_many_errors_is_that_of_the_last_sample_handed_out(mode: str) -> None:
-    run = Run(limited(mode, 2), 0, 1, 0)
+    run = Run(limited(mode, 2).node, 0, 1, 0)
     found, _ = until_too_many(run)
     with pytest.raises(ms.TooManyErrors):
         next(run)
-    resumed = Run(limited(mode, None), 0, 1, 0)
+    resumed = Run(limited(mode, None).node, 0, 1, 0)
     resumed.load_state_dict(json.loads(json.dumps(run.state_dict())))
     assert found + list(resumed) == [x for x in range(30) if x not in (5, 6, 13, 22)]
 
 
 def test_errors_before_a_resume_count_towards_the_limit() -> None:
-    run = Run(limited("skip", 2), 0, 1, 0)
+    run = Run(limited("skip", 2).node, 0, 1, 0)
     assert [next(run) for _ in range(8)] == [0, 1, 2, 3, 4, 7, 8, 9]
-    resumed = Run(limited("skip", 2), 0, 1, 0)
+    resumed = Run(limited("skip", 2).node, 0, 1, 0)
     resumed.load_state_dict(run.state_dict())
     assert until_too_many(resumed)[0] == [10, 11, 12]
     made = loader(limited("skip", 2), lanes=2)

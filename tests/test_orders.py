@@ -27,7 +27,7 @@ def key(value: int) -> Any:
 
 
 def lane(ds: ms.Dataset, index: int = 0, count: int = 1, epoch: int = 0, first: int = 64) -> list[int]:
-    return [int(sample) for _, sample in zip(range(first), Run(ds, index, count, epoch))]
+    return [int(sample) for _, sample in zip(range(first), Run(ds.node, index, count, epoch))]
 
 
 def orders() -> dict[str, Any]:
@@ -130,7 +130,7 @@ def test_seeds_epochs_and_places_have_unrelated_orders(length: int) -> None:
     from midstream.core import Delivery, Lane, as_origin_array, bind
     from midstream.failures import Ledger
 
-    delivery = Delivery(bind(two), Lane(0, 1, 1, Ledger()), 0, 0)
+    delivery = Delivery(bind(two.node), Lane(0, 1, 1, Ledger()), 0, 0)
     halves: dict[int, list[int]] = {0: [], 1: []}
     for _ in both:
         sample, origin = delivery.next()

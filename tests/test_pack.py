@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from cases import pieces, plain
-from midstream.core import Dataset, Run
+from midstream.core import Run
+from midstream.dataset import Dataset
 from midstream.nodes.pack import IGNORED, best_fit
 
 SEQ = 8
@@ -226,7 +227,7 @@ def cut_and_go_on(ds: Dataset, cuts: list[int]) -> list[Any]:
     found: list[Any] = []
     state = None
     for cut in [*cuts, 10**9]:
-        part = Run(ds, 0, 1, 0)
+        part = Run(ds.node, 0, 1, 0)
         if state is not None:
             part.load_state_dict(state)
         found.extend(plain(row) for row in itertools.islice(part, cut))
@@ -390,13 +391,13 @@ def test_a_chain_of_resumes_counts_nothing_twice() -> None:
 def test_data_that_changed_is_a_diverged_replay(options: dict[str, Any]) -> None:
     lengths = [5, 2, 6, 3, 7, 1, 4, 4, 5, 5, 3, 3] * 3
     ds = source(lengths).pack(SEQ, **options)
-    first = Run(ds, 0, 1, 0)
+    first = Run(ds.node, 0, 1, 0)
     for _ in range(5):
         next(first)
     state = first.state_dict()
     changed = source([size + 1 for size in lengths]).pack(SEQ, **options)
     assert changed.fingerprint == ds.fingerprint
-    again = Run(changed, 0, 1, 0)
+    again = Run(changed.node, 0, 1, 0)
     again.load_state_dict(state)
     with pytest.raises(ms.ReplayDiverged, match="pack: what was read again .* expected .* found"):
         next(again)
@@ -404,7 +405,7 @@ def test_data_that_changed_is_a_diverged_replay(options: dict[str, Any]) -> None
 
 def test_failures_and_empty_documents_before_a_row_are_not_read_again() -> None:
     ds = ms.from_dataset([*documents(0, [0] * 500), {"input_ids": "bad"}, *documents(0, [3, 9])]).pack(SEQ)
-    whole = Run(ds, 0, 1, 0)
+    whole = Run(ds.node, 0, 1, 0)
     with pytest.raises(ms.SampleError):
         next(whole)
     state = whole.state_dict()["state"]
@@ -519,7 +520,7 @@ GOOD = {"input_ids": [1, 2, 3], "mask": [1, 1, 1]}
 def test_an_unusable_document_is_one_lost_sample(mode: Any, bad: Any, options: dict[str, Any], message: str) -> None:
     docs = [GOOD, GOOD, bad, GOOD, GOOD]
     ds = ms.from_dataset(docs, name="docs").pack(6, mode=mode, **options)
-    whole = Run(ds, 0, 1, 0)
+    whole = Run(ds.node, 0, 1, 0)
     rows = []
     state = None
     while True:
@@ -538,7 +539,7 @@ def test_an_unusable_document_is_one_lost_sample(mode: Any, bad: Any, options: d
     good = [doc for doc in docs if doc is not bad]
     assert rows == run(ms.from_dataset(good).pack(6, mode=mode, **options))
     assert state is not None
-    resumed = Run(ds, 0, 1, 0)
+    resumed = Run(ds.node, 0, 1, 0)
     resumed.load_state_dict(state)
     assert [plain(row) for row in resumed] == rows[before:]
 

@@ -151,7 +151,7 @@ def test_files_and_groups_without_rows_take_no_position(tmp_path: Path) -> None:
             writer.write_table(pa.table({"id": pa.array(chunk, pa.int64())}))
     write(tmp_path / "3.parquet", range(0))
     ds = ms.read_parquet(f"{tmp_path}/*.parquet")
-    assert ds.block_sizes().tolist() == [2, 1, 2, 1]
+    assert ds.node.block_sizes().tolist() == [2, 1, 2, 1]
     assert ids(ds) == list(range(6))
     assert sorted(ids(ds.shuffle(1, window_blocks=2))) == list(range(6))
     empty = ms.read_parquet(tmp_path / "0.parquet")
@@ -209,7 +209,7 @@ def test_a_window_shuffle_visits_every_row_once_and_few_groups_at_a_time(
     for window in range(10):  # 4 groups of 5 rows
         assert len({row // GROUP for row in order[20 * window : 20 * window + 20]}) == 4
     decoded.clear()
-    group_bytes = ds._handle().store.num_bytes // 40
+    group_bytes = ds.node._handle().store.num_bytes // 40
     monkeypatch.setattr(parquet, "CACHE_BYTES", 5 * group_bytes)
     ds = pickle.loads(pickle.dumps(ds))
     shuffled = ds.shuffle(5, window_blocks=4)
@@ -221,12 +221,12 @@ def test_decoded_groups_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest
     path = f"{make_files(tmp_path, 4, 50)}/*.parquet"
     probe = ms.read_parquet(path)
     probe.rows([0])
-    group_bytes = probe._handle().store.num_bytes
+    group_bytes = probe.node._handle().store.num_bytes
     assert group_bytes >= GROUP * (8 + 16)
     for bound in (0, group_bytes, 3 * group_bytes + 1):
         monkeypatch.setattr(parquet, "CACHE_BYTES", bound)
         ds = ms.read_parquet(path)
-        store = ds._handle().store
+        store = ds.node._handle().store
         seen = set()
         for row in np.random.default_rng(0).permutation(200)[:60]:
             assert ids(ds.rows([row])) == [row]
@@ -241,7 +241,7 @@ def test_the_groups_used_last_are_kept_and_used_before_others_are_decoded(
     write(tmp_path / "x.parquet", range(60), group=10)
     ds = ms.read_parquet(tmp_path / "x.parquet")
     ds.rows([0])
-    monkeypatch.setattr(parquet, "CACHE_BYTES", 3 * ds._handle().store.num_bytes)
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 3 * ds.node._handle().store.num_bytes)
     ds.rows([10]), ds.rows([20]), ds.rows([5]), ds.rows([30]), ds.rows([1])
     assert decoded == [0, 1, 2, 3]  # 3 pushed out 1, not 0
     ds.rows([30, 40, 50])
@@ -259,7 +259,7 @@ def test_one_request_over_many_groups_pins_no_more_than_the_cache(
     samples = ds.rows(order)
     assert [sample["tokens"].tolist() for sample in samples] == [list(range(i, i + 4)) for i in order]
     views = {sample["id"] for sample in samples if sample["tokens"].base is not None}
-    assert len(ds._handle().store.kept) == 1
+    assert len(ds.node._handle().store.kept) == 1
     assert views <= {34, 35}  # the last group read
 
 
@@ -500,10 +500,11 @@ def settle(ds: ms.Dataset) -> list[int]:
 
 
 def source_of(ds: ms.Dataset) -> ParquetSource:
-    while ds.inputs():
-        ds = next(iter(ds.inputs().values()))
-    assert isinstance(ds, ParquetSource)
-    return ds
+    node = ds.node
+    while node.inputs():
+        node = next(iter(node.inputs().values()))
+    assert isinstance(node, ParquetSource)
+    return node
 
 
 def pipelines(path: str) -> dict[str, ms.Dataset]:
@@ -535,7 +536,7 @@ def test_samples_and_states_are_the_same_with_and_without(
     path = f"{make_files(tmp_path)}/*.parquet"
     probe = ms.read_parquet(path)
     probe.rows([0])
-    monkeypatch.setattr(parquet, "CACHE_BYTES", groups_kept * probe._handle().store.num_bytes)
+    monkeypatch.setattr(parquet, "CACHE_BYTES", groups_kept * probe.node._handle().store.num_bytes)
 
     def read(worth: float) -> list[tuple[str, Any]]:
         monkeypatch.setattr(ahead, "WORTH_S", worth)
@@ -560,9 +561,9 @@ def test_samples_and_states_are_the_same_with_and_without(
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_what_is_foretold_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    ds = pipelines(f"{make_files(tmp_path)}/*.parquet")[name]
-    while not ds.random_access:
-        ds = next(iter(ds.inputs().values()))
+    node = pipelines(f"{make_files(tmp_path)}/*.parquet")[name].node
+    while not node.random_access:
+        node = next(iter(node.inputs().values()))
     read: list[tuple[int, list[int]]] = []
     told: list[tuple[int, list[int]]] = []
     rows = ParquetSource._rows
@@ -574,7 +575,7 @@ def test_what_is_foretold_is_what_is_read(tmp_path: Path, monkeypatch: pytest.Mo
         ),
     )
     monkeypatch.setattr(ParquetSource, "_foretell", lambda self, positions: told.append((id(self), positions.tolist())))
-    place, positions = bind(ds), np.arange(len(ds))
+    place, positions = bind(node), np.arange(node.length())
     for where in (positions, positions[::3], positions[-1:]):
         place.rows(where, epoch_key(1), np.ones(1, dtype=np.int64))
         place.foretell(where, epoch_key(1), np.ones(1, dtype=np.int64))
@@ -611,7 +612,7 @@ def test_a_group_that_is_being_read_is_waited_for_not_read_again(tmp_path: Path,
     found: list[int] = []
     asks = threading.Thread(target=lambda: found.extend(ids(ds.rows([6]))))
     asks.start()
-    store = ds._handle().store
+    store = ds.node._handle().store
     deadline = time.monotonic() + 60
     while True:
         with store.changed:  # whoever has been counted under it has also decided whether to wait
@@ -646,7 +647,7 @@ def test_what_is_read_ahead_takes_two_groups_more_than_the_cache_at_most(
     ds = pipelines(f"{tmp_path}/*.parquet")[name]
     probe = ms.read_parquet(f"{tmp_path}/*.parquet")
     probe.rows([0])
-    size = probe._handle().store.num_bytes
+    size = probe.node._handle().store.num_bytes
     monkeypatch.setattr(parquet, "CACHE_BYTES", groups_kept * size)
     most = 0
     watched = parquet._decode
@@ -836,7 +837,7 @@ def test_an_error_while_a_larger_chunk_is_tried_does_not_end_in_no_chunk_at_all(
     ds = ms.read_parquet(tmp_path / "0.parquet")
     len(ds)
     spoil(tmp_path / "0.parquet", 1)
-    cursor = Cursor(bind(ds), Lane(0, 1, 1, Ledger()), 0, 0)
+    cursor = Cursor(bind(ds.node), Lane(0, 1, 1, Ledger()), 0, 0)
     cursor.chunk, cursor.tried = 8, 1e-12  # as after a chunk was doubled, which will turn out not to pay
     assert [next(cursor)[0]["id"] for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(ms.SourceError, match="row group 1 cannot be read"):
@@ -855,9 +856,9 @@ def test_a_child_forked_while_the_thread_reads_reads_by_itself(tmp_path: Path, d
         decoding.gate.clear()
         whole = iter(ds)
         assert next(whole)["id"] == 0
-        ds._handle().store.wanted.clear()
+        ds.node._handle().store.wanted.clear()
         ds._foretell(np.array([35, 30, 25, 20]))
-        held = ds._handle().store.reading
+        held = ds.node._handle().store.reading
         ours, theirs = context.Pipe()
 
         def child() -> None:
@@ -883,7 +884,7 @@ def test_threads_that_read_one_source_disturb_each_other_in_nothing(
 ) -> None:
     ds = ms.read_parquet(f"{make_files(tmp_path, 4)}/*.parquet")
     ds.rows([0])
-    monkeypatch.setattr(parquet, "CACHE_BYTES", groups_kept * ds._handle().store.num_bytes)
+    monkeypatch.setattr(parquet, "CACHE_BYTES", groups_kept * ds.node._handle().store.num_bytes)
     monkeypatch.setattr(parquet, "MAX_OPEN_FILES", 2)
     orders = [ds if seed == 0 else ds.shuffle(seed, window_blocks=2) for seed in range(6)]
     expected = [[list(range(i, i + 4)) for i in ids(order)] for order in orders]
@@ -901,7 +902,7 @@ def test_threads_that_read_one_source_disturb_each_other_in_nothing(
         assert order[: len(first)] == first
         assert len(order) == 3 * len(first)
     settle(ds)
-    store = ds._handle().store
+    store = ds.node._handle().store
     assert store.reading == set()
     assert store.num_bytes == sum(size for _, size in store.kept.values())
     assert store.num_bytes <= parquet.CACHE_BYTES or len(store.kept) == 1
@@ -926,7 +927,7 @@ def test_the_thread_ends_when_the_dataset_goes(tmp_path: Path, decoding: Decodin
     whole = iter(ds)
     next(whole)
     assert decoding.began.acquire(timeout=60)
-    store = weakref.ref(ds._handle().store)
+    store = weakref.ref(ds.node._handle().store)
     thread = store().thread.running  # type: ignore[union-attr]
     opened = threading.Timer(0.05, decoding.gate.set)
     opened.start()

@@ -213,7 +213,7 @@ def test_an_iterator_hands_out_fresh_values() -> None:
     from midstream.failures import Ledger
 
     ds = ms.from_dataset(range(40)).filter(bool).shuffle(1, buffer_size=8)
-    iterator = bind(ds).iterate(Lane(0, 1, 1, Ledger()), 0, 0)
+    iterator = bind(ds.node).iterate(Lane(0, 1, 1, Ledger()), 0, 0)
     next(iterator)
     state = iterator.state_dict()
     state["safe"][1].clear()

@@ -65,6 +65,7 @@ LAYERS = [
     "_random",
     "_check",
     "_bar",
+    "_tables",
     "attention",
     "metrics",
     "quarantine",
@@ -79,6 +80,9 @@ LAYERS = [
     "bare",
     "core",
     "nodes",
+    "display",
+    "dataset",
+    "combine",
     "sources",
     "lanes",
     "readers",
@@ -93,7 +97,6 @@ LAYERS = [
     "hosts",
     "loader",
     "replay",
-    "display",
     "plot",
     "midstream",
     "lightning",
@@ -107,7 +110,7 @@ LAYERS = [
 ]
 
 # The only imports against that order, and only inside functions: the fluent verbs, and how things look in a notebook.
-LATE = {("core", "nodes"), ("core", "display"), ("progress", "display"), ("loader", "display")}
+LATE: set[tuple[str, str]] = set()
 
 
 # -- names --------------------------------------------------------------------------------------------------------------

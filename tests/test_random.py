@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream._random import draw, fold, fold_array, generator, mix, mix_array, pass_key, permute, uniform32
-from midstream.core import I64, Dataset, Run, bind
+from midstream.core import I64, Run, bind
+from midstream.dataset import Dataset
 from midstream.nodes.interleave import Interleave, quotas
 from midstream.sources import SequenceSource
 
@@ -34,7 +35,7 @@ def anything(row: Any) -> bool:
 
 
 def lane(ds: Dataset, index: int = 0, count: int = 1, epoch: int = 0, first: int | None = None) -> list[int]:
-    return list(itertools.islice(Run(ds, index, count, epoch), first))
+    return list(itertools.islice(Run(ds.node, index, count, epoch), first))
 
 
 def chi_square(counts: Any) -> float:
@@ -274,7 +275,7 @@ def test_buffered_shuffle_is_the_order_of_its_keys(
     b = -(-buffer_size // place[1])
     from midstream.core import epoch_key
 
-    own = fold(seed, bind(ds).salt, int(epoch_key(epoch)[0]), place[0])
+    own = fold(seed, bind(ds.node).salt, int(epoch_key(epoch)[0]), place[0])
     numbers = np.arange(len(before), dtype=np.int64)
     keys = (numbers << 32) + b * uniform32(own, 0, len(before)) if before else numbers
     order = np.argsort(keys, kind="stable")
@@ -292,7 +293,7 @@ def test_buffered_shuffle_holds_back_no_more_than_its_buffer(buffer_size: int) -
             read += 1
             yield row
 
-    run = Run(ms.from_iterable(rows).shuffle(1, buffer_size=buffer_size), 0, 1, 0)
+    run = Run(ms.from_iterable(rows).shuffle(1, buffer_size=buffer_size).node, 0, 1, 0)
     most = 0
     for given_out, _ in enumerate(run, start=1):
         most = max(most, read - given_out)
@@ -356,8 +357,9 @@ def test_shares_hold_after_every_prefix_in_every_lane(
 def test_shares_hold_over_a_run_read_anywhere(weights: list[int], seed: int, start: int) -> None:
     """Random access far into the run gives the picks of the blocks there: every whole block has its exact quotas."""
     ds = endless(weights, seed, stream=False)
-    assert isinstance(ds, Interleave)
-    found, block = quotas(dict(ds.weights))
+    mix = ds.node
+    assert isinstance(mix, Interleave)
+    found, block = quotas(dict(mix.weights))
     first = start // block * block
     picked = ds.rows(range(first, first + 2 * block))
     for part in (picked[:block], picked[block:]):
@@ -384,8 +386,9 @@ def test_quotas_are_the_weights_whatever_their_scale(weights: list[float], scale
 
 def test_every_pattern_of_the_pool_is_used_equally_and_lanes_choose_for_themselves() -> None:
     ds = endless([9, 1], 5, stream=False)
-    assert isinstance(ds, Interleave)
-    picks = ds.picks()
+    mix = ds.node
+    assert isinstance(mix, Interleave)
+    picks = mix.picks()
     numbers = np.arange(16_000)
     chosen = [picks.choose(numbers, place) for place in range(4)]
     for one in chosen:
@@ -404,7 +407,7 @@ class Mix:
 
     def __init__(self, ds: Interleave, children: list[Callable[[int], Iterator[int]]], lane: int | None) -> None:
         self.strategy, self.children = ds.stopping_strategy, children
-        picks = ds.picks()
+        picks = mix.picks()
         self.used = [number for number, quota in enumerate(picks.quotas.tolist()) if quota]
         self.picks, self.lane = picks, lane
 
@@ -456,21 +459,22 @@ def test_a_random_access_mix_is_its_reading_step_by_step(
         lengths.append(None if forever and count else count)
     weights = {f"s{number}": weight for number, (_, weight, _) in enumerate(parts)}
     ds = ms.interleave(made, weights, seed=seed, stopping_strategy=strategy)
-    assert isinstance(ds, Interleave)
+    mix = ds.node
+    assert isinstance(mix, Interleave)
     note(repr(ds))
     empty = any(weight and not count for count, weight, _ in parts)
     if strategy == "all_exhausted" and empty:
         with pytest.raises(ValueError, match="has no rows"):
-            ds.length()
+            ds.node.length()
         return
     limit = 400
     expected = [
-        1000 * child + row % parts[child][0] for child, row in itertools.islice(random_access_mix(ds, lengths), limit)
+        1000 * child + row % parts[child][0] for child, row in itertools.islice(random_access_mix(mix, lengths), limit)
     ]
-    found = ds.rows(range(limit if ds.length() is None else min(limit, len(ds))))
+    found = ds.rows(range(limit if ds.node.length() is None else min(limit, len(ds))))
     assert found == expected
     forever = [length is None for length, (_, weight, _) in zip(lengths, parts) if weight]
-    assert (ds.length() is None) == (all(forever) if strategy == "first_exhausted" else any(forever))
+    assert (ds.node.length() is None) == (all(forever) if strategy == "first_exhausted" else any(forever))
     assert lane(ds, first=limit) == expected
     backwards = ds.rows(range(len(expected) - 1, -1, -1))
     assert backwards == expected[::-1]
@@ -525,13 +529,14 @@ def test_a_mix_of_streams_is_its_reading_step_by_step_in_every_lane(
     }
     weights = {f"s{number}": weight for number, (_, weight) in enumerate(parts)}
     ds = ms.interleave(made, weights, seed=seed, stopping_strategy=strategy)
-    assert isinstance(ds, Interleave)
+    mix = ds.node
+    assert isinstance(mix, Interleave)
     note(repr(ds))
     together: Counter[int] = Counter()
     for index in range(lanes):
         rows = [[lane(child, index, lanes)] for child in made.values()]
         found = lane(ds, index, lanes)
-        assert found == list(stream_mix(ds, rows, index))
+        assert found == list(stream_mix(mix, rows, index))
         together.update(found)
     if strategy == "all_exhausted_without_replacement":
         assert together == Counter(
@@ -561,12 +566,12 @@ def test_a_mix_of_mixes_is_its_reading_step_by_step(
     outer = ms.interleave(
         {"in": inner, "c": sources["c"]}, {"in": 3, "c": 2}, seed=seed, stopping_strategy=outer_strategy
     )
-    assert isinstance(inner, Interleave)
-    assert isinstance(outer, Interleave)
-    below = [1000 * child + row % (a, b)[child] for child, row in random_access_mix(inner, [a, b])]
+    assert isinstance(inner.node, Interleave)
+    assert isinstance(outer.node, Interleave)
+    below = [1000 * child + row % (a, b)[child] for child, row in random_access_mix(inner.node, [a, b])]
     children = [below, [2000 + row for row in range(c)]]
     expected = [
-        children[child][row % len(children[child])] for child, row in random_access_mix(outer, list(map(len, children)))
+        children[child][row % len(children[child])] for child, row in random_access_mix(outer.node, list(map(len, children)))
     ]
     # An inner mix that starts over goes on with its own children's later passes: they are in one order, so nothing changes.
     assert outer.rows(range(len(outer))) == expected

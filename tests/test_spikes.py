@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream.core import Dataset
+from midstream.dataset import Dataset
 from simulate import Cluster, simulated_workers
 
 ROWS = 180

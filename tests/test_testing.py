@@ -20,7 +20,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import midstream as ms
 from midstream import core
-from midstream.core import Dataset, Lane, Place
+from midstream.core import Lane, Place
+from midstream.dataset import Dataset
 from midstream.testing import (
     Check,
     LawError,
@@ -42,10 +43,10 @@ HERE: dict[str, Any] = {"workers": (0,), "ranks": (1,), "kill": False, "seconds"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Faulty(Dataset):
+class Faulty(core.Node):
     """Passes samples on, and has one fault."""
 
-    source: Dataset
+    source: core.Node
     fault: str
     kind = "faulty"
 
@@ -98,7 +99,7 @@ class FaultyIterator(core.Iterator):
 
 
 def faulty(fault: str, rows: int = 40) -> Dataset:
-    return Faulty(ms.from_dataset(range(rows)), fault)
+    return Dataset(Faulty(ms.from_dataset(range(rows)).node, fault))
 
 
 def right() -> Dataset:
@@ -570,8 +571,8 @@ def test_a_draw_from_a_global_generator_breaks_a_law() -> None:
 
 def test_rows_that_are_not_those_of_the_stream_break_a_law() -> None:
     @dataclass(frozen=True, eq=False, repr=False)
-    class Chunky(Dataset):
-        source: Dataset
+    class Chunky(core.Node):
+        source: core.Node
         kind = "chunky"
 
         def _length(self) -> int | None:
@@ -582,7 +583,7 @@ def test_rows_that_are_not_those_of_the_stream_break_a_law() -> None:
             return core.Rows([(sample, i) for i, sample in enumerate(rows.samples)], rows.origins, rows.sizes)
 
     with pytest.raises(LawError, match="rows at"):
-        laws.rows_are_the_stream(lambda: Chunky(ms.from_dataset(range(30))))
+        laws.rows_are_the_stream(lambda: Dataset(Chunky(ms.from_dataset(range(30)).node)))
 
 
 def test_more_rows_read_again_than_stated_break_a_law() -> None:

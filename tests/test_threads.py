@@ -14,7 +14,7 @@ import pytest
 
 import midstream as ms
 from cases import CASES, plain
-from midstream.core import Dataset
+from midstream.dataset import Dataset
 from test_loader import build, loader, whole
 
 ROWS = [row for row in CASES if row != "map isolated rng"]

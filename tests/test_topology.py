@@ -68,7 +68,7 @@ def _in_step(pipeline: ms.Dataset, lanes: int) -> int:
     """How many batches of an epoch come before the first lane has drained: a rank whose lane has goes on with its next one."""
     if pipeline.random_access:
         return len(pipeline)
-    return min(sum(1 for _ in Run(pipeline, lane, lanes, 0)) * lanes + lane for lane in range(lanes))
+    return min(sum(1 for _ in Run(pipeline.node, lane, lanes, 0)) * lanes + lane for lane in range(lanes))
 
 
 LEGS = st.lists(

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream.core import Dataset
+from midstream.dataset import Dataset
 from midstream.metrics import MOST_BYTES, Categories, Numbers, Spread, decode_tracked, encode_tracked, totals_of
 from simulate import Cluster
 

@@ -4,7 +4,8 @@ from midstream import checkpoint as checkpoint
 from midstream import plot as plot
 from midstream.attention import document_mask
 from midstream.checkpoint import merge_states
-from midstream.core import Dataset
+from midstream.combine import concatenate, interleave
+from midstream.dataset import Dataset
 from midstream.edits import asked_shares, weights_history
 from midstream.errors import (
     CheckpointError,
@@ -19,7 +20,7 @@ from midstream.errors import (
 from midstream.failures import ErrorRate
 from midstream.loader import DataLoader
 from midstream.metrics import count, distribution
-from midstream.nodes import collate, concatenate, flat, interleave, pad, ragged, schedule
+from midstream.nodes import collate, flat, pad, ragged, schedule
 from midstream.preemption import PreemptionGuard
 from midstream.progress import Progress, progress
 from midstream.quarantine import read_quarantine

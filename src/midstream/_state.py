@@ -11,6 +11,7 @@ import zlib
 from typing import Any
 
 __all__ = [
+    "FORMAT",
     "MISSING",
     "Fragment",
     "Missing",
@@ -23,6 +24,9 @@ __all__ = [
     "seal",
     "unseal",
 ]
+
+FORMAT = 1
+"""Version of every state midstream writes."""
 
 State = Any
 """A plain JSON value. (A recursive alias would say more and check less: every use narrows it at once.)"""

@@ -1,6 +1,6 @@
 """Descriptions, their places in a tree, and what runs them.
 
-    Dataset    a frozen description: a node with its inputs. Opens nothing until it is read.
+    Node    a frozen description: a node with its inputs. Opens nothing until it is read.
     Place      a node at its place in one tree: path, salt, inputs. Made by `bind` when a tree is about to run.
     Rows       what the random-access face returns for an array of positions.
     Later      the same, where each sample is made when it is taken: batches.
@@ -22,30 +22,22 @@ import dataclasses
 import functools
 import os
 import pickle
-import sys
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import dill
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._random import fold, salt
-from midstream._state import MISSING, State, copy_plain, fingerprint
-from midstream.bare import divided_by_nobody, divided_by_trainer
+from midstream._state import FORMAT, MISSING, State, copy_plain, fingerprint
 from midstream.breadcrumbs import Trail
 from midstream.columns import Columns
 from midstream.errors import CheckpointError, MidstreamError, Origin, ReplayDiverged, TooManyErrors
-from midstream.failures import ErrorRate, Excluded, Failure, Hole, Ledger, Windows, add_counts, check_limits
-
-if TYPE_CHECKING:
-    from midstream.display import Preview
-    from midstream.metrics import Metric
+from midstream.failures import Excluded, Failure, Hole, Ledger, Windows, add_counts, check_limits
 
 __all__ = [
     "FORMAT",
@@ -53,12 +45,12 @@ __all__ = [
     "PARTS",
     "U64",
     "Cursor",
-    "Dataset",
     "Delivery",
     "Item",
     "Iterator",
     "Lane",
     "Later",
+    "Node",
     "OnError",
     "Origins",
     "Part",
@@ -76,9 +68,6 @@ __all__ = [
     "require_epochs",
     "require_passes",
 ]
-
-FORMAT = 1
-"""Version of every state midstream writes."""
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
@@ -173,7 +162,7 @@ class Part(NamedTuple):
     Attributes:
         place: The input.
         positions: Its positions, int64, shape [j].
-        keys: uint64, shape [1] or [j]: see `Dataset._rows`.
+        keys: uint64, shape [1] or [j]: see `Node._rows`.
         passes: int64, shape [1] or [j].
         here: Their places in what was asked for, int64, shape [j]; None where they are all of it, in order.
     """
@@ -277,7 +266,7 @@ class Place:
 
     __slots__ = ("_tracking", "inputs", "names", "node", "path", "salt", "source", "stash", "trail")
 
-    def __init__(self, node: Dataset, path: str, names: list[str]) -> None:
+    def __init__(self, node: Node, path: str, names: list[str]) -> None:
         self.node, self.path, self.names = node, path, names
         self.salt = salt(path)
         self.inputs: dict[str, Place] = {}
@@ -292,7 +281,7 @@ class Place:
         return self.inputs[""]
 
     def rows(self, positions: I64, keys: U64, passes: I64) -> Rows:
-        """The random-access face. See `Dataset._rows`."""
+        """The random-access face. See `Node._rows`."""
         rows = self.node._rows(self, positions, keys, passes)
         if self.trail is not None:
             self.trail.passed_on(rows.origins)
@@ -306,7 +295,7 @@ class Place:
             part.place.foretell(part.positions, part.keys, part.passes)
 
     def later(self, positions: I64, keys: U64, passes: I64) -> Rows | Later:
-        """The same, for a reader that takes samples in their order. See `Dataset._later`."""
+        """The same, for a reader that takes samples in their order. See `Node._later`."""
         rows = self.node._later(self, positions, keys, passes)
         if rows is None:
             return self.rows(positions, keys, passes)
@@ -338,7 +327,7 @@ class Place:
             yield from child.walk()
 
 
-def bind(root: Dataset) -> Place:
+def bind(root: Node) -> Place:
     """Give every node of a tree its place.
 
     Raises:
@@ -347,7 +336,7 @@ def bind(root: Dataset) -> Place:
     names: list[str] = []
     where: dict[str, str] = {}
 
-    def build(node: Dataset, prefix: tuple[str, ...]) -> Place:
+    def build(node: Node, prefix: tuple[str, ...]) -> Place:
         chain = [node]
         while list(chain[-1].inputs()) == [""]:
             chain.append(chain[-1].inputs()[""])
@@ -812,7 +801,7 @@ class SafePoint:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Dataset(IterableDataset[Any]):
+class Node:
     """An immutable description of a stream of samples: a node of a tree with sources at its leaves.
 
     Subclasses are frozen dataclasses (``@dataclass(frozen=True, eq=False, repr=False)``). Every verb returns a new
@@ -821,7 +810,6 @@ class Dataset(IterableDataset[Any]):
     A dataset implements torchdata's ``Stateful`` protocol, so a bare ``StatefulDataLoader(ds, num_workers=k)`` resumes
     exactly on the same number of workers.
 
-    >>> import midstream as ms
     >>> ds = ms.from_dataset(list("abcdef"), name="letters").shuffle(seed=1).take(4)
     >>> ds
     take(n=4)                                  # random access, 4
@@ -844,10 +832,10 @@ class Dataset(IterableDataset[Any]):
 
     # -- what a node implements ---------------------------------------------------------------------------------------
 
-    def inputs(self) -> dict[str, Dataset]:
+    def inputs(self) -> dict[str, Node]:
         """The inputs by name. A single input has the empty name; sources have none."""
         source = getattr(self, "source", None)
-        return {"": source} if isinstance(source, Dataset) else {}
+        return {"": source} if isinstance(source, Node) else {}
 
     @property
     def random_access(self) -> bool:
@@ -968,7 +956,7 @@ class Dataset(IterableDataset[Any]):
         return str(known)
 
     def __eq__(self, other: object) -> bool:
-        return self.fingerprint == other.fingerprint if isinstance(other, Dataset) else NotImplemented
+        return self.fingerprint == other.fingerprint if isinstance(other, Node) else NotImplemented
 
     def __hash__(self) -> int:
         return int(self.fingerprint, 16) >> 4
@@ -978,10 +966,6 @@ class Dataset(IterableDataset[Any]):
         width = min(72, max(len(line) for line, _ in lines))
         return "\n".join(f"{line.ljust(width)}  # {note}" for line, note in lines)
 
-    def _repr_html_(self) -> str:
-        from midstream.display import tree_html
-
-        return tree_html(self)
 
     def summary(self) -> str:
         """This node in one line of a tree: its arguments."""
@@ -1012,25 +996,10 @@ class Dataset(IterableDataset[Any]):
         again = self.reads_again()
         return f"stream{', endless' if self.infinite else ''}{f', a resume reads again {again}' if again else ''}"
 
-    def preview(self, n: int = 5) -> Preview:
-        """The first samples as a table, with their origins. Changes nothing: no position, no state, no random generator.
-
-        Args:
-            n: Samples, at most. One that user code fails on is shown as its error.
-
-        >>> import midstream as ms
-        >>> print(ms.from_dataset([{"id": i, "text": "ab" * i} for i in range(9)], name="web").shuffle(1).preview(2))
-        origin  id  text
-        web[8]  8   'abababababababab'
-        web[6]  6   'abababababab'
-        """
-        from midstream.display import preview
-
-        return preview(self, n)
 
     # -- pickling and hidden slots ------------------------------------------------------------------------------------
 
-    _kept_slots: ClassVar[tuple[str, ...]] = ("_waiting", "_epoch", "_divided")
+    _kept_slots: ClassVar[tuple[str, ...]] = ()
     _by_value: ClassVar[tuple[str, ...]] = ()
 
     def _set(self, name: str, value: Any) -> None:
@@ -1053,7 +1022,7 @@ class Dataset(IterableDataset[Any]):
         names = {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type,unused-ignore]
         kept = {key: value for key, value in self.__dict__.items() if key in names or key in self._kept_slots}
         for key, value in kept.items():
-            if key in self._by_value or (callable(value) and not isinstance(value, (type, Dataset))):
+            if key in self._by_value or (callable(value) and not isinstance(value, (type, Node))):
                 kept[key] = _ByValue(value)
         return kept
 
@@ -1063,393 +1032,28 @@ class Dataset(IterableDataset[Any]):
 
     # -- running ------------------------------------------------------------------------------------------------------
 
-    def __len__(self) -> int:
-        """Number of samples of an epoch.
-
-        Raises:
-            TypeError: If it cannot be known without reading, or there is no end.
-        """
-        if not self.random_access:
-            raise TypeError(f"the length of this pipeline is known only by reading it:\n{self!r}")
-        length = self.length()
-        if length is None:
-            raise TypeError(f"this pipeline has no end, so it has no length:\n{self!r}")
-        return length
-
-    def __iter__(self) -> Run:
-        """Read the samples in the order of a single lane, from the start or from a loaded state.
-
-        In a worker of a bare StatefulDataLoader the worker is a lane.
-        """
-        if "_divided" not in self.__dict__ and divided_by_nobody(self._in_words, sys._getframe(1)):
-            self._set("_divided", True)
-        worker = get_worker_info()
-        index, num_lanes = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        run = Run(self, index, num_lanes, self.__dict__.get("_epoch", 0))
-        waiting = self.__dict__.get("_waiting")
-        if waiting is not None:
-            run.load_state_dict(waiting)
-            self._set("_waiting", None)
-        # Weak, for a cycle would keep open streams alive until the collector comes by, in whatever thread.
-        self._set("_run", weakref.ref(run))
-        self._set("_left", None)
-        return run
-
-    def rows(self, positions: Sequence[int] | I64, epoch: int = 0) -> list[Any]:
-        """The samples at some positions of a random-access pipeline.
-
-        Args:
-            positions: Positions in [0, len(self)).
-            epoch: Which epoch's order to look at.
-
-        Raises:
-            TypeError: If the pipeline is a stream.
-            IndexError: If a position is out of range.
-            SampleError: If user code raises on one of them.
-
-        >>> import midstream as ms
-        >>> ms.from_dataset([10, 20, 30]).map(lambda x: x + 1).rows([2, 0])
-        [31, 11]
-        """
-        if not self.random_access:
-            raise TypeError(f"only a random-access pipeline has rows; this one is a stream:\n{self!r}")
-        array = np.asarray(positions, dtype=np.int64).reshape(-1)
-        length = self.length()
-        if array.size and (array.min() < 0 or (length is not None and array.max() >= length)):
-            raise IndexError(f"positions are in [0, {length}); found {array.min()} to {array.max()}")
-        if not array.size:
-            return []
-        samples = bind(self).rows(array, epoch_key(epoch), np.array([epoch], dtype=np.int64)).samples
-        for sample in samples:
-            if isinstance(sample, Hole):
-                raise sample.errors[0].error()
-        return samples
-
-    def row(self, origin: Origin | Sequence[Any]) -> Any:
-        """The raw row behind an origin: what its source holds, before any node.
-
-        Args:
-            origin: As `DataLoader.trace`, a `SampleError` or a quarantine tells it: source, epoch, row (further numbers do
-                not matter here).
-
-        Raises:
-            ValueError: If the pipeline has no source of that name.
-            IndexError: If the source has no such row.
-            SampleError: If the row cannot be read.
-
-        A source that is a stream is read from the start of the row's shard.
-
-        >>> import midstream as ms
-        >>> ds = ms.from_dataset(["a", "b", "c"], name="letters").shuffle(1).map(str.upper)
-        >>> ds.row(ms.Origin("letters", epoch=0, row=2))
-        'c'
-        """
-        source, _, row, *_ = origin
-        root = bind(self)
-        place = next((place for place in root.walk() if place.source >= 0 and root.names[place.source] == source), None)
-        if place is None:
-            raise ValueError(f"there is no source {source!r} in this pipeline; its sources: {', '.join(root.names)}")
-        sample = _row(place, int(row))
-        if type(sample) is Hole:
-            raise sample.errors[0].error()
-        return sample
-
-    def _in_words(self) -> str:
-        return f"this dataset ({self.summary()} of {', '.join(bind(self).names)})"
-
-    def state_dict(self) -> State:
-        """The state of the iteration in progress (or, before any, of its start). Plain values, fresh each time."""
-        waiting = self.__dict__.get("_waiting")
-        if waiting is not None:
-            return copy_plain(waiting)
-        reference = self.__dict__.get("_run")
-        run = reference() if reference is not None else None
-        left = self.__dict__.get("_left")
-        if run is None and left is not None:
-            return copy_plain(left)
-        if run is None:
-            worker = get_worker_info()
-            index, num_lanes = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-            run = Run(self, index, num_lanes, self.__dict__.get("_epoch", 0))
-        return run.state_dict()
-
-    def load_state_dict(self, state: State) -> None:
-        """Let the next ``iter()`` continue from ``state``. Applied once.
-
-        Raises:
-            CheckpointError: If another pipeline wrote it.
-        """
-        check_run_state(self, state)
-        self._set("_waiting", copy_plain(state))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next fresh ``iter()`` (a loaded state brings its own)."""
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-            raise ValueError(f"epoch is an integer of at least 0; found {epoch!r}")
-        if "_divided" not in self.__dict__ and divided_by_trainer(self._in_words, sys._getframe(1)):
-            self._set("_divided", True)  # said once
-        self._set("_epoch", epoch)
-
-    # -- verbs (the only place where a lower file names a higher one) --------------------------------------------------
-
-    def shuffle(self, seed: int = 0, *, buffer_size: int | None = None, window_blocks: int | None = 16) -> Dataset:
-        """Shuffle: globally by a formula, or with ``buffer_size`` a stream, in bounded memory.
-
-        Args:
-            seed: Any integer. Every epoch and every pass of a ``repeat`` has its own order.
-            buffer_size: Samples held back, over the whole run; needed for streams.
-            window_blocks: Over sources with blocks larger than a row (parquet row groups): how many blocks are mixed
-                with each other; None for a full permutation.
-
-        >>> import midstream as ms
-        >>> sorted(ms.from_dataset(range(5)).shuffle(seed=3))
-        [0, 1, 2, 3, 4]
-        """
-        from midstream.nodes.shuffle import BufferedShuffle, Shuffle
-
-        if buffer_size is None:
-            return Shuffle(self, seed, window_blocks)
-        return BufferedShuffle(self, seed, buffer_size)
-
-    def map(
-        self,
-        fn: Callable[..., Any],
-        *,
-        with_rng: bool = False,
-        isolate_rng: bool = False,
-        seed: int = 0,
-        on_error: OnError = "raise",
-        max_errors: int | ErrorRate | None = None,
-        quarantine: str | os.PathLike[str] | None = None,
-        batched: bool = False,
-        batch_size: int = 1000,
-    ) -> Dataset:
-        """Replace every sample by ``fn(sample)``, or ``fn(sample, rng)`` with ``with_rng=True``.
-
-        Args:
-            fn: What it returns replaces the sample; None is an error.
-            with_rng: Pass a ``numpy.random.Generator`` keyed by (seed, origin): the same after any resume.
-            isolate_rng: Seed the global torch, numpy and random generators the same way around the call, and put them
-                back after it: for augmentations that draw from them.
-            seed: For the two above.
-            on_error: ``"raise"``; ``"skip"``: the sample is left out and counted, its batch is shorter; ``"refill"``:
-                the same, and batches stay full (makes the pipeline a stream).
-            max_errors: With skip and refill: more than so many raise `TooManyErrors`; `midstream.ErrorRate` for a part of
-                the last samples.
-            quarantine: With skip and refill: a folder in which every process writes what it skipped, with origin, traceback
-                and a preview (`midstream.read_quarantine`).
-            batched: Give ``fn`` ``batch_size`` samples at once, as a dict of lists (samples that are no dicts: as a list);
-                it returns a dict of columns, or a list of samples, of any number of rows. They replace the group's samples.
-                Makes the pipeline a stream; a group is lost whole when ``fn`` raises.
-            batch_size: For batched: samples in a group, which a resume reads again.
-
-        Raises:
-            ValueError: With batched, if an rng is asked for too.
-
-        >>> import midstream as ms
-        >>> list(ms.from_dataset([1, 2, 3]).map(lambda x: x * 10))
-        [10, 20, 30]
-        >>> rows = ms.from_dataset([{"text": "a b"}, {"text": "c"}])
-        >>> list(rows.map(lambda batch: {"word": " ".join(batch["text"]).split()}, batched=True, batch_size=2))
-        [{'word': 'a'}, {'word': 'b'}, {'word': 'c'}]
-        """
-        from midstream.nodes.map import Map
-        from midstream.nodes.map_batched import MapBatched
-
-        if batched:
-            if with_rng or isolate_rng:
-                raise ValueError(
-                    "map: batched=True has no generator per sample; draw in a map without it, or seed by what is in the batch"
-                )
-            return MapBatched(self, fn, batch_size, on_error, max_errors, _path(quarantine))
-        return Map(self, fn, with_rng, isolate_rng, seed, on_error, max_errors, _path(quarantine))
-
-    def filter(
-        self,
-        fn: Callable[[Any], Any],
-        *,
-        on_error: Literal["raise", "skip"] = "raise",
-        max_errors: int | ErrorRate | None = None,
-        quarantine: str | os.PathLike[str] | None = None,
-    ) -> Dataset:
-        """Keep the samples for which ``fn(sample)`` is true; what is dropped is counted. For the other arguments see `map`.
-
-        >>> import midstream as ms
-        >>> list(ms.from_dataset(range(6)).filter(lambda x: x % 2))
-        [1, 3, 5]
-        """
-        from midstream.nodes.filter import Filter
-
-        return Filter(self, fn, on_error, max_errors, _path(quarantine))
-
-    def flat_map(
-        self,
-        fn: Callable[[Any], Iterable[Any]],
-        *,
-        on_error: Literal["raise", "skip"] = "raise",
-        max_errors: int | ErrorRate | None = None,
-        quarantine: str | os.PathLike[str] | None = None,
-    ) -> Dataset:
-        """Replace every sample by the samples ``fn`` returns: none, one or many. For the other arguments see `map`.
-
-        >>> import midstream as ms
-        >>> list(ms.from_dataset(["ab", "", "c"]).flat_map(list))
-        ['a', 'b', 'c']
-        """
-        from midstream.nodes.flat_map import FlatMap
-
-        return FlatMap(self, fn, on_error, max_errors, _path(quarantine))
-
-    def pack(
-        self,
-        seq_len: int,
-        *,
-        mode: Literal["concat", "fit"] = "concat",
-        overflow: Literal["split", "truncate", "drop", "error"] = "split",
-        key: str = "input_ids",
-        columns: Sequence[str] = (),
-        mask: str | None = None,
-        separator: int | Sequence[int] | None = None,
-        pad_id: int = 0,
-        last: Literal["pad", "drop"] = "pad",
-        window: int | None = None,
-        min_fill: float | None = None,
-    ) -> Dataset:
-        """Pack tokenized documents into rows of ``seq_len`` tokens: what a language model trains on.
-
-        Args:
-            seq_len: Tokens per row.
-            mode: ``"concat"`` joins documents and cuts them at every ``seq_len`` tokens; ``"fit"`` cuts no document that
-                fits in a row, and pads.
-            overflow: What becomes of documents longer than ``seq_len`` (separator included): all counted.
-            key: The column of token ids; a sample that is no dict is its tokens itself.
-            columns: Further columns of one value per token, packed alongside (0 on padding, on a separator the
-                document's last value).
-            mask: A column of one value per token: where it is 0 the label is -100.
-            separator: Token id or ids put after every document, as part of it.
-            pad_id: What ``input_ids`` has on padding.
-            last: Whether the partial row at the end of a lane is padded or dropped, and counted.
-            window: ``"fit"``: documents looked at together, in a lane; default 256, at most 1,024.
-            min_fill: ``"fit"``: rows filled less than this wait, once, for the next window; default 0.95.
-
-        >>> import midstream as ms
-        >>> row = next(iter(ms.from_dataset([[11, 12, 13], [21, 22], [31]]).pack(4)))
-        >>> row["input_ids"].tolist(), row["labels"].tolist()
-        ([11, 12, 13, 21], [-100, 12, 13, -100])
-        >>> row["position_ids"].tolist(), row["seq_lens"].tolist()
-        ([0, 1, 2, 0], [3, 1])
-        """
-        from midstream.nodes.pack import Pack
-
-        ids = () if separator is None else (separator,) if not isinstance(separator, Iterable) else tuple(separator)
-        return Pack(self, seq_len, mode, overflow, key, tuple(columns), mask, ids, pad_id, last, window, min_fill)
-
-    def track(self, **metrics: Callable[[Any], float] | Metric) -> Dataset:
-        """Gather metrics of the samples, by source and over all: in `DataLoader.progress`, exact under resume.
-
-        Changes no sample. The totals travel in the checkpoint (at most 1 KB per source and metric, once per rank) and are
-        the same to the last bit on any ranks, workers and resumes.
-
-        Args:
-            **metrics: By name: a function of a sample (count, sum, mean, min and max of what it returns),
-                `midstream.distribution` of one (quantiles too), or `midstream.count` of one (how often each value came).
-
-        Where the pipeline has random access from here on, a sample counts when its batch is delivered (or when it fails
-        further on); in a stream when it comes by here, which nodes that hold samples back (a buffered shuffle, ``pack``) do
-        before it is delivered. To have what the model saw, put it right before ``batch`` or ``pack``. A sample made of rows
-        of several sources (a mixed batch, say) counts over all only. A bare dataset (without `midstream.DataLoader`) keeps no
-        totals.
-
-        Raises:
-            ValueError: If there is no metric, or one of that name further down.
-            TypeError: If one is no function.
-
-        >>> import midstream as ms
-        >>> ds = ms.from_dataset([{"ids": [1, 2, 3]}, {"ids": [4]}], name="docs").track(tokens=lambda row: len(row["ids"]))
-        >>> loader = ms.DataLoader(ds, batch_size=2, collate_fn=list)
-        >>> for batch in loader:
-        ...     pass
-        >>> loader.progress().sources["docs"].metrics["tokens"]
-        {'count': 2, 'sum': 4, 'mean': 2, 'min': 1, 'max': 3}
-        """
-        from midstream.nodes.track import Track
-
-        return Track.of(self, metrics)
-
-    def repeat(self, num_epochs: int | None = None) -> Dataset:
-        """Go through the data ``num_epochs`` times, for ever when None; shuffles below draw a new order each pass.
-
-        >>> import midstream as ms
-        >>> list(ms.from_dataset([1, 2]).repeat(2))
-        [1, 2, 1, 2]
-        """
-        from midstream.nodes.repeat import Repeat
-
-        return Repeat(self, num_epochs)
-
-    def take(self, n: int) -> Dataset:
-        """The first ``n`` samples. On a stream every lane takes its share of them.
-
-        >>> import midstream as ms
-        >>> list(ms.from_dataset(range(9)).take(2))
-        [0, 1]
-        """
-        from midstream.nodes.take import Take
-
-        return Take(self, n)
-
-    def skip(self, n: int) -> Dataset:
-        """All but the first ``n`` samples. On a stream every lane skips its share of them.
-
-        >>> import midstream as ms
-        >>> list(ms.from_dataset(range(4)).skip(2))
-        [2, 3]
-        """
-        from midstream.nodes.skip import Skip
-
-        return Skip(self, n)
-
-    def batch(
-        self, batch_size: int, *, drop_last: bool = False, collate_fn: Callable[[list[Any]], Any] | None = None
-    ) -> Dataset:
-        """Group samples into batches.
-
-        Args:
-            batch_size: Samples per batch.
-            drop_last: Leave out the last batch when it is smaller (on a stream: of each lane), counted.
-            collate_fn: Makes a batch of a list of samples; by default torch's rules. `midstream.pad` is the ready
-                answer for samples of different lengths.
-
-        >>> import midstream as ms
-        >>> list(ms.from_dataset([1, 2, 3]).batch(2))
-        [tensor([1, 2]), tensor([3])]
-        """
-        from midstream.nodes.batch import Batch
-
-        return Batch(self, batch_size, drop_last, collate_fn)
 
 
-def _row(place: Place, row: int) -> Any:
-    """A row of a source, or a `Hole`."""
-    node = place.node
-    if node.random_access:
-        length = node.length()
-        if not 0 <= row < (length or 0):
-            raise IndexError(f"source {place.names[place.source]!r} has the rows 0 to {(length or 0) - 1}; found {row}")
-        return place.rows(np.array([row], dtype=np.int64), epoch_key(0), np.zeros(1, dtype=np.int64)).samples[0]
-    limit = node.max_lanes()
-    shards = limit[0] if limit is not None else 1
-    # One lane for each shard: row r of shard s is row r * shards + s.
-    for sample, origins in place.iterate(Lane(row % shards, shards, 1, Ledger(writes=False)), 0, 0):
-        if origins[2] == row:
-            return sample
-        if origins[2] > row:
-            break
-    raise IndexError(f"source {place.names[place.source]!r} has no row {row}")
 
 
-def _path(path: str | os.PathLike[str] | None) -> str | None:
-    return None if path is None else os.fspath(path)
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
 
 
 class _ByValue:
@@ -1480,7 +1084,7 @@ def _from_bytes(data: bytes) -> _ByValue:
 
 def require_dataset(value: Any, where: str) -> None:
     """Refuse what is not a dataset, and say how to make it one."""
-    if not isinstance(value, Dataset):
+    if not isinstance(value, Node):
         raise TypeError(
             f"{where} takes midstream datasets; found {type(value).__name__}. Wrap data with midstream.from_dataset(data), "
             f"a stream with midstream.from_iterable(make, name=...)."
@@ -1585,7 +1189,8 @@ class Run:
     "events"}``: the root's state, and what was dropped or skipped so far.
     """
 
-    def __init__(self, dataset: Dataset, index: int, num_lanes: int, epoch: int) -> None:
+    def __init__(self, dataset: Node, index: int, num_lanes: int, epoch: int) -> None:
+        self.on_end: Callable[[Run], None] | None = None
         self._dataset = dataset
         self._ledger = Ledger()
         self._lane = Lane(index, num_lanes, 1, self._ledger)
@@ -1605,10 +1210,8 @@ class Run:
     def __del__(self) -> None:
         """Leave the position with the dataset, which may be asked for it after a loop was left."""
         with contextlib.suppress(Exception):
-            dataset = self._dataset
-            reference = dataset.__dict__.get("_run")
-            if reference is not None and reference() in (self, None) and dataset.__dict__.get("_left") is None:
-                dataset._set("_left", self.state_dict())
+            if self.on_end is not None:
+                self.on_end(self)
 
     def __next__(self) -> Any:
         if self._ledger.notices:
@@ -1709,7 +1312,7 @@ _RUN_KEYS = {
 }
 
 
-def check_run_state(dataset: Dataset, state: State) -> None:
+def check_run_state(dataset: Node, state: State) -> None:
     """Refuse what is not a state of this dataset."""
     if (
         not isinstance(state, dict)

@@ -11,20 +11,18 @@ import numpy as np
 import torch
 
 from midstream._check import require_int
-from midstream.core import Dataset, Delivery, Item, Lane, Origins, Place, as_origin_array, bind, epoch_key
+from midstream.core import Delivery, Item, Lane, Node, Origins, Place, as_origin_array, bind, epoch_key
 from midstream.failures import Failure, Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator as Iter
 
-    from midstream.loader import DataLoader
-    from midstream.progress import Progress
 
-_MONO = "font-family:ui-monospace,Menlo,Consolas,monospace;font-size:90%"
-_NOTE = "opacity:.65;font-size:85%"
+from midstream._tables import MONO as _MONO
+from midstream._tables import NOTE as _NOTE
 
 
-def tree_html(dataset: Dataset) -> str:
+def tree_html(dataset: Node) -> str:
     """A pipeline as a foldable tree: each node with its arguments, its length and its face."""
     return f"<div class='midstream' style='{_MONO}'>{_node(bind(dataset))}</div>"
 
@@ -47,7 +45,7 @@ def _node(place: Place) -> str:
     )
 
 
-def look(dataset: Dataset, epoch: int = 0) -> Iter[Item]:
+def look(dataset: Node, epoch: int = 0) -> Iter[Item]:
     """The samples of one lane with their origins, a `Failure` where user code failed; touches nothing of the dataset's own
     iteration, and what is dropped on the way is counted nowhere."""
     delivery = Delivery(bind(dataset), Lane(0, 1, 1, Ledger(writes=False)), int(epoch_key(epoch)[0]), epoch)
@@ -122,7 +120,7 @@ class Preview:
         return f"<table style='{_MONO}'><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def preview(dataset: Dataset, n: int) -> Preview:
+def preview(dataset: Node, n: int) -> Preview:
     """See `Dataset.preview`."""
     require_int(n, "n", 0, "preview")
     place = bind(dataset)
@@ -159,46 +157,3 @@ def _short(value: Any, width: int) -> str:
 def _cut(text: str, width: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= width else f"{text[: width - 1]}…"
-
-
-def loader_head(loader: DataLoader) -> str:
-    """A loader in one line: its arguments and where it stands. Starts nothing and reads nothing."""
-    words = [f"batch_size={loader.batch_size}", f"num_workers={loader.num_workers}"]
-    topology = loader._topology()
-    if topology.world_size > 1:
-        words.append(f"rank {topology.rank} of {topology.world_size}")
-    state = loader.state_dict()
-    try:
-        length = f" of {len(loader):,}"
-    except TypeError:
-        length = ""
-    if not loader._pipeline.random_access:
-        words.append(f"{state['num_lanes']} lanes")
-    return f"DataLoader({', '.join(words)}): epoch {loader.epoch}, batch {state['steps_done']:,}{length}"
-
-
-def loader_html(loader: DataLoader) -> str:
-    """A loader with its pipeline."""
-    return f"<div><div style='{_MONO}'>{escape(loader_head(loader))}</div>{tree_html(loader._pipeline)}</div>"
-
-
-def progress_html(progress: Progress) -> str:
-    """A progress table."""
-    tables = [(progress.rows(), 1, False), (progress.metric_rows(), 2, False), (progress.category_rows(), 2, True)]
-    shown = "".join(_table(table, left, last) for table, left, last in tables if table)
-    caption = f"epoch {progress.epoch}, {progress.batches:,} batches in it, {progress.samples:,} samples in all"
-    if progress.packing_waste is not None:
-        caption += f", {progress.packing_waste:.1%} of packed rows is padding"
-    return f"<div><div style='{_NOTE}'>{escape(caption)}</div>{shown}</div>"
-
-
-def _table(table: list[list[str]], left: int, last: bool) -> str:
-    """A table: its first columns, and with ``last`` the last one, to the left, numbers to the right."""
-
-    def cells(row: list[str], tag: str) -> str:
-        sides = ["left" if i < left or (last and i == len(row) - 1) else "right" for i in range(len(row))]
-        return "".join(f"<{tag} style='text-align:{side}'>{escape(cell)}</{tag}>" for side, cell in zip(sides, row))
-
-    header, *rows = table
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f"<table style='{_MONO}'><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{body}</tbody></table>"

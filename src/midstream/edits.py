@@ -22,7 +22,7 @@ from typing import Any
 from midstream._paths import walk
 from midstream._state import State, decode, encode
 from midstream.checkpoint import Canonical, merge_states, parse
-from midstream.core import Dataset, Place, bind
+from midstream.core import Node, Place, bind
 from midstream.errors import CheckpointError
 from midstream.nodes.batch import Batch
 from midstream.nodes.concatenate import Concatenate
@@ -53,7 +53,7 @@ def in_epoch(text: str, epoch: int) -> bool:
     return any(entry["epoch"] == epoch for entry in _entries(text))
 
 
-def apply(pipeline: Dataset, text: str, epoch: int) -> Dataset:
+def apply(pipeline: Node, text: str, epoch: int) -> Node:
     """The pipeline that runs in an epoch.
 
     Raises:
@@ -71,7 +71,7 @@ def apply(pipeline: Dataset, text: str, epoch: int) -> Dataset:
         ) from None
 
 
-def _edited(entries: list[dict[str, Any]], epoch: int, mix: Any) -> Dataset:
+def _edited(entries: list[dict[str, Any]], epoch: int, mix: Any) -> Node:
     """A mix with the phases that its edits give it in an epoch."""
     phases, changed = phases_in(mix.phases, [name for name, _ in mix.datasets], entries, epoch)
     if not changed:
@@ -111,7 +111,7 @@ def edits_of(text: str, path: str) -> list[dict[str, Any]]:
     return [entry for entry in _entries(text) if entry["mix"] == path]
 
 
-def replaced(place: Place, path: str, change: Callable[[Any], Dataset]) -> Dataset:
+def replaced(place: Place, path: str, change: Callable[[Any], Node]) -> Node:
     """The tree with the node at a path changed."""
     node: Any = place.node
     if place.path == path:

@@ -24,7 +24,7 @@ import torch
 import midstream as ms
 from midstream._state import State, decode
 from midstream.checkpoint import diff_specs, merge_states, parse, settle
-from midstream.core import Dataset
+from midstream.dataset import Dataset
 from midstream.errors import CheckpointError, Origin
 from midstream.progress import progress
 from midstream.storage import states as stored_states

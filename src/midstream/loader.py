@@ -22,6 +22,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Iterator as Iter
+from html import escape
 from typing import Any, Literal
 
 import numpy as np
@@ -34,10 +35,12 @@ from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProc
 
 from midstream._check import require_int
 from midstream._state import State
+from midstream._tables import MONO
 from midstream.breadcrumbs import describe, new_table
 from midstream.bundles import MOST, Unbundler, begin_anew, new_totals
 from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, render, settle
-from midstream.core import Dataset, require_epochs
+from midstream.core import Node, require_epochs
+from midstream.dataset import Dataset
 from midstream.edits import add, in_epoch, lane_edits
 from midstream.errors import CheckpointError, MidstreamError, Origin, SourceError, WorkerError, bullet_list
 from midstream.failures import Windows, add_counts, check_limits, failed_in
@@ -501,7 +504,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._edits = self._excluded = ""
         self._skipping = False
         self.__dict__["sampler"] = EpochHint(self)
-        self._set_pipeline(pipeline)
+        self._set_pipeline(pipeline.node)
         require_epochs(self._facts.place)
         if self._in_threads:
             for place in self._facts.place.walk():
@@ -522,7 +525,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._warned_restart = False
         self._started: tuple[Any, Position, Any] | None = None
 
-    def _set_pipeline(self, pipeline: Dataset) -> None:
+    def _set_pipeline(self, pipeline: Node) -> None:
         self._pipeline, self._facts = pipeline, Facts(pipeline, "", self._edits, -1, self._excluded)
 
     def _epoch_from(self, topology: Topology, num_lanes: int, epoch: int, before: Position | None = None) -> Position:
@@ -704,7 +707,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 return self._loaded[0].steps_done + turns
         turns = self._turns(topology, 0)
         if turns is None:
-            len(self._pipeline)  # raises, saying why
+            len(Dataset(self._pipeline))  # raises, saying why
             raise TypeError(f"the length of this pipeline is known only by reading it:\n{self._pipeline!r}")
         return turns
 
@@ -1274,16 +1277,12 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def __repr__(self) -> str:
         if self._foreign:
             return f"DataLoader({type(self.dataset).__name__}, by torchdata's StatefulDataLoader)"
-        from midstream.display import loader_head
-
-        return f"{loader_head(self)}\n{self._pipeline!r}"
+        return f"{_head(self)}\n{self._pipeline!r}"
 
     def _repr_html_(self) -> str | None:
         if self._foreign:
             return None
-        from midstream.display import loader_html
-
-        return loader_html(self)
+        return f"<div><div style='{MONO}'>{escape(_head(self))}</div>{Dataset(self._pipeline)._repr_html_()}</div>"
 
     # -- Accelerate ---------------------------------------------------------------------------------------------------
 
@@ -1503,7 +1502,7 @@ def _pipeline(
     )
 
 
-def _shuffle_seed(pipeline: Dataset) -> int:
+def _shuffle_seed(pipeline: Node) -> int:
     """The seed of the shuffle that ``shuffle=True`` put on top (or below the batch)."""
     node = pipeline
     while node.kind != "shuffle":
@@ -1519,7 +1518,7 @@ def _spec_seed(spec: State) -> Any:
     return spec.get("seed") if isinstance(spec, dict) else None
 
 
-def _with_seed(pipeline: Dataset, seed: Any) -> Dataset:
+def _with_seed(pipeline: Node, seed: Any) -> Node:
     """The pipeline with another seed in that shuffle."""
     if type(seed) is not int:
         return pipeline
@@ -1534,3 +1533,21 @@ def _quiet_vital() -> Iter[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*set_vital.*")
         yield
+
+
+def _head(loader: DataLoader) -> str:
+    """A loader in one line: its arguments and where it stands. Starts nothing and reads nothing."""
+    words = [f"batch_size={loader.batch_size}", f"num_workers={loader.num_workers}"]
+    topology = loader._topology()
+    if topology.world_size > 1:
+        words.append(f"rank {topology.rank} of {topology.world_size}")
+    state = loader.state_dict()
+    try:
+        length = f" of {len(loader):,}"
+    except TypeError:
+        length = ""
+    if not loader._pipeline.random_access:
+        words.append(f"{state['num_lanes']} lanes")
+    return f"DataLoader({', '.join(words)}): epoch {loader.epoch}, batch {state['steps_done']:,}{length}"
+
+

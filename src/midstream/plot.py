@@ -14,7 +14,8 @@ import numpy as np
 
 from midstream._check import require_int
 from midstream._state import State
-from midstream.core import Dataset, as_origin_array, bind, require_dataset
+from midstream.core import as_origin_array, bind, require_dataset
+from midstream.dataset import Dataset
 from midstream.failures import Failure
 from midstream.progress import Progress, progress
 
@@ -127,15 +128,15 @@ def shuffle(dataset: Dataset, *, n: int = 2000, epoch: int = 0, ax: Axes | None 
     """
     from midstream.display import look
 
-    require_dataset(dataset, "plot.shuffle")
+    require_dataset(getattr(dataset, "node", dataset), "plot.shuffle")
     require_int(n, "n", 1, "plot.shuffle")
     places = []
-    for out, (sample, origins) in enumerate(islice(look(dataset, epoch), n)):
+    for out, (sample, origins) in enumerate(islice(look(dataset.node, epoch), n)):
         if not isinstance(sample, Failure):
             places += [(out, origin[0], origin[2]) for origin in as_origin_array(origins).tolist()]
     ax = _axes(ax)
     found = np.array(places, dtype=np.int64).reshape(-1, 3)
-    names = bind(dataset).names
+    names = bind(dataset.node).names
     for index, name in enumerate(names):
         here = found[found[:, 1] == index]
         if len(here):
@@ -177,11 +178,11 @@ def lengths(
     """
     from midstream.display import look
 
-    require_dataset(dataset, "plot.lengths")
+    require_dataset(getattr(dataset, "node", dataset), "plot.lengths")
     require_int(n, "n", 1, "plot.lengths")
-    names = bind(dataset).names
+    names = bind(dataset.node).names
     found: dict[int, list[int]] = {index: [] for index in range(len(names))}
-    for sample, origins in islice(look(dataset), n):
+    for sample, origins in islice(look(dataset.node), n):
         if not isinstance(sample, Failure):
             first = as_origin_array(origins)
             found[int(first[0, 0]) if len(first) else 0].append(_length(sample, key))

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from midstream._paths import Paths
-from midstream._state import Fragment, State, decode, encode
+from midstream._state import FORMAT, Fragment, State, decode, encode
 from midstream.checkpoint import Canonical, leaf_text, run_state
-from midstream.core import FORMAT, I64, PARTS, Dataset, bind
+from midstream.core import I64, PARTS, Node, bind
 from midstream.errors import Origin
 from midstream.failures import add_counts, failed_in
 from midstream.lanes import Topology, first_batch
@@ -154,7 +154,7 @@ class Trace(list[Origin]):
 class Facts:
     """What a position has to know of its loader's pipeline. No way back to the loader: no cycle keeps workers alive."""
 
-    def __init__(self, pipeline: Dataset, rest: str = "", edits: str = "", epoch: int = -1, excluded: str = "") -> None:
+    def __init__(self, pipeline: Node, rest: str = "", edits: str = "", epoch: int = -1, excluded: str = "") -> None:
         self.pipeline, self.rest, self.edits, self.excluded = pipeline, rest, edits, excluded
         self.running = running(pipeline, rest, edits, epoch, excluded)
         self.place = bind(self.running)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from midstream._state import State
+from midstream._tables import NOTE, table_html
 from midstream.checkpoint import Canonical, merge_states, parse, source_names
 from midstream.edits import shares_asked
 from midstream.metrics import Totals, decode_tracked, join, join_tracked
@@ -190,9 +192,7 @@ class Progress:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        from midstream.display import progress_html
-
-        return progress_html(self)
+        return _html(self)
 
 
 def _flat(metrics: dict[str, dict[str, int | float]], prefix: str) -> dict[str, float]:
@@ -325,3 +325,15 @@ def _lengths(spec: State) -> list[Any]:
     if "name" in spec:
         return [spec.get("length")]
     return [length for _, child in sorted(spec.get("inputs", {}).items()) for length in _lengths(child)]
+
+
+def _html(progress: Progress) -> str:
+    """A progress table."""
+    tables = [(progress.rows(), 1, False), (progress.metric_rows(), 2, False), (progress.category_rows(), 2, True)]
+    shown = "".join(table_html(table, left, last) for table, left, last in tables if table)
+    caption = f"epoch {progress.epoch}, {progress.batches:,} batches in it, {progress.samples:,} samples in all"
+    if progress.packing_waste is not None:
+        caption += f", {progress.packing_waste:.1%} of packed rows is padding"
+    return f"<div><div style='{NOTE}'>{escape(caption)}</div>{shown}</div>"
+
+

@@ -26,10 +26,10 @@ from midstream.bundles import Bundle, Bundler
 from midstream.core import (
     I64,
     Cursor,
-    Dataset,
     Delivery,
     Item,
     Lane,
+    Node,
     Place,
     TrackingCursor,
     as_origin_array,
@@ -97,7 +97,7 @@ class Runner(IterableDataset[Any]):
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Node,
         paths: Paths,
         topology: Topology,
         lanes: int,

@@ -7,7 +7,7 @@ from typing import Any
 
 from midstream._check import require_int
 from midstream._state import State
-from midstream.core import Dataset
+from midstream.dataset import Dataset
 from midstream.loader import DataLoader
 from midstream.position import Trace
 
@@ -103,7 +103,7 @@ def replay(
     common: dict[str, Any] = {"rank": rank, "world_size": world_size, "num_workers": num_workers}
     if isinstance(dataset, DataLoader):
         dataset._no_foreign("replay")
-        loader = DataLoader(dataset._pipeline, None, **common)
+        loader = DataLoader(Dataset(dataset._pipeline), None, **common)
     else:
         loader = DataLoader(dataset, batch_size, collate_fn=collate_fn, drop_last=drop_last, **common)
     loader.load_state_dict(state)

@@ -19,7 +19,7 @@ from typing import Any
 from midstream._random import fold, salt
 from midstream._state import State, decode, encode
 from midstream.checkpoint import Canonical, diff_specs, source_names
-from midstream.core import Dataset, Place, bind
+from midstream.core import Node, Place, bind
 from midstream.edits import apply, edits_of, note_load, phases_in, replaced, weights_of
 from midstream.errors import CheckpointError, bullet_list
 from midstream.metrics import Tracked, decode_tracked, encode_tracked, join_tracked
@@ -33,7 +33,7 @@ __all__ = ["adopt", "require_excludable", "running"]
 _ONE_TO_ONE = ("map", "track")
 
 
-def running(pipeline: Dataset, rest: str, edits: str = "", epoch: int = -1, excluded: str = "") -> Dataset:
+def running(pipeline: Node, rest: str, edits: str = "", epoch: int = -1, excluded: str = "") -> Node:
     """The pipeline that makes what is left of an epoch, without the samples that are left out.
 
     Raises:
@@ -51,7 +51,7 @@ def running(pipeline: Dataset, rest: str, edits: str = "", epoch: int = -1, excl
         ) from None
 
 
-def _excluding(pipeline: Dataset, excluded: str) -> Dataset:
+def _excluding(pipeline: Node, excluded: str) -> Node:
     """The pipeline with `Exclude` right below its batches, or at the root where it has none."""
     if not excluded:
         return pipeline
@@ -64,7 +64,7 @@ def _excluding(pipeline: Dataset, excluded: str) -> Dataset:
     return pipeline if places else Exclude(pipeline, origins)
 
 
-def require_excludable(pipeline: Dataset) -> None:
+def require_excludable(pipeline: Node) -> None:
     """Refuse to leave samples out below a node that reads again: batches it has read would not be what they were.
 
     Raises:
@@ -95,19 +95,19 @@ def _batches(place: Place) -> list[str]:
     return [path for child in place.inputs.values() for path in _batches(child)]
 
 
-def _cut(batch: Any, offsets: dict[str, int], skip: int) -> Dataset:
+def _cut(batch: Any, offsets: dict[str, int], skip: int) -> Node:
     source = batch.source
     if offsets:
         source = _over(source, Interleave, lambda mix: _offset(mix, offsets))
     return dataclasses.replace(batch, source=Skip(source, skip))  # type: ignore[no-any-return]
 
 
-def _offset(mix: Any, offsets: dict[str, int]) -> Dataset:
+def _offset(mix: Any, offsets: dict[str, int]) -> Node:
     datasets = tuple((name, Skip(data, offsets[name]) if offsets[name] else data) for name, data in mix.datasets)
     return dataclasses.replace(mix, datasets=datasets)  # type: ignore[no-any-return]
 
 
-def _over(node: Dataset, kind: type[Dataset], change: Any) -> Dataset:
+def _over(node: Node, kind: type[Node], change: Any) -> Node:
     """The tree with its first node of a kind changed, below nothing but one-to-one maps."""
     if isinstance(node, kind):
         return change(node)  # type: ignore[no-any-return]
@@ -117,7 +117,7 @@ def _over(node: Dataset, kind: type[Dataset], change: Any) -> Dataset:
     return dataclasses.replace(one, source=_over(one.source, kind, change))  # type: ignore[no-any-return]
 
 
-def adopt(canonical: Canonical, pipeline: Dataset, *, strict: bool) -> list[str]:
+def adopt(canonical: Canonical, pipeline: Node, *, strict: bool) -> list[str]:
     """Let a state of a pipeline that differs go on with this one, where that can be done exactly.
 
     Another batch size can always be; other weights, new and removed inputs of a mix when asked for (``strict=False``).
@@ -164,7 +164,7 @@ def adopt(canonical: Canonical, pipeline: Dataset, *, strict: bool) -> list[str]
     return lines
 
 
-def _adopt_random(canonical: Canonical, pipeline: Dataset, old: State, size: int, lines: list[str]) -> int:
+def _adopt_random(canonical: Canonical, pipeline: Node, old: State, size: int, lines: list[str]) -> int:
     """Returns how many rows the mix has given in this epoch."""
     if canonical.ahead:
         raise _refusal(lines, "a rank is ahead because it lost whole batches; finish the epoch as it is")
@@ -233,7 +233,7 @@ def _counts(
 
 def _adopt_stream(
     canonical: Canonical,
-    pipeline: Dataset,
+    pipeline: Node,
     mixes: tuple[State, State] | None,
     size: int,
     above: bool,

@@ -15,7 +15,7 @@ import json
 import os
 from typing import Any
 
-from midstream.core import Dataset
+from midstream.dataset import Dataset
 from midstream.errors import CheckpointError
 from midstream.loader import DataLoader
 from midstream.position import Position

@@ -2,10 +2,10 @@
 
 from midstream.nodes.batch import Batch
 from midstream.nodes.collate import collate, flat, pad, ragged
-from midstream.nodes.concatenate import Concatenate, concatenate
+from midstream.nodes.concatenate import Concatenate
 from midstream.nodes.filter import Filter
 from midstream.nodes.flat_map import FlatMap
-from midstream.nodes.interleave import Interleave, interleave
+from midstream.nodes.interleave import Interleave
 from midstream.nodes.map import Map
 from midstream.nodes.map_batched import MapBatched
 from midstream.nodes.mixing import Schedule, schedule
@@ -33,9 +33,7 @@ __all__ = [
     "Take",
     "Track",
     "collate",
-    "concatenate",
     "flat",
-    "interleave",
     "pad",
     "ragged",
     "schedule",

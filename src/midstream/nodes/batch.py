@@ -13,11 +13,11 @@ from midstream._state import MISSING, State
 from midstream.core import (
     I64,
     U64,
-    Dataset,
     Item,
     Iterator,
     Lane,
     Later,
+    Node,
     Part,
     Place,
     Rows,
@@ -31,7 +31,7 @@ from midstream.nodes.collate import collate, over_columns
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Batch(Dataset):
+class Batch(Node):
     """Samples in groups of ``batch_size``, collated.
 
     A sample that user code failed on leaves its batch shorter by one over random access; over a stream the batch goes on
@@ -44,7 +44,7 @@ class Batch(Dataset):
         inputs so far are read again: at most ``batch_size - 1`` samples and the failures between them.
     """
 
-    source: Dataset
+    source: Node
     batch_size: int
     drop_last: bool = False
     collate_fn: Callable[[list[Any]], Any] | None = None

@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Part, Place, bind, pick, require_dataset
-
-
-def concatenate(datasets: Sequence[Dataset]) -> Dataset:
-    """One dataset after the other.
-
-    Args:
-        datasets: At least one. All but the last must have an end.
-
-    Raises:
-        ValueError: If there are none, two sources have one name, or one that is not the last never ends.
-        TypeError: If one is not a midstream dataset.
-
-    >>> import midstream as ms
-    >>> list(ms.concatenate([ms.from_dataset([1, 2], name="a"), ms.from_dataset([3], name="b")]))
-    [1, 2, 3]
-    """
-    if isinstance(datasets, Dataset) or not isinstance(datasets, Sequence):
-        raise TypeError(f"concatenate takes a list of datasets: concatenate([a, b]); found {type(datasets).__name__}")
-    return Concatenate(tuple(datasets))
+from midstream.core import I64, U64, Item, Iterator, Lane, Node, Part, Place, bind, pick, require_dataset
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Concatenate(Dataset):
+class Concatenate(Node):
     """One dataset after the other. On streams, in every lane.
 
     State: random access: none but the position. Stream: ``[index of the dataset being read, its state]``.
     Resume: reads nothing again.
     """
 
-    datasets: tuple[Dataset, ...]
+    datasets: tuple[Node, ...]
     kind = "concatenate"
 
     def __post_init__(self) -> None:
@@ -53,7 +33,7 @@ class Concatenate(Dataset):
                 )
         bind(self)
 
-    def inputs(self) -> dict[str, Dataset]:
+    def inputs(self) -> dict[str, Node]:
         """By number."""
         return {str(index): dataset for index, dataset in enumerate(self.datasets)}
 

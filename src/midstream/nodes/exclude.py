@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from midstream._state import State, decode, encode
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Origins, Place, Rows, as_origin_array
+from midstream.core import I64, U64, Item, Iterator, Lane, Node, Origins, Place, Rows, as_origin_array
 from midstream.errors import Origin
 from midstream.failures import Excluded, Hole
 
@@ -20,14 +20,14 @@ MOST_ORIGINS = 4096
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Exclude(Dataset):
+class Exclude(Node):
     """The input with a quiet `Hole` in place of each sample that is left out. Positions stay.
 
     State: the input's: this node is in no checkpoint.
     Resume: reads nothing again.
     """
 
-    source: Dataset
+    source: Node
     origins: tuple[tuple[str, int, int, int], ...]
     kind = "exclude"
     one_to_one = True

@@ -8,7 +8,7 @@ from typing import Any
 
 from midstream._check import require_callable, require_choice
 from midstream._state import State
-from midstream.core import Dataset, Item, Iterator, Lane, Place, as_origin_array, require_dataset
+from midstream.core import Item, Iterator, Lane, Node, Place, as_origin_array, require_dataset
 from midstream.errors import SourceError
 from midstream.failures import ErrorRate, Hole, callable_name, describe_callable
 from midstream.nodes.map import Call, require_limit
@@ -18,7 +18,7 @@ _GIVE_UP = 100_000
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Filter(Dataset):
+class Filter(Node):
     """The samples for which ``fn(sample)`` is true. A stream: what passes cannot be known without reading.
 
     Warns once when fewer than 1 % of the first 1,000 samples pass. On an endless input, 100,000 samples in a row that do
@@ -28,7 +28,7 @@ class Filter(Dataset):
     Resume: reads nothing again.
     """
 
-    source: Dataset
+    source: Node
     fn: Callable[[Any], Any]
     on_error: str = "raise"
     max_errors: int | ErrorRate | None = None

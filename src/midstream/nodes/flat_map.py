@@ -10,10 +10,10 @@ from midstream._check import require_callable, require_choice
 from midstream._state import State
 from midstream.core import (
     PARTS,
-    Dataset,
     Item,
     Iterator,
     Lane,
+    Node,
     Origins,
     Place,
     SafePoint,
@@ -30,7 +30,7 @@ _DEEPEST = 3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FlatMap(Dataset):
+class FlatMap(Node):
     """Every sample replaced by the samples a function returns, numbered as the parts of its row.
 
     Parts of a sample that was made of several rows (a batch) carry the origins of all of them, unless there are as many parts
@@ -43,7 +43,7 @@ class FlatMap(Dataset):
     Resume: reads at most 16 inputs again, and calls the function once for the row in progress.
     """
 
-    source: Dataset
+    source: Node
     fn: Callable[[Any], Iterable[Any]]
     on_error: str = "raise"
     max_errors: int | ErrorRate | None = None
@@ -155,7 +155,7 @@ def _collect(fn: Callable[[Any], Iterable[Any]], sample: Any) -> list[Any]:
     return parts
 
 
-def require_depth(node: Dataset) -> None:
+def require_depth(node: Node) -> None:
     """Refuse parts of parts of parts of parts."""
     if _depth(node) > _DEEPEST:
         raise ValueError(
@@ -164,7 +164,7 @@ def require_depth(node: Dataset) -> None:
         )
 
 
-def _depth(node: Dataset) -> int:
+def _depth(node: Node) -> int:
     """The most nodes that make parts on a path from here to a source."""
     return (node.kind in ("flat_map", "map_batched", "pack")) + max(
         (_depth(child) for child in node.inputs().values()), default=0

@@ -18,10 +18,10 @@ from midstream._state import MISSING, State
 from midstream.core import (
     I64,
     U64,
-    Dataset,
     Item,
     Iterator,
     Lane,
+    Node,
     OnError,
     Origins,
     Place,
@@ -33,14 +33,14 @@ from midstream.failures import ErrorRate, Failure, Hole, callable_name, describe
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Map(Dataset):
+class Map(Node):
     """Every sample replaced by what a function returns; one to one, so random access is kept.
 
     State: none of its own.
     Resume: reads nothing again.
     """
 
-    source: Dataset
+    source: Node
     fn: Callable[..., Any]
     with_rng: bool = False
     isolate_rng: bool = False

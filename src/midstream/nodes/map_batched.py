@@ -11,7 +11,7 @@ import torch
 
 from midstream._check import require_callable, require_choice, require_int
 from midstream._state import State
-from midstream.core import PARTS, Dataset, Item, Iterator, Lane, Place, join_origins, require_dataset
+from midstream.core import PARTS, Item, Iterator, Lane, Node, Place, join_origins, require_dataset
 from midstream.errors import ReplayDiverged, SourceError
 from midstream.failures import ErrorRate, Hole, callable_name, describe_callable
 from midstream.nodes.flat_map import part_origin, require_depth
@@ -23,7 +23,7 @@ _WHOLE = np.empty((0, 5), dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MapBatched(Dataset):
+class MapBatched(Node):
     """Every ``batch_size`` samples replaced by the samples a function makes of their columns: as many, fewer or more.
 
     Groups are of consecutive samples of a lane; the last of a lane may be smaller. As many samples as there were keep their
@@ -41,7 +41,7 @@ class MapBatched(Dataset):
         function once for it.
     """
 
-    source: Dataset
+    source: Node
     fn: Callable[[Any], Any]
     batch_size: int = 1000
     on_error: str = "raise"

@@ -357,7 +357,7 @@ class Layout:
         return phase.taken + self._counts(phase, position - phase.start)
 
     def locate(self, positions: I64) -> tuple[npt.NDArray[Any], I64]:
-        """Dataset index and position in it, for positions of the mix; all of shape [k]."""
+        """Node index and position in it, for positions of the mix; all of shape [k]."""
         if len(self.phases) == 1:
             return self._locate(self.phases[0], positions)
         which = np.searchsorted([phase.start for phase in self.phases], positions, side="right") - 1

@@ -20,10 +20,10 @@ from midstream.columns import rows_of_block
 from midstream.core import (
     PARTS,
     Cursor,
-    Dataset,
     Item,
     Iterator,
     Lane,
+    Node,
     Origins,
     Place,
     SafePoint,
@@ -47,7 +47,7 @@ _Piece = tuple[tuple[npt.NDArray[Any], ...], int, int, Origins]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Pack(Dataset):
+class Pack(Node):
     """Documents packed into rows of ``seq_len`` tokens. A stream: how many rows there will be is known by reading.
 
     A row is a dict of numpy arrays; integers come out as int64, other numbers as float32:
@@ -89,7 +89,7 @@ class Pack(Dataset):
         most two windows again. When tokens are not as many as they were: `ReplayDiverged`.
     """
 
-    source: Dataset
+    source: Node
     seq_len: int
     mode: str = "concat"
     overflow: str = "split"

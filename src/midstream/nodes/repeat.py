@@ -9,7 +9,7 @@ import numpy as np
 from midstream._check import require_int
 from midstream._random import pass_key
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Part, Place, require_dataset, require_passes
+from midstream.core import I64, U64, Item, Iterator, Lane, Node, Part, Place, require_dataset, require_passes
 from midstream.errors import SourceError
 from midstream.failures import Hole
 
@@ -18,7 +18,7 @@ _ENDLESS = 1 << 20  # passes of an endless repeat inside one outer pass, for num
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Repeat(Dataset):
+class Repeat(Node):
     """``num_epochs`` passes over the input, endless when None. Every shuffle below draws a new order each pass.
 
     On a stream, a pass may yield nothing in a lane and the next one something (a filter above a shuffle), so all passes are
@@ -29,7 +29,7 @@ class Repeat(Dataset):
     Resume: reads nothing again.
     """
 
-    source: Dataset
+    source: Node
     num_epochs: int | None = None
     kind = "repeat"
 

@@ -12,13 +12,13 @@ import numpy as np
 from midstream._check import require_int
 from midstream._random import fold, fold_array, permute, uniform32
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Origins, Part, Place, as_origin_array
+from midstream.core import I64, U64, Item, Iterator, Lane, Node, Origins, Part, Place, as_origin_array
 from midstream.errors import ReplayDiverged
 from midstream.failures import Hole
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Shuffle(Dataset):
+class Shuffle(Node):
     """A random permutation of a random-access dataset, another one every epoch and every pass of a repeat.
 
     The order is a formula (a keyed Feistel network, see `midstream._random.permute`): O(1) memory for any length. Where
@@ -32,7 +32,7 @@ class Shuffle(Dataset):
     Resume: reads nothing again.
     """
 
-    source: Dataset
+    source: Node
     seed: int = 0
     window_blocks: int | None = 16
     kind = "shuffle"
@@ -119,7 +119,7 @@ class _Windows:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class BufferedShuffle(Dataset):
+class BufferedShuffle(Node):
     """A shuffle of a stream: samples leave in the order of random keys that lie a bounded distance ahead.
 
     In a lane, input i gets the key ``i + b * u(i)``, u uniform in [0, 1), b = ceil(buffer_size / lanes). A sample leaves
@@ -136,7 +136,7 @@ class BufferedShuffle(Dataset):
     Resume: reads at most b + max(1, b // 8) inputs again. When they are not what they were: `ReplayDiverged`.
     """
 
-    source: Dataset
+    source: Node
     seed: int = 0
     buffer_size: int = 1000
     kind = "shuffle"

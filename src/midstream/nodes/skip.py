@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 from midstream._check import require_int
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Part, Place, require_dataset
+from midstream.core import I64, U64, Item, Iterator, Lane, Node, Part, Place, require_dataset
 from midstream.nodes.take import cut_blocks
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Skip(Dataset):
+class Skip(Node):
     """All but the first ``n`` samples; on a stream, lane l of L skips ``n // L + (l < n % L)`` of its own.
 
     State: random access: none but the position. Stream: ``[samples still to skip, input state]``.
     Resume: reads nothing again.
     """
 
-    source: Dataset
+    source: Node
     n: int
     kind = "skip"
 

@@ -8,18 +8,18 @@ import numpy as np
 
 from midstream._check import require_int
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Part, Place, require_dataset
+from midstream.core import I64, U64, Item, Iterator, Lane, Node, Part, Place, require_dataset
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Take(Dataset):
+class Take(Node):
     """The first ``n`` samples; on a stream, lane l of L takes ``n // L + (l < n % L)`` of its own.
 
     State: random access: none but the position. Stream: ``[samples left, input state]``.
     Resume: reads nothing again.
     """
 
-    source: Dataset
+    source: Node
     n: int
     kind = "take"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from midstream._state import MISSING, State
-from midstream.core import I64, U64, Dataset, Item, Iterator, Lane, Origins, Place, Rows, require_dataset
+from midstream.core import I64, U64, Item, Iterator, Lane, Node, Origins, Place, Rows, require_dataset
 from midstream.failures import Hole, describe_callable
 from midstream.metrics import Metric, as_metric
 from midstream.nodes.map import Call
@@ -16,14 +16,14 @@ __all__ = ["Track"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Track(Dataset):
+class Track(Node):
     """Every sample as it is, its metrics taken. One to one, so random access is kept.
 
     State: ``[number, input]`` in a stream, none of its own over random access; the totals are once per rank.
     Resume: reads nothing again; what comes by again counts once.
     """
 
-    source: Dataset
+    source: Node
     metrics: tuple[tuple[str, Metric], ...]
     kind = "track"
     one_to_one = True
@@ -50,7 +50,7 @@ class Track(Dataset):
             below.extend(node.inputs().values())
 
     @staticmethod
-    def of(source: Dataset, metrics: Mapping[str, Any]) -> Track:
+    def of(source: Node, metrics: Mapping[str, Any]) -> Track:
         """A node that tracks metrics, or plain functions, by name."""
         return Track(source, tuple((name, as_metric(metric, name)) for name, metric in sorted(metrics.items())))
 

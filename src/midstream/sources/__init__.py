@@ -10,7 +10,7 @@ import pyarrow as pa
 from torch.utils.data import IterableDataset
 
 from midstream._check import require_name
-from midstream.core import Dataset
+from midstream.dataset import Dataset
 from midstream.sources.arrow import ArrowSource
 from midstream.sources.huggingface import IterableSource
 from midstream.sources.iterable import FromIterable, from_iterable
@@ -55,9 +55,9 @@ def from_dataset(data: Any, *, name: str | None = None) -> Dataset:
     datasets = sys.modules.get("datasets")  # who has one of its objects has imported it; importing it takes a second
     if datasets is not None:
         if isinstance(data, datasets.Dataset):
-            return ArrowSource(data, name)
+            return Dataset(ArrowSource(data, name))
         if isinstance(data, datasets.IterableDataset):
-            return IterableSource(data, name)
+            return Dataset(IterableSource(data, name))
         if isinstance(data, (datasets.DatasetDict, datasets.IterableDatasetDict)):
             raise TypeError(f"this is a dict of splits; choose one, like data[{next(iter(data), 'train')!r}]")
     if isinstance(data, (Mapping, set, frozenset)):
@@ -74,7 +74,7 @@ def from_dataset(data: Any, *, name: str | None = None) -> Dataset:
             f"midstream.from_iterable(lambda: data, name=...)"
         )
     if isinstance(data, Sequence) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        return SequenceSource(data, name)
+        return Dataset(SequenceSource(data, name))
     if hasattr(data, "__iter__"):
         raise TypeError(
             f"{type(data).__name__} can only be iterated, and an iterator cannot be rewound. Give a callable that returns a "

@@ -18,12 +18,12 @@ import pyarrow as pa
 
 from midstream._state import State
 from midstream.columns import Column, Columns
-from midstream.core import I64, U64, Dataset, Place, Rows
+from midstream.core import I64, U64, Node, Place, Rows
 from midstream.sources.sequence import ReturnedOthers, require_rows, row_failure, row_origins
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ArrowSource(Dataset):
+class ArrowSource(Node):
     """Rows of a Hugging Face dataset.
 
     Plain columns are read from Arrow directly: numeric lists as read-only numpy views of the stored dtype, numbers,

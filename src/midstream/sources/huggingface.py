@@ -10,14 +10,14 @@ from typing import Any
 import torch.utils.data._utils.worker as torch_worker
 
 from midstream._state import State, copy_plain
-from midstream.core import Dataset, Iterator, Lane, Place
+from midstream.core import Iterator, Lane, Node, Place
 from midstream.sources.iterable import ShardIterator, Shards
 
 _EVERY = 256
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class IterableSource(Dataset):
+class IterableSource(Node):
     """Rows of a Hugging Face ``IterableDataset``, shard by shard.
 
     Its own state is taken every 256 rows of a shard, and the rows since are counted here, because its ``state_dict`` is

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from midstream._check import require_callable, require_choice, require_int, require_name
 from midstream._state import State
-from midstream.core import Dataset, Item, Iterator, Lane, Place
+from midstream.core import Item, Iterator, Lane, Node, Place
+from midstream.dataset import Dataset
 from midstream.errors import ReplayDiverged, SourceError
 from midstream.failures import Failure, Hole, callable_name, describe_callable
 
@@ -41,11 +42,11 @@ def from_iterable(
     require_name(name, "from_iterable")
     require_int(num_shards, "num_shards", 1, "from_iterable")
     require_choice(split, "split", ("shards", "stride"), "from_iterable")
-    return FromIterable(make_iterable, name, int(num_shards), split)
+    return Dataset(FromIterable(make_iterable, name, int(num_shards), split))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FromIterable(Dataset):
+class FromIterable(Node):
     """Samples of a fresh iterable per shard. Row r of shard s is row ``r * num_shards + s`` of the source.
 
     State: ``[shard, rows read of it]``.

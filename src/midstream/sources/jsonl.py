@@ -25,7 +25,8 @@ except ImportError:  # the extra ``fast``; the same samples without it, later
 from midstream._bar import watched
 from midstream._check import require_name
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Iterator, Lane, Place, Rows
+from midstream.core import I64, U64, Iterator, Lane, Node, Place, Rows
+from midstream.dataset import Dataset
 from midstream.errors import SourceError
 from midstream.failures import Failure, Hole
 from midstream.sources.iterable import ShardIterator, Shards
@@ -82,11 +83,11 @@ def read_json(paths: Paths, *, name: str | None = None) -> Dataset:
     [{'id': 1}, {'id': 0}]
     """
     require_name(name, "read_json")
-    return JsonSource(plain_paths(paths, "read_json"), name)
+    return Dataset(JsonSource(plain_paths(paths, "read_json"), name))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class JsonSource(Dataset):
+class JsonSource(Node):
     """Lines of JSON files, numbered through the files in order; in a stream, row r of file f is row ``r * files + f``.
 
     State: random access: none but the position. A stream: ``[file, rows read of it, last row that was no JSON, rows at its
@@ -98,7 +99,7 @@ class JsonSource(Dataset):
     paths: tuple[str, ...]
     name: str | None = None
     kind = "read_json"
-    _kept_slots = (*Dataset._kept_slots, "_files")
+    _kept_slots = (*Node._kept_slots, "_files")
 
     @property
     def random_access(self) -> bool:

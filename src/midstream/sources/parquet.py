@@ -27,7 +27,8 @@ from torch.utils.data import get_worker_info
 from midstream._bar import watched
 from midstream._check import require_name, require_text
 from midstream._state import State, fingerprint
-from midstream.core import I64, U64, Dataset, Place, Rows
+from midstream.core import I64, U64, Node, Place, Rows
+from midstream.dataset import Dataset
 from midstream.errors import SourceError, bullet_list
 from midstream.failures import Failure, Hole
 from midstream.sources.ahead import Ahead
@@ -88,11 +89,11 @@ def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None, name: st
             raise TypeError(f"read_parquet: columns is a list of names, like columns=['text']; found {columns!r}")
         if not columns or len(set(columns)) < len(columns):
             raise ValueError(f"read_parquet: columns is one name or more, each once; found {list(columns)}")
-    return ParquetSource(plain_paths(paths, "read_parquet"), None if columns is None else tuple(columns), name)
+    return Dataset(ParquetSource(plain_paths(paths, "read_parquet"), None if columns is None else tuple(columns), name))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ParquetSource(Dataset):
+class ParquetSource(Node):
     """Rows of parquet files, numbered through the files in order.
 
     Decoded row groups are kept, least recently used first out, up to `CACHE_BYTES` per process; files are opened when a
@@ -112,7 +113,7 @@ class ParquetSource(Dataset):
     name: str | None = None
     kind = "read_parquet"
     _reads_ahead = True
-    _kept_slots = (*Dataset._kept_slots, "_groups")
+    _kept_slots = (*Node._kept_slots, "_groups")
 
     @property
     def infinite(self) -> bool:

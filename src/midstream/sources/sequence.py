@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from midstream._state import State
-from midstream.core import I64, U64, Dataset, Place, Rows
+from midstream.core import I64, U64, Node, Place, Rows
 from midstream.failures import Failure, Hole
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SequenceSource(Dataset):
+class SequenceSource(Node):
     """Rows of a sequence or of a map-style dataset, read with ``__getitems__`` where it has one.
 
     A row whose ``__getitem__`` raises is one lost sample, reported with its row number.

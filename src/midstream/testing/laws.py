@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 import midstream as ms
-from midstream.core import Dataset, Delivery, Lane, Run, as_origin_array, bind, epoch_key
+from midstream.core import Delivery, Lane, Run, as_origin_array, bind, epoch_key
+from midstream.dataset import Dataset
 from midstream.errors import bullet_list
 from midstream.failures import Failure, Ledger
 from midstream.testing.content import plain
@@ -39,7 +40,7 @@ class LawError(AssertionError):
 
 def run(ds: Dataset, lane: Where = (0, 1), epoch: int = 0) -> Run:
     """The samples of one lane."""
-    return Run(ds, lane[0], lane[1], epoch)
+    return Run(ds.node, lane[0], lane[1], epoch)
 
 
 def rest(iterator: Iterator[Any]) -> list[Any]:
@@ -218,7 +219,7 @@ def _scribble(value: Any) -> None:
 def state_is_small(make: Make) -> None:
     """A state is at most 300 bytes over random access, 1 KB and 64 bytes per source for a stream."""
     ds = make()
-    bound = 300 if ds.random_access else 1024 + 64 * len(bind(ds).names)
+    bound = 300 if ds.random_access else 1024 + 64 * len(bind(ds.node).names)
     whole = run(ds)
     largest = max(len(json.dumps(whole.state_dict(), separators=(",", ":"))) for _ in whole)
     _hold(largest <= bound, f"a state of {largest} bytes, and the bound is {bound}: positions belong in it, no data")
@@ -256,7 +257,7 @@ def pickling_keeps_everything(make: Make) -> None:
 
 def items(ds: Dataset, lane: Where = (0, 1), epoch: int = 0) -> list[tuple[Any, list[ms.Origin]]]:
     """The samples of a lane, each with the rows it was made of."""
-    place = bind(ds)
+    place = bind(ds.node)
     delivery = Delivery(place, Lane(*lane, 1, Ledger()), int(epoch_key(epoch)[0]), epoch)
     out: list[tuple[Any, list[ms.Origin]]] = []
     while True:
@@ -407,7 +408,7 @@ def check_dataset(dataset: Dataset | Make, *, replay: int | None = None, raises:
         raise TypeError(
             f"check_dataset takes a midstream dataset, or a function that makes one; found {type(first).__name__}"
         )
-    if first.infinite or len(list(islice(iter(first), _MOST + 1))) > _MOST:
+    if first.node.infinite or len(list(islice(iter(first), _MOST + 1))) > _MOST:
         raise ValueError(f"every law is tried at every sample: give at most {_MOST}, with .take(100) say\n{first!r}")
     broken = []
     laws = [(law, where) for law in LAWS for where in (LANES if "lane" in law.__annotations__ else (None,))]

@@ -1,0 +1,20 @@
+"""Rows of text as a table in a notebook."""
+
+from __future__ import annotations
+
+from html import escape
+
+MONO = "font-family:ui-monospace,Menlo,Consolas,monospace;font-size:90%"
+NOTE = "opacity:.65;font-size:85%"
+
+
+def table_html(table: list[list[str]], left: int, last: bool) -> str:
+    """A table: its first columns, and with ``last`` the last one, to the left, numbers to the right."""
+
+    def cells(row: list[str], tag: str) -> str:
+        sides = ["left" if i < left or (last and i == len(row) - 1) else "right" for i in range(len(row))]
+        return "".join(f"<{tag} style='text-align:{side}'>{escape(cell)}</{tag}>" for side, cell in zip(sides, row))
+
+    header, *rows = table
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f"<table style='{MONO}'><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{body}</tbody></table>"
