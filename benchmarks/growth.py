@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import midstream as ms
-from midstream._state import encode, seal
+from midstream.common.plain_state import encode, seal
 from midstream.dataset import Dataset
 
 warnings.filterwarnings("ignore", message=".*set_vital.*|.*worker processes in total.*")

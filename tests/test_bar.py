@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import midstream as ms
-from midstream import _bar
-from midstream._bar import watched
+from midstream.common import progress_bar as _bar
+from midstream.common.progress_bar import watched
 
 
 class Terminal(io.StringIO):

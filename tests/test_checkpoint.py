@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream._paths import Paths, walk
-from midstream._state import seal, unseal
+from midstream.common.plain_state import seal, unseal
 from midstream.core import bind
 from simulate import Cluster
 

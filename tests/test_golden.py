@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import midstream as ms
-from midstream._random import draw, fold, fold_array, generator, mix_array, pass_key, permute, salt
+from midstream.common.randomness import draw, fold, fold_array, generator, mix_array, pass_key, permute, salt
 from midstream.core import FORMAT, I64, Run
 from midstream.dataset import Dataset
 from midstream.sources import SequenceSource

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream._random import draw, fold, fold_array, generator, mix, mix_array, pass_key, permute, uniform32
+from midstream.common.randomness import draw, fold, fold_array, generator, mix, mix_array, pass_key, permute, uniform32
 from midstream.core import Run
 
 GOLDEN = Path(__file__).parent / "golden" / "format-1.json"

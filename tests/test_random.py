@@ -17,7 +17,7 @@ from hypothesis import assume, example, given, note, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream._random import draw, fold, fold_array, generator, mix, mix_array, pass_key, permute, uniform32
+from midstream.common.randomness import draw, fold, fold_array, generator, mix, mix_array, pass_key, permute, uniform32
 from midstream.core import I64, Run, bind
 from midstream.dataset import Dataset
 from midstream.nodes.interleave import Interleave, quotas

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from midstream._state import State
+from midstream.common.plain_state import State
 
 __all__ = ["Node", "Paths", "walk"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from midstream._check import require_int
+from midstream.common.validation import require_int
 
 __all__ = ["DocumentMask", "document_mask"]
 

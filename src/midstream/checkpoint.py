@@ -47,7 +47,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from midstream._paths import Paths
-from midstream._state import FORMAT, State, copy_plain, decode, digest, encode, seal, unseal
+from midstream.common.plain_state import FORMAT, State, copy_plain, decode, digest, encode, seal, unseal
 from midstream.errors import CheckpointError, bullet_list
 from midstream.metrics import valid
 from midstream.storage import latest, load, save

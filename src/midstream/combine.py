@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from midstream._check import require_choice, require_int, require_name
+from midstream.common.validation import require_choice, require_int, require_name
 from midstream.core import Node, require_dataset
 from midstream.dataset import Dataset
 from midstream.nodes.concatenate import Concatenate

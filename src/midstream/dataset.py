@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from midstream._state import State, copy_plain
 from midstream.bare import divided_by_nobody, divided_by_trainer
+from midstream.common.plain_state import State, copy_plain
 from midstream.core import I64, Lane, Node, OnError, Place, Run, bind, check_run_state, epoch_key
 from midstream.display import Preview, preview, tree_html
 from midstream.errors import Origin

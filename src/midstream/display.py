@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from midstream._check import require_int
+from midstream.common.validation import require_int
 from midstream.core import Delivery, Item, Lane, Node, Origins, Place, as_origin_array, bind, epoch_key
 from midstream.failures import Failure, Ledger
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator as Iter
 
 
-from midstream._tables import MONO as _MONO
-from midstream._tables import NOTE as _NOTE
+from midstream.common.tables import MONO as _MONO
+from midstream.common.tables import NOTE as _NOTE
 
 
 def tree_html(dataset: Node) -> str:

@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from midstream._paths import walk
-from midstream._state import State, decode, encode
 from midstream.checkpoint import Canonical, merge_states, parse
+from midstream.common.plain_state import State, decode, encode
 from midstream.core import Node, Place, bind
 from midstream.errors import CheckpointError
 from midstream.nodes.batch import Batch

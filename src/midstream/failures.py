@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from midstream._state import MISSING
+from midstream.common.plain_state import MISSING
 from midstream.errors import Origin, SampleError, TooManyErrors, bullet_list
 from midstream.metrics import Gathered, Tracked
 from midstream.quarantine import Record, write_record

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 import midstream as ms
-from midstream._state import State, decode
 from midstream.checkpoint import diff_specs, merge_states, parse, settle
+from midstream.common.plain_state import State, decode
 from midstream.dataset import Dataset
 from midstream.errors import CheckpointError, Origin
 from midstream.progress import progress

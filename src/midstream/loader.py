@@ -33,12 +33,12 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter
 
-from midstream._check import require_int
-from midstream._state import State
-from midstream._tables import MONO
 from midstream.breadcrumbs import describe, new_table
 from midstream.bundles import MOST, Unbundler, begin_anew, new_totals
 from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, render, settle
+from midstream.common.plain_state import State
+from midstream.common.tables import MONO
+from midstream.common.validation import require_int
 from midstream.core import Node, require_epochs
 from midstream.dataset import Dataset
 from midstream.edits import add, in_epoch, lane_edits

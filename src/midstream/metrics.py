@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
-from midstream._check import require_callable
-from midstream._state import State, encode
+from midstream.common.plain_state import State, encode
+from midstream.common.validation import require_callable
 from midstream.errors import CheckpointError
 
 __all__ = [

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from midstream._check import require_int
-from midstream._state import State
+from midstream.common.plain_state import State
+from midstream.common.validation import require_int
 from midstream.core import as_origin_array, bind, require_dataset
 from midstream.dataset import Dataset
 from midstream.failures import Failure

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from midstream._paths import Paths
-from midstream._state import FORMAT, Fragment, State, decode, encode
 from midstream.checkpoint import Canonical, leaf_text, run_state
+from midstream.common.plain_state import FORMAT, Fragment, State, decode, encode
 from midstream.core import I64, PARTS, Node, bind
 from midstream.errors import Origin
 from midstream.failures import add_counts, failed_in

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from midstream._check import require_int
+from midstream.common.validation import require_int
 
 __all__ = ["PreemptionGuard"]
 

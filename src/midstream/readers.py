@@ -20,9 +20,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._paths import Paths, short_value
-from midstream._state import Fragment, encode
 from midstream.breadcrumbs import Trail
 from midstream.bundles import Bundle, Bundler
+from midstream.common.plain_state import Fragment, encode
 from midstream.core import (
     I64,
     Cursor,

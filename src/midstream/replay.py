@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from midstream._check import require_int
-from midstream._state import State
+from midstream.common.plain_state import State
+from midstream.common.validation import require_int
 from midstream.dataset import Dataset
 from midstream.loader import DataLoader
 from midstream.position import Trace

@@ -16,9 +16,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from midstream._random import fold, salt
-from midstream._state import State, decode, encode
 from midstream.checkpoint import Canonical, diff_specs, source_names
+from midstream.common.plain_state import State, decode, encode
+from midstream.common.randomness import fold, salt
 from midstream.core import Node, Place, bind
 from midstream.edits import apply, edits_of, note_load, phases_in, replaced, weights_of
 from midstream.errors import CheckpointError, bullet_list

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from midstream._check import require_callable, require_int
-from midstream._state import MISSING, State
+from midstream.common.plain_state import MISSING, State
+from midstream.common.validation import require_callable, require_int
 from midstream.core import (
     I64,
     U64,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from midstream._state import State
+from midstream.common.plain_state import State
 from midstream.core import I64, U64, Item, Iterator, Lane, Node, Part, Place, bind, pick, require_dataset
 
 

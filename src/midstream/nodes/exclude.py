@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from midstream._state import State, decode, encode
+from midstream.common.plain_state import State, decode, encode
 from midstream.core import I64, U64, Item, Iterator, Lane, Node, Origins, Place, Rows, as_origin_array
 from midstream.errors import Origin
 from midstream.failures import Excluded, Hole

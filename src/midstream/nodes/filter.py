@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from midstream._check import require_callable, require_choice
-from midstream._state import State
+from midstream.common.plain_state import State
+from midstream.common.validation import require_callable, require_choice
 from midstream.core import Item, Iterator, Lane, Node, Place, as_origin_array, require_dataset
 from midstream.errors import SourceError
 from midstream.failures import ErrorRate, Hole, callable_name, describe_callable

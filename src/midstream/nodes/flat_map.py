@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from midstream._check import require_callable, require_choice
-from midstream._state import State
+from midstream.common.plain_state import State
+from midstream.common.validation import require_callable, require_choice
 from midstream.core import (
     PARTS,
     Item,

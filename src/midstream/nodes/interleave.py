@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from midstream._check import require_callable, require_choice, require_int, require_text
-from midstream._random import fold, pass_key, salt
-from midstream._state import Fragment, State, copy_plain, encode
+from midstream.common.plain_state import Fragment, State, copy_plain, encode
+from midstream.common.randomness import fold, pass_key, salt
+from midstream.common.validation import require_callable, require_choice, require_int, require_text
 from midstream.core import (
     I64,
     U64,

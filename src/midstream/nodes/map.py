@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from midstream._check import require_callable, require_choice, require_int
-from midstream._random import fold, generator
-from midstream._state import MISSING, State
+from midstream.common.plain_state import MISSING, State
+from midstream.common.randomness import fold, generator
+from midstream.common.validation import require_callable, require_choice, require_int
 from midstream.core import (
     I64,
     U64,

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from midstream._check import require_callable, require_choice, require_int
-from midstream._state import State
+from midstream.common.plain_state import State
+from midstream.common.validation import require_callable, require_choice, require_int
 from midstream.core import PARTS, Item, Iterator, Lane, Node, Place, join_origins, require_dataset
 from midstream.errors import ReplayDiverged, SourceError
 from midstream.failures import ErrorRate, Hole, callable_name, describe_callable

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from midstream._check import require_int
-from midstream._random import draw, fold, fold_array, salt
-from midstream._state import State
+from midstream.common.plain_state import State
+from midstream.common.randomness import draw, fold, fold_array, salt
+from midstream.common.validation import require_int
 from midstream.core import I64
 
 _PATTERNS = 16

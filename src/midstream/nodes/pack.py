@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from midstream._check import require_choice, require_int
-from midstream._state import State
 from midstream.columns import rows_of_block
+from midstream.common.plain_state import State
+from midstream.common.validation import require_choice, require_int
 from midstream.core import (
     PARTS,
     Cursor,

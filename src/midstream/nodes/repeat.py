@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from midstream._check import require_int
-from midstream._random import pass_key
-from midstream._state import State
+from midstream.common.plain_state import State
+from midstream.common.randomness import pass_key
+from midstream.common.validation import require_int
 from midstream.core import I64, U64, Item, Iterator, Lane, Node, Part, Place, require_dataset, require_passes
 from midstream.errors import SourceError
 from midstream.failures import Hole

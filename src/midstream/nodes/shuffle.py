@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from midstream._check import require_int
-from midstream._random import fold, fold_array, permute, uniform32
-from midstream._state import State
+from midstream.common.plain_state import State
+from midstream.common.randomness import fold, fold_array, permute, uniform32
+from midstream.common.validation import require_int
 from midstream.core import I64, U64, Item, Iterator, Lane, Node, Origins, Part, Place, as_origin_array
 from midstream.errors import ReplayDiverged
 from midstream.failures import Hole
@@ -21,7 +21,7 @@ from midstream.failures import Hole
 class Shuffle(Node):
     """A random permutation of a random-access dataset, another one every epoch and every pass of a repeat.
 
-    The order is a formula (a keyed Feistel network, see `midstream._random.permute`): O(1) memory for any length. Where
+    The order is a formula (a keyed Feistel network, see `midstream.common.randomness.permute`): O(1) memory for any length. Where
     the source says that its rows come in blocks (parquet row groups), the blocks are permuted first and then the rows
     within windows of ``window_blocks`` blocks, so that reading in order touches few blocks at a time:
 

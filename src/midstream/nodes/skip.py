@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from midstream._check import require_int
-from midstream._state import State
+from midstream.common.plain_state import State
+from midstream.common.validation import require_int
 from midstream.core import I64, U64, Item, Iterator, Lane, Node, Part, Place, require_dataset
 from midstream.nodes.take import cut_blocks
 

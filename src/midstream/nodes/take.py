@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from midstream._check import require_int
-from midstream._state import State
+from midstream.common.plain_state import State
+from midstream.common.validation import require_int
 from midstream.core import I64, U64, Item, Iterator, Lane, Node, Part, Place, require_dataset
 
 

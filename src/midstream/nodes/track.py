@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from midstream._state import MISSING, State
+from midstream.common.plain_state import MISSING, State
 from midstream.core import I64, U64, Item, Iterator, Lane, Node, Origins, Place, Rows, require_dataset
 from midstream.failures import Hole, describe_callable
 from midstream.metrics import Metric, as_metric

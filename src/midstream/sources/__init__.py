@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from torch.utils.data import IterableDataset
 
-from midstream._check import require_name
+from midstream.common.validation import require_name
 from midstream.dataset import Dataset
 from midstream.sources.arrow import ArrowSource
 from midstream.sources.huggingface import IterableSource

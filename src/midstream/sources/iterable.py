@@ -7,8 +7,8 @@ from collections.abc import Iterator as Iter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from midstream._check import require_callable, require_choice, require_int, require_name
-from midstream._state import State
+from midstream.common.plain_state import State
+from midstream.common.validation import require_callable, require_choice, require_int, require_name
 from midstream.core import Item, Iterator, Lane, Node, Place
 from midstream.dataset import Dataset
 from midstream.errors import ReplayDiverged, SourceError

@@ -22,9 +22,9 @@ try:
 except ImportError:  # the extra ``fast``; the same samples without it, later
     _orjson = None  # type: ignore[assignment]
 
-from midstream._bar import watched
-from midstream._check import require_name
-from midstream._state import State
+from midstream.common.plain_state import State
+from midstream.common.progress_bar import watched
+from midstream.common.validation import require_name
 from midstream.core import I64, U64, Iterator, Lane, Node, Place, Rows
 from midstream.dataset import Dataset
 from midstream.errors import SourceError

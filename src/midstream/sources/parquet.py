@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import get_worker_info
 
-from midstream._bar import watched
-from midstream._check import require_name, require_text
-from midstream._state import State, fingerprint
+from midstream.common.plain_state import State, fingerprint
+from midstream.common.progress_bar import watched
+from midstream.common.validation import require_name, require_text
 from midstream.core import I64, U64, Node, Place, Rows
 from midstream.dataset import Dataset
 from midstream.errors import SourceError, bullet_list

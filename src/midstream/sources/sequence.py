@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from midstream._state import State
+from midstream.common.plain_state import State
 from midstream.core import I64, U64, Node, Place, Rows
 from midstream.failures import Failure, Hole
 

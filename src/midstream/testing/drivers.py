@@ -193,8 +193,8 @@ def fitting_lanes(
     if dataset.random_access:
         return None
     step = math.lcm(*ranks)
-    limit = dataset.max_lanes()
-    blocks, _ = dataset.full_lanes(_MANY_LANES, 1 if dataset.batch_rows else batch_size)
+    limit = dataset.node.max_lanes()
+    blocks, _ = dataset.node.full_lanes(_MANY_LANES, 1 if dataset.batch_rows else batch_size)
     lanes = max(1, min(DEFAULT_LANES, window // 4, blocks // 3, *([limit[0]] if limit is not None else [])))
     return max(max(ranks) * max(1, *workers), step, lanes - lanes % step)
 
