@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream.dataset import Dataset
-from midstream.metrics import MOST_BYTES, Categories, Numbers, Spread, decode_tracked, encode_tracked, totals_of
+from midstream.metrics.metric import MOST_BYTES, Categories, Numbers, Spread, decode_tracked, encode_tracked, totals_of
 from simulate import Cluster
 
 values = st.one_of(

@@ -19,7 +19,7 @@ from midstream.errors import (
 )
 from midstream.failures import ErrorRate
 from midstream.loader import DataLoader
-from midstream.metrics import count, distribution
+from midstream.metrics.metric import count, distribution
 from midstream.nodes import collate, flat, pad, ragged, schedule
 from midstream.preemption import PreemptionGuard
 from midstream.progress import Progress, progress

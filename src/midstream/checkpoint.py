@@ -49,7 +49,7 @@ from typing import Any
 from midstream._paths import Paths
 from midstream.common.plain_state import FORMAT, State, copy_plain, decode, digest, encode, seal, unseal
 from midstream.errors import CheckpointError, bullet_list
-from midstream.metrics import valid
+from midstream.metrics.metric import valid
 from midstream.storage import latest, load, save
 
 __all__ = [

@@ -17,7 +17,7 @@ from midstream.core import I64, Lane, Node, OnError, Place, Run, bind, check_run
 from midstream.display import Preview, preview, tree_html
 from midstream.errors import Origin
 from midstream.failures import ErrorRate, Hole, Ledger
-from midstream.metrics import Metric
+from midstream.metrics.metric import Metric
 from midstream.nodes.batch import Batch
 from midstream.nodes.filter import Filter
 from midstream.nodes.flat_map import FlatMap

@@ -16,7 +16,7 @@ from midstream.core import I64, PARTS, Node, bind
 from midstream.errors import Origin
 from midstream.failures import add_counts, failed_in
 from midstream.lanes import Topology, first_batch
-from midstream.metrics import History, Tracked, decode_tracked, encode_tracked, join_tracked
+from midstream.metrics.metric import History, Tracked, decode_tracked, encode_tracked, join_tracked
 from midstream.nodes.batch import Batch
 from midstream.readers import BATCH, ERROR, NOTHING, Out, Plan, source_of
 from midstream.rest import running

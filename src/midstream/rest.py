@@ -22,7 +22,7 @@ from midstream.common.randomness import fold, salt
 from midstream.core import Node, Place, bind
 from midstream.edits import apply, edits_of, note_load, phases_in, replaced, weights_of
 from midstream.errors import CheckpointError, bullet_list
-from midstream.metrics import Tracked, decode_tracked, encode_tracked, join_tracked
+from midstream.metrics.metric import Tracked, decode_tracked, encode_tracked, join_tracked
 from midstream.nodes.batch import Batch
 from midstream.nodes.exclude import Exclude, excluded_origins
 from midstream.nodes.interleave import Interleave, Picks
