@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream import bundles, transport
-from midstream.bundles import MOST, Bundler, Unbundler, begin_anew, new_totals
+from midstream.transport import bundles
+from midstream.transport import packing as transport
+from midstream.transport.bundles import MOST, Bundler, Unbundler, begin_anew, new_totals
 
 
 class Torch:

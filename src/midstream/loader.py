@@ -34,7 +34,6 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter
 
 from midstream.breadcrumbs import describe, new_table
-from midstream.bundles import MOST, Unbundler, begin_anew, new_totals
 from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, render, settle
 from midstream.common.plain_state import State
 from midstream.common.tables import MONO
@@ -55,7 +54,8 @@ from midstream.rest import adopt, require_excludable, running
 from midstream.shield import Context, Orphanage
 from midstream.sources import from_dataset
 from midstream.threads import Launch, ThreadReaders
-from midstream.transport import Arena, Parcel
+from midstream.transport.bundles import MOST, Unbundler, begin_anew, new_totals
+from midstream.transport.packing import Arena, Parcel
 from midstream.watch import Wait, exit_status, lost_in
 
 __all__ = ["DataLoader"]

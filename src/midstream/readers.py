@@ -21,7 +21,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._paths import Paths, short_value
 from midstream.breadcrumbs import Trail
-from midstream.bundles import Bundle, Bundler
 from midstream.common.plain_state import Fragment, encode
 from midstream.core import (
     I64,
@@ -40,7 +39,8 @@ from midstream.errors import CheckpointError, MidstreamError, SourceError, Worke
 from midstream.failures import Failure, Hole, Ledger, Notes
 from midstream.lanes import Topology, first_batch, slots
 from midstream.nodes.mixing import LaneEdits
-from midstream.transport import Arena, Once, Parcel, begin, pack
+from midstream.transport.bundles import Bundle, Bundler
+from midstream.transport.packing import Arena, Once, Parcel, begin, pack
 
 __all__ = ["BATCH", "ERROR", "FATAL", "NOTHING", "Out", "Plan", "Runner", "deliver", "keep", "send", "source_of"]
 
@@ -92,7 +92,7 @@ class Runner(IterableDataset[Any]):
 
     ``shared`` holds epoch and generation where workers live on: a plan is for one generation only, so that a worker that
     was forked with one does not follow it again in the next epoch. ``crumbs`` is the table of `midstream.breadcrumbs`,
-    ``totals`` that of `midstream.bundles`.
+    ``totals`` that of `midstream.transport.bundles`.
     """
 
     def __init__(

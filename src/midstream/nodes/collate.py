@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 
 from midstream.columns import Column, Columns, whole_block
 from midstream.common.validation import require_int
-from midstream.transport import empty, split
+from midstream.transport.packing import empty, split
 
 __all__ = ["collate", "flat", "over_columns", "pad", "ragged"]
 

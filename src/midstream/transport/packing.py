@@ -12,7 +12,7 @@ goes through the queue however large: nobody ever waits for a slot.
 
     memory     a slot is as large as the largest batch it carried (up to a quarter more), and one that no batch needed yet
                takes none; batches of a MB or more travel alone, and a worker has ``prefetch_factor + 4`` of them at once;
-               smaller ones travel in bundles (`midstream.bundles`), for which there are up to eight times as many slots
+               smaller ones travel in bundles (`midstream.transport.bundles`), for which there are up to eight times as many slots
     leaks      none is possible: the memory is one anonymous file (memfd), which has no name in /dev/shm, is not limited by
                its size, and is gone with the last process that holds it, however that ended
     no memory  a slot's pages are reserved before they are written, so that a full machine is an error that is caught
