@@ -23,8 +23,8 @@ import pyarrow as pa
 import torch
 
 import midstream as ms
-from midstream.core import bind
 from midstream.dataset import Dataset
+from midstream.pipeline.node import bind
 from midstream.sources.arrow import TableReader
 
 warnings.filterwarnings("ignore", message=".*set_vital.*|.*worker processes in total.*")
@@ -155,8 +155,8 @@ class Bare(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         worker = torch.utils.data.get_worker_info()
-        from midstream.core import Lane
-        from midstream.failures import Ledger
+        from midstream.pipeline.failures import Ledger
+        from midstream.pipeline.node import Lane
 
         place = bind(self.ds.node)
         runs = [place.iterate(Lane(lane, 48, 1, Ledger()), 0, 0) for lane in range(worker.id, 48, worker.num_workers)]

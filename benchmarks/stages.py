@@ -34,9 +34,9 @@ from interface import WEIGHTS, Work
 
 import midstream as ms
 from midstream._paths import Paths
-from midstream.core import Later, bind
 from midstream.dataset import Dataset
 from midstream.lanes import Topology
+from midstream.pipeline.node import Later, bind
 from midstream.readers import Plan, Runner
 
 BATCH, CHUNK = 32, 512

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import midstream as ms
 from midstream._paths import Paths, walk
 from midstream.common.plain_state import seal, unseal
-from midstream.core import bind
+from midstream.pipeline.node import bind
 from simulate import Cluster
 
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 import midstream as ms
 import midstream.sources.parquet
-from midstream.columns import rows_of_block
-from midstream.core import Delivery, Lane, as_origin_array, bind, epoch_key
 from midstream.dataset import Dataset
-from midstream.failures import Failure, Hole, Ledger
 from midstream.nodes.collate import over_columns
+from midstream.pipeline.columns import rows_of_block
+from midstream.pipeline.failures import Failure, Hole, Ledger
+from midstream.pipeline.node import Delivery, Lane, as_origin_array, bind, epoch_key
 from midstream.sources.arrow import TableReader
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

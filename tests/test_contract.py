@@ -17,8 +17,8 @@ import midstream as ms
 import midstream.nodes
 import midstream.sources
 from cases import BASE, CASES, Case, Counted, identify
-from midstream.core import Node, bind
 from midstream.dataset import Dataset
+from midstream.pipeline.node import Node, bind
 from midstream.testing import laws
 from midstream.testing.laws import LANES, items, run, through_json
 

@@ -16,8 +16,8 @@ import pytest
 
 import midstream as ms
 import midstream.errors
-from midstream.core import Run
 from midstream.dataset import Dataset
+from midstream.pipeline.node import Run
 
 CONFIGURATIONS = [
     pytest.param((0, None), id="0 workers"),

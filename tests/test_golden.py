@@ -19,8 +19,8 @@ import pytest
 
 import midstream as ms
 from midstream.common.randomness import draw, fold, fold_array, generator, mix_array, pass_key, permute, salt
-from midstream.core import FORMAT, I64, Run
 from midstream.dataset import Dataset
+from midstream.pipeline.node import FORMAT, I64, Run
 from midstream.sources import SequenceSource
 
 FILE = Path(__file__).parent / "golden" / f"compositions-{FORMAT}.json"

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from cases import BASE, Bomb, Shards, identify, ids, plain
-from midstream.core import I64, Delivery, Lane, Run, as_origin_array, bind, epoch_key
 from midstream.dataset import Dataset
-from midstream.failures import Failure, Ledger
+from midstream.pipeline.failures import Failure, Ledger
+from midstream.pipeline.node import I64, Delivery, Lane, Run, as_origin_array, bind, epoch_key
 from midstream.sources import SequenceSource
 
 pytestmark = [

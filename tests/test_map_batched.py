@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream.core import Delivery, Lane, Run, as_origin_array, bind, epoch_key
 from midstream.dataset import Dataset
-from midstream.failures import Ledger
+from midstream.pipeline.failures import Ledger
+from midstream.pipeline.node import Delivery, Lane, Run, as_origin_array, bind, epoch_key
 
 
 def rows(count: int) -> Dataset:

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream.core import Run
 from midstream.dataset import Dataset
 from midstream.nodes.interleave import Interleave
+from midstream.pipeline.node import Run
 from simulate import Cluster
 
 STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")

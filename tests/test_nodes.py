@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import default_collate
 
 import midstream as ms
-from midstream.core import Run, bind
 from midstream.dataset import Dataset
+from midstream.pipeline.node import Run, bind
 
 
 def numbers(n: int = 30, name: str | None = None) -> Dataset:

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from cases import pieces, plain
-from midstream.core import Run
 from midstream.dataset import Dataset
 from midstream.nodes.pack import IGNORED, best_fit
+from midstream.pipeline.node import Run
 
 SEQ = 8
 HARD = [0, 1, SEQ - 1, SEQ, SEQ + 1, 10 * SEQ, 3, 0, 0, SEQ, SEQ - 1, 2 * SEQ, 1, 1, 5, 2, 10 * SEQ + 3, 0]

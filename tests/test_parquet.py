@@ -26,8 +26,8 @@ import pytest
 import midstream as ms
 import midstream.sources.ahead as ahead
 import midstream.sources.parquet as parquet
-from midstream.core import Cursor, Lane, bind, epoch_key
-from midstream.failures import Ledger
+from midstream.pipeline.failures import Ledger
+from midstream.pipeline.node import Cursor, Lane, bind, epoch_key
 from midstream.sources.parquet import ParquetSource
 
 GROUP = 5

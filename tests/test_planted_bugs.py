@@ -209,8 +209,8 @@ BUGS = {
 
 def test_an_iterator_hands_out_fresh_values() -> None:
     import midstream as ms
-    from midstream.core import Lane, bind
-    from midstream.failures import Ledger
+    from midstream.pipeline.failures import Ledger
+    from midstream.pipeline.node import Lane, bind
 
     ds = ms.from_dataset(range(40)).filter(bool).shuffle(1, buffer_size=8)
     iterator = bind(ds.node).iterate(Lane(0, 1, 1, Ledger()), 0, 0)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import midstream as ms
-from midstream.breadcrumbs import ROWS, Trail, describe
+from midstream.pipeline.breadcrumbs import ROWS, Trail, describe
 
 METHODS = ["fork", "spawn", "forkserver"]
 GROUP = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]

@@ -232,7 +232,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def layer(module: str) -> str:
-    """The layer of ``midstream``, ``midstream.core``, ``midstream.nodes.map``, ..."""
+    """The layer of ``midstream``, ``midstream.pipeline.node``, ``midstream.nodes.map``, ..."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else parts[0]
 

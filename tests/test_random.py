@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream.common.randomness import draw, fold, fold_array, generator, mix, mix_array, pass_key, permute, uniform32
-from midstream.core import I64, Run, bind
 from midstream.dataset import Dataset
 from midstream.nodes.interleave import Interleave, quotas
+from midstream.pipeline.node import I64, Run, bind
 from midstream.sources import SequenceSource
 
 STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
@@ -273,7 +273,7 @@ def test_buffered_shuffle_is_the_order_of_its_keys(
     ds = source.shuffle(seed, buffer_size=buffer_size)
     before, after = lane(source, *place, epoch), lane(ds, *place, epoch)
     b = -(-buffer_size // place[1])
-    from midstream.core import epoch_key
+    from midstream.pipeline.node import epoch_key
 
     own = fold(seed, bind(ds.node).salt, int(epoch_key(epoch)[0]), place[0])
     numbers = np.arange(len(before), dtype=np.int64)

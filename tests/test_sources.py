@@ -30,8 +30,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream.core import Run
 from midstream.dataset import Dataset
+from midstream.pipeline.node import Run
 from midstream.sources.arrow import TableReader
 from midstream.sources.huggingface import _HubShards
 

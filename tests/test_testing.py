@@ -19,9 +19,9 @@ from torch.utils.data import get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import midstream as ms
-from midstream import core
-from midstream.core import Lane, Place
 from midstream.dataset import Dataset
+from midstream.pipeline import node as core
+from midstream.pipeline.node import Lane, Place
 from midstream.testing import (
     Check,
     LawError,

@@ -17,13 +17,13 @@ from midstream.errors import (
     TooManyErrors,
     WorkerError,
 )
-from midstream.failures import ErrorRate
 from midstream.loader import DataLoader
 from midstream.metrics.metric import count, distribution
 from midstream.nodes import collate, flat, pad, ragged, schedule
+from midstream.pipeline.failures import ErrorRate
+from midstream.pipeline.quarantine import read_quarantine
 from midstream.preemption import PreemptionGuard
 from midstream.progress import Progress, progress
-from midstream.quarantine import read_quarantine
 from midstream.replay import Replay, replay
 from midstream.sources import from_dataset, from_iterable, read_json, read_parquet
 from midstream.together import WholeRun

@@ -1,6 +1,6 @@
 """Nodes by number: what a checkpoint calls them, so that it costs nothing how long names are.
 
-Nodes are numbered from the root down, inputs in the order of their names; the paths are those of `midstream.core.bind`.
+Nodes are numbered from the root down, inputs in the order of their names; the paths are those of `midstream.pipeline.node.bind`.
 """
 
 from __future__ import annotations

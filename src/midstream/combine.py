@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from midstream.common.validation import require_choice, require_int, require_name
-from midstream.core import Node, require_dataset
 from midstream.dataset import Dataset
 from midstream.nodes.concatenate import Concatenate
 from midstream.nodes.interleave import Interleave, StoppingStrategy
 from midstream.nodes.mixing import Schedule, check_weights
 from midstream.nodes.repeat import Repeat
+from midstream.pipeline.node import Node, require_dataset
 
 
 def _node(value: Any, where: str) -> Node:

@@ -13,10 +13,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream.bare import divided_by_nobody, divided_by_trainer
 from midstream.common.plain_state import State, copy_plain
-from midstream.core import I64, Lane, Node, OnError, Place, Run, bind, check_run_state, epoch_key
 from midstream.display import Preview, preview, tree_html
 from midstream.errors import Origin
-from midstream.failures import ErrorRate, Hole, Ledger
 from midstream.metrics.metric import Metric
 from midstream.nodes.batch import Batch
 from midstream.nodes.filter import Filter
@@ -29,6 +27,8 @@ from midstream.nodes.shuffle import BufferedShuffle, Shuffle
 from midstream.nodes.skip import Skip
 from midstream.nodes.take import Take
 from midstream.nodes.track import Track
+from midstream.pipeline.failures import ErrorRate, Hole, Ledger
+from midstream.pipeline.node import I64, Lane, Node, OnError, Place, Run, bind, check_run_state, epoch_key
 
 
 class Dataset(IterableDataset[Any]):

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from midstream.common.validation import require_int
-from midstream.core import Delivery, Item, Lane, Node, Origins, Place, as_origin_array, bind, epoch_key
-from midstream.failures import Failure, Ledger
+from midstream.pipeline.failures import Failure, Ledger
+from midstream.pipeline.node import Delivery, Item, Lane, Node, Origins, Place, as_origin_array, bind, epoch_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator as Iter

@@ -22,7 +22,6 @@ from typing import Any
 from midstream._paths import walk
 from midstream.checkpoint import Canonical, merge_states, parse
 from midstream.common.plain_state import State, decode, encode
-from midstream.core import Node, Place, bind
 from midstream.errors import CheckpointError
 from midstream.nodes.batch import Batch
 from midstream.nodes.concatenate import Concatenate
@@ -30,6 +29,7 @@ from midstream.nodes.interleave import Interleave
 from midstream.nodes.mixing import Weights, check_weights, quotas
 from midstream.nodes.skip import Skip
 from midstream.nodes.take import Take
+from midstream.pipeline.node import Node, Place, bind
 
 __all__ = [
     "add",

@@ -33,20 +33,20 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter
 
-from midstream.breadcrumbs import describe, new_table
 from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, render, settle
 from midstream.common.plain_state import State
 from midstream.common.tables import MONO
 from midstream.common.validation import require_int
-from midstream.core import Node, require_epochs
 from midstream.dataset import Dataset
 from midstream.edits import add, in_epoch, lane_edits
 from midstream.errors import CheckpointError, MidstreamError, Origin, SourceError, WorkerError, bullet_list
-from midstream.failures import Windows, add_counts, check_limits, failed_in
 from midstream.hosts import LIGHTNING_ALONE, EpochHint, Told, asked_by, not_registered
 from midstream.lanes import Agreement, Topology, batches_of_rank, choose_lanes, current_topology, slots
 from midstream.nodes.collate import collate
 from midstream.nodes.exclude import excluded_origins, with_origins
+from midstream.pipeline.breadcrumbs import describe, new_table
+from midstream.pipeline.failures import Windows, add_counts, check_limits, failed_in
+from midstream.pipeline.node import Node, require_epochs
 from midstream.position import Facts, Position, Trace
 from midstream.progress import Progress, progress
 from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, deliver, keep

@@ -14,9 +14,9 @@ import numpy as np
 
 from midstream.common.plain_state import State
 from midstream.common.validation import require_int
-from midstream.core import as_origin_array, bind, require_dataset
 from midstream.dataset import Dataset
-from midstream.failures import Failure
+from midstream.pipeline.failures import Failure
+from midstream.pipeline.node import as_origin_array, bind, require_dataset
 from midstream.progress import Progress, progress
 
 if TYPE_CHECKING:

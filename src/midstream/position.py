@@ -12,12 +12,12 @@ import numpy as np
 from midstream._paths import Paths
 from midstream.checkpoint import Canonical, leaf_text, run_state
 from midstream.common.plain_state import FORMAT, Fragment, State, decode, encode
-from midstream.core import I64, PARTS, Node, bind
 from midstream.errors import Origin
-from midstream.failures import add_counts, failed_in
 from midstream.lanes import Topology, first_batch
 from midstream.metrics.metric import History, Tracked, decode_tracked, encode_tracked, join_tracked
 from midstream.nodes.batch import Batch
+from midstream.pipeline.failures import add_counts, failed_in
+from midstream.pipeline.node import I64, PARTS, Node, bind
 from midstream.readers import BATCH, ERROR, NOTHING, Out, Plan, source_of
 from midstream.rest import running
 

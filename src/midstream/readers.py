@@ -20,9 +20,13 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream._paths import Paths, short_value
-from midstream.breadcrumbs import Trail
 from midstream.common.plain_state import Fragment, encode
-from midstream.core import (
+from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError
+from midstream.lanes import Topology, first_batch, slots
+from midstream.nodes.mixing import LaneEdits
+from midstream.pipeline.breadcrumbs import Trail
+from midstream.pipeline.failures import Failure, Hole, Ledger, Notes
+from midstream.pipeline.node import (
     I64,
     Cursor,
     Delivery,
@@ -35,10 +39,6 @@ from midstream.core import (
     bind,
     epoch_key,
 )
-from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError
-from midstream.failures import Failure, Hole, Ledger, Notes
-from midstream.lanes import Topology, first_batch, slots
-from midstream.nodes.mixing import LaneEdits
 from midstream.transport.bundles import Bundle, Bundler
 from midstream.transport.packing import Arena, Once, Parcel, begin, pack
 
@@ -91,7 +91,7 @@ class Runner(IterableDataset[Any]):
     """What a loader's worker processes iterate: the pipeline at one topology.
 
     ``shared`` holds epoch and generation where workers live on: a plan is for one generation only, so that a worker that
-    was forked with one does not follow it again in the next epoch. ``crumbs`` is the table of `midstream.breadcrumbs`,
+    was forked with one does not follow it again in the next epoch. ``crumbs`` is the table of `midstream.pipeline.breadcrumbs`,
     ``totals`` that of `midstream.transport.bundles`.
     """
 

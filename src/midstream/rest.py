@@ -19,7 +19,6 @@ from typing import Any
 from midstream.checkpoint import Canonical, diff_specs, source_names
 from midstream.common.plain_state import State, decode, encode
 from midstream.common.randomness import fold, salt
-from midstream.core import Node, Place, bind
 from midstream.edits import apply, edits_of, note_load, phases_in, replaced, weights_of
 from midstream.errors import CheckpointError, bullet_list
 from midstream.metrics.metric import Tracked, decode_tracked, encode_tracked, join_tracked
@@ -27,6 +26,7 @@ from midstream.nodes.batch import Batch
 from midstream.nodes.exclude import Exclude, excluded_origins
 from midstream.nodes.interleave import Interleave, Picks
 from midstream.nodes.skip import Skip
+from midstream.pipeline.node import Node, Place, bind
 
 __all__ = ["adopt", "require_excludable", "running"]
 

@@ -10,7 +10,10 @@ import numpy as np
 
 from midstream.common.plain_state import MISSING, State
 from midstream.common.validation import require_callable, require_int
-from midstream.core import (
+from midstream.errors import ReplayDiverged
+from midstream.nodes.collate import collate, over_columns
+from midstream.pipeline.failures import Excluded, Failure, Hole, callable_name, describe_callable
+from midstream.pipeline.node import (
     I64,
     U64,
     Item,
@@ -25,9 +28,6 @@ from midstream.core import (
     pick,
     require_dataset,
 )
-from midstream.errors import ReplayDiverged
-from midstream.failures import Excluded, Failure, Hole, callable_name, describe_callable
-from midstream.nodes.collate import collate, over_columns
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import default_collate
 
-from midstream.columns import Column, Columns, whole_block
 from midstream.common.validation import require_int
+from midstream.pipeline.columns import Column, Columns, whole_block
 from midstream.transport.packing import empty, split
 
 __all__ = ["collate", "flat", "over_columns", "pad", "ragged"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from midstream.common.plain_state import State
-from midstream.core import I64, U64, Item, Iterator, Lane, Node, Part, Place, bind, pick, require_dataset
+from midstream.pipeline.node import I64, U64, Item, Iterator, Lane, Node, Part, Place, bind, pick, require_dataset
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from midstream.common.plain_state import State, decode, encode
-from midstream.core import I64, U64, Item, Iterator, Lane, Node, Origins, Place, Rows, as_origin_array
 from midstream.errors import Origin
-from midstream.failures import Excluded, Hole
+from midstream.pipeline.failures import Excluded, Hole
+from midstream.pipeline.node import I64, U64, Item, Iterator, Lane, Node, Origins, Place, Rows, as_origin_array
 
 __all__ = ["Exclude", "excluded_origins", "with_origins"]
 

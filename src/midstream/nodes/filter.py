@@ -8,10 +8,10 @@ from typing import Any
 
 from midstream.common.plain_state import State
 from midstream.common.validation import require_callable, require_choice
-from midstream.core import Item, Iterator, Lane, Node, Place, as_origin_array, require_dataset
 from midstream.errors import SourceError
-from midstream.failures import ErrorRate, Hole, callable_name, describe_callable
 from midstream.nodes.map import Call, require_limit
+from midstream.pipeline.failures import ErrorRate, Hole, callable_name, describe_callable
+from midstream.pipeline.node import Item, Iterator, Lane, Node, Place, as_origin_array, require_dataset
 
 _LOOK_AT = 1_000
 _GIVE_UP = 100_000

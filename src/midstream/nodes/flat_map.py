@@ -8,7 +8,10 @@ from typing import Any
 
 from midstream.common.plain_state import State
 from midstream.common.validation import require_callable, require_choice
-from midstream.core import (
+from midstream.errors import ReplayDiverged, SourceError
+from midstream.nodes.map import Call, require_limit
+from midstream.pipeline.failures import ErrorRate, Hole, callable_name, describe_callable
+from midstream.pipeline.node import (
     PARTS,
     Item,
     Iterator,
@@ -20,9 +23,6 @@ from midstream.core import (
     as_origin_array,
     require_dataset,
 )
-from midstream.errors import ReplayDiverged, SourceError
-from midstream.failures import ErrorRate, Hole, callable_name, describe_callable
-from midstream.nodes.map import Call, require_limit
 
 _EVERY = 16
 _GIVE_UP = 100_000

@@ -11,7 +11,10 @@ import numpy as np
 from midstream.common.plain_state import Fragment, State, copy_plain, encode
 from midstream.common.randomness import fold, pass_key, salt
 from midstream.common.validation import require_callable, require_choice, require_int, require_text
-from midstream.core import (
+from midstream.nodes.map import Call
+from midstream.nodes.mixing import PASSES, Layout, Picks, Weights, check_weights, quotas
+from midstream.pipeline.failures import Hole, callable_name
+from midstream.pipeline.node import (
     I64,
     U64,
     Item,
@@ -26,9 +29,6 @@ from midstream.core import (
     require_dataset,
     require_passes,
 )
-from midstream.failures import Hole, callable_name
-from midstream.nodes.map import Call
-from midstream.nodes.mixing import PASSES, Layout, Picks, Weights, check_weights, quotas
 
 __all__ = ["Interleave", "Picks", "quotas"]
 

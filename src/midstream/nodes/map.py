@@ -15,7 +15,8 @@ import torch
 from midstream.common.plain_state import MISSING, State
 from midstream.common.randomness import fold, generator
 from midstream.common.validation import require_callable, require_choice, require_int
-from midstream.core import (
+from midstream.pipeline.failures import ErrorRate, Failure, Hole, callable_name, describe_callable
+from midstream.pipeline.node import (
     I64,
     U64,
     Item,
@@ -29,7 +30,6 @@ from midstream.core import (
     as_origin_array,
     require_dataset,
 )
-from midstream.failures import ErrorRate, Failure, Hole, callable_name, describe_callable
 
 
 @dataclass(frozen=True, eq=False, repr=False)

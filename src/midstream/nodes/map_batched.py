@@ -11,11 +11,11 @@ import torch
 
 from midstream.common.plain_state import State
 from midstream.common.validation import require_callable, require_choice, require_int
-from midstream.core import PARTS, Item, Iterator, Lane, Node, Place, join_origins, require_dataset
 from midstream.errors import ReplayDiverged, SourceError
-from midstream.failures import ErrorRate, Hole, callable_name, describe_callable
 from midstream.nodes.flat_map import part_origin, require_depth
 from midstream.nodes.map import Call, require_limit
+from midstream.pipeline.failures import ErrorRate, Hole, callable_name, describe_callable
+from midstream.pipeline.node import PARTS, Item, Iterator, Lane, Node, Place, join_origins, require_dataset
 
 _GIVE_UP = 100_000
 _WHOLE = np.empty((0, 5), dtype=np.int64)

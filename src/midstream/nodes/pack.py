@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from midstream.columns import rows_of_block
 from midstream.common.plain_state import State
 from midstream.common.validation import require_choice, require_int
-from midstream.core import (
+from midstream.errors import ReplayDiverged, SourceError
+from midstream.nodes.flat_map import require_depth
+from midstream.pipeline.columns import rows_of_block
+from midstream.pipeline.failures import Failure, Hole
+from midstream.pipeline.node import (
     PARTS,
     Cursor,
     Item,
@@ -30,9 +33,6 @@ from midstream.core import (
     as_origin_array,
     require_dataset,
 )
-from midstream.errors import ReplayDiverged, SourceError
-from midstream.failures import Failure, Hole
-from midstream.nodes.flat_map import require_depth
 
 IGNORED = -100
 _EVERY = 16

@@ -9,9 +9,9 @@ import numpy as np
 from midstream.common.plain_state import State
 from midstream.common.randomness import pass_key
 from midstream.common.validation import require_int
-from midstream.core import I64, U64, Item, Iterator, Lane, Node, Part, Place, require_dataset, require_passes
 from midstream.errors import SourceError
-from midstream.failures import Hole
+from midstream.pipeline.failures import Hole
+from midstream.pipeline.node import I64, U64, Item, Iterator, Lane, Node, Part, Place, require_dataset, require_passes
 
 _GIVE_UP = 1_000
 _ENDLESS = 1 << 20  # passes of an endless repeat inside one outer pass, for numbering

@@ -12,9 +12,9 @@ import numpy as np
 from midstream.common.plain_state import State
 from midstream.common.randomness import fold, fold_array, permute, uniform32
 from midstream.common.validation import require_int
-from midstream.core import I64, U64, Item, Iterator, Lane, Node, Origins, Part, Place, as_origin_array
 from midstream.errors import ReplayDiverged
-from midstream.failures import Hole
+from midstream.pipeline.failures import Hole
+from midstream.pipeline.node import I64, U64, Item, Iterator, Lane, Node, Origins, Part, Place, as_origin_array
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -8,7 +8,7 @@ import numpy as np
 
 from midstream.common.plain_state import State
 from midstream.common.validation import require_int
-from midstream.core import I64, U64, Item, Iterator, Lane, Node, Part, Place, require_dataset
+from midstream.pipeline.node import I64, U64, Item, Iterator, Lane, Node, Part, Place, require_dataset
 
 
 @dataclass(frozen=True, eq=False, repr=False)

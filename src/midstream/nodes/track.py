@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from midstream.common.plain_state import MISSING, State
-from midstream.core import I64, U64, Item, Iterator, Lane, Node, Origins, Place, Rows, require_dataset
-from midstream.failures import Hole, describe_callable
 from midstream.metrics.metric import Metric, as_metric
 from midstream.nodes.map import Call
+from midstream.pipeline.failures import Hole, describe_callable
+from midstream.pipeline.node import I64, U64, Item, Iterator, Lane, Node, Origins, Place, Rows, require_dataset
 
 __all__ = ["Track"]
 

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from midstream.columns import Column, Columns
 from midstream.common.plain_state import State
-from midstream.core import I64, U64, Node, Place, Rows
+from midstream.pipeline.columns import Column, Columns
+from midstream.pipeline.node import I64, U64, Node, Place, Rows
 from midstream.sources.sequence import ReturnedOthers, require_rows, row_failure, row_origins
 
 

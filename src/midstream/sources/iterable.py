@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from midstream.common.plain_state import State
 from midstream.common.validation import require_callable, require_choice, require_int, require_name
-from midstream.core import Item, Iterator, Lane, Node, Place
 from midstream.dataset import Dataset
 from midstream.errors import ReplayDiverged, SourceError
-from midstream.failures import Failure, Hole, callable_name, describe_callable
+from midstream.pipeline.failures import Failure, Hole, callable_name, describe_callable
+from midstream.pipeline.node import Item, Iterator, Lane, Node, Place
 
 
 def from_iterable(

@@ -25,10 +25,10 @@ except ImportError:  # the extra ``fast``; the same samples without it, later
 from midstream.common.plain_state import State
 from midstream.common.progress_bar import watched
 from midstream.common.validation import require_name
-from midstream.core import I64, U64, Iterator, Lane, Node, Place, Rows
 from midstream.dataset import Dataset
 from midstream.errors import SourceError
-from midstream.failures import Failure, Hole
+from midstream.pipeline.failures import Failure, Hole
+from midstream.pipeline.node import I64, U64, Iterator, Lane, Node, Place, Rows
 from midstream.sources.iterable import ShardIterator, Shards
 from midstream.sources.parquet import File, OpenFiles, Paths, count, is_remote, list_files, plain_paths
 from midstream.sources.sequence import row_origins

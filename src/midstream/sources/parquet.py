@@ -27,10 +27,10 @@ from torch.utils.data import get_worker_info
 from midstream.common.plain_state import State, fingerprint
 from midstream.common.progress_bar import watched
 from midstream.common.validation import require_name, require_text
-from midstream.core import I64, U64, Node, Place, Rows
 from midstream.dataset import Dataset
 from midstream.errors import SourceError, bullet_list
-from midstream.failures import Failure, Hole
+from midstream.pipeline.failures import Failure, Hole
+from midstream.pipeline.node import I64, U64, Node, Place, Rows
 from midstream.sources.ahead import Ahead
 from midstream.sources.arrow import TableReader
 from midstream.sources.sequence import row_origins

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from midstream.common.plain_state import State
-from midstream.core import I64, U64, Node, Place, Rows
-from midstream.failures import Failure, Hole
+from midstream.pipeline.failures import Failure, Hole
+from midstream.pipeline.node import I64, U64, Node, Place, Rows
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -24,9 +24,9 @@ from unittest import mock
 
 import midstream as ms
 from midstream.checkpoint import merge_states, parse
-from midstream.core import Place
 from midstream.dataset import Dataset
 from midstream.lanes import DEFAULT_LANES
+from midstream.pipeline.node import Place
 from midstream.sources.iterable import ShardIterator
 from midstream.testing.content import digest, name_samples
 

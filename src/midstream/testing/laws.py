@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 import midstream as ms
-from midstream.core import Delivery, Lane, Run, as_origin_array, bind, epoch_key
 from midstream.dataset import Dataset
 from midstream.errors import bullet_list
-from midstream.failures import Failure, Ledger
+from midstream.pipeline.failures import Failure, Ledger
+from midstream.pipeline.node import Delivery, Lane, Run, as_origin_array, bind, epoch_key
 from midstream.testing.content import plain
 from midstream.testing.drivers import counting_reads
 

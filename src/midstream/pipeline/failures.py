@@ -15,7 +15,7 @@ import numpy.typing as npt
 from midstream.common.plain_state import MISSING
 from midstream.errors import Origin, SampleError, TooManyErrors, bullet_list
 from midstream.metrics.metric import Gathered, Tracked
-from midstream.quarantine import Record, write_record
+from midstream.pipeline.quarantine import Record, write_record
 
 __all__ = [
     "ErrorRate",

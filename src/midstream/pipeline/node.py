@@ -32,12 +32,12 @@ import dill
 import numpy as np
 import numpy.typing as npt
 
-from midstream.breadcrumbs import Trail
-from midstream.columns import Columns
 from midstream.common.plain_state import FORMAT, MISSING, State, copy_plain, fingerprint
 from midstream.common.randomness import fold, salt
 from midstream.errors import CheckpointError, MidstreamError, Origin, ReplayDiverged, TooManyErrors
-from midstream.failures import Excluded, Failure, Hole, Ledger, Windows, add_counts, check_limits
+from midstream.pipeline.breadcrumbs import Trail
+from midstream.pipeline.columns import Columns
+from midstream.pipeline.failures import Excluded, Failure, Hole, Ledger, Windows, add_counts, check_limits
 
 __all__ = [
     "FORMAT",
