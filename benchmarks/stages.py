@@ -35,7 +35,7 @@ from interface import WEIGHTS, Work
 import midstream as ms
 from midstream._paths import Paths
 from midstream.dataset import Dataset
-from midstream.lanes import Topology
+from midstream.distributed.topology import Topology
 from midstream.pipeline.node import Later, bind
 from midstream.readers import Plan, Runner
 

@@ -12,7 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import midstream as ms
 from midstream import readers
-from midstream.lanes import first_batch
+from midstream.distributed.topology import first_batch
 
 
 class _Workers:

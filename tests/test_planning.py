@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import midstream as ms
 from midstream.checkpoint import parse, render
 from midstream.dataset import Dataset
-from midstream.lanes import Topology, batches_of_rank, choose_lanes, first_batch, slots
+from midstream.distributed.topology import Topology, batches_of_rank, choose_lanes, first_batch, slots
 
 RANKS, WORKERS, SAMPLES, BATCH = 10_000, 8, 10**12, 8
 BATCHES = SAMPLES // BATCH

@@ -240,7 +240,7 @@ def test_skip_crosses_the_end_of_an_epoch_from_any_batch(kind: str, ranks: int, 
 
 
 class Agreed:
-    """`midstream.lanes.Agreement` for ranks that are threads."""
+    """`midstream.distributed.topology.Agreement` for ranks that are threads."""
 
     def __init__(self, group: Any, world_size: int) -> None:
         self.group = group

@@ -6,6 +6,7 @@ from midstream.attention import document_mask
 from midstream.checkpoint import merge_states
 from midstream.combine import concatenate, interleave
 from midstream.dataset import Dataset
+from midstream.distributed.preemption import PreemptionGuard
 from midstream.edits import asked_shares, weights_history
 from midstream.errors import (
     CheckpointError,
@@ -22,7 +23,6 @@ from midstream.metrics.metric import count, distribution
 from midstream.nodes import collate, flat, pad, ragged, schedule
 from midstream.pipeline.failures import ErrorRate
 from midstream.pipeline.quarantine import read_quarantine
-from midstream.preemption import PreemptionGuard
 from midstream.progress import Progress, progress
 from midstream.replay import Replay, replay
 from midstream.sources import from_dataset, from_iterable, read_json, read_parquet

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from midstream.bare import divided_by_nobody, divided_by_trainer
 from midstream.common.plain_state import State, copy_plain
 from midstream.display import Preview, preview, tree_html
+from midstream.distributed.foreign_loaders import divided_by_nobody, divided_by_trainer
 from midstream.errors import Origin
 from midstream.metrics.metric import Metric
 from midstream.nodes.batch import Batch

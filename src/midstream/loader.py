@@ -38,10 +38,10 @@ from midstream.common.plain_state import State
 from midstream.common.tables import MONO
 from midstream.common.validation import require_int
 from midstream.dataset import Dataset
+from midstream.distributed.topology import Agreement, Topology, batches_of_rank, choose_lanes, current_topology, slots
 from midstream.edits import add, in_epoch, lane_edits
 from midstream.errors import CheckpointError, MidstreamError, Origin, SourceError, WorkerError, bullet_list
 from midstream.hosts import LIGHTNING_ALONE, EpochHint, Told, asked_by, not_registered
-from midstream.lanes import Agreement, Topology, batches_of_rank, choose_lanes, current_topology, slots
 from midstream.nodes.collate import collate
 from midstream.nodes.exclude import excluded_origins, with_origins
 from midstream.pipeline.breadcrumbs import describe, new_table

@@ -12,8 +12,8 @@ import numpy as np
 from midstream._paths import Paths
 from midstream.checkpoint import Canonical, leaf_text, run_state
 from midstream.common.plain_state import FORMAT, Fragment, State, decode, encode
+from midstream.distributed.topology import Topology, first_batch
 from midstream.errors import Origin
-from midstream.lanes import Topology, first_batch
 from midstream.metrics.metric import History, Tracked, decode_tracked, encode_tracked, join_tracked
 from midstream.nodes.batch import Batch
 from midstream.pipeline.failures import add_counts, failed_in

@@ -25,7 +25,7 @@ from unittest import mock
 import midstream as ms
 from midstream.checkpoint import merge_states, parse
 from midstream.dataset import Dataset
-from midstream.lanes import DEFAULT_LANES
+from midstream.distributed.topology import DEFAULT_LANES
 from midstream.pipeline.node import Place
 from midstream.sources.iterable import ShardIterator
 from midstream.testing.content import digest, name_samples

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed
 
-from midstream.bare import rank_and_world_size
+from midstream.distributed.foreign_loaders import rank_and_world_size
 
 __all__ = [
     "DEFAULT_LANES",
