@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream.dataset import Dataset
-from midstream.nodes.interleave import Interleave
+from midstream.nodes.mix.interleave import Interleave
 from midstream.pipeline.node import Run
 from simulate import Cluster
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import midstream as ms
 from cases import pieces, plain
 from midstream.dataset import Dataset
-from midstream.nodes.pack import IGNORED, best_fit
+from midstream.nodes.pack.pack import IGNORED, best_fit
 from midstream.pipeline.node import Run
 
 SEQ = 8

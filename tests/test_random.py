@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import midstream as ms
 from midstream.common.randomness import draw, fold, fold_array, generator, mix, mix_array, pass_key, permute, uniform32
 from midstream.dataset import Dataset
-from midstream.nodes.interleave import Interleave, quotas
+from midstream.nodes.mix.interleave import Interleave, quotas
 from midstream.pipeline.node import I64, Run, bind
 from midstream.sources import SequenceSource
 

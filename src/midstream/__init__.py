@@ -2,7 +2,6 @@
 
 from midstream import checkpoint as checkpoint
 from midstream import plot as plot
-from midstream.attention import document_mask
 from midstream.checkpoint import merge_states
 from midstream.combine import concatenate, interleave
 from midstream.dataset import Dataset
@@ -21,6 +20,7 @@ from midstream.errors import (
 from midstream.loader import DataLoader
 from midstream.metrics.metric import count, distribution
 from midstream.nodes import collate, flat, pad, ragged, schedule
+from midstream.nodes.pack.attention import document_mask
 from midstream.pipeline.failures import ErrorRate
 from midstream.pipeline.quarantine import read_quarantine
 from midstream.progress import Progress, progress

@@ -9,7 +9,7 @@ A state says so in "edits", empty before the first one, else a JSON list in orde
      "by": "set_weights"}         or "load_state_dict", with the weights before it in "was": then the pipeline has these
 
 Random access: in the epoch of an edit the mix that runs has one more phase in its schedule; in later epochs it has the new
-weights from the start. Streams: each lane places the edit where it next picks (`midstream.nodes.mixing.LaneEdits`).
+weights from the start. Streams: each lane places the edit where it next picks (`midstream.nodes.mix.picks.LaneEdits`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from midstream.common.plain_state import State, decode, encode
 from midstream.errors import CheckpointError
 from midstream.nodes.batch import Batch
 from midstream.nodes.concatenate import Concatenate
-from midstream.nodes.interleave import Interleave
-from midstream.nodes.mixing import Weights, check_weights, quotas
+from midstream.nodes.mix.interleave import Interleave
+from midstream.nodes.mix.picks import Weights, check_weights, quotas
 from midstream.nodes.skip import Skip
 from midstream.nodes.take import Take
 from midstream.pipeline.node import Node, Place, bind
@@ -132,7 +132,7 @@ def replaced(place: Place, path: str, change: Callable[[Any], Node]) -> Node:
 
 
 def lane_edits(text: str) -> dict[str, list[dict[str, float]]]:
-    """What `midstream.nodes.mixing.LaneEdits` knows: the weights set for each mix, in order, since it was last loaded anew."""
+    """What `midstream.nodes.mix.picks.LaneEdits` knows: the weights set for each mix, in order, since it was last loaded anew."""
     known: dict[str, list[dict[str, float]]] = {}
     for entry in _entries(text):
         if entry["by"] == "set_weights":

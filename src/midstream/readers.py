@@ -23,7 +23,7 @@ from midstream._paths import Paths, short_value
 from midstream.common.plain_state import Fragment, encode
 from midstream.distributed.topology import Topology, first_batch, slots
 from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError
-from midstream.nodes.mixing import LaneEdits
+from midstream.nodes.mix.picks import LaneEdits
 from midstream.pipeline.breadcrumbs import Trail
 from midstream.pipeline.failures import Failure, Hole, Ledger, Notes
 from midstream.pipeline.node import (

@@ -24,7 +24,7 @@ from midstream.errors import CheckpointError, bullet_list
 from midstream.metrics.metric import Tracked, decode_tracked, encode_tracked, join_tracked
 from midstream.nodes.batch import Batch
 from midstream.nodes.exclude import Exclude, excluded_origins
-from midstream.nodes.interleave import Interleave, Picks
+from midstream.nodes.mix.interleave import Interleave, Picks
 from midstream.nodes.skip import Skip
 from midstream.pipeline.node import Node, Place, bind
 

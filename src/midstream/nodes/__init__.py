@@ -5,11 +5,11 @@ from midstream.nodes.collate import collate, flat, pad, ragged
 from midstream.nodes.concatenate import Concatenate
 from midstream.nodes.filter import Filter
 from midstream.nodes.flat_map import FlatMap
-from midstream.nodes.interleave import Interleave
 from midstream.nodes.map import Map
 from midstream.nodes.map_batched import MapBatched
-from midstream.nodes.mixing import Schedule, schedule
-from midstream.nodes.pack import Pack
+from midstream.nodes.mix.interleave import Interleave
+from midstream.nodes.mix.picks import Schedule, schedule
+from midstream.nodes.pack.pack import Pack
 from midstream.nodes.repeat import Repeat
 from midstream.nodes.shuffle import BufferedShuffle, Shuffle
 from midstream.nodes.skip import Skip

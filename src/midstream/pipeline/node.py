@@ -386,7 +386,7 @@ class Lane:
         block: How many consecutive positions of a random-access input belong to one lane (the batch size).
         ledger: Where the lane counts what it drops.
         dealt: The batch size by which this epoch's rows were dealt to lanes, where the pipeline has another one by now.
-        edits: Weights of mixes that were changed on the way (`midstream.nodes.mixing.LaneEdits`), or None.
+        edits: Weights of mixes that were changed on the way (`midstream.nodes.mix.picks.LaneEdits`), or None.
     """
 
     index: int

@@ -153,7 +153,7 @@ class Target:
             every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
             self.takes = frozenset(name for name in names if every or name in parameters)
         self.name = getattr(given, "__qualname__", None) or (
-            given.summary() if isinstance(given, Dataset) else repr(given)
+            given.node.summary() if isinstance(given, Dataset) else repr(given)
         )
 
     def _call(self, topology: Topology, rank: int) -> Any:

@@ -12,7 +12,7 @@ from midstream.common.plain_state import Fragment, State, copy_plain, encode
 from midstream.common.randomness import fold, pass_key, salt
 from midstream.common.validation import require_callable, require_choice, require_int, require_text
 from midstream.nodes.map import Call
-from midstream.nodes.mixing import PASSES, Layout, Picks, Weights, check_weights, quotas
+from midstream.nodes.mix.picks import PASSES, Layout, Picks, Weights, check_weights, quotas
 from midstream.pipeline.failures import Hole, callable_name
 from midstream.pipeline.node import (
     I64,
