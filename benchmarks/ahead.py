@@ -25,7 +25,7 @@ import show
 from endpoint import Endpoint
 
 import midstream as ms
-from midstream.sources import ahead
+from midstream.sources import read_ahead as ahead
 
 BATCH, FILES = 256, 4
 

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import midstream as ms
-import midstream.sources.ahead as ahead
 import midstream.sources.parquet as parquet
+import midstream.sources.read_ahead as ahead
 from midstream.pipeline.failures import Ledger
 from midstream.pipeline.node import Cursor, Lane, bind, epoch_key
 from midstream.sources.parquet import ParquetSource
@@ -951,7 +951,7 @@ def test_the_interpreter_ends_while_the_thread_reads(tmp_path: Path) -> None:
     code = f"""
 import threading, time
 import midstream as ms
-import midstream.sources.ahead as ahead, midstream.sources.parquet as parquet
+import midstream.sources.read_ahead as ahead, midstream.sources.parquet as parquet
 ahead.WORTH_S = 0.0
 decode, began = parquet._decode, threading.Event()
 def slow(*which):

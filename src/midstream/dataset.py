@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream.common.plain_state import State, copy_plain
-from midstream.display import Preview, preview, tree_html
+from midstream.display.preview import Preview, preview, tree_html
 from midstream.distributed.foreign_loaders import divided_by_nobody, divided_by_trainer
 from midstream.errors import Origin
 from midstream.metrics.metric import Metric

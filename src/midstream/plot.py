@@ -126,7 +126,7 @@ def shuffle(dataset: Dataset, *, n: int = 2000, epoch: int = 0, ax: Axes | None 
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('position out', 'row of the source')
     """
-    from midstream.display import look
+    from midstream.display.preview import look
 
     require_dataset(getattr(dataset, "node", dataset), "plot.shuffle")
     require_int(n, "n", 1, "plot.shuffle")
@@ -176,7 +176,7 @@ def lengths(
     >>> ax.get_xlabel()
     'length'
     """
-    from midstream.display import look
+    from midstream.display.preview import look
 
     require_dataset(getattr(dataset, "node", dataset), "plot.lengths")
     require_int(n, "n", 1, "plot.lengths")

@@ -31,8 +31,8 @@ from midstream.dataset import Dataset
 from midstream.errors import SourceError, bullet_list
 from midstream.pipeline.failures import Failure, Hole
 from midstream.pipeline.node import I64, U64, Node, Place, Rows
-from midstream.sources.ahead import Ahead
 from midstream.sources.arrow import TableReader
+from midstream.sources.read_ahead import Ahead
 from midstream.sources.sequence import row_origins
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -101,7 +101,7 @@ class ParquetSource(Node):
     groups are read once and travel to the workers (16 bytes a group and the paths); nothing that is open does.
 
     Where a group takes long to read, those that come next are read by one thread per process while the consumer works
-    (`midstream.sources.ahead.Ahead`): in the room that the cache has left, and at most two groups beyond it. That changes
+    (`midstream.sources.read_ahead.Ahead`): in the room that the cache has left, and at most two groups beyond it. That changes
     when groups are read, never which samples come, nor their order, nor the state.
 
     State: none but the position.
