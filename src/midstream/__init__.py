@@ -2,11 +2,11 @@
 
 from midstream import checkpoint as checkpoint
 from midstream import plot as plot
+from midstream.changes.weights import asked_shares, weights_history
 from midstream.checkpoint import merge_states
 from midstream.combine import concatenate, interleave
 from midstream.dataset import Dataset
 from midstream.distributed.preemption import PreemptionGuard
-from midstream.edits import asked_shares, weights_history
 from midstream.errors import (
     CheckpointError,
     MidstreamError,

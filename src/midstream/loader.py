@@ -33,13 +33,14 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter
 
+from midstream.changes.adopt import adopt, require_excludable, running
+from midstream.changes.weights import add, in_epoch, lane_edits
 from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, render, settle
 from midstream.common.plain_state import State
 from midstream.common.tables import MONO
 from midstream.common.validation import require_int
 from midstream.dataset import Dataset
 from midstream.distributed.topology import Agreement, Topology, batches_of_rank, choose_lanes, current_topology, slots
-from midstream.edits import add, in_epoch, lane_edits
 from midstream.errors import CheckpointError, MidstreamError, Origin, SourceError, WorkerError, bullet_list
 from midstream.hosts import LIGHTNING_ALONE, EpochHint, Told, asked_by, not_registered
 from midstream.nodes.collate import collate
@@ -50,7 +51,6 @@ from midstream.pipeline.node import Node, require_epochs
 from midstream.position import Facts, Position, Trace
 from midstream.progress import Progress, progress
 from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, deliver, keep
-from midstream.rest import adopt, require_excludable, running
 from midstream.shield import Context, Orphanage
 from midstream.sources import from_dataset
 from midstream.threads import Launch, ThreadReaders

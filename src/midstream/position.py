@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from midstream._paths import Paths
+from midstream.changes.adopt import running
 from midstream.checkpoint import Canonical, leaf_text, run_state
 from midstream.common.plain_state import FORMAT, Fragment, State, decode, encode
 from midstream.distributed.topology import Topology, first_batch
@@ -19,7 +20,6 @@ from midstream.nodes.batch import Batch
 from midstream.pipeline.failures import add_counts, failed_in
 from midstream.pipeline.node import I64, PARTS, Node, bind
 from midstream.readers import BATCH, ERROR, NOTHING, Out, Plan, source_of
-from midstream.rest import running
 
 __all__ = ["Facts", "Position", "Tally", "Trace"]
 

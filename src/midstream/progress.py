@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from midstream.changes.weights import shares_asked
 from midstream.checkpoint import Canonical, merge_states, parse, source_names
 from midstream.common.plain_state import State
 from midstream.common.tables import NOTE, table_html
-from midstream.edits import shares_asked
 from midstream.metrics.metric import Totals, decode_tracked, join, join_tracked
 
 __all__ = ["Progress", "SourceProgress", "progress"]

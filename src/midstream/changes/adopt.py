@@ -16,10 +16,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from midstream.changes.weights import apply, edits_of, note_load, phases_in, replaced, weights_of
 from midstream.checkpoint import Canonical, diff_specs, source_names
 from midstream.common.plain_state import State, decode, encode
 from midstream.common.randomness import fold, salt
-from midstream.edits import apply, edits_of, note_load, phases_in, replaced, weights_of
 from midstream.errors import CheckpointError, bullet_list
 from midstream.metrics.metric import Tracked, decode_tracked, encode_tracked, join_tracked
 from midstream.nodes.batch import Batch
