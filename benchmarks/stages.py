@@ -37,7 +37,7 @@ from midstream._paths import Paths
 from midstream.dataset import Dataset
 from midstream.distributed.topology import Topology
 from midstream.pipeline.node import Later, bind
-from midstream.readers import Plan, Runner
+from midstream.workers.readers import Plan, Runner
 
 BATCH, CHUNK = 32, 512
 WORKS = {"W1": ("shuffled", "tokens"), "W2": ("mix", "mix")}

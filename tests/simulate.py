@@ -11,8 +11,8 @@ from unittest import mock
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import midstream as ms
-from midstream import readers
 from midstream.distributed.topology import first_batch
+from midstream.workers import readers
 
 
 class _Workers:

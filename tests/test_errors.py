@@ -655,7 +655,7 @@ def test_a_killed_worker_leaves_nothing_behind_that_raises_later(killed: tuple[l
 HANG_UP = """
     import multiprocessing as mp, multiprocessing.resource_sharer as sharer, os, sys, threading
     from multiprocessing import connection
-    from midstream.shield import Orphanage
+    from midstream.workers.signals import Orphanage
 
     def worker(pipe):
         Orphanage(None)(0)

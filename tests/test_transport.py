@@ -28,9 +28,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream import readers
 from midstream.transport import packing as transport
 from midstream.transport.packing import DIRECT, INLINE, Arena, Once, Parcel, begin, empty, pack
+from midstream.workers import readers
 
 
 def travel(value: Any) -> Any:

@@ -50,13 +50,13 @@ from midstream.pipeline.failures import Windows, add_counts, check_limits, faile
 from midstream.pipeline.node import Node, require_epochs
 from midstream.position import Facts, Position, Trace
 from midstream.progress import Progress, progress
-from midstream.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, deliver, keep
-from midstream.shield import Context, Orphanage
 from midstream.sources import from_dataset
-from midstream.threads import Launch, ThreadReaders
 from midstream.transport.bundles import MOST, Unbundler, begin_anew, new_totals
 from midstream.transport.packing import Arena, Parcel
-from midstream.watch import Wait, exit_status, lost_in
+from midstream.workers.liveness import Wait, exit_status, lost_in
+from midstream.workers.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, deliver, keep
+from midstream.workers.signals import Context, Orphanage
+from midstream.workers.threads import Launch, ThreadReaders
 
 __all__ = ["DataLoader"]
 
@@ -377,7 +377,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             first in the next epoch. True, or the process group of the data-parallel ranks (any backend that takes CPU
             tensors): one all-reduce of a number before each batch.
         worker_type: ``"process"``, or ``"thread"``: the ``num_workers`` readers are threads of this process. Right where
-            reading waits or works outside the GIL; see `midstream.threads`. Order and checkpoints are the same.
+            reading waits or works outside the GIL; see `midstream.workers.threads`. Order and checkpoints are the same.
         prefetch_factor: Batches that each worker has ready (2); up to eight times as many where they are small and quickly
             made. With ``num_workers=0`` it may be given too: then one thread reads so many ahead while the model trains.
         collate_fn, drop_last, num_workers, ...: As in torch. ``in_order=False`` is refused.

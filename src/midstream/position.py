@@ -19,7 +19,7 @@ from midstream.metrics.metric import History, Tracked, decode_tracked, encode_tr
 from midstream.nodes.batch import Batch
 from midstream.pipeline.failures import add_counts, failed_in
 from midstream.pipeline.node import I64, PARTS, Node, bind
-from midstream.readers import BATCH, ERROR, NOTHING, Out, Plan, source_of
+from midstream.workers.readers import BATCH, ERROR, NOTHING, Out, Plan, source_of
 
 __all__ = ["Facts", "Position", "Tally", "Trace"]
 

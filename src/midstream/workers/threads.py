@@ -23,7 +23,7 @@ import torch
 from torch.utils.data._utils import pin_memory
 
 from midstream.errors import WorkerError
-from midstream.readers import Runner
+from midstream.workers.readers import Runner
 
 __all__ = ["Launch", "ThreadReaders"]
 
