@@ -33,7 +33,7 @@ from contestants import everyone
 from interface import WEIGHTS, Work
 
 import midstream as ms
-from midstream._paths import Paths
+from midstream.checkpoint.spec import Paths
 from midstream.dataset import Dataset
 from midstream.distributed.topology import Topology
 from midstream.pipeline.node import Later, bind

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream._paths import Paths, walk
+from midstream.checkpoint.spec import Paths, walk
 from midstream.common.plain_state import seal, unseal
 from midstream.pipeline.node import bind
 from simulate import Cluster

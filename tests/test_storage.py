@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream import checkpoint, storage
+from midstream.checkpoint import read as checkpoint
+from midstream.checkpoint import store as storage
 from simulate import Cluster
 
 

@@ -3,7 +3,9 @@
 from midstream import checkpoint as checkpoint
 from midstream import plot as plot
 from midstream.changes.weights import asked_shares, weights_history
-from midstream.checkpoint import merge_states
+from midstream.checkpoint.progress import Progress, progress
+from midstream.checkpoint.read import merge_states
+from midstream.checkpoint.whole_run import WholeRun
 from midstream.combine import concatenate, interleave
 from midstream.dataset import Dataset
 from midstream.distributed.preemption import PreemptionGuard
@@ -23,10 +25,8 @@ from midstream.nodes import collate, flat, pad, ragged, schedule
 from midstream.nodes.pack.attention import document_mask
 from midstream.pipeline.failures import ErrorRate
 from midstream.pipeline.quarantine import read_quarantine
-from midstream.progress import Progress, progress
 from midstream.replay import Replay, replay
 from midstream.sources import from_dataset, from_iterable, read_json, read_parquet
-from midstream.together import WholeRun
 
 __version__ = "0.1.0"
 

@@ -298,8 +298,8 @@ def _show_checkpoint(path: str, state: dict[str, Any], found: dict[str, Any], ev
     from rich.console import Console
     from rich.markup import escape
 
+    from midstream.checkpoint.progress import progress
     from midstream.inspection import spec_lines
-    from midstream.progress import progress
 
     console = Console(highlight=False)
     told = progress(state)

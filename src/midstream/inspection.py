@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 import midstream as ms
-from midstream.checkpoint import diff_specs, merge_states, parse, settle
+from midstream.checkpoint.progress import progress
+from midstream.checkpoint.read import diff_specs, merge_states, parse, settle
+from midstream.checkpoint.store import states as stored_states
 from midstream.common.plain_state import State, decode
 from midstream.dataset import Dataset
 from midstream.errors import CheckpointError, Origin
-from midstream.progress import progress
-from midstream.storage import states as stored_states
 
 __all__ = ["describe", "difference", "find", "follow", "loader_for", "read", "spec_lines"]
 

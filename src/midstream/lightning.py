@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from midstream.checkpoint.whole_run import gather_states
 from midstream.errors import CheckpointError
 from midstream.loader import DataLoader
 from midstream.position import Position
-from midstream.together import gather_states
 
 try:
     from lightning.pytorch import Callback

@@ -35,7 +35,8 @@ from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProc
 
 from midstream.changes.adopt import adopt, require_excludable, running
 from midstream.changes.weights import add, in_epoch, lane_edits
-from midstream.checkpoint import Canonical, diff_specs, merge_states, parse, render, settle
+from midstream.checkpoint.progress import Progress, progress
+from midstream.checkpoint.read import Canonical, diff_specs, merge_states, parse, render, settle
 from midstream.common.plain_state import State
 from midstream.common.tables import MONO
 from midstream.common.validation import require_int
@@ -49,7 +50,6 @@ from midstream.pipeline.breadcrumbs import describe, new_table
 from midstream.pipeline.failures import Windows, add_counts, check_limits, failed_in
 from midstream.pipeline.node import Node, require_epochs
 from midstream.position import Facts, Position, Trace
-from midstream.progress import Progress, progress
 from midstream.sources import from_dataset
 from midstream.transport.bundles import MOST, Unbundler, begin_anew, new_totals
 from midstream.transport.packing import Arena, Parcel

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from midstream.checkpoint.progress import Progress, progress
 from midstream.common.plain_state import State
 from midstream.common.validation import require_int
 from midstream.dataset import Dataset
 from midstream.pipeline.failures import Failure
 from midstream.pipeline.node import as_origin_array, bind, require_dataset
-from midstream.progress import Progress, progress
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

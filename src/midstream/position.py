@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from midstream._paths import Paths
 from midstream.changes.adopt import running
-from midstream.checkpoint import Canonical, leaf_text, run_state
+from midstream.checkpoint.read import Canonical, leaf_text, run_state
+from midstream.checkpoint.spec import Paths
 from midstream.common.plain_state import FORMAT, Fragment, State, decode, encode
 from midstream.distributed.topology import Topology, first_batch
 from midstream.errors import Origin

@@ -15,13 +15,13 @@ import json
 import os
 from typing import Any
 
+from midstream.checkpoint.store import write_whole
+from midstream.checkpoint.whole_run import gather_states
 from midstream.dataset import Dataset
 from midstream.errors import CheckpointError
 from midstream.loader import DataLoader
 from midstream.position import Position
 from midstream.sources import from_dataset
-from midstream.storage import write_whole
-from midstream.together import gather_states
 
 try:
     from transformers import trainer as _trainer

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from midstream.changes.weights import apply, edits_of, note_load, phases_in, replaced, weights_of
-from midstream.checkpoint import Canonical, diff_specs, source_names
+from midstream.checkpoint.read import Canonical, diff_specs, source_names
 from midstream.common.plain_state import State, decode, encode
 from midstream.common.randomness import fold, salt
 from midstream.errors import CheckpointError, bullet_list

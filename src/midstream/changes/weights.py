@@ -19,8 +19,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from midstream._paths import walk
-from midstream.checkpoint import Canonical, merge_states, parse
+from midstream.checkpoint.read import Canonical, merge_states, parse
+from midstream.checkpoint.spec import walk
 from midstream.common.plain_state import State, decode, encode
 from midstream.errors import CheckpointError
 from midstream.nodes.batch import Batch

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import midstream as ms
-from midstream.checkpoint import merge_states, parse
+from midstream.checkpoint.read import merge_states, parse
 from midstream.dataset import Dataset
 from midstream.distributed.topology import DEFAULT_LANES
 from midstream.pipeline.node import Place

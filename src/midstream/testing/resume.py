@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from midstream.checkpoint import merge_states
+from midstream.checkpoint.read import merge_states
 from midstream.errors import CheckpointError, MidstreamError
 from midstream.testing.children import Child, Unreachable
 from midstream.testing.content import name_samples

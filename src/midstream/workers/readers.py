@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from midstream._paths import Paths, short_value
+from midstream.checkpoint.spec import Paths, short_value
 from midstream.common.plain_state import Fragment, encode
 from midstream.distributed.topology import Topology, first_batch, slots
 from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError

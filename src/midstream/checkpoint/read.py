@@ -46,11 +46,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from midstream._paths import Paths
+from midstream.checkpoint.spec import Paths
+from midstream.checkpoint.store import latest, load, save
 from midstream.common.plain_state import FORMAT, State, copy_plain, decode, digest, encode, seal, unseal
 from midstream.errors import CheckpointError, bullet_list
 from midstream.metrics.metric import valid
-from midstream.storage import latest, load, save
 
 __all__ = [
     "Canonical",

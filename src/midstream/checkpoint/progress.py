@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from midstream.changes.weights import shares_asked
-from midstream.checkpoint import Canonical, merge_states, parse, source_names
+from midstream.checkpoint.read import Canonical, merge_states, parse, source_names
 from midstream.common.plain_state import State
 from midstream.common.tables import NOTE, table_html
 from midstream.metrics.metric import Totals, decode_tracked, join, join_tracked
