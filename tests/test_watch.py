@@ -22,7 +22,7 @@ HEAD = """
     import array, fcntl, json, os, queue, signal, sys, termios, threading, time
     import torch
     import midstream as ms
-    from midstream.loader import _Watched
+    from midstream.loader.loader import _Watched
 
     LATE = 3600.0
     _Watched._try_get_data.__defaults__ = (LATE,)  # torch itself looks which workers live after so many seconds

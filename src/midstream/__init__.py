@@ -19,13 +19,13 @@ from midstream.errors import (
     TooManyErrors,
     WorkerError,
 )
-from midstream.loader import DataLoader
+from midstream.loader.loader import DataLoader
+from midstream.loader.replay import Replay, replay
 from midstream.metrics.metric import count, distribution
 from midstream.nodes import collate, flat, pad, ragged, schedule
 from midstream.nodes.pack.attention import document_mask
 from midstream.pipeline.failures import ErrorRate
 from midstream.pipeline.quarantine import read_quarantine
-from midstream.replay import Replay, replay
 from midstream.sources import from_dataset, from_iterable, read_json, read_parquet
 
 __version__ = "0.1.0"

@@ -24,8 +24,8 @@ import torch.distributed as dist
 
 from midstream.checkpoint.whole_run import gather_states
 from midstream.errors import CheckpointError
-from midstream.loader import DataLoader
-from midstream.position import Position
+from midstream.loader.loader import DataLoader
+from midstream.loader.position import Position
 
 try:
     from lightning.pytorch import Callback

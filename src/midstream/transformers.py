@@ -19,8 +19,8 @@ from midstream.checkpoint.store import write_whole
 from midstream.checkpoint.whole_run import gather_states
 from midstream.dataset import Dataset
 from midstream.errors import CheckpointError
-from midstream.loader import DataLoader
-from midstream.position import Position
+from midstream.loader.loader import DataLoader
+from midstream.loader.position import Position
 from midstream.sources import from_dataset
 
 try:

@@ -43,13 +43,13 @@ from midstream.common.validation import require_int
 from midstream.dataset import Dataset
 from midstream.distributed.topology import Agreement, Topology, batches_of_rank, choose_lanes, current_topology, slots
 from midstream.errors import CheckpointError, MidstreamError, Origin, SourceError, WorkerError, bullet_list
-from midstream.hosts import LIGHTNING_ALONE, EpochHint, Told, asked_by, not_registered
+from midstream.loader.position import Facts, Position, Trace
+from midstream.loader.trainers import LIGHTNING_ALONE, EpochHint, Told, asked_by, not_registered
 from midstream.nodes.collate import collate
 from midstream.nodes.exclude import excluded_origins, with_origins
 from midstream.pipeline.breadcrumbs import describe, new_table
 from midstream.pipeline.failures import Windows, add_counts, check_limits, failed_in
 from midstream.pipeline.node import Node, require_epochs
-from midstream.position import Facts, Position, Trace
 from midstream.sources import from_dataset
 from midstream.transport.bundles import MOST, Unbundler, begin_anew, new_totals
 from midstream.transport.packing import Arena, Parcel

@@ -8,8 +8,8 @@ from typing import Any
 from midstream.common.plain_state import State
 from midstream.common.validation import require_int
 from midstream.dataset import Dataset
-from midstream.loader import DataLoader
-from midstream.position import Trace
+from midstream.loader.loader import DataLoader
+from midstream.loader.position import Trace
 
 __all__ = ["Replay", "replay"]
 
