@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import midstream as ms
-from midstream import cli
-from midstream.demo import Step, Verdict
+from midstream.cli import app as cli
+from midstream.cli.demo import Step, Verdict
 
 
 def status(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -66,7 +66,7 @@ def test_without_the_extra_one_line_names_it(
 def test_importing_the_command_line_imports_neither_the_extra_nor_torch() -> None:
     code = (
         "import sys, types; sys.modules['midstream'] = types.ModuleType('midstream'); "
-        "sys.modules['midstream'].__path__ = [sys.argv[1]]; import midstream.cli; "
+        "sys.modules['midstream'].__path__ = [sys.argv[1]]; import midstream.cli.app; "
         "assert not {'typer', 'rich', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, ms.__path__[0]], check=True, timeout=60)
@@ -83,7 +83,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
                 raise item
             yield item
 
-    monkeypatch.setattr("midstream.demo.run", run)
+    monkeypatch.setattr("midstream.cli.demo.run", run)
     return script
 
 

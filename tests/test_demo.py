@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import midstream as ms
-from midstream import demo
-from midstream.demo import BATCH, Job, Ledger, Verdict, choose_kill, compare, inside_epoch, load, pieces, save
+from midstream.cli import demo
+from midstream.cli.demo import BATCH, Job, Ledger, Verdict, choose_kill, compare, inside_epoch, load, pieces, save
 
 
 def midstream(*arguments: str) -> subprocess.CompletedProcess[str]:

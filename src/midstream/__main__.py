@@ -1,6 +1,6 @@
 """``python -m midstream``: the command line."""
 
-from midstream.cli import main
+from midstream.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -404,7 +404,7 @@ def watch(job: Job, kill_at: int | None = None) -> Generator[Step, None, Ledger]
     ledger.unlink(missing_ok=True)
     reader = Ledger(ledger)
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "midstream.demo", json.dumps(asdict(job))]
+        command = [sys.executable, "-m", "midstream.cli.demo", json.dumps(asdict(job))]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
         running = True

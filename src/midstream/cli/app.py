@@ -139,7 +139,7 @@ def _add_verify(to: Any) -> None:
 
         Exit status: 0 exact, 1 not exact, 2 it could not run.
         """
-        from midstream.inspection import find
+        from midstream.cli.inspection import find
         from midstream.testing import check_resume
 
         with _bad_input(typer):
@@ -188,7 +188,7 @@ def _add_looking(to: Any) -> None:
 
         Exit status: 0 it could be read, 2 it could not.
         """
-        from midstream import inspection
+        from midstream.cli import inspection
 
         with _bad_input(typer):
             state = inspection.read(path, key)
@@ -212,7 +212,7 @@ def _add_looking(to: Any) -> None:
 
         Exit status: 0 they say the same, 1 they do not, 2 one could not be read.
         """
-        from midstream import inspection
+        from midstream.cli import inspection
 
         with _bad_input(typer):
             found = inspection.difference(inspection.read(one, key), inspection.read(other, key))
@@ -239,7 +239,7 @@ def _add_looking(to: Any) -> None:
         """
         from rich.console import Console
 
-        from midstream import inspection
+        from midstream.cli import inspection
 
         with _bad_input(typer):
             loader = inspection.loader_for(inspection.find(target), inspection.read(path, key))
@@ -299,7 +299,7 @@ def _show_checkpoint(path: str, state: dict[str, Any], found: dict[str, Any], ev
     from rich.markup import escape
 
     from midstream.checkpoint.progress import progress
-    from midstream.inspection import spec_lines
+    from midstream.cli.inspection import spec_lines
 
     console = Console(highlight=False)
     told = progress(state)
@@ -381,7 +381,7 @@ def _show_demo(as_json: bool, *, steps: int, **options: Any) -> bool:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from midstream.demo import Step, Verdict, run
+    from midstream.cli.demo import Step, Verdict, run
 
     console = Console(quiet=as_json, highlight=False, soft_wrap=True)
     columns = (
