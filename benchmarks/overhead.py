@@ -24,6 +24,7 @@ import torch
 
 import midstream as ms
 from midstream.dataset import Dataset
+from midstream.pipeline.cursor import iterate
 from midstream.pipeline.node import bind
 from midstream.sources.arrow import TableReader
 
@@ -155,11 +156,11 @@ class Bare(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         worker = torch.utils.data.get_worker_info()
-        from midstream.pipeline.failures import Ledger
-        from midstream.pipeline.node import Lane
+        from midstream.pipeline.iterator import Lane
+        from midstream.pipeline.ledger import Ledger
 
         place = bind(self.ds.node)
-        runs = [place.iterate(Lane(lane, 48, 1, Ledger()), 0, 0) for lane in range(worker.id, 48, worker.num_workers)]
+        runs = [iterate(place, Lane(lane, 48, 1, Ledger()), 0, 0) for lane in range(worker.id, 48, worker.num_workers)]
         while True:
             for run in runs:
                 yield next(run)[0]

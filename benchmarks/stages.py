@@ -36,7 +36,8 @@ import midstream as ms
 from midstream.checkpoint.spec import Paths
 from midstream.dataset import Dataset
 from midstream.distributed.topology import Topology
-from midstream.pipeline.node import Later, bind
+from midstream.pipeline.node import bind
+from midstream.pipeline.rows import Later
 from midstream.workers.readers import Plan, Runner
 
 BATCH, CHUNK = 32, 512

@@ -22,8 +22,13 @@ import midstream.sources.parquet
 from midstream.dataset import Dataset
 from midstream.nodes.collate import over_columns
 from midstream.pipeline.columns import rows_of_block
-from midstream.pipeline.failures import Failure, Hole, Ledger
-from midstream.pipeline.node import Delivery, Lane, as_origin_array, bind, epoch_key
+from midstream.pipeline.failures import Failure, Hole
+from midstream.pipeline.iterator import Lane
+from midstream.pipeline.ledger import Ledger
+from midstream.pipeline.node import bind
+from midstream.pipeline.passes import epoch_key
+from midstream.pipeline.rows import as_origin_array
+from midstream.pipeline.single_lane import Delivery
 from midstream.sources.arrow import TableReader
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

@@ -17,7 +17,7 @@ import pytest
 import midstream as ms
 import midstream.errors
 from midstream.dataset import Dataset
-from midstream.pipeline.node import Run
+from midstream.pipeline.single_lane import Run
 
 CONFIGURATIONS = [
     pytest.param((0, None), id="0 workers"),

@@ -20,7 +20,9 @@ import pytest
 import midstream as ms
 from midstream.common.randomness import draw, fold, fold_array, generator, mix_array, pass_key, permute, salt
 from midstream.dataset import Dataset
-from midstream.pipeline.node import FORMAT, I64, Run
+from midstream.pipeline.node import FORMAT
+from midstream.pipeline.rows import I64
+from midstream.pipeline.single_lane import Run
 from midstream.sources import SequenceSource
 
 FILE = Path(__file__).parent / "golden" / f"compositions-{FORMAT}.json"

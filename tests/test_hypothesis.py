@@ -21,8 +21,13 @@ from hypothesis import strategies as st
 import midstream as ms
 from cases import BASE, Bomb, Shards, identify, ids, plain
 from midstream.dataset import Dataset
-from midstream.pipeline.failures import Failure, Ledger
-from midstream.pipeline.node import I64, Delivery, Lane, Run, as_origin_array, bind, epoch_key
+from midstream.pipeline.failures import Failure
+from midstream.pipeline.iterator import Lane
+from midstream.pipeline.ledger import Ledger
+from midstream.pipeline.node import bind
+from midstream.pipeline.passes import epoch_key
+from midstream.pipeline.rows import I64, as_origin_array
+from midstream.pipeline.single_lane import Delivery, Run
 from midstream.sources import SequenceSource
 
 pytestmark = [
@@ -298,10 +303,14 @@ class Trees:
         elif verb == "map":
             args = (self.draw(st.sampled_from(["plain", "with_noise"])),)
         elif verb == "filter":
-            args = (self.draw(st.sampled_from(["anything"] if ds.node.infinite else ["anything", "is_odd", "not_third"])),)
+            args = (
+                self.draw(st.sampled_from(["anything"] if ds.node.infinite else ["anything", "is_odd", "not_third"])),
+            )
         elif verb == "flat_map":
             args = (
-                self.draw(st.sampled_from(["pairs", "unbatch"] if ds.node.infinite else ["pairs", "unbatch", "copies"])),
+                self.draw(
+                    st.sampled_from(["pairs", "unbatch"] if ds.node.infinite else ["pairs", "unbatch", "copies"])
+                ),
             )
         elif verb == "repeat":
             args = (self.draw(st.sampled_from([2, None, 3, 1])),)

@@ -19,7 +19,7 @@ import pytest
 
 import midstream as ms
 import midstream.sources.jsonl as jsonl
-from midstream.pipeline.node import Run
+from midstream.pipeline.single_lane import Run
 from midstream.sources.jsonl import JsonSource
 
 

@@ -14,8 +14,12 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream.dataset import Dataset
-from midstream.pipeline.failures import Ledger
-from midstream.pipeline.node import Delivery, Lane, Run, as_origin_array, bind, epoch_key
+from midstream.pipeline.iterator import Lane
+from midstream.pipeline.ledger import Ledger
+from midstream.pipeline.node import bind
+from midstream.pipeline.passes import epoch_key
+from midstream.pipeline.rows import as_origin_array
+from midstream.pipeline.single_lane import Delivery, Run
 
 
 def rows(count: int) -> Dataset:

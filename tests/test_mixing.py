@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import midstream as ms
 from midstream.dataset import Dataset
 from midstream.nodes.mix.interleave import Interleave
-from midstream.pipeline.node import Run
+from midstream.pipeline.single_lane import Run
 from simulate import Cluster
 
 STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
@@ -80,9 +80,7 @@ mixes = st.integers(1, 4).flatmap(
 )
 
 
-def step_by_step(
-    ds: Dataset, lengths: list[int], lane: int | None = None, share: Any = int
-) -> list[tuple[int, int]]:
+def step_by_step(ds: Dataset, lengths: list[int], lane: int | None = None, share: Any = int) -> list[tuple[int, int]]:
     """What a mix gives by its definition: dataset and row, counted over its passes."""
     mix = ds.node
     assert isinstance(mix, Interleave)
@@ -221,7 +219,10 @@ def test_short_and_long_documents_are_mixed_by_tokens(lanes: int) -> None:
 def test_what_cannot_be_counted_is_one_failed_sample() -> None:
     parts = {"web": ms.from_dataset([3, -1, 2, 5]), "code": ms.from_dataset([1, 1, 1, 1, 1, 1])}
     run = Run(
-        ms.interleave(parts, weights_by=lambda row: row, stopping_strategy="all_exhausted_without_replacement").node, 0, 1, 0
+        ms.interleave(parts, weights_by=lambda row: row, stopping_strategy="all_exhausted_without_replacement").node,
+        0,
+        1,
+        0,
     )
     found, errors = [], 0
     while True:

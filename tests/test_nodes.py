@@ -17,7 +17,8 @@ from torch.utils.data import default_collate
 
 import midstream as ms
 from midstream.dataset import Dataset
-from midstream.pipeline.node import Run, bind
+from midstream.pipeline.node import bind
+from midstream.pipeline.single_lane import Run
 
 
 def numbers(n: int = 30, name: str | None = None) -> Dataset:

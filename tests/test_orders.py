@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream.common.randomness import draw, fold, fold_array, generator, mix, mix_array, pass_key, permute, uniform32
-from midstream.pipeline.node import Run
+from midstream.pipeline.single_lane import Run
 
 GOLDEN = Path(__file__).parent / "golden" / "format-1.json"
 
@@ -127,8 +127,11 @@ def test_seeds_epochs_and_places_have_unrelated_orders(length: int) -> None:
         lane(source.shuffle(1), epoch=1, first=length),
         lane(source.shuffle(1).shuffle(1), first=length),
     ]
-    from midstream.pipeline.failures import Ledger
-    from midstream.pipeline.node import Delivery, Lane, as_origin_array, bind
+    from midstream.pipeline.iterator import Lane
+    from midstream.pipeline.ledger import Ledger
+    from midstream.pipeline.node import bind
+    from midstream.pipeline.rows import as_origin_array
+    from midstream.pipeline.single_lane import Delivery
 
     delivery = Delivery(bind(two.node), Lane(0, 1, 1, Ledger()), 0, 0)
     halves: dict[int, list[int]] = {0: [], 1: []}

@@ -17,7 +17,7 @@ import midstream as ms
 from cases import pieces, plain
 from midstream.dataset import Dataset
 from midstream.nodes.pack.pack import IGNORED, best_fit
-from midstream.pipeline.node import Run
+from midstream.pipeline.single_lane import Run
 
 SEQ = 8
 HARD = [0, 1, SEQ - 1, SEQ, SEQ + 1, 10 * SEQ, 3, 0, 0, SEQ, SEQ - 1, 2 * SEQ, 1, 1, 5, 2, 10 * SEQ + 3, 0]

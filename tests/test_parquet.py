@@ -26,8 +26,11 @@ import pytest
 import midstream as ms
 import midstream.sources.parquet as parquet
 import midstream.sources.read_ahead as ahead
-from midstream.pipeline.failures import Ledger
-from midstream.pipeline.node import Cursor, Lane, bind, epoch_key
+from midstream.pipeline.cursor import Cursor
+from midstream.pipeline.iterator import Lane
+from midstream.pipeline.ledger import Ledger
+from midstream.pipeline.node import bind
+from midstream.pipeline.passes import epoch_key
 from midstream.sources.parquet import ParquetSource
 
 GROUP = 5

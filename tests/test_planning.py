@@ -65,7 +65,9 @@ def test_any_rank_goes_on_anywhere_with_the_right_rows_and_a_small_state(rank: i
     batches = iter(loader)
     for turn in range(3):
         number = first_batch(start, rank, RANKS) + turn * RANKS
-        assert next(batches) == tuple(Dataset(pipeline.node.inputs()[""]).rows(range(number * BATCH, (number + 1) * BATCH)))
+        assert next(batches) == tuple(
+            Dataset(pipeline.node.inputs()[""]).rows(range(number * BATCH, (number + 1) * BATCH))
+        )
     saved = loader.state_dict()
     assert (saved["batches"], saved["steps_done"]) == (start + 3 * RANKS, start // RANKS + 3)
     del saved["spec"]

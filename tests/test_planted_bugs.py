@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from midstream.pipeline.cursor import iterate
 from nursery import nursery
 
 HERE = Path(__file__).parent
@@ -209,11 +210,12 @@ BUGS = {
 
 def test_an_iterator_hands_out_fresh_values() -> None:
     import midstream as ms
-    from midstream.pipeline.failures import Ledger
-    from midstream.pipeline.node import Lane, bind
+    from midstream.pipeline.iterator import Lane
+    from midstream.pipeline.ledger import Ledger
+    from midstream.pipeline.node import bind
 
     ds = ms.from_dataset(range(40)).filter(bool).shuffle(1, buffer_size=8)
-    iterator = bind(ds.node).iterate(Lane(0, 1, 1, Ledger()), 0, 0)
+    iterator = iterate(bind(ds.node), Lane(0, 1, 1, Ledger()), 0, 0)
     next(iterator)
     state = iterator.state_dict()
     state["safe"][1].clear()

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import midstream as ms
-from midstream.pipeline.breadcrumbs import ROWS, Trail, describe
+from midstream.pipeline.breadcrumbs import ROWS, Trail, describe_trail
 
 METHODS = ["fork", "spawn", "forkserver"]
 GROUP = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
@@ -514,27 +514,27 @@ def test_the_table_says_what_is_in_hand() -> None:
     table = np.zeros((1 + ROWS, 5), dtype=np.int64)
     trail = Trail(table)
     names = ["a", "b"]
-    assert describe(table, names) == ""
+    assert describe_trail(table, names) == ""
     trail.row(1, 2, 3456, 7, 0)
-    assert describe(table, names) == "row 3,456 of 'b' (pass 2)"
+    assert describe_trail(table, names) == "row 3,456 of 'b' (pass 2)"
     origins = np.zeros((ROWS + 1, 5), dtype=np.int64)
     origins[:, 2] = np.arange(ROWS + 1)
     trail.rows(origins[:ROWS])
-    assert describe(table, names) == "rows 0 to 1,023 of 'a' (pass 0)"
+    assert describe_trail(table, names) == "rows 0 to 1,023 of 'a' (pass 0)"
     trail.rows(origins)
-    assert describe(table, names) == "1,025 rows between 0 and 1,024 of 'a' (pass 0)"
+    assert describe_trail(table, names) == "1,025 rows between 0 and 1,024 of 'a' (pass 0)"
     origins[-1, :2] = 1, 4
     trail.rows(origins)
-    assert describe(table, names) == "1,025 rows between 0 and 1,024 of 'a' and 'b' (passes 0 to 4)"
+    assert describe_trail(table, names) == "1,025 rows between 0 and 1,024 of 'a' and 'b' (passes 0 to 4)"
     trail.rows(origins[[9, 5, 7]])
-    assert describe(table, names) == "rows 5, 7, 9 of 'a' (pass 0)"
+    assert describe_trail(table, names) == "rows 5, 7, 9 of 'a' (pass 0)"
     trail.rows(origins[::100])
-    assert describe(table, names) == "11 rows between 0 and 1,000 of 'a' (pass 0)"
+    assert describe_trail(table, names) == "11 rows between 0 and 1,000 of 'a' (pass 0)"
     trail.row(0, 0, 5, 0, 0)
     trail.passed_on(origins[::100])
-    assert describe(table, names) == "11 rows between 0 and 1,000 of 'a' (pass 0)"
+    assert describe_trail(table, names) == "11 rows between 0 and 1,000 of 'a' (pass 0)"
     trail.clear()
-    assert describe(table, names) == ""
+    assert describe_trail(table, names) == ""
 
 
 def test_between_two_turns_nothing_is_in_hand() -> None:

@@ -20,7 +20,9 @@ import midstream as ms
 from midstream.common.randomness import draw, fold, fold_array, generator, mix, mix_array, pass_key, permute, uniform32
 from midstream.dataset import Dataset
 from midstream.nodes.mix.interleave import Interleave, quotas
-from midstream.pipeline.node import I64, Run, bind
+from midstream.pipeline.node import bind
+from midstream.pipeline.rows import I64
+from midstream.pipeline.single_lane import Run
 from midstream.sources import SequenceSource
 
 STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
@@ -273,7 +275,7 @@ def test_buffered_shuffle_is_the_order_of_its_keys(
     ds = source.shuffle(seed, buffer_size=buffer_size)
     before, after = lane(source, *place, epoch), lane(ds, *place, epoch)
     b = -(-buffer_size // place[1])
-    from midstream.pipeline.node import epoch_key
+    from midstream.pipeline.passes import epoch_key
 
     own = fold(seed, bind(ds.node).salt, int(epoch_key(epoch)[0]), place[0])
     numbers = np.arange(len(before), dtype=np.int64)
@@ -571,7 +573,8 @@ def test_a_mix_of_mixes_is_its_reading_step_by_step(
     below = [1000 * child + row % (a, b)[child] for child, row in random_access_mix(inner.node, [a, b])]
     children = [below, [2000 + row for row in range(c)]]
     expected = [
-        children[child][row % len(children[child])] for child, row in random_access_mix(outer.node, list(map(len, children)))
+        children[child][row % len(children[child])]
+        for child, row in random_access_mix(outer.node, list(map(len, children)))
     ]
     # An inner mix that starts over goes on with its own children's later passes: they are in one order, so nothing changes.
     assert outer.rows(range(len(outer))) == expected

@@ -21,7 +21,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import midstream as ms
 from midstream.dataset import Dataset
 from midstream.pipeline import node as core
-from midstream.pipeline.node import Lane, Place
+from midstream.pipeline.cursor import iterate
+from midstream.pipeline.iterator import Lane
+from midstream.pipeline.node import Place
 from midstream.testing import (
     Check,
     LawError,
@@ -55,7 +57,7 @@ class Faulty(core.Node):
         return False
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> core.Iterator:
-        return FaultyIterator(self.fault, at.input.iterate(lane, key, pass_))
+        return FaultyIterator(self.fault, iterate(at.input, lane, key, pass_))
 
 
 class FaultyIterator(core.Iterator):

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream.pipeline.node import Run
+from midstream.pipeline.single_lane import Run
 from simulate import Cluster
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lanes are dealt to.*:RuntimeWarning")

@@ -97,15 +97,17 @@ def interleave(
         stopping_strategy = "all_exhausted_without_replacement" if then == "share" else "first_exhausted"
     elif then is not None:
         raise ValueError("interleave: then= says what follows max_epochs, and none are given")
-    return Dataset(Interleave(
-        tuple(nodes.items()),
-        checked[0][1],
-        seed,
-        stopping_strategy or "first_exhausted",
-        name,
-        weights_by,
-        checked[1:],
-    ))
+    return Dataset(
+        Interleave(
+            tuple(nodes.items()),
+            checked[0][1],
+            seed,
+            stopping_strategy or "first_exhausted",
+            name,
+            weights_by,
+            checked[1:],
+        )
+    )
 
 
 def _limited(datasets: Mapping[str, Node], max_epochs: int | Mapping[str, int]) -> dict[str, Node]:

@@ -27,8 +27,15 @@ from midstream.nodes.shuffle import BufferedShuffle, Shuffle
 from midstream.nodes.skip import Skip
 from midstream.nodes.take import Take
 from midstream.nodes.track import Track
-from midstream.pipeline.failures import ErrorRate, Hole, Ledger
-from midstream.pipeline.node import I64, Lane, Node, OnError, Place, Run, bind, check_run_state, epoch_key
+from midstream.pipeline import describe
+from midstream.pipeline.cursor import iterate
+from midstream.pipeline.failures import ErrorRate, Hole, OnError
+from midstream.pipeline.iterator import Lane
+from midstream.pipeline.ledger import Ledger
+from midstream.pipeline.node import Node, Place, bind
+from midstream.pipeline.passes import epoch_key
+from midstream.pipeline.rows import I64
+from midstream.pipeline.single_lane import Run, check_run_state
 
 
 class Dataset(IterableDataset[Any]):
@@ -46,18 +53,18 @@ class Dataset(IterableDataset[Any]):
         return {**self.__dict__, "_run": None, "_left": None}
 
     def __eq__(self, other: object) -> bool:
-        return self.node == other.node if isinstance(other, Dataset) else NotImplemented
+        return self.fingerprint == other.fingerprint if isinstance(other, Dataset) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self.node)
+        return int(self.fingerprint, 16) >> 4
 
     def __repr__(self) -> str:
-        return repr(self.node)
+        return describe.tree(self.node)
 
     @property
     def fingerprint(self) -> str:
-        """See `Node.fingerprint`."""
-        return self.node.fingerprint
+        """16 hexadecimal digits: the hash of `spec`. Datasets are equal when their fingerprints are."""
+        return describe.fingerprint(self.node)
 
     @property
     def random_access(self) -> bool:
@@ -70,12 +77,15 @@ class Dataset(IterableDataset[Any]):
         return self.node.batch_rows
 
     def spec(self) -> dict[str, State]:
-        """See `Node.spec`."""
-        return self.node.spec()
+        """The pipeline as plain data: nodes, names, seeds, weights, lengths.
+
+        A callable is recorded by its name only, so that editing a file does not void a checkpoint.
+        """
+        return describe.spec(self.node)
 
     def face(self) -> str:
         """See `Node.face`."""
-        return self.node.face()
+        return describe.access(self.node)
 
     def __len__(self) -> int:
         """Number of samples of an epoch.
@@ -368,7 +378,9 @@ class Dataset(IterableDataset[Any]):
         ([0, 1, 2, 0], [3, 1])
         """
         ids = () if separator is None else (separator,) if not isinstance(separator, Iterable) else tuple(separator)
-        return Dataset(Pack(self.node, seq_len, mode, overflow, key, tuple(columns), mask, ids, pad_id, last, window, min_fill))
+        return Dataset(
+            Pack(self.node, seq_len, mode, overflow, key, tuple(columns), mask, ids, pad_id, last, window, min_fill)
+        )
 
     def track(self, **metrics: Callable[[Any], float] | Metric) -> Dataset:
         """Gather metrics of the samples, by source and over all: in `DataLoader.progress`, exact under resume.
@@ -456,7 +468,7 @@ def _row(place: Place, row: int) -> Any:
     limit = node.max_lanes()
     shards = limit[0] if limit is not None else 1
     # One lane for each shard: row r of shard s is row r * shards + s.
-    for sample, origins in place.iterate(Lane(row % shards, shards, 1, Ledger(writes=False)), 0, 0):
+    for sample, origins in iterate(place, Lane(row % shards, shards, 1, Ledger(writes=False)), 0, 0):
         if origins[2] == row:
             return sample
         if origins[2] > row:

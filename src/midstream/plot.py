@@ -17,7 +17,8 @@ from midstream.common.plain_state import State
 from midstream.common.validation import require_int
 from midstream.dataset import Dataset
 from midstream.pipeline.failures import Failure
-from midstream.pipeline.node import as_origin_array, bind, require_dataset
+from midstream.pipeline.node import bind, require_dataset
+from midstream.pipeline.rows import as_origin_array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,6 +26,7 @@ from midstream.nodes.batch import Batch
 from midstream.nodes.exclude import Exclude, excluded_origins
 from midstream.nodes.mix.interleave import Interleave, Picks
 from midstream.nodes.skip import Skip
+from midstream.pipeline import describe
 from midstream.pipeline.node import Node, Place, bind
 
 __all__ = ["adopt", "require_excludable", "running"]
@@ -129,7 +130,7 @@ def adopt(canonical: Canonical, pipeline: Node, *, strict: bool) -> list[str]:
     Raises:
         CheckpointError: If it cannot be done, with the differences and the reason.
     """
-    here = pipeline.spec()
+    here = describe.spec(pipeline)
     lines = diff_specs(canonical.spec, here)
     old, new, above = canonical.spec, here, []
     while _kind(old) == _kind(new) in _ONE_TO_ONE and _alike(old, new):
@@ -160,7 +161,7 @@ def adopt(canonical: Canonical, pipeline: Node, *, strict: bool) -> list[str]:
     if other_mix:
         _rename(canonical, source_names(canonical.spec), source_names(here))
         canonical.edits = note_load(canonical, _find(bind(pipeline)).path, weights_of(old), weights_of(new), given)
-    canonical.spec, canonical.fingerprint = here, pipeline.fingerprint
+    canonical.spec, canonical.fingerprint = here, describe.fingerprint(pipeline)
     return lines
 
 

@@ -335,5 +335,3 @@ def _html(progress: Progress) -> str:
     if progress.packing_waste is not None:
         caption += f", {progress.packing_waste:.1%} of packed rows is padding"
     return f"<div><div style='{NOTE}'>{escape(caption)}</div>{shown}</div>"
-
-

@@ -11,8 +11,14 @@ import numpy as np
 import torch
 
 from midstream.common.validation import require_int
-from midstream.pipeline.failures import Failure, Ledger
-from midstream.pipeline.node import Delivery, Item, Lane, Node, Origins, Place, as_origin_array, bind, epoch_key
+from midstream.pipeline import describe
+from midstream.pipeline.failures import Failure
+from midstream.pipeline.iterator import Lane
+from midstream.pipeline.ledger import Ledger
+from midstream.pipeline.node import Node, Place, bind
+from midstream.pipeline.passes import epoch_key
+from midstream.pipeline.rows import Item, Origins, as_origin_array
+from midstream.pipeline.single_lane import Delivery
 
 if TYPE_CHECKING:
     from collections.abc import Iterator as Iter
@@ -32,7 +38,7 @@ def _node(place: Place) -> str:
     title = escape(node.summary())
     if place.source >= 0:
         title = f"<b>{escape(place.names[place.source])}</b>: {title}"
-    line = f"{title} <span style='{_NOTE}'>{escape(node.face())}</span>"
+    line = f"{title} <span style='{_NOTE}'>{escape(describe.access(node))}</span>"
     if not place.inputs:
         return f"<div style='padding-left:1.1em'>{line}</div>"
     children = "".join(

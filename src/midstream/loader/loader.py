@@ -37,6 +37,7 @@ from midstream.changes.adopt import adopt, require_excludable, running
 from midstream.changes.weights import add, in_epoch, lane_edits
 from midstream.checkpoint.progress import Progress, progress
 from midstream.checkpoint.read import Canonical, diff_specs, merge_states, parse, render, settle
+from midstream.cli.inspection import describe
 from midstream.common.plain_state import State
 from midstream.common.tables import MONO
 from midstream.common.validation import require_int
@@ -47,9 +48,10 @@ from midstream.loader.position import Facts, Position, Trace
 from midstream.loader.trainers import LIGHTNING_ALONE, EpochHint, Told, asked_by, not_registered
 from midstream.nodes.collate import collate
 from midstream.nodes.exclude import excluded_origins, with_origins
-from midstream.pipeline.breadcrumbs import describe, new_table
-from midstream.pipeline.failures import Windows, add_counts, check_limits, failed_in
-from midstream.pipeline.node import Node, require_epochs
+from midstream.pipeline.breadcrumbs import describe_trail, new_table
+from midstream.pipeline.ledger import Windows, add_counts, check_limits, failed_in
+from midstream.pipeline.node import Node
+from midstream.pipeline.passes import require_epochs
 from midstream.sources import from_dataset
 from midstream.transport.bundles import MOST, Unbundler, begin_anew, new_totals
 from midstream.transport.packing import Arena, Parcel
@@ -332,7 +334,7 @@ class _LoaderIterator:
             worker.join(0 if known else 0.2)
             if worker.exitcode not in (None, 0) or (lost is not None and number in lost.numbers):
                 crumbs = self._crumbs[number].numpy() if self._crumbs is not None else None
-                hand = describe(crumbs, self._epoch.facts.names) if crumbs is not None else ""
+                hand = describe_trail(crumbs, self._epoch.facts.names) if crumbs is not None else ""
                 what = f"{exit_status(worker.exitcode)}{f' while working on {hand}' if hand else ''}"
                 dead.append(f"worker {number} (pid {worker.pid}) {what}")
         self._dead_known = True
@@ -708,7 +710,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         turns = self._turns(topology, 0)
         if turns is None:
             len(Dataset(self._pipeline))  # raises, saying why
-            raise TypeError(f"the length of this pipeline is known only by reading it:\n{self._pipeline!r}")
+            raise TypeError(
+                f"the length of this pipeline is known only by reading it:\n{describe.tree(self._pipeline)}"
+            )
         return turns
 
     def __iter__(self) -> Any:
@@ -1084,11 +1088,15 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             return
         merged, canonical = settle(merge_states(state) if isinstance(state, (list, tuple)) else state)
         pipeline = self._pipeline
-        if canonical.fingerprint != pipeline.fingerprint and self._seed_from_torch:
+        if canonical.fingerprint != describe.fingerprint(pipeline) and self._seed_from_torch:
             pipeline = _with_seed(pipeline, _spec_seed(canonical.spec))
-        if canonical.fingerprint != pipeline.fingerprint:
+        if canonical.fingerprint != describe.fingerprint(pipeline):
             whole = not canonical.finished
-            lines = adopt(canonical, pipeline, strict=strict) if whole else diff_specs(canonical.spec, pipeline.spec())
+            lines = (
+                adopt(canonical, pipeline, strict=strict)
+                if whole
+                else diff_specs(canonical.spec, describe.spec(pipeline))
+            )
             if not whole:
                 raise CheckpointError(
                     f"this state was saved by another pipeline (saved → here):{bullet_list(lines)}\nOnly the states "
@@ -1277,7 +1285,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def __repr__(self) -> str:
         if self._foreign:
             return f"DataLoader({type(self.dataset).__name__}, by torchdata's StatefulDataLoader)"
-        return f"{_head(self)}\n{self._pipeline!r}"
+        return f"{_head(self)}\n{describe.tree(self._pipeline)}"
 
     def _repr_html_(self) -> str | None:
         if self._foreign:
@@ -1549,5 +1557,3 @@ def _head(loader: DataLoader) -> str:
     if not loader._pipeline.random_access:
         words.append(f"{state['num_lanes']} lanes")
     return f"DataLoader({', '.join(words)}): epoch {loader.epoch}, batch {state['steps_done']:,}{length}"
-
-

@@ -17,8 +17,10 @@ from midstream.distributed.topology import Topology, first_batch
 from midstream.errors import Origin
 from midstream.metrics.metric import History, Tracked, decode_tracked, encode_tracked, join_tracked
 from midstream.nodes.batch import Batch
-from midstream.pipeline.failures import add_counts, failed_in
-from midstream.pipeline.node import I64, PARTS, Node, bind
+from midstream.pipeline import describe
+from midstream.pipeline.ledger import add_counts, failed_in
+from midstream.pipeline.node import Node, bind
+from midstream.pipeline.rows import I64, PARTS
 from midstream.workers.readers import BATCH, ERROR, NOTHING, Out, Plan, source_of
 
 __all__ = ["Facts", "Position", "Tally", "Trace"]
@@ -163,7 +165,7 @@ class Facts:
     @functools.cached_property
     def spec(self) -> str:
         """The pipeline as data, encoded: made when a state is first asked for."""
-        return encode(self.pipeline.spec())
+        return encode(describe.spec(self.pipeline))
 
     @functools.cached_property
     def paths(self) -> Paths:
@@ -505,7 +507,7 @@ class Position:
             leaves[f"{index:04d}"] = self._leaf_text(states.get(index), tallies.get(index), more)
         return {
             "midstream": FORMAT,
-            "fingerprint": self.facts.pipeline.fingerprint,
+            "fingerprint": describe.fingerprint(self.facts.pipeline),
             "spec": self.facts.spec,
             "epoch": epoch,
             "batches": batches,

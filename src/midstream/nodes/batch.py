@@ -12,22 +12,11 @@ from midstream.common.plain_state import MISSING, State
 from midstream.common.validation import require_callable, require_int
 from midstream.errors import ReplayDiverged
 from midstream.nodes.collate import collate, over_columns
+from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import Excluded, Failure, Hole, callable_name, describe_callable
-from midstream.pipeline.node import (
-    I64,
-    U64,
-    Item,
-    Iterator,
-    Lane,
-    Later,
-    Node,
-    Part,
-    Place,
-    Rows,
-    join_origins,
-    pick,
-    require_dataset,
-)
+from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.node import Node, Part, Place, require_dataset
+from midstream.pipeline.rows import I64, U64, Item, Later, Rows, join_origins, pick
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -171,7 +160,7 @@ class Batch(Node):
 class _BatchIterator(Iterator):
     def __init__(self, node: Batch, at: Place, lane: Lane, key: int, pass_: int) -> None:
         self.node, self.at, self.lane, self.pass_ = node, at, lane, pass_
-        self.source = at.input.iterate(lane.widen(int(node.batch_size)), key, pass_)
+        self.source = iterate(at.input, lane.widen(int(node.batch_size)), key, pass_)
         self.held: list[Item] = []
         self.number, self.since = 0, 0
         self.start: State = None  # the upstream state between two batches, once it was asked for

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from midstream.common.plain_state import State
-from midstream.pipeline.node import I64, U64, Item, Iterator, Lane, Node, Part, Place, bind, pick, require_dataset
+from midstream.pipeline import describe
+from midstream.pipeline.cursor import iterate
+from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.node import Node, Part, Place, bind, require_dataset
+from midstream.pipeline.rows import I64, U64, Item, pick
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -29,7 +33,7 @@ class Concatenate(Node):
         for index, dataset in enumerate(self.datasets[:-1]):
             if dataset.infinite:
                 raise ValueError(
-                    f"dataset {index} of concatenate never ends, so what follows is never read:\n{dataset!r}"
+                    f"dataset {index} of concatenate never ends, so what follows is never read:\n{describe.tree(dataset)}"
                 )
         bind(self)
 
@@ -68,7 +72,7 @@ class _ConcatenateIterator(Iterator):
 
     def _start(self, index: int) -> None:
         self.index = index
-        self.source = self.at.inputs[str(index)].iterate(self.lane, self.key, self.pass_)
+        self.source = iterate(self.at.inputs[str(index)], self.lane, self.key, self.pass_)
 
     def _next(self) -> Item:
         while True:

@@ -10,8 +10,11 @@ import numpy as np
 
 from midstream.common.plain_state import State, decode, encode
 from midstream.errors import Origin
+from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import Excluded, Hole
-from midstream.pipeline.node import I64, U64, Item, Iterator, Lane, Node, Origins, Place, Rows, as_origin_array
+from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.node import Node, Place
+from midstream.pipeline.rows import I64, U64, Item, Origins, Rows, as_origin_array
 
 __all__ = ["Exclude", "excluded_origins", "with_origins"]
 
@@ -47,7 +50,7 @@ class Exclude(Node):
         return Rows(samples, rows.origins, rows.sizes)
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
-        return _ExcludeIterator(at, at.input.iterate(lane, key, pass_), _Wanted(self, at))
+        return _ExcludeIterator(at, iterate(at.input, lane, key, pass_), _Wanted(self, at))
 
 
 class _ExcludeIterator(Iterator):

@@ -10,8 +10,11 @@ from midstream.common.plain_state import State
 from midstream.common.validation import require_callable, require_choice
 from midstream.errors import SourceError
 from midstream.nodes.map import Call, require_limit
+from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import ErrorRate, Hole, callable_name, describe_callable
-from midstream.pipeline.node import Item, Iterator, Lane, Node, Place, as_origin_array, require_dataset
+from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.node import Node, Place, require_dataset
+from midstream.pipeline.rows import Item, as_origin_array
 
 _LOOK_AT = 1_000
 _GIVE_UP = 100_000
@@ -60,7 +63,7 @@ class Filter(Node):
 class _FilterIterator(Iterator):
     def __init__(self, node: Filter, at: Place, lane: Lane, key: int, pass_: int) -> None:
         self.node, self.at, self.lane, self.pass_ = node, at, lane, pass_
-        self.source = at.input.iterate(lane, key, pass_)
+        self.source = iterate(at.input, lane, key, pass_)
         fn = node.fn
         self.call = Call(
             at, fn, node.on_error == "skip", node.max_errors, lambda sample, _: bool(fn(sample)), node.quarantine

@@ -10,19 +10,11 @@ from midstream.common.plain_state import State
 from midstream.common.validation import require_callable, require_choice
 from midstream.errors import ReplayDiverged, SourceError
 from midstream.nodes.map import Call, require_limit
+from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import ErrorRate, Hole, callable_name, describe_callable
-from midstream.pipeline.node import (
-    PARTS,
-    Item,
-    Iterator,
-    Lane,
-    Node,
-    Origins,
-    Place,
-    SafePoint,
-    as_origin_array,
-    require_dataset,
-)
+from midstream.pipeline.iterator import Iterator, Lane, SafePoint
+from midstream.pipeline.node import Node, Place, require_dataset
+from midstream.pipeline.rows import PARTS, Item, Origins, as_origin_array
 
 _EVERY = 16
 _GIVE_UP = 100_000
@@ -85,7 +77,7 @@ class FlatMap(Node):
 class _FlatMapIterator(Iterator):
     def __init__(self, node: FlatMap, at: Place, lane: Lane, key: int, pass_: int) -> None:
         self.at, self.lane, self.pass_ = at, lane, pass_
-        self.source = SafePoint(at.input.iterate(lane, key, pass_), _EVERY)
+        self.source = SafePoint(iterate(at.input, lane, key, pass_), _EVERY)
         fn = self.fn = node.fn
         self.endless = node.source.infinite
         self.call = Call(

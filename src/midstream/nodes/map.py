@@ -15,21 +15,11 @@ import torch
 from midstream.common.plain_state import MISSING, State
 from midstream.common.randomness import fold, generator
 from midstream.common.validation import require_callable, require_choice, require_int
-from midstream.pipeline.failures import ErrorRate, Failure, Hole, callable_name, describe_callable
-from midstream.pipeline.node import (
-    I64,
-    U64,
-    Item,
-    Iterator,
-    Lane,
-    Node,
-    OnError,
-    Origins,
-    Place,
-    Rows,
-    as_origin_array,
-    require_dataset,
-)
+from midstream.pipeline.cursor import iterate
+from midstream.pipeline.failures import ErrorRate, Failure, Hole, OnError, callable_name, describe_callable
+from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.node import Node, Place, require_dataset
+from midstream.pipeline.rows import I64, U64, Item, Origins, Rows, as_origin_array
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -128,7 +118,7 @@ _NONE = "the function returned None; a sample is what it returns (to drop sample
 
 class _MapIterator(Iterator):
     def __init__(self, node: Map, at: Place, lane: Lane, key: int, pass_: int) -> None:
-        self.source = at.input.iterate(lane, key, pass_)
+        self.source = iterate(at.input, lane, key, pass_)
         self.call = Call(at, node.fn, node.on_error != "raise", node.max_errors, node._caller(at), node.quarantine)
 
     def _next(self) -> Item:

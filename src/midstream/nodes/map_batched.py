@@ -14,8 +14,11 @@ from midstream.common.validation import require_callable, require_choice, requir
 from midstream.errors import ReplayDiverged, SourceError
 from midstream.nodes.flat_map import part_origin, require_depth
 from midstream.nodes.map import Call, require_limit
+from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import ErrorRate, Hole, callable_name, describe_callable
-from midstream.pipeline.node import PARTS, Item, Iterator, Lane, Node, Place, join_origins, require_dataset
+from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.node import Node, Place, require_dataset
+from midstream.pipeline.rows import PARTS, Item, join_origins
 
 _GIVE_UP = 100_000
 _WHOLE = np.empty((0, 5), dtype=np.int64)
@@ -87,7 +90,7 @@ class MapBatched(Node):
 class _MapBatchedIterator(Iterator):
     def __init__(self, node: MapBatched, at: Place, lane: Lane, key: int, pass_: int) -> None:
         self.node, self.at, self.lane, self.pass_ = node, at, lane, pass_
-        self.source = at.input.iterate(lane, key, pass_)
+        self.source = iterate(at.input, lane, key, pass_)
         fn, quiet = node.fn, node.on_error != "raise"
         self.call = Call(at, fn, quiet, node.max_errors, lambda samples, _: fn(samples), node.quarantine)
         self.number = 0

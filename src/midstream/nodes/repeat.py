@@ -10,8 +10,12 @@ from midstream.common.plain_state import State
 from midstream.common.randomness import pass_key
 from midstream.common.validation import require_int
 from midstream.errors import SourceError
+from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import Hole
-from midstream.pipeline.node import I64, U64, Item, Iterator, Lane, Node, Part, Place, require_dataset, require_passes
+from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.node import Node, Part, Place, require_dataset
+from midstream.pipeline.passes import require_passes
+from midstream.pipeline.rows import I64, U64, Item
 
 _GIVE_UP = 1_000
 _ENDLESS = 1 << 20  # passes of an endless repeat inside one outer pass, for numbering
@@ -82,7 +86,7 @@ class _RepeatIterator(Iterator):
         times = self.node.times("", True)
         require_passes(np.array([self.pass_]), times)
         key = int(pass_key(np.array([self.key], dtype=np.uint64), np.array([number]))[0])
-        self.source = self.at.input.iterate(self.lane, key, self.pass_ * times + number)
+        self.source = iterate(self.at.input, self.lane, key, self.pass_ * times + number)
 
     def _next(self) -> Item:
         ledger = self.lane.ledger

@@ -13,8 +13,11 @@ from midstream.common.plain_state import State
 from midstream.common.randomness import fold, fold_array, permute, uniform32
 from midstream.common.validation import require_int
 from midstream.errors import ReplayDiverged
+from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import Hole
-from midstream.pipeline.node import I64, U64, Item, Iterator, Lane, Node, Origins, Part, Place, as_origin_array
+from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.node import Node, Part, Place
+from midstream.pipeline.rows import I64, U64, Item, Origins, as_origin_array
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -168,7 +171,7 @@ _DRAWS = 1024
 class _BufferedShuffleIterator(Iterator):
     def __init__(self, node: BufferedShuffle, at: Place, lane: Lane, key: int, pass_: int) -> None:
         self.path = at.path
-        self.source = at.input.iterate(lane, key, pass_)
+        self.source = iterate(at.input, lane, key, pass_)
         self.reach = -(-node.buffer_size // lane.num_lanes)
         self.grid = max(1, self.reach // 8)
         self.seed = fold(node.seed, at.salt, key, lane.index)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from midstream.common.plain_state import State
 from midstream.common.validation import require_int
 from midstream.nodes.take import cut_blocks
-from midstream.pipeline.node import I64, U64, Item, Iterator, Lane, Node, Part, Place, require_dataset
+from midstream.pipeline.cursor import iterate
+from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.node import Node, Part, Place, require_dataset
+from midstream.pipeline.rows import I64, U64, Item
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,7 +46,7 @@ class Skip(Node):
         return [Part(at.input, positions + int(self.n), keys, passes)]
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
-        return _SkipIterator(at.input.iterate(lane, key, pass_), lane.share(int(self.n)))
+        return _SkipIterator(iterate(at.input, lane, key, pass_), lane.share(int(self.n)))
 
 
 class _SkipIterator(Iterator):

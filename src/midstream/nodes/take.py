@@ -8,7 +8,10 @@ import numpy as np
 
 from midstream.common.plain_state import State
 from midstream.common.validation import require_int
-from midstream.pipeline.node import I64, U64, Item, Iterator, Lane, Node, Part, Place, require_dataset
+from midstream.pipeline.cursor import iterate
+from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.node import Node, Part, Place, require_dataset
+from midstream.pipeline.rows import I64, U64, Item
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,7 +52,7 @@ class Take(Node):
         return [Part(at.input, positions, keys, passes)]
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
-        return _TakeIterator(at.input.iterate(lane, key, pass_), lane.share(int(self.n)))
+        return _TakeIterator(iterate(at.input, lane, key, pass_), lane.share(int(self.n)))
 
 
 class _TakeIterator(Iterator):

@@ -9,8 +9,11 @@ from typing import Any
 from midstream.common.plain_state import MISSING, State
 from midstream.metrics.metric import Metric, as_metric
 from midstream.nodes.map import Call
+from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import Hole, describe_callable
-from midstream.pipeline.node import I64, U64, Item, Iterator, Lane, Node, Origins, Place, Rows, require_dataset
+from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.node import Node, Place, require_dataset
+from midstream.pipeline.rows import I64, U64, Item, Origins, Rows
 
 __all__ = ["Track"]
 
@@ -135,7 +138,7 @@ class _Measure:
 
 class _TrackIterator(Iterator):
     def __init__(self, node: Track, at: Place, lane: Lane, key: int, pass_: int) -> None:
-        self.source, self.ledger = at.input.iterate(lane, key, pass_), lane.ledger
+        self.source, self.ledger = iterate(at.input, lane, key, pass_), lane.ledger
         self.path, self.pass_, self.kinds = at.path, pass_, node.kinds()
         self.measure = _Measure(node, at)
         self.number = 0

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["ROWS", "Trail", "describe", "new_table"]
+__all__ = ["ROWS", "Trail", "describe_trail", "new_table"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -81,12 +81,12 @@ def _reduce(function: np.ufunc, origins: I64) -> I64:
     return function.reduce(np.concatenate([strides, origins[-stride:]]))  # type: ignore[no-any-return]
 
 
-def describe(table: I64, names: Sequence[str]) -> str:
+def describe_trail(table: I64, names: Sequence[str]) -> str:
     """One worker's part of the table in words; "" when nothing was in hand.
 
     >>> table = np.zeros((1 + ROWS, 5), dtype=np.int64)
     >>> Trail(table).rows(np.array([[1, 0, 96, 0, 0], [1, 0, 97, 0, 0], [0, 2, 5, 0, 0]]))
-    >>> describe(table, ["code", "web"])
+    >>> describe_trail(table, ["code", "web"])
     "row 5 of 'code' (pass 2) or rows 96 to 97 of 'web' (pass 0)"
     """
     number = int(table[0, 0])

@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from midstream.common.plain_state import State
 from midstream.pipeline.columns import Column, Columns
-from midstream.pipeline.node import I64, U64, Node, Place, Rows
+from midstream.pipeline.node import Node, Place
+from midstream.pipeline.rows import I64, U64, Rows
 from midstream.sources.sequence import ReturnedOthers, require_rows, row_failure, row_origins
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch.utils.data._utils.worker as torch_worker
 
 from midstream.common.plain_state import State, copy_plain
-from midstream.pipeline.node import Iterator, Lane, Node, Place
+from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.node import Node, Place
 from midstream.sources.iterable import ShardIterator, Shards
 
 _EVERY = 256

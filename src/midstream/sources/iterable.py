@@ -12,7 +12,9 @@ from midstream.common.validation import require_callable, require_choice, requir
 from midstream.dataset import Dataset
 from midstream.errors import ReplayDiverged, SourceError
 from midstream.pipeline.failures import Failure, Hole, callable_name, describe_callable
-from midstream.pipeline.node import Item, Iterator, Lane, Node, Place
+from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.node import Node, Place
+from midstream.pipeline.rows import Item
 
 
 def from_iterable(

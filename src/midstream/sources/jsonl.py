@@ -28,7 +28,9 @@ from midstream.common.validation import require_name
 from midstream.dataset import Dataset
 from midstream.errors import SourceError
 from midstream.pipeline.failures import Failure, Hole
-from midstream.pipeline.node import I64, U64, Iterator, Lane, Node, Place, Rows
+from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.node import Node, Place
+from midstream.pipeline.rows import I64, U64, Rows
 from midstream.sources.iterable import ShardIterator, Shards
 from midstream.sources.parquet import File, OpenFiles, Paths, count, is_remote, list_files, plain_paths
 from midstream.sources.sequence import row_origins

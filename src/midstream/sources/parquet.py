@@ -30,7 +30,8 @@ from midstream.common.validation import require_name, require_text
 from midstream.dataset import Dataset
 from midstream.errors import SourceError, bullet_list
 from midstream.pipeline.failures import Failure, Hole
-from midstream.pipeline.node import I64, U64, Node, Place, Rows
+from midstream.pipeline.node import Node, Place
+from midstream.pipeline.rows import I64, U64, Rows
 from midstream.sources.arrow import TableReader
 from midstream.sources.read_ahead import Ahead
 from midstream.sources.sequence import row_origins

@@ -9,7 +9,8 @@ import numpy as np
 
 from midstream.common.plain_state import State
 from midstream.pipeline.failures import Failure, Hole
-from midstream.pipeline.node import I64, U64, Node, Place, Rows
+from midstream.pipeline.node import Node, Place
+from midstream.pipeline.rows import I64, U64, Rows
 
 
 @dataclass(frozen=True, eq=False, repr=False)

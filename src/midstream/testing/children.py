@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from midstream.pipeline.node import _from_bytes, _to_bytes
+from midstream.pipeline.pickling import _from_bytes, _to_bytes
 from midstream.testing.drivers import Item, Saved, Session, Setup, Target, Topology
 
 __all__ = ["Child", "ChildStep", "Unreachable"]

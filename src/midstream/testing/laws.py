@@ -20,8 +20,13 @@ import torch
 import midstream as ms
 from midstream.dataset import Dataset
 from midstream.errors import bullet_list
-from midstream.pipeline.failures import Failure, Ledger
-from midstream.pipeline.node import Delivery, Lane, Run, as_origin_array, bind, epoch_key
+from midstream.pipeline.failures import Failure
+from midstream.pipeline.iterator import Lane
+from midstream.pipeline.ledger import Ledger
+from midstream.pipeline.node import bind
+from midstream.pipeline.passes import epoch_key
+from midstream.pipeline.rows import as_origin_array
+from midstream.pipeline.single_lane import Delivery, Run
 from midstream.testing.content import plain
 from midstream.testing.drivers import counting_reads
 

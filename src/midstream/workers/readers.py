@@ -25,20 +25,14 @@ from midstream.distributed.topology import Topology, first_batch, slots
 from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError
 from midstream.nodes.mix.picks import LaneEdits
 from midstream.pipeline.breadcrumbs import Trail
-from midstream.pipeline.failures import Failure, Hole, Ledger, Notes
-from midstream.pipeline.node import (
-    I64,
-    Cursor,
-    Delivery,
-    Item,
-    Lane,
-    Node,
-    Place,
-    TrackingCursor,
-    as_origin_array,
-    bind,
-    epoch_key,
-)
+from midstream.pipeline.cursor import Cursor, TrackingCursor
+from midstream.pipeline.failures import Failure, Hole
+from midstream.pipeline.iterator import Lane
+from midstream.pipeline.ledger import Ledger, Notes
+from midstream.pipeline.node import Node, Place, bind
+from midstream.pipeline.passes import epoch_key
+from midstream.pipeline.rows import I64, Item, as_origin_array
+from midstream.pipeline.single_lane import Delivery
 from midstream.transport.bundles import Bundle, Bundler
 from midstream.transport.packing import Arena, Once, Parcel, begin, pack
 

@@ -13,31 +13,17 @@ from midstream.common.randomness import fold, pass_key, salt
 from midstream.common.validation import require_callable, require_choice, require_int, require_text
 from midstream.nodes.map import Call
 from midstream.nodes.mix.picks import PASSES, Layout, Picks, Weights, check_weights, quotas
+from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import Hole, callable_name
-from midstream.pipeline.node import (
-    I64,
-    U64,
-    Item,
-    Iterator,
-    Lane,
-    Node,
-    Part,
-    Place,
-    bind,
-    pick,
-    replaying,
-    require_dataset,
-    require_passes,
-)
+from midstream.pipeline.iterator import Iterator, Lane, replaying
+from midstream.pipeline.node import Node, Part, Place, bind, require_dataset
+from midstream.pipeline.passes import require_passes
+from midstream.pipeline.rows import I64, U64, Item, pick
 
 __all__ = ["Interleave", "Picks", "quotas"]
 
 StoppingStrategy = Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"]
 _STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
-
-
-
-
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -237,7 +223,7 @@ class _InterleaveIterator(Iterator):
         if self.node.stopping_strategy == "all_exhausted":  # how many passes there will be is not known
             require_passes(np.array([pass_]), PASSES)
             pass_ = pass_ * PASSES + number
-        return self.at.inputs[name].iterate(self.lane, key, pass_)
+        return iterate(self.at.inputs[name], self.lane, key, pass_)
 
     # -- which weights ------------------------------------------------------------------------------------------------
 

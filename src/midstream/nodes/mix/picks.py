@@ -14,7 +14,7 @@ import numpy.typing as npt
 from midstream.common.plain_state import State
 from midstream.common.randomness import draw, fold, fold_array, salt
 from midstream.common.validation import require_int
-from midstream.pipeline.node import I64
+from midstream.pipeline.rows import I64
 
 _PATTERNS = 16
 _EXACT_BLOCK = 4096

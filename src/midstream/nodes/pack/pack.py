@@ -19,20 +19,11 @@ from midstream.common.validation import require_choice, require_int
 from midstream.errors import ReplayDiverged, SourceError
 from midstream.nodes.flat_map import require_depth
 from midstream.pipeline.columns import rows_of_block
+from midstream.pipeline.cursor import Cursor, iterate
 from midstream.pipeline.failures import Failure, Hole
-from midstream.pipeline.node import (
-    PARTS,
-    Cursor,
-    Item,
-    Iterator,
-    Lane,
-    Node,
-    Origins,
-    Place,
-    SafePoint,
-    as_origin_array,
-    require_dataset,
-)
+from midstream.pipeline.iterator import Iterator, Lane, SafePoint
+from midstream.pipeline.node import Node, Place, require_dataset
+from midstream.pipeline.rows import PARTS, Item, Origins, as_origin_array
 
 IGNORED = -100
 _EVERY = 16
@@ -163,7 +154,7 @@ class Pack(Node):
 
     def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
         packer = _Packer(self, at, lane, pass_)
-        upstream = at.input.iterate(lane, key, pass_)
+        upstream = iterate(at.input, lane, key, pass_)
         return _Concat(packer, upstream) if self.mode == "concat" else _Fit(packer, upstream, *_fit_options(self))
 
 

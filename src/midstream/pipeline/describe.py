@@ -1,0 +1,74 @@
+"""A pipeline as plain data and in words."""
+
+from __future__ import annotations
+
+from midstream.common.plain_state import State
+from midstream.common.plain_state import fingerprint as hash_of_spec
+from midstream.pipeline.node import Node, Place, bind
+
+
+def spec(node: Node) -> dict[str, State]:
+    """A pipeline as plain data: nodes, names, seeds, weights, lengths. Its hash is the `fingerprint`.
+
+    A callable is recorded by its name only, so that editing a file does not void a checkpoint.
+    """
+    return _spec(bind(node))
+
+
+def _spec(place: Place) -> dict[str, State]:
+    fields: dict[str, State] = {"node": place.node.kind, **place.node.spec_fields()}
+    if place.source >= 0:
+        fields["name"] = place.names[place.source]
+    if place.inputs:
+        fields["inputs"] = {key: _spec(child) for key, child in place.inputs.items()}
+    return fields
+
+
+def fingerprint(node: Node) -> str:
+    """16 hexadecimal digits: the hash of `spec`. Computed once per node."""
+    known = node.__dict__.get("_fingerprint")
+    if known is None:
+        known = hash_of_spec(spec(node))
+        node._set("_fingerprint", known)
+    return str(known)
+
+
+def access(node: Node) -> str:
+    """Random access or stream, how long, and how much a resume reads again, in words.
+
+    >>> import midstream as ms
+    >>> access(ms.from_dataset(range(1000)).node)
+    'random access, 1,000'
+    >>> access(ms.from_dataset(range(9)).filter(bool).shuffle(0, buffer_size=48).node)
+    'stream, a resume reads again at most 54/lanes + 1 inputs of a lane'
+    """
+    if node.random_access:
+        try:
+            length = node.length()
+        except Exception:  # an empty source or a missing file is reported when it is read
+            return "random access"
+        return "random access, endless" if length is None else f"random access, {length:,}"
+    again = node.reads_again()
+    return f"stream{', endless' if node.infinite else ''}{f', a resume reads again {again}' if again else ''}"
+
+
+def tree(node: Node) -> str:
+    """A pipeline as a tree, one line per node: its arguments, and behind ``#`` its kind of access."""
+    lines = tree_lines(bind(node))
+    width = min(72, max(len(line) for line, _ in lines))
+    return "\n".join(f"{line.ljust(width)}  # {note}" for line, note in lines)
+
+
+def tree_lines(place: Place) -> list[tuple[str, str]]:
+    """A tree in words: for each node its line, and its face."""
+    label = place.node.summary()
+    if place.source >= 0:
+        label = f"{place.names[place.source]}: {label}"
+    lines = [(label, access(place.node))]
+    children = list(place.inputs.values())
+    for child in children:
+        last = child is children[-1]
+        (head, face), *tail = tree_lines(child)
+        lines.append((f"{'└─ ' if last else '├─ '}{head}", face))
+        lines.extend((f"{'   ' if last else '│  '}{line}", face) for line, face in tail)
+    return lines

@@ -1,0 +1,165 @@
+"""The stream face of a node, running in one lane: `Iterator`, `Lane` and `SafePoint`."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+from midstream.common.plain_state import State, copy_plain
+from midstream.errors import CheckpointError, MidstreamError, ReplayDiverged
+from midstream.pipeline.ledger import Ledger
+from midstream.pipeline.rows import Item
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """One of the logical sub-streams into which a run is divided.
+
+    Attributes:
+        index: Number of the lane, from 0.
+        num_lanes: How many there are.
+        block: How many consecutive positions of a random-access input belong to one lane (the batch size).
+        ledger: Where the lane counts what it drops.
+        dealt: The batch size by which this epoch's rows were dealt to lanes, where the pipeline has another one by now.
+        edits: Weights of mixes that were changed on the way (`midstream.nodes.mix.picks.LaneEdits`), or None.
+    """
+
+    index: int
+    num_lanes: int
+    block: int
+    ledger: Ledger
+    dealt: int = 0
+    edits: Any = None
+
+    def widen(self, factor: int) -> Lane:
+        """The lane as seen below a node that takes ``factor`` inputs for one output."""
+        return dataclasses.replace(self, block=self.block * (self.dealt or factor), dealt=0)
+
+    def share(self, count: int) -> int:
+        """How many of ``count`` things are this lane's."""
+        return count // self.num_lanes + (self.index < count % self.num_lanes)
+
+
+class _Loading(threading.local):
+    depth = 0
+
+
+_loading = _Loading()
+
+
+def replaying() -> bool:
+    """Whether what is read now was read before: some iterator of this thread is taking a state."""
+    return _loading.depth > 0
+
+
+class Iterator:
+    """The running form of a dataset in one lane.
+
+    A subclass implements ``_next`` (return the next item or raise StopIteration, again and again once it ended),
+    ``_state`` (plain values; it may share them, the base class copies) and ``_load`` (take such a state, whatever the
+    iterator did before). A loaded state is applied by the first ``next()``, so loading costs nothing and
+    ``state_dict()`` after it returns what was loaded.
+    """
+
+    _loaded: State = None
+    _known: State = None  # the state, since it was last asked for: of hundreds of inputs of a mix, one moves at a time
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self) -> Item:
+        self._known = None
+        if self._loaded is not None:
+            _loading.depth += 1
+            try:
+                self._load(self._loaded)
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                if isinstance(error, MidstreamError):
+                    raise
+                raise CheckpointError(
+                    f"{type(self).__name__.strip('_')} cannot take this state ({type(error).__name__}: {error}): "
+                    f"{self._loaded!r:.200}"
+                ) from error
+            finally:
+                _loading.depth -= 1
+            self._loaded = None
+        return self._next()
+
+    def state_dict(self) -> State:
+        """The state, as fresh plain values. Legal at any time."""
+        return copy_plain(self.snapshot())
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue from ``state`` with the next ``next()``."""
+        self.load(copy_plain(state))
+
+    def snapshot(self) -> State:
+        """`state_dict` without the copy: for a caller that encodes it at once or keeps it unchanged."""
+        if self._loaded is not None:
+            return self._loaded
+        if self._known is None:
+            self._known = self._state()
+        return self._known
+
+    def load(self, state: State) -> None:
+        """`load_state_dict` without the copy."""
+        self._loaded, self._known = state, None
+
+    def _next(self) -> Item:
+        raise NotImplementedError
+
+    def _state(self) -> State:
+        raise NotImplementedError
+
+    def _load(self, state: State) -> None:
+        raise NotImplementedError
+
+
+class SafePoint:
+    """The upstream of a buffering node, with a state that can be rebuilt.
+
+    The state of ``upstream`` is taken every ``every`` inputs (a deep state costs more than an input), at input numbers
+    that are multiples of ``every``, so that the state at a position does not depend on where the run was resumed.
+    """
+
+    __slots__ = ("every", "number", "state", "state_at", "upstream")
+
+    def __init__(self, upstream: Iterator, every: int) -> None:
+        self.upstream, self.every = upstream, every
+        self.number = 0
+        self.state: State = None
+        self.state_at = -1
+
+    def next(self) -> Item:
+        """The next input."""
+        if self.number % self.every == 0 and self.state_at != self.number:
+            self.state, self.state_at = self.upstream.snapshot(), self.number
+        item = next(self.upstream)
+        self.number += 1
+        return item
+
+    def snapshot(self) -> list[State]:
+        """``[number of inputs taken, how many since the state, upstream state]``."""
+        if self.number % self.every == 0 and self.state_at != self.number:
+            self.state, self.state_at = self.upstream.snapshot(), self.number
+        return [self.number, self.number - self.state_at, self.state]
+
+    def before(self) -> list[State]:
+        """The snapshot before the input that was taken last."""
+        return [self.number - 1, self.number - 1 - self.state_at, self.state]
+
+    def load(self, state: list[State]) -> None:
+        """Go back to the safe point and read forward to where the state was taken."""
+        number, since, upstream = state
+        self.upstream.load(upstream)
+        self.number = number - since
+        self.state, self.state_at = upstream, self.number
+        for _ in range(since):
+            try:
+                self.next()
+            except StopIteration:
+                raise ReplayDiverged(
+                    f"the input ended after {self.number} samples while {number} were to be read again; has the data "
+                    f"changed since the checkpoint was saved?"
+                ) from None
