@@ -26,7 +26,7 @@ import midstream as ms
 from midstream.dataset import Dataset
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.node import bind
-from midstream.sources.arrow import TableReader
+from midstream.sources.arrow_table import TableReader
 
 warnings.filterwarnings("ignore", message=".*set_vital.*|.*worker processes in total.*")
 

@@ -28,7 +28,7 @@ import pyarrow as pa
 import show
 
 import midstream as ms
-from midstream.sources.arrow import TableReader
+from midstream.sources.arrow_table import TableReader
 
 SEQ_LEN, BATCH, TOGETHER = 2048, 8, 1000
 OURS = "midstream: "

@@ -38,7 +38,8 @@ from midstream.dataset import Dataset
 from midstream.distributed.topology import Topology
 from midstream.pipeline.node import bind
 from midstream.pipeline.rows import Later
-from midstream.workers.readers import Plan, Runner
+from midstream.workers.messages import Plan
+from midstream.workers.readers import Runner
 
 BATCH, CHUNK = 32, 512
 WORKS = {"W1": ("shuffled", "tokens"), "W2": ("mix", "mix")}

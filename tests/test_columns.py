@@ -29,7 +29,7 @@ from midstream.pipeline.node import bind
 from midstream.pipeline.passes import epoch_key
 from midstream.pipeline.rows import as_origin_array
 from midstream.pipeline.single_lane import Delivery
-from midstream.sources.arrow import TableReader
+from midstream.sources.arrow_table import TableReader
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "collate": ms.collate,

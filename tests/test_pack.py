@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import midstream as ms
 from cases import pieces, plain
 from midstream.dataset import Dataset
-from midstream.nodes.pack.pack import IGNORED, best_fit
+from midstream.nodes.pack.fit import best_fit
+from midstream.nodes.pack.rows import IGNORED
 from midstream.pipeline.single_lane import Run
 
 SEQ = 8

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream.checkpoint.read import parse, render
+from midstream.checkpoint.read import parse
+from midstream.checkpoint.write import render
 from midstream.dataset import Dataset
 from midstream.distributed.topology import Topology, batches_of_rank, choose_lanes, first_batch, slots
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import midstream as ms
+from midstream.cli.inspection import describe
 from midstream.pipeline.breadcrumbs import ROWS, Trail, describe_trail
 
 METHODS = ["fork", "spawn", "forkserver"]

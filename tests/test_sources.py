@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 import midstream as ms
 from midstream.dataset import Dataset
 from midstream.pipeline.single_lane import Run
-from midstream.sources.arrow import TableReader
+from midstream.sources.arrow_table import TableReader
 from midstream.sources.huggingface import _HubShards
 
 N = 24

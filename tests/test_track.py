@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream.dataset import Dataset
-from midstream.metrics.metric import MOST_BYTES, Categories, Numbers, Spread, decode_tracked, encode_tracked, totals_of
+from midstream.metrics.totals import MOST_BYTES, Categories, Numbers, Spread, totals_of
+from midstream.metrics.tracked import decode_tracked, encode_tracked
 from simulate import Cluster
 
 values = st.one_of(

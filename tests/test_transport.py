@@ -29,7 +29,10 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream.transport import packing as transport
-from midstream.transport.packing import DIRECT, INLINE, Arena, Once, Parcel, begin, empty, pack
+from midstream.transport.arena import Arena
+from midstream.transport.once import Once
+from midstream.transport.packing import DIRECT, INLINE, begin, empty, pack
+from midstream.transport.parcel import Parcel
 from midstream.workers import readers
 
 

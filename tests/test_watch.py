@@ -22,10 +22,10 @@ HEAD = """
     import array, fcntl, json, os, queue, signal, sys, termios, threading, time
     import torch
     import midstream as ms
-    from midstream.loader.loader import _Watched
+    from midstream.workers.processes import ProcessIterator
 
     LATE = 3600.0
-    _Watched._try_get_data.__defaults__ = (LATE,)  # torch itself looks which workers live after so many seconds
+    ProcessIterator._try_get_data.__defaults__ = (LATE,)  # torch itself looks which workers live after so many seconds
 
     def say(*words):
         print(json.dumps(words), flush=True)

@@ -2,9 +2,9 @@
 
 from midstream import checkpoint as checkpoint
 from midstream import plot as plot
-from midstream.changes.weights import asked_shares, weights_history
+from midstream.checkpoint.merge import merge_states
 from midstream.checkpoint.progress import Progress, progress
-from midstream.checkpoint.read import merge_states
+from midstream.checkpoint.weights_history import asked_shares, weights_history
 from midstream.checkpoint.whole_run import WholeRun
 from midstream.combine import concatenate, interleave
 from midstream.dataset import Dataset

@@ -9,7 +9,7 @@ from midstream.common.validation import require_choice, require_int, require_nam
 from midstream.dataset import Dataset
 from midstream.nodes.concatenate import Concatenate
 from midstream.nodes.mix.interleave import Interleave, StoppingStrategy
-from midstream.nodes.mix.picks import Schedule, check_weights
+from midstream.nodes.mix.weights import Schedule, check_weights
 from midstream.nodes.repeat import Repeat
 from midstream.pipeline.node import Node, require_dataset
 

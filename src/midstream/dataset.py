@@ -12,7 +12,8 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream.common.plain_state import State, copy_plain
-from midstream.display.preview import Preview, preview, tree_html
+from midstream.display.html import tree_html
+from midstream.display.preview import Preview, preview
 from midstream.distributed.foreign_loaders import divided_by_nobody, divided_by_trainer
 from midstream.errors import Origin
 from midstream.metrics.metric import Metric
@@ -21,6 +22,7 @@ from midstream.nodes.filter import Filter
 from midstream.nodes.flat_map import FlatMap
 from midstream.nodes.map import Map
 from midstream.nodes.map_batched import MapBatched
+from midstream.nodes.pack.documents import PackOptions
 from midstream.nodes.pack.pack import Pack
 from midstream.nodes.repeat import Repeat
 from midstream.nodes.shuffle import BufferedShuffle, Shuffle
@@ -379,7 +381,10 @@ class Dataset(IterableDataset[Any]):
         """
         ids = () if separator is None else (separator,) if not isinstance(separator, Iterable) else tuple(separator)
         return Dataset(
-            Pack(self.node, seq_len, mode, overflow, key, tuple(columns), mask, ids, pad_id, last, window, min_fill)
+            Pack(
+                self.node,
+                PackOptions(seq_len, mode, overflow, key, tuple(columns), mask, ids, pad_id, last, window, min_fill),
+            )
         )
 
     def track(self, **metrics: Callable[[Any], float] | Metric) -> Dataset:

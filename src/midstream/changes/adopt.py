@@ -12,110 +12,22 @@ dealt to lanes when the epoch began ("dealt").
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from midstream.changes.weights import apply, edits_of, note_load, phases_in, replaced, weights_of
-from midstream.checkpoint.read import Canonical, diff_specs, source_names
+from midstream.changes.weights import edits_of, note_load, phases_in
+from midstream.checkpoint.differences import diff_specs, source_names
+from midstream.checkpoint.read import Canonical
+from midstream.checkpoint.weights_history import weights_of
 from midstream.common.plain_state import State, decode, encode
 from midstream.common.randomness import fold, salt
 from midstream.errors import CheckpointError, bullet_list
-from midstream.metrics.metric import Tracked, decode_tracked, encode_tracked, join_tracked
-from midstream.nodes.batch import Batch
-from midstream.nodes.exclude import Exclude, excluded_origins
+from midstream.metrics.tracked import Tracked, decode_tracked, encode_tracked, join_tracked
 from midstream.nodes.mix.interleave import Interleave, Picks
-from midstream.nodes.skip import Skip
 from midstream.pipeline import describe
 from midstream.pipeline.node import Node, Place, bind
 
-__all__ = ["adopt", "require_excludable", "running"]
-
 _ONE_TO_ONE = ("map", "track")
-
-
-def running(pipeline: Node, rest: str, edits: str = "", epoch: int = -1, excluded: str = "") -> Node:
-    """The pipeline that makes what is left of an epoch, without the samples that are left out.
-
-    Raises:
-        CheckpointError: If ``rest`` or ``edits`` do not fit the pipeline.
-    """
-    pipeline = apply(pipeline, edits, epoch)
-    if not rest:
-        return _excluding(pipeline, excluded)
-    try:
-        left = decode(rest)
-        return _excluding(_over(pipeline, Batch, lambda batch: _cut(batch, left["offsets"], left["skip"])), excluded)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"this state is damaged: its rest {rest!r:.80} does not fit the pipeline ({error})"
-        ) from None
-
-
-def _excluding(pipeline: Node, excluded: str) -> Node:
-    """The pipeline with `Exclude` right below its batches, or at the root where it has none."""
-    if not excluded:
-        return pipeline
-    origins = tuple((name, epoch, row, part) for name, epoch, row, part, _ in excluded_origins(excluded))
-    places = _batches(bind(pipeline))
-    for path in places:
-        pipeline = replaced(
-            bind(pipeline), path, lambda batch: dataclasses.replace(batch, source=Exclude(batch.source, origins))
-        )
-    return pipeline if places else Exclude(pipeline, origins)
-
-
-def require_excludable(pipeline: Node) -> None:
-    """Refuse to leave samples out below a node that reads again: batches it has read would not be what they were.
-
-    Raises:
-        ValueError: If there is such a node above the batches, by its path.
-    """
-    root = bind(pipeline)
-    batches = set(_batches(root))
-
-    def refuse(place: Place) -> None:
-        if place.path in batches or all(each.path not in batches for each in place.walk()):
-            return
-        if again := place.node.reads_again():
-            raise ValueError(
-                f"exclude: a resume reads {again} again at {place.path!r}, above .batch: batches that it has read already "
-                f"would come shorter, or not at all, and it could not go on exactly. Put the {place.node.kind} below the "
-                f".batch, or pass over whole batches with loader.skip."
-            )
-        for child in place.inputs.values():
-            refuse(child)
-
-    refuse(root)
-
-
-def _batches(place: Place) -> list[str]:
-    """Paths of the topmost batches."""
-    if isinstance(place.node, Batch):
-        return [place.path]
-    return [path for child in place.inputs.values() for path in _batches(child)]
-
-
-def _cut(batch: Any, offsets: dict[str, int], skip: int) -> Node:
-    source = batch.source
-    if offsets:
-        source = _over(source, Interleave, lambda mix: _offset(mix, offsets))
-    return dataclasses.replace(batch, source=Skip(source, skip))  # type: ignore[no-any-return]
-
-
-def _offset(mix: Any, offsets: dict[str, int]) -> Node:
-    datasets = tuple((name, Skip(data, offsets[name]) if offsets[name] else data) for name, data in mix.datasets)
-    return dataclasses.replace(mix, datasets=datasets)  # type: ignore[no-any-return]
-
-
-def _over(node: Node, kind: type[Node], change: Any) -> Node:
-    """The tree with its first node of a kind changed, below nothing but one-to-one maps."""
-    if isinstance(node, kind):
-        return change(node)  # type: ignore[no-any-return]
-    if not node.one_to_one:
-        raise ValueError(f"there is a {node.kind} above the {kind.__name__.lower()}")
-    one: Any = node
-    return dataclasses.replace(one, source=_over(one.source, kind, change))  # type: ignore[no-any-return]
 
 
 def adopt(canonical: Canonical, pipeline: Node, *, strict: bool) -> list[str]:

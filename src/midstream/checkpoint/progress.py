@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from midstream.changes.weights import shares_asked
-from midstream.checkpoint.read import Canonical, merge_states, parse, source_names
+from midstream.checkpoint.differences import source_names
+from midstream.checkpoint.merge import merge_states
+from midstream.checkpoint.read import Canonical, parse
+from midstream.checkpoint.weights_history import shares_asked
 from midstream.common.plain_state import State
 from midstream.common.tables import NOTE, table_html
-from midstream.metrics.metric import Totals, decode_tracked, join, join_tracked
+from midstream.metrics.totals import Totals
+from midstream.metrics.tracked import decode_tracked, join, join_tracked
 
 __all__ = ["Progress", "SourceProgress", "progress"]
 

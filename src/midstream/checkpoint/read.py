@@ -43,27 +43,13 @@ by "at", and ranks at different steps are noticed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from midstream.checkpoint.spec import Paths
-from midstream.checkpoint.store import latest, load, save
-from midstream.common.plain_state import FORMAT, State, copy_plain, decode, digest, encode, seal, unseal
-from midstream.errors import CheckpointError, bullet_list
-from midstream.metrics.metric import valid
-
-__all__ = [
-    "Canonical",
-    "diff_specs",
-    "latest",
-    "load",
-    "merge_states",
-    "parse",
-    "render",
-    "save",
-    "settle",
-    "source_names",
-]
+from midstream.common.plain_state import FORMAT, State, decode, digest, unseal
+from midstream.errors import CheckpointError
+from midstream.metrics.tracked import valid
 
 _KEYS: dict[str, type] = {
     "midstream": int,
@@ -76,6 +62,7 @@ _KEYS: dict[str, type] = {
     "rest": str,
     "lanes": dict,
 }
+
 _MAX_LANES = 1 << 24
 
 
@@ -102,7 +89,7 @@ class Canonical:
         self.excluded: str = _excluded(state.get("excluded", ""))
         paths = Paths(self.spec)
         self.lanes: dict[int, dict[str, Any] | None] = {
-            int(key): _lane(key, value, paths) for key, value in state["lanes"].items()
+            int(key): decode_lane(key, value, paths) for key, value in state["lanes"].items()
         }
         spoken = [lane for lane in self.lanes.values() if lane is not None]
         self.finished = False
@@ -296,7 +283,7 @@ _PARTS: dict[str, tuple[bool, Callable[[Any], bool]]] = {
 """The entries of a lane: whether it must be there, and what it must look like."""
 
 
-def _lane(key: str, text: str, paths: Paths) -> dict[str, Any] | None:
+def decode_lane(key: str, text: str, paths: Paths) -> dict[str, Any] | None:
     """A lane, decoded, with nodes by path."""
     if not text:
         return None
@@ -319,187 +306,3 @@ def _lane(key: str, text: str, paths: Paths) -> dict[str, Any] | None:
         raise CheckpointError(f"this state is damaged: lane {key} counts what its pipeline has not ({error})") from None
     lane.setdefault("rows", lane["samples"].copy())
     return lane
-
-
-def leaf_text(lane: Mapping[str, Any], paths: Paths, run: str | None = None) -> str:
-    """What `_lane` decodes, of a lane with nodes by path.
-
-    Args:
-        lane: Its entries.
-        paths: Of the pipeline.
-        run: Its "lane" with nodes by number, encoded, where that is known already.
-    """
-    parts = {name: part for name, part in lane.items() if name not in ("crc", "events", "lane")}
-    if parts["rows"] == parts["samples"]:
-        del parts["rows"]
-    if lane["events"]:
-        parts["events"] = paths.short_events(lane["events"])
-    if "lane" in lane:
-        run = encode(run_state(lane["lane"], paths))
-    body = encode(parts)
-    return seal(f'{body[:-1]},"lane":{run}}}' if run else body)
-
-
-def run_state(run: Mapping[str, Any], paths: Paths) -> dict[str, State]:
-    """A lane's "lane" with nodes by number."""
-    return {**run, "marks": paths.short_marks(run["marks"], run["epoch"])}
-
-
-def merge_states(states: Sequence[State]) -> dict[str, State]:
-    """Merge the states of all ranks, saved at the same step, into the run's.
-
-    Args:
-        states: One state per rank, in any order.
-
-    Raises:
-        CheckpointError: If they are of different pipelines, epochs or steps, if a lane is missing or there twice.
-
-    >>> import midstream as ms
-    >>> ds = ms.from_dataset(range(8)).batch(2)
-    >>> ranks = [ms.DataLoader(ds, rank=rank, world_size=2) for rank in (0, 1)]
-    >>> merged = ms.merge_states([loader.state_dict() for loader in ranks])
-    >>> len(merged["lanes"])
-    48
-    """
-    if isinstance(states, dict):
-        states = [states]
-    if not states:
-        raise CheckpointError("there is nothing to merge: the list of states is empty")
-    parsed = [parse(state) for state in states]
-    first = parsed[0]
-    lanes: dict[str, str] = {}
-    for index, (state, canonical) in enumerate(zip(states, parsed)):
-        if canonical.fingerprint != first.fingerprint:
-            raise CheckpointError(
-                f"the states of different pipelines do not merge; state {index} differs from state 0:"
-                f"{bullet_list(diff_specs(first.spec, canonical.spec))}"
-            )
-        if canonical.edits != first.edits and _lasting(canonical.edits) != _lasting(first.edits):
-            raise CheckpointError(
-                f"state {index} has other changes of weights than state 0: call set_weights on every rank, after the same "
-                f"step and with the same weights"
-            )
-        if canonical.excluded != first.excluded:
-            raise CheckpointError(
-                f"state {index} leaves other samples out than state 0: call exclude on every rank, after the same step and "
-                f"with the same origins"
-            )
-        if canonical.num_lanes != first.num_lanes:
-            raise CheckpointError(
-                f"state {index} has num_lanes={canonical.num_lanes}, state 0 has {first.num_lanes}: they are of different runs"
-            )
-        for key, value in state["lanes"].items():
-            if value and lanes.get(key):
-                raise CheckpointError(f"lane {key} is in two of the states; each rank's state is given once")
-            if value or key not in lanes:  # before the first batch a rank names the lanes of others too, empty
-                lanes[key] = value
-    missing = [key for key in map("{:04d}".format, range(first.num_lanes)) if key not in lanes]
-    if missing:
-        shown = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
-        raise CheckpointError(
-            f"{len(missing)} of {first.num_lanes} lanes are missing ({shown}): the state of at least one rank is not there. "
-            f"Give the states of all ranks that saved."
-        )
-    # The numbers of any one state do here: where each rank stood is in its lanes. One without lanes has them alone.
-    merged = dict(states[0])
-    # Told by a rank in the midst of its epoch, where there is one.
-    merged["edits"] = min((canonical.edits for canonical in parsed), key=_when)
-    for canonical in parsed:
-        if not any(canonical.lanes.values()) and (canonical.epoch, canonical.steps_done) != (
-            first.epoch,
-            first.steps_done,
-        ):
-            raise CheckpointError(
-                f"the ranks were saved at different steps: epoch {canonical.epoch}, step {canonical.steps_done}; epoch "
-                f"{first.epoch}, step {first.steps_done}. Save all after the same one."
-            )
-    return settle({**merged, "lanes": dict(sorted(lanes.items()))})[0]
-
-
-def _lasting(edits: str) -> list[Any]:
-    """Changes of weights without when they were made, where that is history alone: streams keep in their lanes from where they
-    hold, and a rank that has come to its end of the epoch tells the next one."""
-    return [{**entry, **({"epoch": 0, "step": 0} if entry["at"] is None else {})} for entry in decode(edits or "[]")]
-
-
-def _when(edits: str) -> list[tuple[int, int]]:
-    return [(entry["epoch"], -entry["step"]) for entry in decode(edits or "[]")]
-
-
-def settle(state: dict[str, State]) -> tuple[dict[str, State], Canonical]:
-    """A checked state with the position that all its ranks agree on, as a fresh copy, and the same decoded."""
-    canonical = parse(state)
-    if canonical.over:
-        return render(canonical, state), canonical
-    position = {"epoch": canonical.epoch, "batches": canonical.batches, "steps_done": canonical.steps_done}
-    return {**copy_plain({**state, "lanes": {}}), **position, "lanes": dict(state["lanes"])}, canonical
-
-
-def render(canonical: Canonical, state: dict[str, State]) -> dict[str, State]:
-    """``state`` with everything that ``canonical`` says, after it was changed."""
-    position = [canonical.epoch, canonical.batches, canonical.steps_done]
-    lanes, paths = dict.fromkeys(state["lanes"], ""), Paths(canonical.spec)
-    for index, lane in canonical.lanes.items():
-        if lane is not None:
-            if "at" in lane:
-                lane["at"] = [*position, 0]
-            lanes[f"{index:04d}"] = leaf_text(lane, paths)
-    return {
-        **copy_plain({**state, "lanes": {}}),
-        "fingerprint": canonical.fingerprint,
-        "spec": encode(canonical.spec),
-        "epoch": canonical.epoch,
-        "batches": canonical.batches,
-        "steps_done": canonical.steps_done,
-        "num_lanes": canonical.num_lanes,
-        "rest": canonical.rest,
-        "edits": canonical.edits,
-        "excluded": canonical.excluded,
-        "lanes": lanes,
-    }
-
-
-def source_names(spec: State) -> list[str]:
-    """Names of the sources of a pipeline, as a checkpoint numbers them."""
-    if "name" in spec:
-        return [spec["name"]]
-    return [name for _, child in sorted(spec.get("inputs", {}).items()) for name in source_names(child)]
-
-
-def diff_specs(saved: State, here: State, path: str = "") -> list[str]:
-    """What differs between the pipeline that was saved and this one, a line each.
-
-    >>> diff_specs({"node": "shuffle", "seed": 1}, {"node": "shuffle", "seed": 2})
-    ['shuffle: seed 1 → 2']
-    """
-    title = f"{saved.get('node')}{f' {path!r}' if path else ''}"
-    if saved.get("node") != here.get("node"):
-        return [f"{path or 'the root'}: {saved.get('node')} → {here.get('node')}"]
-    lines = []
-    for key in sorted((set(saved) | set(here)) - {"inputs", "node"}):
-        before, after = saved.get(key), here.get(key)
-        if before == after:
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            changes = [
-                f"{name} {before.get(name)} → {after.get(name)}"
-                for name in sorted(set(before) | set(after))
-                if before.get(name) != after.get(name)
-            ]
-            lines.append(f"{key} of {title}: {', '.join(changes)}")
-        else:
-            lines.append(f"{title}: {key} {_value(before)} → {_value(after)}")
-    old, new = saved.get("inputs", {}), here.get("inputs", {})
-    for name in sorted(set(old) | set(new)):
-        below = "/".join(part for part in (path, name) if part)
-        if name not in new:
-            lines.append(f"{title}: input {name!r} was removed")
-        elif name not in old:
-            lines.append(f"{title}: input {name!r} is new")
-        else:
-            lines.extend(diff_specs(old[name], new[name], below))
-    return lines
-
-
-def _value(value: State) -> str:
-    return "(none)" if value is None else encode(value)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from midstream.checkpoint.read import merge_states
+from midstream.checkpoint.merge import merge_states
 from midstream.errors import CheckpointError
 
 __all__ = ["WholeRun", "gather_states"]

@@ -22,8 +22,10 @@ from typing import Any
 import torch
 
 import midstream as ms
+from midstream.checkpoint.differences import diff_specs
+from midstream.checkpoint.merge import merge_states, settle
 from midstream.checkpoint.progress import progress
-from midstream.checkpoint.read import diff_specs, merge_states, parse, settle
+from midstream.checkpoint.read import parse
 from midstream.checkpoint.store import states as stored_states
 from midstream.common.plain_state import State, decode
 from midstream.dataset import Dataset

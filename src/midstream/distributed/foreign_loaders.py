@@ -9,24 +9,13 @@ Nothing here imports a trainer: when one is running, it has been imported.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-import torch.distributed
-
+from midstream.distributed.ranks import rank_and_world_size
 from midstream.errors import CheckpointError
-
-__all__ = ["divided_by_nobody", "divided_by_trainer", "rank_and_world_size"]
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """Rank and world size: of ``torch.distributed``, else of RANK and WORLD_SIZE, else one rank."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def divided_by_trainer(what: Callable[[], str], caller: FrameType | None) -> bool:

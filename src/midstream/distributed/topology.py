@@ -14,22 +14,9 @@ s mod W, padded with empty slots to a multiple of W so that the turns stay in st
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch.distributed
-
-from midstream.distributed.foreign_loaders import rank_and_world_size
-
-__all__ = [
-    "DEFAULT_LANES",
-    "Agreement",
-    "Topology",
-    "batches_of_rank",
-    "choose_lanes",
-    "current_topology",
-    "first_batch",
-    "slots",
-]
+from midstream.distributed.ranks import rank_and_world_size
 
 DEFAULT_LANES = 48
 """Divisible by 1, 2, 3, 4, 6, 8, 12, 16, 24 and 48 ranks."""
@@ -49,45 +36,6 @@ class Topology(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.world_size} rank{'s' * (self.world_size > 1)} x {self.num_workers} workers"
-
-
-class Agreement:
-    """How the ranks of a group agree on small numbers, on the CPU, once a step.
-
-    Args:
-        group: A process group of the data-parallel ranks, or True for a new gloo group of all ranks (every rank makes it).
-        world_size: How many ranks the data is divided among.
-
-    Raises:
-        ValueError: If the group has another number of ranks.
-    """
-
-    def __init__(self, group: Any, world_size: int) -> None:
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            raise ValueError(
-                f"{world_size} ranks can only agree through torch.distributed, which is not initialised: call "
-                f"torch.distributed.init_process_group first"
-            )
-        found = torch.distributed.get_world_size(None if group is True else group)
-        if found != world_size:
-            raise ValueError(
-                f"the data is divided among {world_size} ranks, the process group has {found}; give the group of the "
-                f"data-parallel ranks"
-            )
-        self.group = torch.distributed.new_group(backend="gloo") if group is True else group
-
-    def least(self, value: int) -> int:
-        """The smallest value of all ranks."""
-        found = torch.tensor([value])
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=self.group)
-        return int(found)
-
-    def all(self, value: int) -> list[int]:
-        """The values of all ranks, in their order."""
-        mine = torch.tensor([value])
-        found = [torch.zeros_like(mine) for _ in range(torch.distributed.get_world_size(self.group))]
-        torch.distributed.all_gather(found, mine, group=self.group)
-        return [int(part) for part in found]
 
 
 def current_topology(rank: int | None, world_size: int | None, num_workers: int) -> Topology:

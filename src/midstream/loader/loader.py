@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import logging
 import os
 import pickle
@@ -27,40 +26,43 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
-from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter
 
-from midstream.changes.adopt import adopt, require_excludable, running
-from midstream.changes.weights import add, in_epoch, lane_edits
+from midstream.changes.adopt import adopt
+from midstream.changes.excluded import excluded_origins, require_excludable, with_origins
+from midstream.changes.running import in_epoch, running
+from midstream.changes.weights import add, lane_edits
+from midstream.checkpoint.differences import diff_specs
+from midstream.checkpoint.merge import merge_states, settle
 from midstream.checkpoint.progress import Progress, progress
-from midstream.checkpoint.read import Canonical, diff_specs, merge_states, parse, render, settle
-from midstream.cli.inspection import describe
-from midstream.common.plain_state import State
+from midstream.checkpoint.read import Canonical, parse
+from midstream.checkpoint.write import render
 from midstream.common.tables import MONO
 from midstream.common.validation import require_int
 from midstream.dataset import Dataset
-from midstream.distributed.topology import Agreement, Topology, batches_of_rank, choose_lanes, current_topology, slots
+from midstream.distributed.agreement import Agreement
+from midstream.distributed.topology import Topology, batches_of_rank, choose_lanes, current_topology, slots
 from midstream.errors import CheckpointError, MidstreamError, Origin, SourceError, WorkerError, bullet_list
-from midstream.loader.position import Facts, Position, Trace
+from midstream.loader.arguments import PASSED_THROUGH, build_pipeline, runs_here, shuffle_seed, spec_seed, with_seed
+from midstream.loader.position import Position, Trace
+from midstream.loader.running_pipeline import Facts
 from midstream.loader.trainers import LIGHTNING_ALONE, EpochHint, Told, asked_by, not_registered
-from midstream.nodes.collate import collate
-from midstream.nodes.exclude import excluded_origins, with_origins
+from midstream.pipeline import describe
 from midstream.pipeline.breadcrumbs import describe_trail, new_table
 from midstream.pipeline.ledger import Windows, add_counts, check_limits, failed_in
 from midstream.pipeline.node import Node
 from midstream.pipeline.passes import require_epochs
 from midstream.sources import from_dataset
+from midstream.transport.arena import Arena
 from midstream.transport.bundles import MOST, Unbundler, begin_anew, new_totals
-from midstream.transport.packing import Arena, Parcel
-from midstream.workers.liveness import Wait, exit_status, lost_in
-from midstream.workers.readers import BATCH, ERROR, FATAL, NOTHING, Out, Runner, deliver, keep
+from midstream.transport.parcel import Parcel
+from midstream.workers.liveness import exit_status, lost_in
+from midstream.workers.messages import BATCH, ERROR, FATAL, NOTHING, Out, deliver, keep
+from midstream.workers.processes import InnerLoader, is_usable, quiet_vital, start_processes, starts_slowly
+from midstream.workers.readers import Runner
 from midstream.workers.signals import Context, Orphanage
 from midstream.workers.threads import Launch, ThreadReaders
-
-__all__ = ["DataLoader"]
 
 log = logging.getLogger("midstream")
 
@@ -453,7 +455,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         }
         if worker_type not in ("process", "thread"):
             raise ValueError(f"worker_type is 'process' or 'thread'; found {worker_type!r}")
-        self._foreign = not _ours(dataset, sampler, batch_sampler, generator)
+        self._foreign = not runs_here(dataset, sampler, batch_sampler, generator)
         self._active: _Token | None = None  # the token of the iterator in use; the iterator itself would make a cycle
         self._renewed: _Token | None = None  # the token of one that starts reading again at its next batch
         self._guided = False  # an adapter says what was trained
@@ -461,8 +463,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._placed: bool | None = None  # prepared by Accelerate: whether it wants batches on the device
         if self._foreign:
             if worker_type == "thread":
-                raise TypeError(_FOREIGN.format("worker_type='thread'"))
-            with _quiet_vital():
+                raise TypeError(PASSED_THROUGH.format("worker_type='thread'"))
+            with quiet_vital():
                 super().__init__(
                     dataset,
                     batch_size,
@@ -496,10 +498,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             own["prefetch_factor"] = prefetch_factor
             common["prefetch_factor"] = None  # torch knows it of processes alone
         source = dataset if isinstance(dataset, Dataset) else from_dataset(dataset)
-        pipeline, batch_size, drop_last, collate_fn, self._seed_from_torch = _pipeline(
+        pipeline, batch_size, drop_last, collate_fn, self._seed_from_torch = build_pipeline(
             source, batch_size, shuffle, drop_last, collate_fn, torch.initial_seed()
         )
-        with _quiet_vital():
+        with quiet_vital():
             super().__init__(source, None, collate_fn=collate_fn, **common)
         # torch refuses to set these after its constructor, and has other uses for them inside it.
         self.__dict__.update(own, batch_size=batch_size, drop_last=drop_last, collate_fn=collate_fn)
@@ -843,18 +845,14 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             self._iterator = inner = runner.read(0, runner.epoch, runner.plan)
         else:
             double = self._double(runner)
-            if (
-                early
-                and double.multiprocessing_context is not None
-                and _comes_up_slowly(double.multiprocessing_context)
-            ):
-                return epoch, Launch(lambda: _readers_of(double))
-            self._iterator = inner = _readers_of(double)
+            if early and double.multiprocessing_context is not None and starts_slowly(double.multiprocessing_context):
+                return epoch, Launch(lambda: start_processes(double))
+            self._iterator = inner = start_processes(double)
         return epoch, inner
 
     def _let_go(self) -> None:
         """Other readers will be needed."""
-        if not _usable(self._iterator):
+        if not is_usable(self._iterator):
             # Now: an error that is kept keeps them too, and what the collector meets waits long.
             self._shut(self._iterator)
         super().load_state_dict({})
@@ -879,17 +877,17 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 "shuffle=True takes its seed from torch, and several ranks cannot agree on one without torch.distributed. "
                 "Shuffle with a seed of your own: DataLoader(midstream.from_dataset(data).shuffle(seed), ...)"
             )
-        seed = [_shuffle_seed(self._pipeline)]
+        seed = [shuffle_seed(self._pipeline)]
         torch.distributed.broadcast_object_list(seed, src=0)
-        if seed[0] != _shuffle_seed(self._pipeline):
-            self._set_pipeline(_with_seed(self._pipeline, seed[0]))
+        if seed[0] != shuffle_seed(self._pipeline):
+            self._set_pipeline(with_seed(self._pipeline, seed[0]))
         self._seed_from_torch = False  # agreed once
 
     def _begin(self, topology: Topology) -> tuple[Position, bool]:
         """The epoch to iterate, and whether living workers may go on with it from its start."""
         current = self._current
         in_processes = self.num_workers > 0 and not self._in_threads
-        alive = self.persistent_workers and in_processes and self._iterator is not None and _usable(self._iterator)
+        alive = self.persistent_workers and in_processes and self._iterator is not None and is_usable(self._iterator)
         if self._loaded is not None:
             canonical = self._loaded[0]
             at = self._epoch_at(topology, canonical)
@@ -921,9 +919,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 )
         return self._epoch_from(topology, current.num_lanes, self._next_epoch, current), same
 
-    def _double(self, runner: Runner) -> _Double:
+    def _double(self, runner: Runner) -> InnerLoader:
         """This loader as torchdata is to see it: our runner, one envelope at a time, nothing global drawn."""
-        double = object.__new__(_Double)
+        double = object.__new__(InnerLoader)
         double.__dict__.update(
             self.__dict__,
             dataset=runner,
@@ -959,7 +957,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def epoch(self) -> int:
         """The epoch in progress, or the next one when none is. After the last batch of epoch e it is e + 1."""
         if self._foreign:
-            raise TypeError(_FOREIGN.format("epoch"))
+            raise TypeError(PASSED_THROUGH.format("epoch"))
         if self._loaded is not None:
             return self._loaded[0].epoch + self._loaded[0].finished
         if self._current is not None and self._next_epoch == self._current.epoch:
@@ -1089,7 +1087,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         merged, canonical = settle(merge_states(state) if isinstance(state, (list, tuple)) else state)
         pipeline = self._pipeline
         if canonical.fingerprint != describe.fingerprint(pipeline) and self._seed_from_torch:
-            pipeline = _with_seed(pipeline, _spec_seed(canonical.spec))
+            pipeline = with_seed(pipeline, spec_seed(canonical.spec))
         if canonical.fingerprint != describe.fingerprint(pipeline):
             whole = not canonical.finished
             lines = (
@@ -1365,182 +1363,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
 
     def _no_foreign(self, what: str) -> None:
         if self._foreign:
-            raise TypeError(_FOREIGN.format(what))
-
-
-_FOREIGN = (
-    "{} is for midstream pipelines; this loader passes its arguments to torchdata's StatefulDataLoader unchanged. Give it a "
-    "midstream dataset, or map-style data without sampler and generator."
-)
-
-
-def _comes_up_slowly(context: Any) -> bool:
-    return bool(context.get_context().get_start_method() != "fork")
-
-
-class _Double(StatefulDataLoader):  # type: ignore[misc]
-    """The loader as torchdata is to see it."""
-
-    def _get_iterator(self) -> Any:
-        if self.num_workers == 0 or os.name != "posix":
-            return super()._get_iterator()
-        self.check_worker_number_rationality()
-        return _Watched(self, self.next_iter_state)
-
-
-class _Watched(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[misc]
-    """torchdata's iterator over worker processes, with our wait.
-
-    torch's handler is not to look at its workers: also not at exit, when multiprocessing ends those that still live.
-    """
-
-    _made_by = 0
-
-    def _reset(self, loader: Any, first_iter: bool = False, prime_prefetch: bool = True) -> None:
-        if first_iter:
-            signal_handling._remove_worker_pids(id(self))  # type: ignore[attr-defined]
-            self._worker_pids_set = False
-            self.wait, self._made_by = Wait(self), os.getpid()
-        self.wait.begin([])
-        try:
-            super()._reset(loader, first_iter, prime_prefetch)
-        except BaseException:
-            # Now: of a start that failed nobody else has this iterator, and an error that is kept would keep its workers.
-            self._shutdown_workers()
-            raise
-        self.wait.begin(self._workers_status)
-
-    def _mark_worker_as_unavailable(self, worker_id: int, shutdown: bool = False) -> None:
-        self.wait.let_go(worker_id)
-        super()._mark_worker_as_unavailable(worker_id, shutdown)
-
-    def __del__(self) -> None:
-        if self._made_by in (
-            0,
-            os.getpid(),
-        ):  # not the copy in a worker that was forked later: its workers are not there
-            super().__del__()
-
-
-def _usable(iterator: Any) -> bool:
-    """Whether its workers can make another epoch."""
-    return not (isinstance(iterator, _Watched) and (iterator._shutdown or iterator.wait.broken))
-
-
-def _readers_of(double: _Double) -> Any:
-    """Start its workers, and wait until they are there."""
-    try:
-        return iter(double)
-    except RuntimeError as error:
-        lost = lost_in(error)
-        if lost is None and "DataLoader worker" not in str(error):
-            raise
-        raise WorkerError(
-            f"{lost or error}, before it had begun to read. The position is as it was; to go on from there: "
-            f"loader.load_state_dict(loader.state_dict()), and iterate again."
-        ) from error
-
-
-def _ours(dataset: Any, sampler: Any, batch_sampler: Any, generator: Any) -> bool:
-    """Whether midstream runs this, or torchdata alone."""
-    if isinstance(dataset, Dataset):
-        return True
-    mapped = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, dict)
-    if (
-        mapped
-        and not isinstance(dataset, IterableDataset)
-        and sampler is None
-        and batch_sampler is None
-        and generator is None
-    ):
-        return True
-    what = type(dataset).__name__ if not mapped else "a sampler, batch_sampler or generator"
-    log.warning(
-        "DataLoader passes %s to torchdata's StatefulDataLoader unchanged: resume holds for the same number of workers, as far "
-        "as the dataset itself can. Wrap data with midstream.from_dataset or from_iterable for exact resume anywhere.",
-        what,
-    )
-    return False
-
-
-def _pipeline(
-    source: Dataset,
-    batch_size: int | None,
-    shuffle: bool | None,
-    drop_last: bool,
-    collate_fn: Callable[[list[Any]], Any] | None,
-    seed: int,
-) -> tuple[Dataset, int | None, bool, Callable[[list[Any]], Any] | None, bool]:
-    """The pipeline a loader runs: the source, shuffled and batched as the arguments say."""
-    rows = source.batch_rows
-    if rows is not None:
-        if shuffle:
-            raise ValueError(
-                f"shuffle=True on top of a pipeline that already ends in .batch would mix whole batches; shuffle before it: "
-                f"....shuffle(seed).batch({rows})"
-            )
-        if batch_size not in (None, 1, rows):
-            raise ValueError(
-                f"batch_size={batch_size} on top of a pipeline that already ends in .batch({rows}); leave batch_size out, or "
-                f"take the .batch out of the pipeline"
-            )
-        if drop_last:
-            raise ValueError(
-                f"the pipeline already ends in .batch({rows}); give drop_last there: .batch({rows}, drop_last=True)"
-            )
-        if collate_fn is not None:
-            raise ValueError(
-                f"the pipeline already ends in .batch({rows}); give collate_fn there: .batch({rows}, collate_fn=...)"
-            )
-        return source, rows, False, None, False
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size is an integer of at least 1, or None; found {batch_size!r}")
-    pipeline = source.shuffle(seed) if shuffle else source
-    if batch_size is None:
-        if drop_last:
-            raise ValueError("drop_last goes with a batch_size")
-        return pipeline if collate_fn is None else pipeline.map(collate_fn), None, False, collate_fn, bool(shuffle)
-    collate_fn = collate_fn or collate
-    return (
-        pipeline.batch(batch_size, drop_last=drop_last, collate_fn=collate_fn),
-        batch_size,
-        drop_last,
-        collate_fn,
-        bool(shuffle),
-    )
-
-
-def _shuffle_seed(pipeline: Node) -> int:
-    """The seed of the shuffle that ``shuffle=True`` put on top (or below the batch)."""
-    node = pipeline
-    while node.kind != "shuffle":
-        node = node.inputs()[""]
-    return int(node.seed)  # type: ignore[attr-defined]
-
-
-def _spec_seed(spec: State) -> Any:
-    """The same, of a checkpoint's spec; None where there is no such shuffle."""
-    while isinstance(spec, dict) and spec.get("node") != "shuffle":
-        inputs = spec.get("inputs")
-        spec = inputs.get("") if isinstance(inputs, dict) else None
-    return spec.get("seed") if isinstance(spec, dict) else None
-
-
-def _with_seed(pipeline: Node, seed: Any) -> Node:
-    """The pipeline with another seed in that shuffle."""
-    if type(seed) is not int:
-        return pipeline
-    if pipeline.kind == "shuffle":
-        return dataclasses.replace(pipeline, seed=seed)  # type: ignore[type-var]
-    return dataclasses.replace(pipeline, source=_with_seed(pipeline.inputs()[""], seed))  # type: ignore[type-var]
-
-
-@contextlib.contextmanager
-def _quiet_vital() -> Iter[None]:
-    """torchdata calls torch.set_vital, which torch 2.13 deprecates with a warning at every construction."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*set_vital.*")
-        yield
+            raise TypeError(PASSED_THROUGH.format(what))
 
 
 def _head(loader: DataLoader) -> str:

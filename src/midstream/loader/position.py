@@ -2,118 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from midstream.changes.adopt import running
-from midstream.checkpoint.read import Canonical, leaf_text, run_state
-from midstream.checkpoint.spec import Paths
+from midstream.checkpoint.read import Canonical
+from midstream.checkpoint.write import leaf_text, run_state
 from midstream.common.plain_state import FORMAT, Fragment, State, decode, encode
 from midstream.distributed.topology import Topology, first_batch
 from midstream.errors import Origin
-from midstream.metrics.metric import History, Tracked, decode_tracked, encode_tracked, join_tracked
-from midstream.nodes.batch import Batch
+from midstream.loader.counts import END, Tally
+from midstream.loader.running_pipeline import Facts
+from midstream.metrics.tracked import History, Tracked, decode_tracked, encode_tracked, join_tracked
 from midstream.pipeline import describe
 from midstream.pipeline.ledger import add_counts, failed_in
-from midstream.pipeline.node import Node, bind
-from midstream.pipeline.rows import I64, PARTS
-from midstream.workers.readers import BATCH, ERROR, NOTHING, Out, Plan, source_of
-
-__all__ = ["Facts", "Position", "Tally", "Trace"]
+from midstream.pipeline.rows import I64
+from midstream.workers.messages import BATCH, ERROR, NOTHING, Out, Plan, source_of
 
 _LOG_BATCHES = 1024
+
 _LOG_BYTES = 64 << 20
-_END = "/end of epoch|"
-"""In the events of one of several ranks: counted at its end of the epoch, which others may not have come to."""
-
-
-class Tally:
-    """Counts of one lane (random access: of one rank), over the whole run."""
-
-    __slots__ = ("_texts", "events", "rows", "samples", "tokens")
-
-    def __init__(self, num_sources: int, lane: Mapping[str, Any] | None = None) -> None:
-        self.samples = np.zeros(num_sources, dtype=np.int64)
-        self.rows = np.zeros(num_sources, dtype=np.int64)
-        self.tokens = np.zeros(num_sources, dtype=np.int64)
-        self.events: dict[str, int] = {}
-        self._texts: dict[str, Fragment] | None = None
-        if lane is not None:
-            for counts, found in (
-                (self.samples, lane["samples"]),
-                (self.rows, lane["rows"]),
-                (self.tokens, lane.get("tokens", [])),
-            ):
-                known = min(num_sources, len(found))
-                counts[:known] = found[:known]
-            self.events = dict(lane["events"])
-
-    def plus(self, origins: I64 | None, events: Mapping[str, int] | None) -> Tally:
-        """The counts after a batch, and what was dropped on the way to it. These stay as they are."""
-        other = Tally.__new__(Tally)  # once a batch in the main process: copy.copy would be the dearest part of it
-        other.samples, other.rows, other.tokens, other.events = self.samples, self.rows, self.tokens, self.events
-        other._texts = None
-        if origins is not None and len(origins):
-            size = len(self.samples)
-            source = origins[:, 0]
-            if not origins[:, 3:].any():  # whole rows, no tokens told
-                counts = np.bincount(source, minlength=size)
-                other.rows, other.samples = self.rows + counts, self.samples + counts
-                return other._with(events)
-            part, tokens = origins[:, 3], origins[:, 4]
-            other.rows = self.rows + np.bincount(source[part == 0], minlength=size)
-            if tokens.any():
-                # As floats the counts of a batch are exact; `np.add.at` takes five times as long.
-                other.tokens = self.tokens + np.bincount(source, tokens, minlength=size).astype(np.int64)
-                source = source[(tokens == 0) | (part % PARTS == 0)]  # further pieces of a document are no samples
-            other.samples = self.samples + np.bincount(source, minlength=size)
-        return other._with(events)
-
-    def texts(self) -> dict[str, Fragment]:
-        """The counts by source as a checkpoint has them, encoded once: a state has most lanes as the one before had them."""
-        if self._texts is None:
-            samples = Fragment(encode(self.samples.tolist()))
-            same = np.array_equal(self.rows, self.samples)
-            self._texts = {"samples": samples, "rows": samples if same else Fragment(encode(self.rows.tolist()))}
-            if self.tokens.any():
-                self._texts["tokens"] = Fragment(encode(self.tokens.tolist()))
-        return self._texts
-
-    def passed_over(self, origins: I64 | None, events: Mapping[str, int] | None, path: str) -> Tally:
-        """The counts after a batch that `DataLoader.skip` passed over: its rows were read, and nothing was delivered."""
-        other = self.plus(origins, events)
-        skipped: dict[str, int] = {}
-        for kind, after, before in (
-            ("skipped", other.samples, self.samples),
-            ("tokens skipped", other.tokens, self.tokens),
-        ):
-            for source, count in enumerate((after - before).tolist()):
-                if count:
-                    skipped[f"{kind}|{path}|{source}"] = count
-        other.samples, other.tokens = self.samples, self.tokens
-        return other._with(skipped)
-
-    def settled(self, keep: bool) -> Tally:
-        """The counts with what was left out at the end of the epoch counted for good, or not at all: the epoch goes on."""
-        ends = {key: count for key, count in self.events.items() if _END in key}
-        if not ends:
-            return self
-        kept = {key.replace(_END, "|"): count for key, count in ends.items()} if keep else {}
-        return self.plus(None, add_counts(kept, {key: -count for key, count in ends.items()}))
-
-    def _with(self, events: Mapping[str, int] | None) -> Tally:
-        """Itself, with more events; for one that nobody else has yet."""
-        if events:
-            self.events = dict(self.events)
-            for key, count in events.items():
-                self.events[key] = self.events.get(key, 0) + count
-                if not self.events[key]:
-                    del self.events[key]
-        return self
 
 
 class Entry(NamedTuple):
@@ -151,56 +61,6 @@ class Trace(list[Origin]):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}{' (padded)' if self.padded else ''}"
-
-
-class Facts:
-    """What a position has to know of its loader's pipeline. No way back to the loader: no cycle keeps workers alive."""
-
-    def __init__(self, pipeline: Node, rest: str = "", edits: str = "", epoch: int = -1, excluded: str = "") -> None:
-        self.pipeline, self.rest, self.edits, self.excluded = pipeline, rest, edits, excluded
-        self.running = running(pipeline, rest, edits, epoch, excluded)
-        self.place = bind(self.running)
-        self.names = self.place.names
-
-    @functools.cached_property
-    def spec(self) -> str:
-        """The pipeline as data, encoded: made when a state is first asked for."""
-        return encode(describe.spec(self.pipeline))
-
-    @functools.cached_property
-    def paths(self) -> Paths:
-        """Numbers of the nodes."""
-        return Paths(decode(self.spec))
-
-    def left_out(self, batch: int) -> int:
-        """Rows that an epoch of a sized pipeline leaves out when ``batch`` is the first batch that nobody makes.
-
-        Those of the batches from there on, and what a ``.batch(n, drop_last=True)`` drops.
-        """
-        if not self.running.random_access or (total := self.running.length()) is None:
-            return 0
-        node = self._batch
-        if node is None:
-            return max(0, total - batch)
-        rows = node.source.length() or 0
-        return max(0, rows - batch * node.batch_size) if batch < total else rows - min(rows, total * node.batch_size)
-
-    def samples(self, first: int, end: int) -> tuple[int, int] | None:
-        """How many there are in batches ``first`` to ``end`` of a sized pipeline, and how many if all were there and whole.
-
-        None if batches are not the last thing that it makes.
-        """
-        node = self._batch
-        if node is None:
-            return None
-        return self.left_out(first) - self.left_out(end), (end - first) * int(node.batch_size)
-
-    @property
-    def _batch(self) -> Batch | None:
-        node = self.running
-        while node.one_to_one:
-            (node,) = node.inputs().values()
-        return node if isinstance(node, Batch) else None
 
 
 class Position:
@@ -403,7 +263,7 @@ class Position:
             for number in self.done:
                 if first <= number < self.total:  # lost to errors, by a rank of another topology, and told as that
                     rows -= self.facts.left_out(number) - self.facts.left_out(number + 1)
-        path = f"{self.facts.place.path}{_END if self.topology.world_size > 1 else '|'}"
+        path = f"{self.facts.place.path}{END if self.topology.world_size > 1 else '|'}"
         return {f"dropped|{path}{0 if self.num_sources == 1 else -1}": rows} if rows else {}
 
     def _padding(self, origins: I64 | None) -> dict[str, int]:

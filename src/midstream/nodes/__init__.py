@@ -8,7 +8,7 @@ from midstream.nodes.flat_map import FlatMap
 from midstream.nodes.map import Map
 from midstream.nodes.map_batched import MapBatched
 from midstream.nodes.mix.interleave import Interleave
-from midstream.nodes.mix.picks import Schedule, schedule
+from midstream.nodes.mix.weights import Schedule, schedule
 from midstream.nodes.pack.pack import Pack
 from midstream.nodes.repeat import Repeat
 from midstream.nodes.shuffle import BufferedShuffle, Shuffle

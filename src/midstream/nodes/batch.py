@@ -56,6 +56,10 @@ class Batch(Node):
             return None
         return length // self.batch_size if self.drop_last else -(-length // self.batch_size)
 
+    def taken_of(self, name: str, count: int) -> int:
+        """See `Node.taken_of`."""
+        return count * int(self.batch_size)
+
     def spec_fields(self) -> dict[str, State]:
         """Size, and what is not the default."""
         fields: dict[str, State] = {"batch_size": int(self.batch_size)}

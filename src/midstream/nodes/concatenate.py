@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +42,14 @@ class Concatenate(Node):
     def inputs(self) -> dict[str, Node]:
         """By number."""
         return {str(index): dataset for index, dataset in enumerate(self.datasets)}
+
+    def with_inputs(self, inputs: Mapping[str, Node]) -> Concatenate:
+        """See `Node.with_inputs`."""
+        return dataclasses.replace(self, datasets=tuple(inputs[str(index)] for index in range(len(self.datasets))))
+
+    def taken_of(self, name: str, count: int) -> int:
+        """See `Node.taken_of`."""
+        return max(0, count - sum(dataset.length() or 0 for dataset in self.datasets[: int(name)]))
 
     def _length(self) -> int | None:
         lengths = [dataset.length() for dataset in self.datasets]

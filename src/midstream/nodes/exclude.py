@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from midstream.common.plain_state import State, decode, encode
-from midstream.errors import Origin
+from midstream.common.plain_state import State
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import Excluded, Hole
 from midstream.pipeline.iterator import Iterator, Lane
 from midstream.pipeline.node import Node, Place
 from midstream.pipeline.rows import I64, U64, Item, Origins, Rows, as_origin_array
-
-__all__ = ["Exclude", "excluded_origins", "with_origins"]
-
-MOST_ORIGINS = 4096
-"""How many a run may leave out: they are in every checkpoint, about 16 bytes each."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,44 +81,3 @@ class _Wanted:
 
 def _hole(at: Place, origins: Origins) -> Hole:
     return Hole((Excluded(at.path, at.origin(as_origin_array(origins)[0])),))
-
-
-def excluded_origins(text: str) -> list[Origin]:
-    """What a state's "excluded" says."""
-    known = decode(text) if text else {}
-    return [Origin(name, *rest) for name, several in sorted(known.items()) for rest in several]
-
-
-def with_origins(text: str, origins: Iterable[Any], names: list[str]) -> str:
-    """The same with more of them.
-
-    Raises:
-        ValueError: If one is of no source, or they become too many.
-        TypeError: If one is no origin.
-    """
-    known = {tuple(origin[:4]) for origin in excluded_origins(text)}
-    for origin in origins:
-        if (
-            not isinstance(origin, (tuple, list))
-            or not 3 <= len(origin) <= 5
-            or not all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in origin[1:])
-        ):
-            raise TypeError(
-                f"exclude takes origins as loader.trace() gives them, or (source, epoch, row) or (source, epoch, row, part); "
-                f"found {origin!r:.80}"
-            )
-        name, epoch, row, *part = origin
-        if name not in names:
-            raise ValueError(f"exclude: no source is named {name!r}; there are {', '.join(map(repr, names))}")
-        if min(origin[1:]) < 0:
-            raise ValueError(f"exclude: epoch, row and part are at least 0; found {origin!r}")
-        known.add((name, int(epoch), int(row), int(part[0]) if part else 0))
-    if len(known) > MOST_ORIGINS:
-        raise ValueError(
-            f"exclude: that would be {len(known):,} samples left out, and every checkpoint holds them: at most "
-            f"{MOST_ORIGINS:,}. Take many samples out with .filter, or pass over whole batches with loader.skip."
-        )
-    by_name: dict[str, list[list[int]]] = {}
-    for name, *rest in sorted(known):
-        by_name.setdefault(name, []).append(rest)  # type: ignore[arg-type]
-    return encode(by_name) if by_name else ""

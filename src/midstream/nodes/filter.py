@@ -9,7 +9,7 @@ from typing import Any
 from midstream.common.plain_state import State
 from midstream.common.validation import require_callable, require_choice
 from midstream.errors import SourceError
-from midstream.nodes.map import Call, require_limit
+from midstream.nodes.user_function import Call, require_limit
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import ErrorRate, Hole, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane

@@ -9,7 +9,8 @@ from typing import Any
 from midstream.common.plain_state import State
 from midstream.common.validation import require_callable, require_choice
 from midstream.errors import ReplayDiverged, SourceError
-from midstream.nodes.map import Call, require_limit
+from midstream.nodes.parts import part_origin, require_depth
+from midstream.nodes.user_function import Call, require_limit
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import ErrorRate, Hole, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane, SafePoint
@@ -17,8 +18,8 @@ from midstream.pipeline.node import Node, Place, require_dataset
 from midstream.pipeline.rows import PARTS, Item, Origins, as_origin_array
 
 _EVERY = 16
+
 _GIVE_UP = 100_000
-_DEEPEST = 3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -145,32 +146,3 @@ def _collect(fn: Callable[[Any], Iterable[Any]], sample: Any) -> list[Any]:
     if len(parts) >= PARTS:
         raise ValueError(f"one row became {len(parts):,} samples; the most is {PARTS - 1:,}")
     return parts
-
-
-def require_depth(node: Node) -> None:
-    """Refuse parts of parts of parts of parts."""
-    if _depth(node) > _DEEPEST:
-        raise ValueError(
-            f"at most {_DEEPEST} flat_map, pack or map(batched=True) above each other: the parts of parts are numbered in 64 "
-            f"bits. Do the work of two in one function"
-        )
-
-
-def _depth(node: Node) -> int:
-    """The most nodes that make parts on a path from here to a source."""
-    return (node.kind in ("flat_map", "map_batched", "pack")) + max(
-        (_depth(child) for child in node.inputs().values()), default=0
-    )
-
-
-def part_origin(origins: Origins, part: int, parts: int) -> Origins:
-    """A flat_map above another one numbers (outer part, inner part) in one integer."""
-    if type(origins) is tuple:
-        return (*origins[:3], origins[3] * PARTS + part, 0 if part else origins[4])
-    if len(origins) == parts:  # a batch taken apart again
-        return tuple(origins[part].tolist())
-    moved = origins.copy()
-    moved[:, 3] = moved[:, 3] * PARTS + part
-    if part:
-        moved[:, 4] = 0  # tokens are counted once
-    return moved

@@ -12,8 +12,8 @@ import torch
 from midstream.common.plain_state import State
 from midstream.common.validation import require_callable, require_choice, require_int
 from midstream.errors import ReplayDiverged, SourceError
-from midstream.nodes.flat_map import part_origin, require_depth
-from midstream.nodes.map import Call, require_limit
+from midstream.nodes.parts import part_origin, require_depth
+from midstream.nodes.user_function import Call, require_limit
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import ErrorRate, Hole, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane

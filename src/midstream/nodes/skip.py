@@ -38,6 +38,10 @@ class Skip(Node):
         sizes = self.source.block_sizes()
         return None if sizes is None else cut_blocks(sizes, int(self.n), int(sizes.sum()))
 
+    def taken_of(self, name: str, count: int) -> int:
+        """See `Node.taken_of`."""
+        return count + int(self.n)
+
     def spec_fields(self) -> dict[str, State]:
         """How many."""
         return {"n": int(self.n)}

@@ -44,6 +44,10 @@ class Take(Node):
         sizes = self.source.block_sizes()
         return None if sizes is None else cut_blocks(sizes, 0, int(self.n))
 
+    def taken_of(self, name: str, count: int) -> int:
+        """See `Node.taken_of`."""
+        return count
+
     def spec_fields(self) -> dict[str, State]:
         """How many."""
         return {"n": int(self.n)}

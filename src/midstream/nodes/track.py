@@ -8,7 +8,7 @@ from typing import Any
 
 from midstream.common.plain_state import MISSING, State
 from midstream.metrics.metric import Metric, as_metric
-from midstream.nodes.map import Call
+from midstream.nodes.user_function import Call
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import Hole, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane

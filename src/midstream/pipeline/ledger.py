@@ -10,7 +10,7 @@ from midstream.errors import (
     TooManyErrors,
     bullet_list,
 )
-from midstream.metrics.metric import Gathered, Tracked
+from midstream.metrics.tracked import Gathered, Tracked
 from midstream.pipeline.failures import ErrorRate, Excluded, Failure
 from midstream.pipeline.quarantine import write_record
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from midstream.common.plain_state import State
@@ -203,6 +203,18 @@ class Node:
         """The inputs by name. A single input has the empty name; sources have none."""
         source = getattr(self, "source", None)
         return {"": source} if isinstance(source, Node) else {}
+
+    def with_inputs(self, inputs: Mapping[str, Node]) -> Node:
+        """This node over other inputs: the one way to rewrite a tree.
+
+        Args:
+            inputs: One for each name in `inputs`.
+        """
+        return dataclasses.replace(self, source=inputs[""])  # type: ignore[type-var,call-arg,unused-ignore]
+
+    def taken_of(self, name: str, count: int) -> int | None:
+        """How many samples of the input ``name`` make up the first ``count`` samples of this node; None if unknown."""
+        return count if self.one_to_one else None
 
     @property
     def random_access(self) -> bool:

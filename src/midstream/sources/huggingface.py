@@ -12,7 +12,7 @@ import torch.utils.data._utils.worker as torch_worker
 from midstream.common.plain_state import State, copy_plain
 from midstream.pipeline.iterator import Iterator, Lane
 from midstream.pipeline.node import Node, Place
-from midstream.sources.iterable import ShardIterator, Shards
+from midstream.sources.shards import ShardIterator, Shards
 
 _EVERY = 256
 

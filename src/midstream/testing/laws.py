@@ -28,7 +28,7 @@ from midstream.pipeline.passes import epoch_key
 from midstream.pipeline.rows import as_origin_array
 from midstream.pipeline.single_lane import Delivery, Run
 from midstream.testing.content import plain
-from midstream.testing.drivers import counting_reads
+from midstream.testing.counting import counting_reads
 
 __all__ = ["LAWS", "LawError", "check_dataset"]
 

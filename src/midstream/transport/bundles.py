@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from midstream.transport.packing import Parcel
+from midstream.transport.parcel import Parcel
 
 __all__ = ["MOST", "Bundle", "Bundler", "Unbundler", "begin_anew", "new_totals"]
 

@@ -30,24 +30,19 @@ and an ordinary one elsewhere. Nothing has to be told about it afterwards. `pad`
 
 from __future__ import annotations
 
-import contextlib
-import copyreg
 import io
 import mmap
-import os
-import pickle
 import threading
 import weakref
-from multiprocessing import reduction
-from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data._utils import pin_memory
 
-__all__ = ["DIRECT", "INLINE", "Arena", "Once", "Parcel", "begin", "empty", "pack", "split"]
+from midstream.transport.arena import Arena, open_arenas
+from midstream.transport.parcel import Parcel
+from midstream.transport.tensors import NUMPYS, Pickler
 
 INLINE = 16 << 10
 """Bytes of tensors and arrays from which on a batch goes by a slot."""
@@ -55,345 +50,9 @@ INLINE = 16 << 10
 DIRECT = 128 << 10
 """Bytes of an array from which on it is worth to be made in the slot: smaller ones are copied in less time."""
 
-_ALIGN = 64
-_STRIDE = 1 << 40  # between two slots, in an address space that costs nothing
-_GRAIN = 64 << 10
-
-_NUMPYS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float32, torch.float64}
+ALIGN = 64
 
 _FEW = 16  # of a longer list nobody looks at the elements, to find what was split
-
-_MARK = pickle.PickleBuffer(bytearray(1))
-
-
-class Arena:
-    """The slots of all workers of one loader: an anonymous file that main process and workers hold.
-
-    Byte ``i`` of its beginning says whether slot i is in use: the worker sets it, the main process clears it.
-
-    Args:
-        num_workers: How many processes write.
-        slots: For each.
-
-    Raises:
-        OSError: If the system gives no such file.
-    """
-
-    def __init__(self, num_workers: int, slots: int) -> None:
-        self.num_workers, self.slots = num_workers, slots
-        self.token = os.urandom(8)
-        self._open(_anonymous_file(_STRIDE * (num_workers * slots + 1)))
-        _arenas[self.token] = self
-
-    def _open(self, fd: int) -> None:
-        self.fd = fd
-        self._close = weakref.finalize(self, os.close, fd)
-        self.used = mmap.mmap(fd, mmap.PAGESIZE * (1 + self.num_workers * self.slots // mmap.PAGESIZE))
-        self._maps: dict[int, tuple[mmap.mmap, int]] = {}
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> Any:
-        # Only while a worker is started; a fork inherits it.
-        if get_spawning_popen() is None:
-            raise TypeError("the shared memory of a loader travels only to a worker that is being started")
-        return _attach, (reduction.DupFd(self.fd), self.num_workers, self.slots, self.token)
-
-    def leave(self) -> None:
-        """Let go of the memory, in a process that needs it no more."""
-        if self._close.detach() is not None:
-            os.close(self.fd)
-        for memory in (self.used, *(memory for memory, _ in self._maps.values())):
-            with contextlib.suppress(BufferError):
-                memory.close()
-
-    def room(self, slot: int, size: int, *, reserve: bool = False) -> mmap.mmap:
-        """The slot's memory, at least so many bytes of it.
-
-        Raises:
-            OSError: If there is none.
-        """
-        there = self._maps.get(slot)
-        if there is None or there[1] < size:
-            with self._lock:
-                start = _STRIDE * (slot + 1)
-                length = size if not reserve else -(-(size + size // 4) // _GRAIN) * _GRAIN
-                length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
-                if reserve and hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self.fd, start, length)
-                there = self._maps[slot] = mmap.mmap(self.fd, length, offset=start), length
-        return there[0]
-
-
-def _anonymous_file(size: int) -> int:
-    if not hasattr(os, "memfd_create"):
-        raise OSError("this system has no anonymous shared files")
-    fd = os.memfd_create("midstream")
-    try:
-        os.ftruncate(fd, size)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _attach(dup: Any, num_workers: int, slots: int, token: bytes) -> Arena:
-    arena = Arena.__new__(Arena)
-    arena.num_workers, arena.slots, arena.token = num_workers, slots, token
-    arena._open(dup.detach())
-    return arena
-
-
-_arenas: weakref.WeakValueDictionary[bytes, Arena] = weakref.WeakValueDictionary()
-"""Of the loaders of this process."""
-
-
-class _Lease(np.ndarray[Any, Any]):
-    """A slot's bytes; everything that looks into them holds it. Clears the slot when it goes."""
-
-    used: mmap.mmap | None
-    slot: int
-    pid: int
-
-    def __array_finalize__(self, other: Any) -> None:
-        self.used = None
-
-    def __del__(self) -> None:
-        if self.used is not None and self.pid == os.getpid():  # a fork has its own copy of this, but not a say
-            with contextlib.suppress(ValueError):
-                self.used[self.slot] = 0
-
-
-def _lease(memory: mmap.mmap, size: int, used: mmap.mmap, slot: int) -> _Lease:
-    lease: _Lease = np.frombuffer(memory, np.uint8, size).view(_Lease)
-    lease.slot, lease.pid, lease.used = slot, os.getpid(), used
-    return lease
-
-
-class Parcel:
-    """A packed value, on its way or arrived.
-
-    Attributes:
-        notice: What the loader should warn of, or "".
-    """
-
-    __slots__ = ("_body", "_header", "_opened", "_route", "_spans", "notice")
-
-    def __init__(
-        self, header: bytes, spans: list[int], body: Any, route: tuple[bytes, int] | None, notice: str
-    ) -> None:
-        self._header, self._spans, self._body, self._route = header, spans, body, route
-        self.notice = notice
-        self._opened: tuple[Any] | None = None
-
-    def __reduce__(self) -> Any:
-        return _arrive, (self._header, self._spans, self._body, self._route, self.notice)
-
-    @property
-    def size(self) -> int:
-        """Bytes of tensors and arrays."""
-        return self._body if isinstance(self._body, int) else len(self._body)
-
-    def open(self) -> Any:
-        """The value. To be called once."""
-        if self._opened is not None:
-            return self._opened[0]
-        body, spans, self._body = self._body, iter(self._spans), None
-        view = memoryview(bytearray(body) if self._route is None else body)
-        return pickle.loads(self._header, buffers=[view[start : start + size] for start, size in zip(spans, spans)])
-
-    def pin_memory(self) -> Parcel:
-        """The same in pinned memory: what torch's thread calls. The slot is free after it."""
-        self._opened = (pin_memory.pin_memory(self.open()),)  # type: ignore[no-untyped-call]
-        return self
-
-
-def _arrive(header: bytes, spans: list[int], body: Any, route: tuple[bytes, int] | None, notice: str) -> Parcel:
-    """In the main process: hold the slot from now on, so that a parcel that nobody opens gives it back too."""
-    if route is not None:
-        token, slot = route
-        arena = _arenas[token]
-        body = _lease(arena.room(slot, body), body, arena.used, slot)
-    return Parcel(header, spans, body, route, notice)
-
-
-class Once:
-    """A value that is pickled once for all workers that are started as new interpreters.
-
-    Its large buffers (Arrow tables, numpy arrays) lie in an anonymous file, and every worker looks into that one. What only
-    multiprocessing can send, each worker with its own files, goes as it always did.
-    """
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-        self._packed: tuple[bytes, list[int], int] | None = None
-        self._plain = True
-
-    def __reduce__(self) -> Any:
-        if self._plain and self._packed is None and get_spawning_popen() is not None:
-            try:
-                self._packed = self._write()
-            except Exception:
-                self._plain = False
-        if self._packed is None or get_spawning_popen() is None:
-            return Once, (self.value,)
-        header, spans, fd = self._packed
-        return _unpack_once, (header, spans, reduction.DupFd(fd) if fd >= 0 else None)
-
-    def _write(self) -> tuple[bytes, list[int], int]:
-        buffers: list[pickle.PickleBuffer] = []
-        file = io.BytesIO()
-        pickler = pickle.Pickler(file, protocol=5, buffer_callback=buffers.append)
-        extra = reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
-        pickler.dispatch_table = {**copyreg.dispatch_table, **dict.fromkeys(extra, _refuse)}
-        pickler.dump(self.value)
-        spans: list[int] = []
-        at = 0
-        for buffer in buffers:
-            size = buffer.raw().nbytes
-            spans += at, size
-            at += -(-size // _ALIGN) * _ALIGN
-        if not at:
-            return file.getvalue(), spans, -1
-        fd = _anonymous_file(at)
-        weakref.finalize(self, os.close, fd)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, at)
-        with mmap.mmap(fd, at) as memory:
-            for index, buffer in enumerate(buffers):
-                memory[spans[2 * index] : spans[2 * index] + spans[2 * index + 1]] = buffer.raw()
-        return file.getvalue(), spans, fd
-
-
-def _refuse(value: Any) -> Any:
-    raise TypeError("for multiprocessing alone")
-
-
-def _unpack_once(header: bytes, spans: list[int], dup: Any) -> Once:
-    pairs = list(zip(spans[::2], spans[1::2]))
-    if dup is None:
-        return Once(pickle.loads(header, buffers=[bytearray(size) for _, size in pairs]))
-    fd = dup.detach()
-    try:
-        # Private: what one worker writes to its data no other sees.
-        memory = memoryview(mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE))
-    finally:
-        os.close(fd)
-    return Once(pickle.loads(header, buffers=[memory[start : start + size] for start, size in pairs]))
-
-
-# -- packing ---------------------------------------------------------------------------------------------------------
-
-
-class _Pickler(pickle.Pickler):
-    """Keeps the bytes of tensors and arrays apart."""
-
-    def __init__(self, file: io.BytesIO, parts: list[npt.NDArray[np.uint8]]) -> None:
-        super().__init__(file, protocol=5, buffer_callback=_out_of_band)
-        self.dispatch_table = table = copyreg.dispatch_table.copy()
-        table.update(_others())
-        table[torch.Tensor] = lambda tensor: _reduce_tensor(tensor, parts)
-        table[np.ndarray] = lambda array: _reduce_array(array, parts)
-
-
-_torch_sends = {
-    kind
-    for kind in reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
-    if kind.__module__.split(".")[0] == "torch"
-}
-"""By files: not here. What others registered (pipes, say) goes as they want it."""
-
-
-_known: tuple[dict[Any, Any], dict[Any, Any]] = {}, {}
-
-
-def _others() -> dict[Any, Any]:
-    """What others registered, which are few; found again only where something has changed."""
-    global _known
-    extra = reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
-    if _known[0] != extra:
-        _known = dict(extra), {kind: extra[kind] for kind in extra.keys() - _torch_sends}
-    return _known[1]
-
-
-def _out_of_band(buffer: pickle.PickleBuffer) -> bool:
-    return buffer is not _MARK  # others (of array subclasses, say) stay in the pickle
-
-
-def _bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    return array.reshape(-1).view(np.uint8)
-
-
-def _reduce_array(array: npt.NDArray[Any], parts: list[npt.NDArray[np.uint8]]) -> Any:
-    dtype = array.dtype
-    if dtype.hasobject or dtype.names is not None or not array.size or not dtype.itemsize:
-        return array.__reduce_ex__(4)
-    if array.flags.c_contiguous:
-        order = "C"
-    elif array.flags.f_contiguous:
-        order, array = "F", array.T
-    else:
-        order, array = "C", np.ascontiguousarray(array)
-    shape = array.shape if order == "C" else array.shape[::-1]
-    parts.append(_bytes_of(array))
-    return _array, (_MARK, dtype.str if dtype.kind not in "MmV" else dtype, shape, order)
-
-
-def _array(part: Any, dtype: Any, shape: tuple[int, ...], order: Any) -> npt.NDArray[Any]:
-    return np.frombuffer(part, dtype).reshape(shape, order=order)
-
-
-def _reduce_tensor(tensor: torch.Tensor, parts: list[npt.NDArray[np.uint8]]) -> Any:
-    if (
-        tensor.layout is not torch.strided
-        or tensor.device.type != "cpu"
-        or tensor.requires_grad
-        or tensor.is_quantized
-        or tensor.is_conj()
-        or tensor.is_neg()
-        or not tensor.numel()
-        or tensor.__dict__
-    ):
-        return tensor.__reduce_ex__(4)  # type: ignore[no-untyped-call]
-    shape: Any = tuple(tensor.shape)
-    if tensor.is_contiguous():
-        parts.append(_bytes_of(tensor.numpy()) if tensor.dtype in _NUMPYS else _storage(tensor))
-        return _tensor, (_MARK, tensor.dtype, shape)
-    repeated = [size > 1 and step == 0 for size, step in zip(shape, tensor.stride())]
-    if any(repeated):  # expanded: its bytes are there once
-        tensor = tensor[tuple(slice(0, 1) if again else slice(None) for again in repeated)]
-    if not _is_dense(tensor):  # channels_last is, say
-        tensor = tensor.contiguous()
-    small = tuple(tensor.shape)
-    parts.append(_storage(tensor))
-    return _strided, (_MARK, tensor.dtype, small, tensor.stride(), None if shape == small else shape)
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether its elements fill a piece of memory, each once."""
-    expected = 1
-    for step, size in sorted((step, size) for step, size in zip(tensor.stride(), tensor.shape) if size > 1):
-        if step != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _storage(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """The bytes of a dense tensor, in the order of its memory."""
-    flat = tensor.as_strided((tensor.numel(),), (1,))
-    return flat.view(torch.uint8).numpy()
-
-
-def _tensor(part: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    flat = torch.frombuffer(part, dtype=dtype)
-    return flat if len(shape) == 1 else flat.view(shape)
-
-
-def _strided(
-    part: Any, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], wide: tuple[int, ...] | None
-) -> torch.Tensor:
-    tensor = torch.frombuffer(part, dtype=dtype).as_strided(shape, stride)
-    return tensor if wide is None else tensor.expand(wide)
 
 
 class _Filling:
@@ -451,7 +110,7 @@ class _Filling:
         address = base.ctypes.data - self.at
         if not self.places or self.places[-1][0] != address:
             self.places.append((address, len(memory)))
-        self.at += -(-size // _ALIGN) * _ALIGN
+        self.at += -(-size // ALIGN) * ALIGN
         self.mine.setdefault(self.slot, []).append(weakref.ref(base))
         return np.frombuffer(memoryview(base), dtype).reshape(shape)  # type: ignore[arg-type]
 
@@ -464,7 +123,7 @@ class _Filling:
             start = self._start_of(part)
             here = here or start >= 0
             if start < 0:
-                start, total = total, total + -(-part.size // _ALIGN) * _ALIGN
+                start, total = total, total + -(-part.size // ALIGN) * ALIGN
             spans += start, part.size
         if (total < INLINE and not here) or not self.take():
             return None
@@ -508,7 +167,7 @@ def begin(arena: Arena, worker: int) -> None:
         _filling = _Filling(arena, worker)
         # What a fork inherited: the memory of other loaders must not live as long as this. (Slots that the parent looked into
         # just then stay mapped here.)
-        for other in list(_arenas.values()):
+        for other in list(open_arenas.values()):
             if other is not arena:
                 other.leave()
 
@@ -525,7 +184,7 @@ def pack(value: Any) -> Parcel:
     try:
         if filling is not None and filling.split:
             value = _folded(value, filling.split, {})
-        _Pickler(file, parts).dump(value)
+        Pickler(file, parts).dump(value)
         header = file.getvalue()
         parcel = filling.pack(header, parts) if filling is not None else None
         if parcel is None:
@@ -534,8 +193,8 @@ def pack(value: Any) -> Parcel:
             at = 0
             for part in parts:
                 spans += at, part.size
-                pieces += part, bytes(-part.size % _ALIGN)
-                at += part.size + -part.size % _ALIGN
+                pieces += part, bytes(-part.size % ALIGN)
+                at += part.size + -part.size % ALIGN
             parcel = Parcel(header, spans, b"".join(pieces), None, "")
         if filling is not None:
             parcel.notice, filling.notice = filling.notice, ""
@@ -571,7 +230,7 @@ def split(whole: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
     if (
         filling is not None
         and len(pieces) > 1
-        and whole.dtype in _NUMPYS
+        and whole.dtype in NUMPYS
         and whole.ndim == 1
         and filling.thread == threading.get_ident()
     ):

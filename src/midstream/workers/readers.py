@@ -9,76 +9,34 @@ from __future__ import annotations
 import dataclasses
 import gc
 import multiprocessing
-import pickle
-import traceback
 from collections.abc import Iterable
 from collections.abc import Iterator as Iter
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream.checkpoint.spec import Paths, short_value
 from midstream.common.plain_state import Fragment, encode
 from midstream.distributed.topology import Topology, first_batch, slots
-from midstream.errors import CheckpointError, MidstreamError, SourceError, WorkerError
-from midstream.nodes.mix.picks import LaneEdits
+from midstream.errors import CheckpointError, MidstreamError, SourceError
+from midstream.nodes.mix.weight_changes import LaneEdits
 from midstream.pipeline.breadcrumbs import Trail
 from midstream.pipeline.cursor import Cursor, TrackingCursor
 from midstream.pipeline.failures import Failure, Hole
 from midstream.pipeline.iterator import Lane
-from midstream.pipeline.ledger import Ledger, Notes
+from midstream.pipeline.ledger import Ledger
 from midstream.pipeline.node import Node, Place, bind
 from midstream.pipeline.passes import epoch_key
-from midstream.pipeline.rows import I64, Item, as_origin_array
+from midstream.pipeline.rows import Item, as_origin_array
 from midstream.pipeline.single_lane import Delivery
-from midstream.transport.bundles import Bundle, Bundler
-from midstream.transport.packing import Arena, Once, Parcel, begin, pack
-
-__all__ = ["BATCH", "ERROR", "FATAL", "NOTHING", "Out", "Plan", "Runner", "deliver", "keep", "send", "source_of"]
+from midstream.transport.arena import Arena
+from midstream.transport.bundles import Bundler
+from midstream.transport.once import Once
+from midstream.transport.packing import begin
+from midstream.workers.messages import BATCH, ERROR, NOTHING, Out, Plan, fatal, send, source_of
 
 _ERRORS_A_TURN = 1000
-
-BATCH, ERROR, FATAL, NOTHING = range(4)
-
-
-class Out(NamedTuple):
-    """One thing that a turn made.
-
-    Attributes:
-        kind: A batch, a failure to raise, an error that ends the run, or nothing (counts and states only).
-        payload: The batch, the `Failure`, or the error.
-        origins: int64 [m, 5], or None.
-        final: Whether the turn's batch number is done with after this.
-        state: Streams: the lane's state as canonical JSON, or None when it did not change.
-        notes: What the lane's ledger has to tell, or None.
-    """
-
-    kind: int
-    payload: Any = None
-    origins: I64 | None = None
-    final: bool = False
-    state: str | None = None
-    notes: Notes | None = None
-
-
-class Plan(NamedTuple):
-    """Where a run continues.
-
-    Attributes:
-        start: The first batch not delivered yet, over all ranks (random access).
-        turns: Batches this rank makes from there; None: as many as there are.
-        told: Errors already raised, by batch number.
-        lanes: Streams: the decoded lane states by number.
-        ahead: Batches from ``start`` on that are done already (random access).
-    """
-
-    start: int
-    turns: int | None
-    told: dict[int, int]
-    lanes: dict[int, Any]
-    ahead: frozenset[int] = frozenset()
 
 
 class Runner(IterableDataset[Any]):
@@ -200,7 +158,7 @@ class _RandomReader:
             except StopIteration:
                 return [*outs, Out(NOTHING, final=True)]
             except Exception as error:
-                self.broken = _fatal(error)
+                self.broken = fatal(error)
                 return [*outs, self.broken]
             done = cursor.number > before
             if type(sample) is not Hole:
@@ -369,7 +327,7 @@ class _StreamReader:
             except StopIteration:
                 return [*outs, Out(NOTHING, None, None, True, run.state(), ledger.take())]
             except Exception as error:
-                return [*outs, _fatal(error)]
+                return [*outs, fatal(error)]
             if type(sample) is not Failure:
                 run.rounds += 1
                 origins = as_origin_array(origins)
@@ -378,61 +336,7 @@ class _StreamReader:
         # One turn is one batch, or the turns of the workers would no longer be in step.
         return [
             *outs,
-            _fatal(
+            fatal(
                 SourceError(f"{len(outs):,} samples in a row failed in lane {run.index}; the last: {sample.message}")
             ),
         ]
-
-
-def source_of(place: Place, failure: Failure) -> int:
-    """Index of the source a failed sample came from; -1 for a whole batch."""
-    return place.names.index(failure.origin.source) if failure.origin is not None else -1
-
-
-def _fatal(error: Exception) -> Out:
-    """An error that is no sample's: shipped whole where it can be, else as text."""
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    try:
-        data = pickle.dumps(error)
-        pickle.loads(data)
-    except Exception:
-        data = b""
-    return Out(FATAL, (f"{type(error).__name__}: {error}", text, data))
-
-
-def keep(made: tuple[int, int, list[Out]] | Bundle) -> Any:
-    """The collate function of what a `Runner` makes: nothing is left to do."""
-    return made
-
-
-def send(envelope: tuple[int, int, list[Out]]) -> Parcel:
-    """An envelope, packed for the way to the main process.
-
-    Origins go in the header: the main process keeps them for long, and would keep a slot with them.
-    """
-    number, lane, outs = envelope
-    try:
-        return pack((number, lane, [_flat(out) for out in outs]))
-    except Exception as error:
-        what = ", ".join(sorted({type(out.payload).__name__ for out in outs if out.kind != NOTHING}))
-        failure = WorkerError(
-            f"batch {number} ({what}) cannot leave its worker process: {type(error).__name__}: {error}. Let the pipeline make "
-            f"what pickle can take, or read with worker_type='thread' or num_workers=0."
-        )
-        return pack((number, lane, [_flat(_fatal(failure))]))
-
-
-def _flat(out: Out) -> tuple[Any, ...]:
-    return (out.kind, out.payload, None if out.origins is None else out.origins.tobytes(), *out[3:])
-
-
-def deliver(arrived: Any) -> tuple[int, int, list[Out]]:
-    """The envelope that `send` was given."""
-    if not isinstance(arrived, Parcel):
-        return arrived  # type: ignore[no-any-return]
-    number, lane, flat = arrived.open()
-    outs = [
-        Out(kind, payload, None if origins is None else np.frombuffer(origins, np.int64).reshape(-1, 5), *rest)
-        for kind, payload, origins, *rest in flat
-    ]
-    return number, lane, outs

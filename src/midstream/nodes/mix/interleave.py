@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,8 +12,10 @@ import numpy as np
 from midstream.common.plain_state import Fragment, State, copy_plain, encode
 from midstream.common.randomness import fold, pass_key, salt
 from midstream.common.validation import require_callable, require_choice, require_int, require_text
-from midstream.nodes.map import Call
-from midstream.nodes.mix.picks import PASSES, Layout, Picks, Weights, check_weights, quotas
+from midstream.nodes.mix.layout import PASSES, Layout
+from midstream.nodes.mix.picks import Picks
+from midstream.nodes.mix.weights import Weights, check_weights, quotas
+from midstream.nodes.user_function import Call
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import Hole, callable_name
 from midstream.pipeline.iterator import Iterator, Lane, replaying
@@ -73,6 +76,22 @@ class Interleave(Node):
     def inputs(self) -> dict[str, Node]:
         """By name."""
         return dict(self.datasets)
+
+    def with_inputs(self, inputs: Mapping[str, Node]) -> Interleave:
+        """See `Node.with_inputs`."""
+        return dataclasses.replace(self, datasets=tuple((name, inputs[name]) for name, _ in self.datasets))
+
+    def taken_of(self, name: str, count: int) -> int:
+        """See `Node.taken_of`.
+
+        Raises:
+            ValueError: If that input has started over among them.
+        """
+        layout, index = self.layout(), [key for key, _ in self.datasets].index(name)
+        taken = int(layout.counts(count)[index])
+        if layout.repeats[index] != 1 and taken > layout.lengths[index]:
+            raise ValueError(f"set_weights: {name!r} has started over in this epoch; call it in the next one")
+        return taken
 
     @property
     def phases(self) -> tuple[tuple[int, Weights], ...]:

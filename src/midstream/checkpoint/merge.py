@@ -1,0 +1,102 @@
+"""Merges the states of all ranks into the state of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from midstream.checkpoint.differences import diff_specs
+from midstream.checkpoint.read import Canonical, parse
+from midstream.checkpoint.write import render
+from midstream.common.plain_state import State, copy_plain, decode
+from midstream.errors import CheckpointError, bullet_list
+
+
+def merge_states(states: Sequence[State]) -> dict[str, State]:
+    """Merge the states of all ranks, saved at the same step, into the run's.
+
+    Args:
+        states: One state per rank, in any order.
+
+    Raises:
+        CheckpointError: If they are of different pipelines, epochs or steps, if a lane is missing or there twice.
+
+    >>> import midstream as ms
+    >>> ds = ms.from_dataset(range(8)).batch(2)
+    >>> ranks = [ms.DataLoader(ds, rank=rank, world_size=2) for rank in (0, 1)]
+    >>> merged = ms.merge_states([loader.state_dict() for loader in ranks])
+    >>> len(merged["lanes"])
+    48
+    """
+    if isinstance(states, dict):
+        states = [states]
+    if not states:
+        raise CheckpointError("there is nothing to merge: the list of states is empty")
+    parsed = [parse(state) for state in states]
+    first = parsed[0]
+    lanes: dict[str, str] = {}
+    for index, (state, canonical) in enumerate(zip(states, parsed)):
+        if canonical.fingerprint != first.fingerprint:
+            raise CheckpointError(
+                f"the states of different pipelines do not merge; state {index} differs from state 0:"
+                f"{bullet_list(diff_specs(first.spec, canonical.spec))}"
+            )
+        if canonical.edits != first.edits and _lasting(canonical.edits) != _lasting(first.edits):
+            raise CheckpointError(
+                f"state {index} has other changes of weights than state 0: call set_weights on every rank, after the same "
+                f"step and with the same weights"
+            )
+        if canonical.excluded != first.excluded:
+            raise CheckpointError(
+                f"state {index} leaves other samples out than state 0: call exclude on every rank, after the same step and "
+                f"with the same origins"
+            )
+        if canonical.num_lanes != first.num_lanes:
+            raise CheckpointError(
+                f"state {index} has num_lanes={canonical.num_lanes}, state 0 has {first.num_lanes}: they are of different runs"
+            )
+        for key, value in state["lanes"].items():
+            if value and lanes.get(key):
+                raise CheckpointError(f"lane {key} is in two of the states; each rank's state is given once")
+            if value or key not in lanes:  # before the first batch a rank names the lanes of others too, empty
+                lanes[key] = value
+    missing = [key for key in map("{:04d}".format, range(first.num_lanes)) if key not in lanes]
+    if missing:
+        shown = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
+        raise CheckpointError(
+            f"{len(missing)} of {first.num_lanes} lanes are missing ({shown}): the state of at least one rank is not there. "
+            f"Give the states of all ranks that saved."
+        )
+    # The numbers of any one state do here: where each rank stood is in its lanes. One without lanes has them alone.
+    merged = dict(states[0])
+    # Told by a rank in the midst of its epoch, where there is one.
+    merged["edits"] = min((canonical.edits for canonical in parsed), key=_when)
+    for canonical in parsed:
+        if not any(canonical.lanes.values()) and (canonical.epoch, canonical.steps_done) != (
+            first.epoch,
+            first.steps_done,
+        ):
+            raise CheckpointError(
+                f"the ranks were saved at different steps: epoch {canonical.epoch}, step {canonical.steps_done}; epoch "
+                f"{first.epoch}, step {first.steps_done}. Save all after the same one."
+            )
+    return settle({**merged, "lanes": dict(sorted(lanes.items()))})[0]
+
+
+def _lasting(edits: str) -> list[Any]:
+    """Changes of weights without when they were made, where that is history alone: streams keep in their lanes from where they
+    hold, and a rank that has come to its end of the epoch tells the next one."""
+    return [{**entry, **({"epoch": 0, "step": 0} if entry["at"] is None else {})} for entry in decode(edits or "[]")]
+
+
+def _when(edits: str) -> list[tuple[int, int]]:
+    return [(entry["epoch"], -entry["step"]) for entry in decode(edits or "[]")]
+
+
+def settle(state: dict[str, State]) -> tuple[dict[str, State], Canonical]:
+    """A checked state with the position that all its ranks agree on, as a fresh copy, and the same decoded."""
+    canonical = parse(state)
+    if canonical.over:
+        return render(canonical, state), canonical
+    position = {"epoch": canonical.epoch, "batches": canonical.batches, "steps_done": canonical.steps_done}
+    return {**copy_plain({**state, "lanes": {}}), **position, "lanes": dict(state["lanes"])}, canonical

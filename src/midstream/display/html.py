@@ -1,0 +1,37 @@
+"""A pipeline as HTML for notebooks."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from midstream.pipeline import describe
+from midstream.pipeline.node import Node, Place, bind
+
+if TYPE_CHECKING:
+    pass
+from midstream.common.tables import MONO as _MONO
+from midstream.common.tables import NOTE as _NOTE
+
+
+def tree_html(dataset: Node) -> str:
+    """A pipeline as a foldable tree: each node with its arguments, its length and its face."""
+    return f"<div class='midstream' style='{_MONO}'>{_node(bind(dataset))}</div>"
+
+
+def _node(place: Place) -> str:
+    node = place.node
+    title = escape(node.summary())
+    if place.source >= 0:
+        title = f"<b>{escape(place.names[place.source])}</b>: {title}"
+    line = f"{title} <span style='{_NOTE}'>{escape(describe.access(node))}</span>"
+    if not place.inputs:
+        return f"<div style='padding-left:1.1em'>{line}</div>"
+    children = "".join(
+        (f"<div style='padding-left:1.1em;{_NOTE}'>{escape(key)}</div>" if key else "") + _node(child)
+        for key, child in place.inputs.items()
+    )
+    return (
+        f"<details open style='padding-left:1.1em'><summary>{line}</summary>"
+        f"<div style='border-left:1px solid rgba(128,128,128,.4);margin-left:.3em'>{children}</div></details>"
+    )
