@@ -37,7 +37,7 @@ from midstream.checkpoint.spec import Paths
 from midstream.dataset import Dataset
 from midstream.distributed.topology import Topology
 from midstream.pipeline.node import bind
-from midstream.pipeline.rows import Later
+from midstream.pipeline.rows import LazyBatches
 from midstream.workers.messages import Plan
 from midstream.workers.readers import Runner
 
@@ -57,7 +57,7 @@ def in_chunks(dataset: Dataset, samples: int, each: int = 1, order: Any = None) 
         for at in range(0, samples // each - chunk + 1, chunk):
             rows = np.arange(at, at + chunk) if order is None else order[at : at + chunk]
             found = place.later(rows, key, first)
-            for number in range(len(found) if isinstance(found, Later) else 0):
+            for number in range(len(found) if isinstance(found, LazyBatches) else 0):
                 found.item(number, None)
         done = samples // each // chunk * chunk * each
         return (time.process_time() - start) / done * 1e6

@@ -189,11 +189,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("cli_pipes", None)
 
 
-Told = Callable[..., tuple[int, str, str]]
+AccelerateIterator = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def told_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Told:
+def told_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> AccelerateIterator:
     """Exit status, output and errors of a command."""
 
     def call(*arguments: str) -> tuple[int, str, str]:
@@ -206,7 +206,7 @@ def told_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("path", ["run", "run/epoch-000000-batch-000000000035", "b.json", "b.pt"])
-def test_inspect_reads_every_kind_of_checkpoint(path: str, place: Path, told_by: Told) -> None:
+def test_inspect_reads_every_kind_of_checkpoint(path: str, place: Path, told_by: AccelerateIterator) -> None:
     ended, out, _ = told_by("inspect", path)
     assert ended == 0
     assert f"{path}: epoch 0, 35 batches of it over all ranks, 35 steps; 280 samples in all" in out
@@ -217,7 +217,7 @@ def test_inspect_reads_every_kind_of_checkpoint(path: str, place: Path, told_by:
     assert "0034" in told_by("inspect", path, "--lanes")[1]
 
 
-def test_diff_tells_how_far_a_run_came(place: Path, told_by: Told) -> None:
+def test_diff_tells_how_far_a_run_came(place: Path, told_by: AccelerateIterator) -> None:
     ended, out, _ = told_by("diff", "a.json", "run")
     assert ended == 1
     assert re.search(r"batches +20 +35 +\+15", out)
@@ -228,7 +228,7 @@ def test_diff_tells_how_far_a_run_came(place: Path, told_by: Told) -> None:
     assert told_by("diff", "b.pt", "b.json") == (0, "SAME: both checkpoints say the same.\n", "")
 
 
-def test_diff_tells_how_pipelines_differ(place: Path, told_by: Told) -> None:
+def test_diff_tells_how_pipelines_differ(place: Path, told_by: AccelerateIterator) -> None:
     loader = ms.DataLoader(importlib.import_module("cli_pipes").other(), rank=0, world_size=1)
     (place / "o.json").write_text(json.dumps(loader.state_dict()))
     ended, out, _ = told_by("diff", "a.json", "o.json")
@@ -236,7 +236,7 @@ def test_diff_tells_how_pipelines_differ(place: Path, told_by: Told) -> None:
     assert "pipeline: shuffle 'web': seed 1 → 2" in out
 
 
-def test_trace_names_the_rows_that_come(place: Path, told_by: Told) -> None:
+def test_trace_names_the_rows_that_come(place: Path, told_by: AccelerateIterator) -> None:
     loader = ms.DataLoader(importlib.import_module("cli_pipes").make(), rank=0, world_size=1)
     loader.load_state_dict(json.loads((place / "a.json").read_text()))
     batches, expected = iter(loader), []
@@ -251,7 +251,7 @@ def test_trace_names_the_rows_that_come(place: Path, told_by: Told) -> None:
     assert "epoch 0  batch     36  " in told_by("trace", "cli_pipes.py:make", "run", "--steps", "1")[1]
 
 
-def test_trace_goes_on_over_epochs_and_errors(place: Path, told_by: Told) -> None:
+def test_trace_goes_on_over_epochs_and_errors(place: Path, told_by: AccelerateIterator) -> None:
     loader = ms.DataLoader(importlib.import_module("cli_pipes").fails(), rank=0, world_size=1)
     (place / "f.json").write_text(json.dumps(loader.state_dict()))
     ended, out, _ = told_by("trace", "cli_pipes:fails", "f.json", "--steps", "14")
@@ -299,7 +299,7 @@ def damaged(place: Path) -> dict[str, str]:
     }
 
 
-def test_what_cannot_be_read_is_told_in_words(place: Path, told_by: Told) -> None:
+def test_what_cannot_be_read_is_told_in_words(place: Path, told_by: AccelerateIterator) -> None:
     for file, words in damaged(place).items():
         for command in (("inspect", file), ("diff", "a.json", file), ("trace", "cli_pipes:make", file)):
             ended, out, err = told_by(*command)
@@ -311,7 +311,7 @@ def test_what_cannot_be_read_is_told_in_words(place: Path, told_by: Told) -> Non
     assert "has no 'train.loader'" in told_by("inspect", "two.json", "--key", "train.loader")[2]
 
 
-def test_trace_of_another_pipeline_shows_the_difference(place: Path, told_by: Told) -> None:
+def test_trace_of_another_pipeline_shows_the_difference(place: Path, told_by: AccelerateIterator) -> None:
     ended, _, err = told_by("trace", "cli_pipes:other", "a.json")
     assert ended == 2
     assert "shuffle 'web': seed 1 → 2" in err
@@ -327,13 +327,13 @@ def test_trace_of_another_pipeline_shows_the_difference(place: Path, told_by: To
         ("cli_pipes:number", "found int"),
     ],
 )
-def test_verify_of_what_is_not_there(target: str, words: str, place: Path, told_by: Told) -> None:
+def test_verify_of_what_is_not_there(target: str, words: str, place: Path, told_by: AccelerateIterator) -> None:
     ended, _, err = told_by("verify", target)
     assert ended == 2
     assert words in err
 
 
-def test_verify_finds_what_is_exact_and_what_is_not(place: Path, told_by: Told) -> None:
+def test_verify_finds_what_is_exact_and_what_is_not(place: Path, told_by: AccelerateIterator) -> None:
     quick = ("--no-kill", "--workers", "0", "--steps", "24")
     ended, out, _ = told_by("verify", "cli_pipes:make", *quick)
     assert ended == 0, out
@@ -351,7 +351,9 @@ def test_verify_finds_what_is_exact_and_what_is_not(place: Path, told_by: Told) 
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect", "diff", "trace"])
-def test_every_command_explains_its_exit_status(command: str, told_by: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_explains_its_exit_status(
+    command: str, told_by: AccelerateIterator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     ended, out, _ = told_by(command, "--help")
     assert ended == 0

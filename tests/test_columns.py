@@ -18,17 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-import midstream.sources.parquet
+import midstream.sources.row_groups
 from midstream.dataset import Dataset
 from midstream.nodes.collate import over_columns
 from midstream.pipeline.columns import rows_of_block
-from midstream.pipeline.failures import Failure, Hole
+from midstream.pipeline.failures import FailedSample, SampleFailure
 from midstream.pipeline.iterator import Lane
 from midstream.pipeline.ledger import Ledger
 from midstream.pipeline.node import bind
 from midstream.pipeline.passes import epoch_key
 from midstream.pipeline.rows import as_origin_array
-from midstream.pipeline.single_lane import Delivery
+from midstream.pipeline.single_lane import LaneOutput
 from midstream.sources.arrow_table import TableReader
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -198,14 +198,14 @@ def test_a_row_that_cannot_be_read_is_a_hole_among_columns() -> None:
     ds = ms.from_dataset(datasets.Dataset(datasets.table.InMemoryTable(pa.table({"text": bad}))))
     rows = bind(ds.node).rows(np.arange(3), epoch_key(0), np.array([0]))
     assert rows.columns is None
-    assert [type(sample) for sample in rows.samples] == [dict, Hole, dict]
-    assert isinstance(rows.samples[1].errors[0], Failure)
+    assert [type(sample) for sample in rows.samples] == [dict, FailedSample, dict]
+    assert isinstance(rows.samples[1].errors[0], SampleFailure)
     assert [type(item) is tuple for item in outcome(ds.batch(3))] == [True, False]
 
 
 def test_views_of_a_row_group_that_leaves_the_cache_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(pa.table({"ids": [[row] * 50 for row in range(60)]}), tmp_path / "x.parquet", row_group_size=10)
-    monkeypatch.setattr(midstream.sources.parquet, "CACHE_BYTES", 1)
+    monkeypatch.setattr(midstream.sources.row_groups, "CACHE_BYTES", 1)
     ds = ms.read_parquet(str(tmp_path / "x.parquet"))
     rows = bind(ds.node).rows(np.arange(60)[::-1].copy(), epoch_key(0), np.array([0]))
     assert rows.columns is not None
@@ -251,7 +251,7 @@ def test_flat_and_ragged_take_arrays_tensors_and_lists() -> None:
 
 def deliveries(ds: Dataset, lane: Lane, state: Any = None, most: int = 10_000) -> list[Any]:
     """Every row with its origins, the state after it and what was counted on the way."""
-    delivery = Delivery(bind(ds.node), lane, int(epoch_key(0)[0]), 0)
+    delivery = LaneOutput(bind(ds.node), lane, int(epoch_key(0)[0]), 0)
     if state is not None:
         delivery.iterator.load_state_dict(state)
     found = []

@@ -45,15 +45,15 @@ def boom(row: dict[str, Any]) -> dict[str, Any]:
 )
 def test_a_stream_says_what_a_resume_reads_again(made: Any, again: str) -> None:
     ds = made()
-    assert ds.face() == ("stream, a resume reads again " + again if again else "stream")
-    assert f"# {ds.face()}" in repr(ds).splitlines()[0]
-    assert ds.face() in ds._repr_html_()
+    assert ds.access() == ("stream, a resume reads again " + again if again else "stream")
+    assert f"# {ds.access()}" in repr(ds).splitlines()[0]
+    assert ds.access() in ds._repr_html_()
 
 
 def test_random_access_says_its_length() -> None:
-    assert rows("web", 1234).face() == "random access, 1,234"
-    assert rows("web", 9).repeat().face() == "random access, endless"
-    assert rows("web", 9).filter(bool).repeat().face() == "stream, endless"
+    assert rows("web", 1234).access() == "random access, 1,234"
+    assert rows("web", 9).repeat().access() == "random access, endless"
+    assert rows("web", 9).filter(bool).repeat().access() == "stream, endless"
 
 
 def test_html_shows_every_node_and_weight_and_escapes() -> None:

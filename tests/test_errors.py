@@ -17,7 +17,7 @@ import pytest
 import midstream as ms
 import midstream.errors
 from midstream.dataset import Dataset
-from midstream.pipeline.single_lane import Run
+from midstream.pipeline.single_lane import SingleLaneIterator
 
 CONFIGURATIONS = [
     pytest.param((0, None), id="0 workers"),
@@ -441,7 +441,7 @@ def test_a_run_cut_after_every_error_goes_on_with_other_workers(kind: str) -> No
 @pytest.mark.parametrize("kind", ["random access", "a whole batch", "stream", "collate"])
 def test_the_plain_iterator_does_not_meet_an_error_again(kind: str) -> None:
     ds = PIPELINES[kind]()
-    run = Run(ds.node, 0, 1, 0)
+    run = SingleLaneIterator(ds.node, 0, 1, 0)
     found: list[Any] = []
     states = [run.state_dict()]
     while True:
@@ -453,7 +453,7 @@ def test_the_plain_iterator_does_not_meet_an_error_again(kind: str) -> None:
             found.append(error)
         states.append(json.loads(json.dumps(run.state_dict())))
     for step, state in enumerate(states):
-        resumed = Run(ds.node, 0, 1, 0)
+        resumed = SingleLaneIterator(ds.node, 0, 1, 0)
         resumed.load_state_dict(state)
         assert told(drain(resumed)) == told(found)[step:]
 

@@ -20,9 +20,9 @@ import pytest
 import midstream as ms
 from midstream.common.randomness import draw, fold, fold_array, generator, mix_array, pass_key, permute, salt
 from midstream.dataset import Dataset
-from midstream.pipeline.node import FORMAT
+from midstream.common.plain_state import FORMAT
 from midstream.pipeline.rows import I64
-from midstream.pipeline.single_lane import Run
+from midstream.pipeline.single_lane import SingleLaneIterator
 from midstream.sources import SequenceSource
 
 FILE = Path(__file__).parent / "golden" / f"compositions-{FORMAT}.json"
@@ -63,7 +63,7 @@ def mix(stream: bool = False, **options: Any) -> Dataset:
 
 
 def first(ds: Dataset, lane: int = 0, lanes: int = 1, epoch: int = 0) -> list[Any]:
-    return list(itertools.islice(Run(ds.node, lane, lanes, epoch), FIRST))
+    return list(itertools.islice(SingleLaneIterator(ds.node, lane, lanes, epoch), FIRST))
 
 
 def batches(ds: Dataset, **options: Any) -> list[Any]:

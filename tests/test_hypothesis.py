@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 import midstream as ms
 from cases import BASE, Bomb, Shards, identify, ids, plain
 from midstream.dataset import Dataset
-from midstream.pipeline.failures import Failure
+from midstream.pipeline.failures import SampleFailure
 from midstream.pipeline.iterator import Lane
 from midstream.pipeline.ledger import Ledger
 from midstream.pipeline.node import bind
 from midstream.pipeline.passes import epoch_key
 from midstream.pipeline.rows import I64, as_origin_array
-from midstream.pipeline.single_lane import Delivery, Run
+from midstream.pipeline.single_lane import LaneOutput, SingleLaneIterator
 from midstream.sources import SequenceSource
 
 pytestmark = [
@@ -369,7 +369,7 @@ def through_json(state: Any) -> Any:
     return json.loads(json.dumps(state))
 
 
-def step(run: Run) -> tuple[Any, ...] | None:
+def step(run: SingleLaneIterator) -> tuple[Any, ...] | None:
     """One event of a run: a sample, an error, or None at its end."""
     try:
         return ("sample", plain(next(run)))
@@ -381,7 +381,7 @@ def step(run: Run) -> tuple[Any, ...] | None:
         return None  # an endless repeat of which nothing is left, after very many passes
 
 
-def read(run: Run, limit: int) -> tuple[list[Any], list[Any]]:
+def read(run: SingleLaneIterator, limit: int) -> tuple[list[Any], list[Any]]:
     """Events, and the state before each and after the last; the last event is None when the run ended."""
     found, states = [], [through_json(run.state_dict())]
     while len(found) < limit and (not found or found[-1] is not None):
@@ -400,9 +400,9 @@ def samples(events: list[Any]) -> list[Any]:
 def check_chain(
     ds: Dataset, again: Callable[[], Dataset], lane: tuple[int, int], epoch: int, pieces: list[int]
 ) -> None:
-    expected, states = read(Run(ds.node, *lane, epoch), LIMIT)
+    expected, states = read(SingleLaneIterator(ds.node, *lane, epoch), LIMIT)
     at = 0
-    run = Run(again().node, *lane, epoch)
+    run = SingleLaneIterator(again().node, *lane, epoch)
     for count in pieces:
         for _ in range(count):
             if at == len(expected):
@@ -412,7 +412,7 @@ def check_chain(
             at += 1
             assert through_json(run.state_dict()) == states[at], f"state after event {at - 1}"
         state = through_json(run.state_dict())
-        run = Run(again().node, *lane, epoch)
+        run = SingleLaneIterator(again().node, *lane, epoch)
         run.load_state_dict(state)
         assert run.state_dict() == state
     found, after = read(run, len(expected) - at)
@@ -446,8 +446,8 @@ def test_errors_lose_nothing_but_the_samples_that_failed(
 ) -> None:
     note(repr(build(plan)))
     assume(firm(plan)[0])
-    flat, ended = flatten(Run(build(plan).node, *lane, 0))
-    found, found_ended = flatten(Run(build(plan, bomb).node, *lane, 0))
+    flat, ended = flatten(SingleLaneIterator(build(plan).node, *lane, 0))
+    found, found_ended = flatten(SingleLaneIterator(build(plan, bomb).node, *lane, 0))
     expected = [value for value in flat if value not in bomb]
     size = min(len(expected), len(found))
     if not regrouped(plan):
@@ -457,7 +457,7 @@ def test_errors_lose_nothing_but_the_samples_that_failed(
         assert found == expected or regrouped(plan)
 
 
-def flatten(run: Run) -> tuple[list[int], bool]:
+def flatten(run: SingleLaneIterator) -> tuple[list[int], bool]:
     events, _ = read(run, 3 * LIMIT)
     return [value for sample in samples(events) for value in identify(sample)], events[-1] is None
 
@@ -465,13 +465,13 @@ def flatten(run: Run) -> tuple[list[int], bool]:
 def deliveries(ds: Dataset, lane: tuple[int, int], epoch: int) -> Iterator[tuple[Any, list[ms.Origin]]]:
     """Samples with their origins."""
     place = bind(ds.node)
-    delivery = Delivery(place, Lane(*lane, 1, Ledger()), int(epoch_key(epoch)[0]), epoch)
+    delivery = LaneOutput(place, Lane(*lane, 1, Ledger()), int(epoch_key(epoch)[0]), epoch)
     while True:
         try:
             sample, origins = delivery.next()
         except (StopIteration, ms.SourceError):  # the second: an endless repeat of which nothing is left
             return
-        assert not isinstance(sample, Failure)
+        assert not isinstance(sample, SampleFailure)
         yield sample, [place.origin(origin) for origin in as_origin_array(origins).tolist()]
 
 
@@ -532,11 +532,14 @@ def test_the_two_faces_agree(plan: Plan, lane: tuple[int, int], epoch: int) -> N
     positions = [position for position in range(length) if position % lane[1] == lane[0]]
     quiet = any(node[0] == "skip_errors" for node in nodes(plan))
     for made in (ds, ds.filter(anything)):
-        found = samples(read(Run(made.node, *lane, epoch), len(positions))[0])
+        found = samples(read(SingleLaneIterator(made.node, *lane, epoch), len(positions))[0])
         if not quiet:
             assert found == [plain(sample) for sample in ds.rows(positions, epoch)]
     if quiet:
-        same = [samples(read(Run(made.node, *lane, epoch), len(positions))[0]) for made in (ds, ds.filter(anything))]
+        same = [
+            samples(read(SingleLaneIterator(made.node, *lane, epoch), len(positions))[0])
+            for made in (ds, ds.filter(anything))
+        ]
         assert same[0] == same[1]
 
 
@@ -698,7 +701,10 @@ def batches_in_step(loader: ms.DataLoader, num_lanes: int) -> int:
     pipeline = loader._pipeline
     if pipeline.random_access:
         return len(pipeline)
-    return min(sum(1 for _ in Run(pipeline.node, lane, num_lanes, 0)) * num_lanes + lane for lane in range(num_lanes))
+    return min(
+        sum(1 for _ in SingleLaneIterator(pipeline.node, lane, num_lanes, 0)) * num_lanes + lane
+        for lane in range(num_lanes)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*lanes are dealt to:RuntimeWarning")

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pytest
 
 import midstream as ms
+import midstream.sources.json_lines as json_lines
 import midstream.sources.jsonl as jsonl
-from midstream.pipeline.single_lane import Run
+from midstream.pipeline.single_lane import SingleLaneIterator
 from midstream.sources.jsonl import JsonSource
 
 
@@ -54,7 +55,7 @@ def survivors(samples: Any) -> tuple[list[int], list[ms.SampleError]]:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder that also keeps the indexes of small files."""
-    monkeypatch.setattr(jsonl, "_CACHED_FROM", 0)
+    monkeypatch.setattr(json_lines, "_CACHED_FROM", 0)
     monkeypatch.setenv("MIDSTREAM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -64,7 +65,7 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files searched for newlines so far."""
     names: list[str] = []
     find = jsonl._find_rows
-    monkeypatch.setattr(jsonl, "_find_rows", lambda found: names.append(Path(found.file.path).name) or find(found))
+    monkeypatch.setattr(json_lines, "_find_rows", lambda found: names.append(Path(found.file.path).name) or find(found))
     return names
 
 
@@ -116,7 +117,7 @@ def test_rows_are_read_in_any_order_over_several_files(folder: Path) -> None:
 def test_rows_are_the_lines_that_are_not_blank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, chunk: int
 ) -> None:
-    monkeypatch.setattr(jsonl, "_CHUNK", chunk)
+    monkeypatch.setattr(json_lines, "_CHUNK", chunk)
     path = tmp_path / "x.jsonl"
     path.write_bytes(data)
     expected = [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
@@ -157,7 +158,7 @@ def test_a_checkpoint_loads_after_the_data_moved(folder: Path) -> None:
 
 
 def test_open_files_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("midstream.sources.parquet.MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("midstream.sources.files.MAX_OPEN_FILES", 2)
     ds = ms.read_json(f"{folder}/*.jsonl")
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
@@ -220,7 +221,7 @@ def test_the_cache_is_below_home_unless_told_and_small_files_need_none(
     monkeypatch.setenv("HOME", str(folder / "home"))
     assert len(ms.read_json(folder / "0.jsonl")) == 7
     assert not (folder / "home").exists()
-    monkeypatch.setattr(jsonl, "_CACHED_FROM", 0)
+    monkeypatch.setattr(json_lines, "_CACHED_FROM", 0)
     assert len(ms.read_json(folder / "0.jsonl")) == 7
     assert len(list((folder / "home" / ".cache" / "midstream").iterdir())) == 1
 
@@ -274,7 +275,7 @@ def test_a_compressed_stream_resumes_at_every_row(tmp_path: Path, suffix: str, n
     pattern = f"{tmp_path}/*.jsonl{suffix}"
     assert sorted(ids(ms.read_json(pattern))) == list(range(21))
     for lane in range(num_lanes):
-        whole = Run(ms.read_json(pattern).node, lane, num_lanes, 0)
+        whole = SingleLaneIterator(ms.read_json(pattern).node, lane, num_lanes, 0)
         states, order = [json.dumps(whole.state_dict())], []
         for sample in whole:
             order.append(sample["id"])
@@ -282,7 +283,7 @@ def test_a_compressed_stream_resumes_at_every_row(tmp_path: Path, suffix: str, n
         assert order == [i for number in range(lane, 3, num_lanes) for i in range(number * 7, number * 7 + 7)]
         assert max(map(len, states)) < 300
         for step, state in enumerate(states):
-            resumed = Run(ms.read_json(pattern).node, lane, num_lanes, 0)
+            resumed = SingleLaneIterator(ms.read_json(pattern).node, lane, num_lanes, 0)
             resumed.load_state_dict(json.loads(state))
             assert json.dumps(resumed.state_dict()) == state
             assert ids(resumed) == order[step:]
@@ -445,7 +446,7 @@ def test_a_restore_around_a_malformed_line_meets_it_at_most_once(tmp_path: Path,
 
 
 def test_far_into_a_file_a_malformed_line_is_named_by_its_byte(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "_COUNTED_TO", 10)
+    monkeypatch.setattr(json_lines, "_COUNTED_TO", 10)
     (folder / "0.jsonl").write_bytes(b'{"id": 100000}\nx\n')
     with pytest.raises(ms.SampleError, match=r"0\.jsonl, the line at byte 15 is not JSON"):
         ms.read_json(folder / "0.jsonl").rows([1])

@@ -19,7 +19,7 @@ from midstream.pipeline.ledger import Ledger
 from midstream.pipeline.node import bind
 from midstream.pipeline.passes import epoch_key
 from midstream.pipeline.rows import as_origin_array
-from midstream.pipeline.single_lane import Delivery, Run
+from midstream.pipeline.single_lane import LaneOutput, SingleLaneIterator
 
 
 def rows(count: int) -> Dataset:
@@ -138,7 +138,7 @@ def test_wrong_arguments_are_told_at_once(make: Callable[[], Any], words: str) -
 
 
 def origins(ds: Dataset) -> list[list[list[int]]]:
-    delivery = Delivery(bind(ds.node), Lane(0, 1, 1, Ledger()), int(epoch_key(0)[0]), 0)
+    delivery = LaneOutput(bind(ds.node), Lane(0, 1, 1, Ledger()), int(epoch_key(0)[0]), 0)
     found = []
     while True:
         try:
@@ -164,12 +164,12 @@ def test_origins_are_one_by_one_or_numbered_parts_of_all() -> None:
 def test_a_replay_that_finds_fewer_diverges() -> None:
     size = 3
     ds = ms.from_dataset(range(4)).map(lambda batch: batch * size, batched=True, batch_size=2)
-    whole = Run(ds.node, 0, 1, 0)
+    whole = SingleLaneIterator(ds.node, 0, 1, 0)
     for _ in range(5):
         next(whole)
     state = whole.state_dict()
     size = 1
-    resumed = Run(ds.node, 0, 1, 0)
+    resumed = SingleLaneIterator(ds.node, 0, 1, 0)
     resumed.load_state_dict(state)
     with pytest.raises(ms.ReplayDiverged, match="more than 5 samples"):
         next(resumed)
@@ -214,7 +214,7 @@ def test_cut_anywhere_it_goes_on_identically(
     ds = ds.map(Vary(seed, fail), batched=True, batch_size=size)
     ds = ds.batch(2, collate_fn=list) if batch else ds
 
-    def events(run: Run) -> tuple[list[Any], list[Any]]:
+    def events(run: SingleLaneIterator) -> tuple[list[Any], list[Any]]:
         found, states = [], [json.loads(json.dumps(run.state_dict()))]
         while True:
             try:
@@ -225,9 +225,9 @@ def test_cut_anywhere_it_goes_on_identically(
                 found.append(error.original_message)
             states.append(json.loads(json.dumps(run.state_dict())))
 
-    found, states = events(Run(ds.node, *lane, 0))
+    found, states = events(SingleLaneIterator(ds.node, *lane, 0))
     for step, state in enumerate(states):
-        resumed = Run(ds.node, *lane, 0)
+        resumed = SingleLaneIterator(ds.node, *lane, 0)
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state
         again, later = events(resumed)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import midstream as ms
 from midstream.dataset import Dataset
 from midstream.nodes.mix.interleave import Interleave
-from midstream.pipeline.single_lane import Run
+from midstream.pipeline.single_lane import SingleLaneIterator
 from simulate import Cluster
 
 STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
@@ -160,7 +160,7 @@ def test_a_schedule_of_streams_is_its_reading_step_by_step_in_every_lane(
     index, lanes = lane
     own = [[100 * c + row for row in range(index, length, lanes)] for c, length in enumerate(lengths)]
     expected = step_by_step(mix, list(map(len, own)), index, lambda border: border // lanes + (index < border % lanes))
-    assert list(Run(mix.node, index, lanes, 0)) == [own[c][row] for c, row in expected]
+    assert list(SingleLaneIterator(mix.node, index, lanes, 0)) == [own[c][row] for c, row in expected]
 
 
 @settings(max_examples=150, deadline=None)
@@ -179,7 +179,7 @@ def test_by_tokens_the_source_furthest_behind_comes_next(
     given, total = np.zeros(len(sizes)), sum(weights[: len(sizes)])
     shares = np.array(weights[: len(sizes)]) / total
     longest = [max(size) for size in sizes]
-    found = list(Run(mix.node, 0, 1, lane))
+    found = list(SingleLaneIterator(mix.node, 0, 1, lane))
     for c, size in found:
         behind = shares * given.sum() - given
         assert behind[c] == behind.max()
@@ -198,7 +198,7 @@ def test_short_and_long_documents_are_mixed_by_tokens(lanes: int) -> None:
     short = ms.from_dataset(range(60_000), name="short").filter(lambda row: row // 4 % 10 == 0)
     long = ms.from_dataset(range(100_000, 100_080), name="long")
     mix = ms.interleave({"short": short, "long": long}, weights_by=lambda row: 5000 if row >= 100_000 else 50)
-    runs = [Run(mix.node, lane, lanes, 0) for lane in range(lanes)]
+    runs = [SingleLaneIterator(mix.node, lane, lanes, 0) for lane in range(lanes)]
     total = np.zeros(2)
     given = np.zeros((lanes, 2))
     documents = 0
@@ -218,7 +218,7 @@ def test_short_and_long_documents_are_mixed_by_tokens(lanes: int) -> None:
 
 def test_what_cannot_be_counted_is_one_failed_sample() -> None:
     parts = {"web": ms.from_dataset([3, -1, 2, 5]), "code": ms.from_dataset([1, 1, 1, 1, 1, 1])}
-    run = Run(
+    run = SingleLaneIterator(
         ms.interleave(parts, weights_by=lambda row: row, stopping_strategy="all_exhausted_without_replacement").node,
         0,
         1,
@@ -609,7 +609,7 @@ def test_what_counts_nothing_in_a_whole_pass_does_not_start_over(kind: str, lane
 
 
 def test_what_can_never_be_counted_fails_once_each_and_the_mix_ends() -> None:
-    run, errors, found = Run(counts_nothing("uncountable").node, 0, 1, 0), 0, []
+    run, errors, found = SingleLaneIterator(counts_nothing("uncountable").node, 0, 1, 0), 0, []
     while errors <= 7:
         try:
             found.append(next(run))
@@ -852,7 +852,7 @@ def _orders() -> dict[str, Any]:
     lanes = ms.DataLoader(ms.interleave(streams, plan, name="mix"), batch_size=4, collate_fn=list, lanes=2)
 
     def first(ds: Dataset, lane: int = 0, lanes: int = 1) -> list[Any]:
-        return list(itertools.islice(Run(ds.node, lane, lanes, 0), 80))
+        return list(itertools.islice(SingleLaneIterator(ds.node, lane, lanes, 0), 80))
 
     def after(loader: Any) -> list[Any]:
         found = []

@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 import midstream as ms
 from midstream.dataset import Dataset
 from midstream.pipeline.node import bind
-from midstream.pipeline.single_lane import Run
+from midstream.pipeline.single_lane import SingleLaneIterator
 
 
 def numbers(n: int = 30, name: str | None = None) -> Dataset:
@@ -233,7 +233,7 @@ def test_the_repr_is_the_tree() -> None:
         "      └─ tail: from_dataset(range, 3 rows)",
     ]
     again = "stream, a resume reads again at most 9/lanes + 1 inputs of a lane"
-    assert [face for _, face in lines] == [
+    assert [access for _, access in lines] == [
         *("stream", again, "stream", "stream", "stream", "stream"),
         *("random access, 5", "stream", "random access, 4", "random access, 6", "random access, 6", "random access, 3"),
     ]
@@ -559,19 +559,19 @@ def test_the_state_after_too_many_errors_is_that_of_the_last_batch_handed_out(mo
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_state_after_too_many_errors_is_that_of_the_last_sample_handed_out(mode: str) -> None:
-    run = Run(limited(mode, 2).node, 0, 1, 0)
+    run = SingleLaneIterator(limited(mode, 2).node, 0, 1, 0)
     found, _ = until_too_many(run)
     with pytest.raises(ms.TooManyErrors):
         next(run)
-    resumed = Run(limited(mode, None).node, 0, 1, 0)
+    resumed = SingleLaneIterator(limited(mode, None).node, 0, 1, 0)
     resumed.load_state_dict(json.loads(json.dumps(run.state_dict())))
     assert found + list(resumed) == [x for x in range(30) if x not in (5, 6, 13, 22)]
 
 
 def test_errors_before_a_resume_count_towards_the_limit() -> None:
-    run = Run(limited("skip", 2).node, 0, 1, 0)
+    run = SingleLaneIterator(limited("skip", 2).node, 0, 1, 0)
     assert [next(run) for _ in range(8)] == [0, 1, 2, 3, 4, 7, 8, 9]
-    resumed = Run(limited("skip", 2).node, 0, 1, 0)
+    resumed = SingleLaneIterator(limited("skip", 2).node, 0, 1, 0)
     resumed.load_state_dict(run.state_dict())
     assert until_too_many(resumed)[0] == [10, 11, 12]
     made = loader(limited("skip", 2), lanes=2)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream.common.randomness import draw, fold, fold_array, generator, mix, mix_array, pass_key, permute, uniform32
-from midstream.pipeline.single_lane import Run
+from midstream.pipeline.single_lane import SingleLaneIterator
 
 GOLDEN = Path(__file__).parent / "golden" / "format-1.json"
 
@@ -27,7 +27,7 @@ def key(value: int) -> Any:
 
 
 def lane(ds: ms.Dataset, index: int = 0, count: int = 1, epoch: int = 0, first: int = 64) -> list[int]:
-    return [int(sample) for _, sample in zip(range(first), Run(ds.node, index, count, epoch))]
+    return [int(sample) for _, sample in zip(range(first), SingleLaneIterator(ds.node, index, count, epoch))]
 
 
 def orders() -> dict[str, Any]:
@@ -131,9 +131,9 @@ def test_seeds_epochs_and_places_have_unrelated_orders(length: int) -> None:
     from midstream.pipeline.ledger import Ledger
     from midstream.pipeline.node import bind
     from midstream.pipeline.rows import as_origin_array
-    from midstream.pipeline.single_lane import Delivery
+    from midstream.pipeline.single_lane import LaneOutput
 
-    delivery = Delivery(bind(two.node), Lane(0, 1, 1, Ledger()), 0, 0)
+    delivery = LaneOutput(bind(two.node), Lane(0, 1, 1, Ledger()), 0, 0)
     halves: dict[int, list[int]] = {0: [], 1: []}
     for _ in both:
         sample, origin = delivery.next()

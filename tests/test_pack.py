@@ -18,7 +18,7 @@ from cases import pieces, plain
 from midstream.dataset import Dataset
 from midstream.nodes.pack.fit import best_fit
 from midstream.nodes.pack.rows import IGNORED
-from midstream.pipeline.single_lane import Run
+from midstream.pipeline.single_lane import SingleLaneIterator
 
 SEQ = 8
 HARD = [0, 1, SEQ - 1, SEQ, SEQ + 1, 10 * SEQ, 3, 0, 0, SEQ, SEQ - 1, 2 * SEQ, 1, 1, 5, 2, 10 * SEQ + 3, 0]
@@ -228,7 +228,7 @@ def cut_and_go_on(ds: Dataset, cuts: list[int]) -> list[Any]:
     found: list[Any] = []
     state = None
     for cut in [*cuts, 10**9]:
-        part = Run(ds.node, 0, 1, 0)
+        part = SingleLaneIterator(ds.node, 0, 1, 0)
         if state is not None:
             part.load_state_dict(state)
         found.extend(plain(row) for row in itertools.islice(part, cut))
@@ -392,13 +392,13 @@ def test_a_chain_of_resumes_counts_nothing_twice() -> None:
 def test_data_that_changed_is_a_diverged_replay(options: dict[str, Any]) -> None:
     lengths = [5, 2, 6, 3, 7, 1, 4, 4, 5, 5, 3, 3] * 3
     ds = source(lengths).pack(SEQ, **options)
-    first = Run(ds.node, 0, 1, 0)
+    first = SingleLaneIterator(ds.node, 0, 1, 0)
     for _ in range(5):
         next(first)
     state = first.state_dict()
     changed = source([size + 1 for size in lengths]).pack(SEQ, **options)
     assert changed.fingerprint == ds.fingerprint
-    again = Run(changed.node, 0, 1, 0)
+    again = SingleLaneIterator(changed.node, 0, 1, 0)
     again.load_state_dict(state)
     with pytest.raises(ms.ReplayDiverged, match="pack: what was read again .* expected .* found"):
         next(again)
@@ -406,7 +406,7 @@ def test_data_that_changed_is_a_diverged_replay(options: dict[str, Any]) -> None
 
 def test_failures_and_empty_documents_before_a_row_are_not_read_again() -> None:
     ds = ms.from_dataset([*documents(0, [0] * 500), {"input_ids": "bad"}, *documents(0, [3, 9])]).pack(SEQ)
-    whole = Run(ds.node, 0, 1, 0)
+    whole = SingleLaneIterator(ds.node, 0, 1, 0)
     with pytest.raises(ms.SampleError):
         next(whole)
     state = whole.state_dict()["state"]
@@ -521,7 +521,7 @@ GOOD = {"input_ids": [1, 2, 3], "mask": [1, 1, 1]}
 def test_an_unusable_document_is_one_lost_sample(mode: Any, bad: Any, options: dict[str, Any], message: str) -> None:
     docs = [GOOD, GOOD, bad, GOOD, GOOD]
     ds = ms.from_dataset(docs, name="docs").pack(6, mode=mode, **options)
-    whole = Run(ds.node, 0, 1, 0)
+    whole = SingleLaneIterator(ds.node, 0, 1, 0)
     rows = []
     state = None
     while True:
@@ -540,7 +540,7 @@ def test_an_unusable_document_is_one_lost_sample(mode: Any, bad: Any, options: d
     good = [doc for doc in docs if doc is not bad]
     assert rows == run(ms.from_dataset(good).pack(6, mode=mode, **options))
     assert state is not None
-    resumed = Run(ds.node, 0, 1, 0)
+    resumed = SingleLaneIterator(ds.node, 0, 1, 0)
     resumed.load_state_dict(state)
     assert [plain(row) for row in resumed] == rows[before:]
 
@@ -568,7 +568,7 @@ def test_wrong_arguments_are_refused_at_construction(options: dict[str, Any], me
 
 
 def test_an_endless_input_of_which_nothing_is_left_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("midstream.nodes.pack._GIVE_UP", 100)
+    monkeypatch.setattr("midstream.nodes.pack.documents._GIVE_UP", 100)
     for options in ({}, {"mode": "fit"}):
         with pytest.raises(ms.SourceError, match="100 documents in a row"):
             next(iter(source([0, 20]).repeat().pack(SEQ, overflow="drop", **options)))

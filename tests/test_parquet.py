@@ -60,7 +60,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the row groups decoded so far."""
     numbers: list[int] = []
     decode = parquet._decode
-    monkeypatch.setattr(parquet, "_decode", lambda *which: numbers.append(which[-1]) or decode(*which))
+    monkeypatch.setattr(row_groups, "_decode", lambda *which: numbers.append(which[-1]) or decode(*which))
     return numbers
 
 
@@ -213,7 +213,7 @@ def test_a_window_shuffle_visits_every_row_once_and_few_groups_at_a_time(
         assert len({row // GROUP for row in order[20 * window : 20 * window + 20]}) == 4
     decoded.clear()
     group_bytes = ds.node._handle().store.num_bytes // 40
-    monkeypatch.setattr(parquet, "CACHE_BYTES", 5 * group_bytes)
+    monkeypatch.setattr(row_groups, "CACHE_BYTES", 5 * group_bytes)
     ds = pickle.loads(pickle.dumps(ds))
     shuffled = ds.shuffle(5, window_blocks=4)
     assert [ids(shuffled.rows([position]))[0] for position in range(200)] == order
@@ -227,7 +227,7 @@ def test_decoded_groups_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest
     group_bytes = probe.node._handle().store.num_bytes
     assert group_bytes >= GROUP * (8 + 16)
     for bound in (0, group_bytes, 3 * group_bytes + 1):
-        monkeypatch.setattr(parquet, "CACHE_BYTES", bound)
+        monkeypatch.setattr(row_groups, "CACHE_BYTES", bound)
         ds = ms.read_parquet(path)
         store = ds.node._handle().store
         seen = set()
@@ -244,7 +244,7 @@ def test_the_groups_used_last_are_kept_and_used_before_others_are_decoded(
     write(tmp_path / "x.parquet", range(60), group=10)
     ds = ms.read_parquet(tmp_path / "x.parquet")
     ds.rows([0])
-    monkeypatch.setattr(parquet, "CACHE_BYTES", 3 * ds.node._handle().store.num_bytes)
+    monkeypatch.setattr(row_groups, "CACHE_BYTES", 3 * ds.node._handle().store.num_bytes)
     ds.rows([10]), ds.rows([20]), ds.rows([5]), ds.rows([30]), ds.rows([1])
     assert decoded == [0, 1, 2, 3]  # 3 pushed out 1, not 0
     ds.rows([30, 40, 50])
@@ -256,7 +256,7 @@ def test_the_groups_used_last_are_kept_and_used_before_others_are_decoded(
 def test_one_request_over_many_groups_pins_no_more_than_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet, "CACHE_BYTES", 0)
+    monkeypatch.setattr(row_groups, "CACHE_BYTES", 0)
     ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
     order = np.random.default_rng(1).permutation(36)
     samples = ds.rows(order)
@@ -267,8 +267,8 @@ def test_one_request_over_many_groups_pins_no_more_than_the_cache(
 
 
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "MAX_OPEN_FILES", 2)
-    monkeypatch.setattr(parquet, "CACHE_BYTES", 0)
+    monkeypatch.setattr(files, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(row_groups, "CACHE_BYTES", 0)
     ds = ms.read_parquet(f"{make_files(tmp_path, 5)}/*.parquet")
     before = len(os.listdir("/proc/self/fd"))
     for row in (0, 12, 24, 36, 48, 0, 13, 59):
@@ -279,7 +279,7 @@ def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_groups_decoded_again_and_again_are_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(parquet, "CACHE_BYTES", 0)
+    monkeypatch.setattr(row_groups, "CACHE_BYTES", 0)
     write(tmp_path / "x.parquet", range(400), group=100)
     ds = ms.read_parquet(tmp_path / "x.parquet")
     with caplog.at_level(logging.WARNING, logger="midstream"):
@@ -305,8 +305,8 @@ def test_a_pickle_is_small_holds_nothing_open_and_spares_the_footers(
     data = pickle.dumps(ds)
     assert fresh < 1000
     assert len(data) < 5000
-    monkeypatch.setattr(parquet, "_read_footer", None)
-    monkeypatch.setattr(parquet, "list_files", None)
+    monkeypatch.setattr(row_groups, "_read_footer", None)
+    monkeypatch.setattr(row_groups, "list_files", None)
     copy = pickle.loads(data)
     assert "_opened" not in copy.__dict__
     assert copy == ds
@@ -315,7 +315,7 @@ def test_a_pickle_is_small_holds_nothing_open_and_spares_the_footers(
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_child_reads_right_after_its_parent_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "CACHE_BYTES", 0)
+    monkeypatch.setattr(row_groups, "CACHE_BYTES", 0)
     ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
     assert ids(ds.rows([0, 20])) == [0, 20]
     context = multiprocessing.get_context("fork")
@@ -488,7 +488,7 @@ def decoding(monkeypatch: pytest.MonkeyPatch) -> Decoding:
             assert found.gate.wait(60)
         return decode(index, files, number)
 
-    monkeypatch.setattr(parquet, "_decode", watched)
+    monkeypatch.setattr(row_groups, "_decode", watched)
     return found
 
 
@@ -539,7 +539,7 @@ def test_samples_and_states_are_the_same_with_and_without(
     path = f"{make_files(tmp_path)}/*.parquet"
     probe = ms.read_parquet(path)
     probe.rows([0])
-    monkeypatch.setattr(parquet, "CACHE_BYTES", groups_kept * probe.node._handle().store.num_bytes)
+    monkeypatch.setattr(row_groups, "CACHE_BYTES", groups_kept * probe.node._handle().store.num_bytes)
 
     def read(worth: float) -> list[tuple[str, Any]]:
         monkeypatch.setattr(ahead, "WORTH_S", worth)
@@ -581,7 +581,7 @@ def test_what_is_foretold_is_what_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     place, positions = bind(node), np.arange(node.length())
     for where in (positions, positions[::3], positions[-1:]):
         place.rows(where, epoch_key(1), np.ones(1, dtype=np.int64))
-        place.foretell(where, epoch_key(1), np.ones(1, dtype=np.int64))
+        place.hint(where, epoch_key(1), np.ones(1, dtype=np.int64))
     assert told == read
     assert len(told) >= 3
 
@@ -610,7 +610,7 @@ def test_a_group_that_is_being_read_is_waited_for_not_read_again(tmp_path: Path,
     ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
     decoding.gate.clear()
     ds.rows([0])
-    ds._foretell(np.array([5]))
+    ds._hint(np.array([5]))
     assert decoding.began.acquire(timeout=60)
     found: list[int] = []
     asks = threading.Thread(target=lambda: found.extend(ids(ds.rows([6]))))
@@ -651,7 +651,7 @@ def test_what_is_read_ahead_takes_two_groups_more_than_the_cache_at_most(
     probe = ms.read_parquet(f"{tmp_path}/*.parquet")
     probe.rows([0])
     size = probe.node._handle().store.num_bytes
-    monkeypatch.setattr(parquet, "CACHE_BYTES", groups_kept * size)
+    monkeypatch.setattr(row_groups, "CACHE_BYTES", groups_kept * size)
     most = 0
     watched = parquet._decode
 
@@ -664,7 +664,7 @@ def test_what_is_read_ahead_takes_two_groups_more_than_the_cache_at_most(
             most = max(most, len(store.kept) + len(store.waiting) + len(store.reading))
         return watched(index, files, number)
 
-    monkeypatch.setattr(parquet, "_decode", decode)
+    monkeypatch.setattr(row_groups, "_decode", decode)
     store = source_of(ds)._handle().store
     for step, _ in enumerate(ds):
         if step % 3:
@@ -860,7 +860,7 @@ def test_a_child_forked_while_the_thread_reads_reads_by_itself(tmp_path: Path, d
         whole = iter(ds)
         assert next(whole)["id"] == 0
         ds.node._handle().store.wanted.clear()
-        ds._foretell(np.array([35, 30, 25, 20]))
+        ds._hint(np.array([35, 30, 25, 20]))
         held = ds.node._handle().store.reading
         ours, theirs = context.Pipe()
 
@@ -887,8 +887,8 @@ def test_threads_that_read_one_source_disturb_each_other_in_nothing(
 ) -> None:
     ds = ms.read_parquet(f"{make_files(tmp_path, 4)}/*.parquet")
     ds.rows([0])
-    monkeypatch.setattr(parquet, "CACHE_BYTES", groups_kept * ds.node._handle().store.num_bytes)
-    monkeypatch.setattr(parquet, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(row_groups, "CACHE_BYTES", groups_kept * ds.node._handle().store.num_bytes)
+    monkeypatch.setattr(files, "MAX_OPEN_FILES", 2)
     orders = [ds if seed == 0 else ds.shuffle(seed, window_blocks=2) for seed in range(6)]
     expected = [[list(range(i, i + 4)) for i in ids(order)] for order in orders]
     found: list[Any] = [None] * 6

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream.checkpoint.read import parse
-from midstream.checkpoint.write import render
+from midstream.checkpoint.write import to_state
 from midstream.dataset import Dataset
 from midstream.distributed.topology import Topology, batches_of_rank, choose_lanes, first_batch, slots
 
@@ -59,10 +59,10 @@ def test_any_rank_goes_on_anywhere_with_the_right_rows_and_a_small_state(rank: i
     pipeline = _pipeline()
     loader = ms.DataLoader(pipeline, rank=rank, world_size=RANKS)
     state = loader.state_dict()
-    canonical = parse(state)
-    canonical.batches = start
-    canonical.steps_done = start // RANKS
-    loader.load_state_dict(render(canonical, state))
+    run_state = parse(state)
+    run_state.batches = start
+    run_state.steps_done = start // RANKS
+    loader.load_state_dict(to_state(run_state, state))
     batches = iter(loader)
     for turn in range(3):
         number = first_batch(start, rank, RANKS) + turn * RANKS

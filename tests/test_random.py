@@ -22,7 +22,7 @@ from midstream.dataset import Dataset
 from midstream.nodes.mix.interleave import Interleave, quotas
 from midstream.pipeline.node import bind
 from midstream.pipeline.rows import I64
-from midstream.pipeline.single_lane import Run
+from midstream.pipeline.single_lane import SingleLaneIterator
 from midstream.sources import SequenceSource
 
 STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
@@ -37,7 +37,7 @@ def anything(row: Any) -> bool:
 
 
 def lane(ds: Dataset, index: int = 0, count: int = 1, epoch: int = 0, first: int | None = None) -> list[int]:
-    return list(itertools.islice(Run(ds.node, index, count, epoch), first))
+    return list(itertools.islice(SingleLaneIterator(ds.node, index, count, epoch), first))
 
 
 def chi_square(counts: Any) -> float:
@@ -295,7 +295,7 @@ def test_buffered_shuffle_holds_back_no_more_than_its_buffer(buffer_size: int) -
             read += 1
             yield row
 
-    run = Run(ms.from_iterable(rows).shuffle(1, buffer_size=buffer_size).node, 0, 1, 0)
+    run = SingleLaneIterator(ms.from_iterable(rows).shuffle(1, buffer_size=buffer_size).node, 0, 1, 0)
     most = 0
     for given_out, _ in enumerate(run, start=1):
         most = max(most, read - given_out)

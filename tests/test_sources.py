@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream.dataset import Dataset
-from midstream.pipeline.single_lane import Run
+from midstream.pipeline.single_lane import SingleLaneIterator
 from midstream.sources.arrow_table import TableReader
 from midstream.sources.huggingface import _HubShards
 
@@ -62,22 +62,22 @@ def drain(iterator: Iterator[Any], limit: int = 1000) -> list[Any]:
 
 def check_resume(make: Callable[[], Dataset], lane: tuple[int, int] = (0, 1)) -> list[Any]:
     """Cut after every sample, in chains of 1, 2, 3 and 7, each state saved again right after its load."""
-    whole = Run(make().node, *lane, 0)
+    whole = SingleLaneIterator(make().node, *lane, 0)
     samples, states = [], [json.loads(json.dumps(whole.state_dict()))]
     for sample in whole:
         samples.append(plain(sample))
         states.append(json.loads(json.dumps(whole.state_dict())))
     for step, state in enumerate(states):
-        resumed = Run(make().node, *lane, 0)
+        resumed = SingleLaneIterator(make().node, *lane, 0)
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state
-        again = Run(make().node, *lane, 0)
+        again = SingleLaneIterator(make().node, *lane, 0)
         again.load_state_dict(resumed.state_dict())
         assert [plain(sample) for sample in again] == samples[step:], f"resumed after sample {step}"
     for stride in (1, 2, 3, 7):
         found, state = [], states[0]
         while True:
-            part = Run(make().node, *lane, 0)
+            part = SingleLaneIterator(make().node, *lane, 0)
             part.load_state_dict(state)
             taken = [plain(sample) for _, sample in zip(range(stride), part)]
             found.extend(taken)
@@ -737,7 +737,7 @@ def test_a_generator_that_raises_is_dead_and_said_to_be(split: Any) -> None:
     def make() -> Dataset:
         return ms.from_iterable(generator_that_dies, name="net", num_shards=2, split=split)
 
-    run = Run(make().node, 0, 1, 0)
+    run = SingleLaneIterator(make().node, 0, 1, 0)
     assert [next(run) for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(ms.SampleError) as caught:
         next(run)
@@ -745,7 +745,7 @@ def test_a_generator_that_raises_is_dead_and_said_to_be(split: Any) -> None:
     assert caught.value.original_message == "connection lost"
     assert "generator_that_dies @ " in caught.value.function
     state = json.loads(json.dumps(run.state_dict()))
-    resumed = Run(make().node, 0, 1, 0)
+    resumed = SingleLaneIterator(make().node, 0, 1, 0)
     resumed.load_state_dict(state)
     for stream in (run, run, resumed, resumed):  # again and again: never the next shard as if nothing had been lost
         with pytest.raises(
@@ -772,7 +772,7 @@ def test_an_iterator_that_goes_on_after_raising_loses_one_sample(split: Any, bad
     def make() -> Dataset:
         return ms.from_iterable(lambda shard: GoesOn(shard, bad), name="log", num_shards=2, split=split)
 
-    whole = Run(make().node, 0, 1, 0)
+    whole = SingleLaneIterator(make().node, 0, 1, 0)
     found: list[Any] = []
     states = [whole.state_dict()]
     while True:
@@ -787,7 +787,7 @@ def test_an_iterator_that_goes_on_after_raising_loses_one_sample(split: Any, bad
     expected[bad], expected[10 + bad] = ms.Origin("log", 0, 2 * bad), ms.Origin("log", 0, 2 * bad + 1)
     assert found == expected
     for step, state in enumerate(states):
-        resumed = Run(make().node, 0, 1, 0)
+        resumed = SingleLaneIterator(make().node, 0, 1, 0)
         resumed.load_state_dict(state)
         assert [sample.origin if isinstance(sample, ms.SampleError) else sample for sample in drain(resumed)] == found[
             step:
@@ -831,7 +831,7 @@ def test_data_that_became_shorter_is_a_replay_that_diverged() -> None:
         next(whole)
     state = whole.state_dict()
     shorter = ms.from_iterable(lambda: range(4), name="log")
-    resumed = Run(shorter.node, 0, 1, 0)
+    resumed = SingleLaneIterator(shorter.node, 0, 1, 0)
     resumed.load_state_dict({**state, "fingerprint": shorter.fingerprint})
     with pytest.raises(ms.ReplayDiverged, match="ended at row 4 while rows up to 6"):
         next(resumed)
@@ -934,7 +934,7 @@ def test_a_long_shard_resumes_from_the_streams_own_state() -> None:
     state = whole.state_dict()
     assert len(json.dumps(state)) < 1024 + 64
     read.clear()
-    resumed = Run(ms.from_dataset(data).node, 0, 1, 0)
+    resumed = SingleLaneIterator(ms.from_dataset(data).node, 0, 1, 0)
     resumed.load_state_dict(state)
     assert next(resumed) == {"id": 600}
     assert len(read) <= 256
@@ -1021,7 +1021,7 @@ def open_hub_generators() -> int:
 @pytest.mark.parametrize(
     "run",
     [
-        lambda ds: Run(ds.node, 0, 1, 0),
+        lambda ds: SingleLaneIterator(ds.node, 0, 1, 0),
         lambda ds: iter(ds),
         lambda ds: iter(ds.map(lambda row: row).filter(bool).shuffle(1, buffer_size=4).batch(2, collate_fn=list)),
         lambda ds: iter(loader(ds)),
@@ -1163,8 +1163,8 @@ def test_a_file_whose_name_is_no_text_is_named_when_it_is_found(
     read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = str(tmp_path / "bad\udc80")  # as Linux lists a name in another encoding; other systems refuse to make one
-    monkeypatch.setattr("midstream.sources.parquet.glob.glob", lambda *_, **__: [found])
-    monkeypatch.setattr("midstream.sources.parquet.os.path.isfile", lambda path: True)
+    monkeypatch.setattr("midstream.sources.files.glob.glob", lambda *_, **__: [found])
+    monkeypatch.setattr("midstream.sources.files.os.path.isfile", lambda path: True)
     with pytest.raises(ValueError, match=r"the name of a file is text.*bad\\udc80'"):
         len(read(f"{tmp_path}/*"))
 

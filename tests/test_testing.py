@@ -23,7 +23,7 @@ from midstream.dataset import Dataset
 from midstream.pipeline import node as core
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.iterator import Lane
-from midstream.pipeline.node import Place
+from midstream.pipeline.node import BoundNode
 from midstream.testing import (
     Check,
     LawError,
@@ -56,8 +56,8 @@ class Faulty(core.Node):
     def random_access(self) -> bool:
         return False
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> core.Iterator:
-        return FaultyIterator(self.fault, iterate(at.input, lane, key, pass_))
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> core.Iterator:
+        return FaultyIterator(self.fault, iterate(bound.input, lane, key, pass_))
 
 
 class FaultyIterator(core.Iterator):
@@ -273,22 +273,22 @@ class Foreign:
     """A loader of someone else: right, or with a fault."""
 
     def __init__(self, fault: str = "", rows: int = 20) -> None:
-        self.fault, self.rows, self.at = fault, rows, 0
+        self.fault, self.rows, self.bound = fault, rows, 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"at": self.at}
+        return {"at": self.bound}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         if self.fault == "ignores":
             return
-        self.at = state["at"] + {"loses": 1, "repeats": -1}.get(self.fault, 0) * (0 < state["at"] < self.rows)
+        self.bound = state["at"] + {"loses": 1, "repeats": -1}.get(self.fault, 0) * (0 < state["at"] < self.rows)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if self.at >= self.rows:
-            self.at = 0
-        while self.at < self.rows:
-            self.at += 1
-            yield {"id": torch.tensor([2 * self.at, 2 * self.at + 1])}
+        if self.bound >= self.rows:
+            self.bound = 0
+        while self.bound < self.rows:
+            self.bound += 1
+            yield {"id": torch.tensor([2 * self.bound, 2 * self.bound + 1])}
 
 
 def test_a_right_foreign_loader_passes_whichever_way_its_epochs_end() -> None:
@@ -331,25 +331,25 @@ class GetState:
     """An iterator as Grain has them."""
 
     def __init__(self, fault: str = "") -> None:
-        self.fault, self.at = fault, 0
+        self.fault, self.bound = fault, 0
 
     def get_state(self) -> dict[str, int]:
-        return {"at": self.at}
+        return {"at": self.bound}
 
     def set_state(self, state: dict[str, int]) -> None:
-        self.at = state["at"]
+        self.bound = state["at"]
 
     def __iter__(self) -> GetState:
         return self
 
     def __next__(self) -> int:
-        if self.at == 20:
+        if self.bound == 20:
             raise StopIteration
-        self.at += 1
-        if self.at == 7 and self.fault == "met again":
-            self.at -= 1
+        self.bound += 1
+        if self.bound == 7 and self.fault == "met again":
+            self.bound -= 1
             raise ValueError("a bad row")
-        return self.at
+        return self.bound
 
 
 def test_iterators_with_get_state_are_followed() -> None:
@@ -580,8 +580,8 @@ def test_rows_that_are_not_those_of_the_stream_break_a_law() -> None:
         def _length(self) -> int | None:
             return self.source.length()
 
-        def _rows(self, at: Any, positions: Any, keys: Any, passes: Any) -> Any:
-            rows = at.input.rows(positions, keys, passes)
+        def _rows(self, bound: Any, positions: Any, keys: Any, passes: Any) -> Any:
+            rows = bound.input.rows(positions, keys, passes)
             return core.Rows([(sample, i) for i, sample in enumerate(rows.samples)], rows.origins, rows.sizes)
 
     with pytest.raises(LawError, match="rows at"):

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream.pipeline.single_lane import Run
+from midstream.pipeline.single_lane import SingleLaneIterator
 from simulate import Cluster
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lanes are dealt to.*:RuntimeWarning")
@@ -68,7 +68,9 @@ def _in_step(pipeline: ms.Dataset, lanes: int) -> int:
     """How many batches of an epoch come before the first lane has drained: a rank whose lane has goes on with its next one."""
     if pipeline.random_access:
         return len(pipeline)
-    return min(sum(1 for _ in Run(pipeline.node, lane, lanes, 0)) * lanes + lane for lane in range(lanes))
+    return min(
+        sum(1 for _ in SingleLaneIterator(pipeline.node, lane, lanes, 0)) * lanes + lane for lane in range(lanes)
+    )
 
 
 LEGS = st.lists(

@@ -31,13 +31,13 @@ from midstream.nodes.take import Take
 from midstream.nodes.track import Track
 from midstream.pipeline import describe
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import ErrorRate, Hole, OnError
+from midstream.pipeline.failures import ErrorRate, FailedSample, OnError
 from midstream.pipeline.iterator import Lane
 from midstream.pipeline.ledger import Ledger
-from midstream.pipeline.node import Node, Place, bind
+from midstream.pipeline.node import BoundNode, Node, bind
 from midstream.pipeline.passes import epoch_key
 from midstream.pipeline.rows import I64
-from midstream.pipeline.single_lane import Run, check_run_state
+from midstream.pipeline.single_lane import SingleLaneIterator, check_run_state
 
 
 class Dataset(IterableDataset[Any]):
@@ -85,8 +85,8 @@ class Dataset(IterableDataset[Any]):
         """
         return describe.spec(self.node)
 
-    def face(self) -> str:
-        """See `Node.face`."""
+    def access(self) -> str:
+        """See `Node.access`."""
         return describe.access(self.node)
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class Dataset(IterableDataset[Any]):
             raise TypeError(f"this pipeline has no end, so it has no length:\n{self!r}")
         return length
 
-    def __iter__(self) -> Run:
+    def __iter__(self) -> SingleLaneIterator:
         """Read the samples in the order of a single lane, from the start or from a loaded state.
 
         In a worker of a bare StatefulDataLoader the worker is a lane.
@@ -111,7 +111,7 @@ class Dataset(IterableDataset[Any]):
             self._divided = True
         worker = get_worker_info()
         index, num_lanes = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        run = Run(self.node, index, num_lanes, self._epoch)
+        run = SingleLaneIterator(self.node, index, num_lanes, self._epoch)
         waiting = self._waiting
         if waiting is not None:
             run.load_state_dict(waiting)
@@ -121,7 +121,7 @@ class Dataset(IterableDataset[Any]):
         self._left = None
         mine = weakref.ref(self)
 
-        def keep(ended: Run) -> None:
+        def keep(ended: SingleLaneIterator) -> None:
             owner = mine()
             if owner is not None and owner._run is not None and owner._run() in (ended, None) and owner._left is None:
                 owner._left = ended.state_dict()
@@ -155,7 +155,7 @@ class Dataset(IterableDataset[Any]):
             return []
         samples = bind(self.node).rows(array, epoch_key(epoch), np.array([epoch], dtype=np.int64)).samples
         for sample in samples:
-            if isinstance(sample, Hole):
+            if isinstance(sample, FailedSample):
                 raise sample.errors[0].error()
         return samples
 
@@ -180,11 +180,11 @@ class Dataset(IterableDataset[Any]):
         """
         source, _, row, *_ = origin
         root = bind(self.node)
-        place = next((place for place in root.walk() if place.source >= 0 and root.names[place.source] == source), None)
-        if place is None:
+        bound = next((bound for bound in root.walk() if bound.source >= 0 and root.names[bound.source] == source), None)
+        if bound is None:
             raise ValueError(f"there is no source {source!r} in this pipeline; its sources: {', '.join(root.names)}")
-        sample = _row(place, int(row))
-        if type(sample) is Hole:
+        sample = _row(bound, int(row))
+        if type(sample) is FailedSample:
             raise sample.errors[0].error()
         return sample
 
@@ -204,7 +204,7 @@ class Dataset(IterableDataset[Any]):
         if run is None:
             worker = get_worker_info()
             index, num_lanes = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-            run = Run(self.node, index, num_lanes, self._epoch)
+            run = SingleLaneIterator(self.node, index, num_lanes, self._epoch)
         return run.state_dict()
 
     def load_state_dict(self, state: State) -> None:
@@ -462,23 +462,23 @@ class Dataset(IterableDataset[Any]):
         return Dataset(Batch(self.node, batch_size, drop_last, collate_fn))
 
 
-def _row(place: Place, row: int) -> Any:
-    """A row of a source, or a `Hole`."""
-    node = place.node
+def _row(bound: BoundNode, row: int) -> Any:
+    """A row of a source, or a `FailedSample`."""
+    node = bound.node
     if node.random_access:
         length = node.length()
         if not 0 <= row < (length or 0):
-            raise IndexError(f"source {place.names[place.source]!r} has the rows 0 to {(length or 0) - 1}; found {row}")
-        return place.rows(np.array([row], dtype=np.int64), epoch_key(0), np.zeros(1, dtype=np.int64)).samples[0]
+            raise IndexError(f"source {bound.names[bound.source]!r} has the rows 0 to {(length or 0) - 1}; found {row}")
+        return bound.rows(np.array([row], dtype=np.int64), epoch_key(0), np.zeros(1, dtype=np.int64)).samples[0]
     limit = node.max_lanes()
     shards = limit[0] if limit is not None else 1
     # One lane for each shard: row r of shard s is row r * shards + s.
-    for sample, origins in iterate(place, Lane(row % shards, shards, 1, Ledger(writes=False)), 0, 0):
+    for sample, origins in iterate(bound, Lane(row % shards, shards, 1, Ledger(writes=False)), 0, 0):
         if origins[2] == row:
             return sample
         if origins[2] > row:
             break
-    raise IndexError(f"source {place.names[place.source]!r} has no row {row}")
+    raise IndexError(f"source {bound.names[bound.source]!r} has no row {row}")
 
 
 def _path(path: str | os.PathLike[str] | None) -> str | None:

@@ -16,7 +16,7 @@ from midstream.checkpoint.progress import Progress, progress
 from midstream.common.plain_state import State
 from midstream.common.validation import require_int
 from midstream.dataset import Dataset
-from midstream.pipeline.failures import Failure
+from midstream.pipeline.failures import SampleFailure
 from midstream.pipeline.node import bind, require_dataset
 from midstream.pipeline.rows import as_origin_array
 
@@ -79,9 +79,9 @@ def _bars(ax: Axes, told: Progress, names: list[str], unit: str) -> None:
     bars = ax.barh(places, real, height=0.6, color=[_colour(index) for index in range(len(names))])
     ax.bar_label(bars, [f"{value:.1%}" for value in real], padding=4, fontsize=9)
     asked = [told.sources[name].asked for name in names]
-    for place, value in zip(places, asked):
+    for bound, value in zip(places, asked):
         if value is not None:
-            ax.plot([value, value], [place - 0.4, place + 0.4], color="black", linewidth=1.5, solid_capstyle="butt")
+            ax.plot([value, value], [bound - 0.4, bound + 0.4], color="black", linewidth=1.5, solid_capstyle="butt")
     if any(value is not None for value in asked):
         ax.plot([], [], color="black", linewidth=1.5, label="asked")
         ax.legend(frameon=False, fontsize=9, loc="lower right")
@@ -133,7 +133,7 @@ def shuffle(dataset: Dataset, *, n: int = 2000, epoch: int = 0, ax: Axes | None 
     require_int(n, "n", 1, "plot.shuffle")
     places = []
     for out, (sample, origins) in enumerate(islice(look(dataset.node, epoch), n)):
-        if not isinstance(sample, Failure):
+        if not isinstance(sample, SampleFailure):
             places += [(out, origin[0], origin[2]) for origin in as_origin_array(origins).tolist()]
     ax = _axes(ax)
     found = np.array(places, dtype=np.int64).reshape(-1, 3)
@@ -184,7 +184,7 @@ def lengths(
     names = bind(dataset.node).names
     found: dict[int, list[int]] = {index: [] for index in range(len(names))}
     for sample, origins in islice(look(dataset.node), n):
-        if not isinstance(sample, Failure):
+        if not isinstance(sample, SampleFailure):
             first = as_origin_array(origins)
             found[int(first[0, 0]) if len(first) else 0].append(_length(sample, key))
     ax = _axes(ax)

@@ -17,7 +17,7 @@ from typing import Any
 
 from midstream.changes.weights import edits_of, note_load, phases_in
 from midstream.checkpoint.differences import diff_specs, source_names
-from midstream.checkpoint.read import Canonical
+from midstream.checkpoint.read import RunState
 from midstream.checkpoint.weights_history import weights_of
 from midstream.common.plain_state import State, decode, encode
 from midstream.common.randomness import fold, salt
@@ -25,16 +25,16 @@ from midstream.errors import CheckpointError, bullet_list
 from midstream.metrics.tracked import Tracked, decode_tracked, encode_tracked, join_tracked
 from midstream.nodes.mix.interleave import Interleave, Picks
 from midstream.pipeline import describe
-from midstream.pipeline.node import Node, Place, bind
+from midstream.pipeline.node import BoundNode, Node, bind
 
 _ONE_TO_ONE = ("map", "track")
 
 
-def adopt(canonical: Canonical, pipeline: Node, *, strict: bool) -> list[str]:
+def adopt(run_state: RunState, pipeline: Node, *, strict: bool) -> list[str]:
     """Let a state of a pipeline that differs go on with this one, where that can be done exactly.
 
     Another batch size can always be; other weights, new and removed inputs of a mix when asked for (``strict=False``).
-    Changes ``canonical`` in place.
+    Changes ``run_state`` in place.
 
     Returns:
         What differs, a line each.
@@ -43,8 +43,8 @@ def adopt(canonical: Canonical, pipeline: Node, *, strict: bool) -> list[str]:
         CheckpointError: If it cannot be done, with the differences and the reason.
     """
     here = describe.spec(pipeline)
-    lines = diff_specs(canonical.spec, here)
-    old, new, above = canonical.spec, here, []
+    lines = diff_specs(run_state.spec, here)
+    old, new, above = run_state.spec, here, []
     while _kind(old) == _kind(new) in _ONE_TO_ONE and _alike(old, new):
         old, new = old["inputs"][""], new["inputs"][""]
     if _kind(old) != "batch" or _kind(new) != "batch" or not _alike(old, new, "batch_size"):
@@ -67,46 +67,46 @@ def adopt(canonical: Canonical, pipeline: Node, *, strict: bool) -> list[str]:
             )
     given = 0
     if pipeline.random_access:
-        given = _adopt_random(canonical, pipeline, old if other_mix else None, size, lines)
+        given = _adopt_random(run_state, pipeline, old if other_mix else None, size, lines)
     else:
-        _adopt_stream(canonical, pipeline, (old, new) if other_mix else None, size, bool(above), lines)
+        _adopt_stream(run_state, pipeline, (old, new) if other_mix else None, size, bool(above), lines)
     if other_mix:
-        _rename(canonical, source_names(canonical.spec), source_names(here))
-        canonical.edits = note_load(canonical, _find(bind(pipeline)).path, weights_of(old), weights_of(new), given)
-    canonical.spec, canonical.fingerprint = here, describe.fingerprint(pipeline)
+        _rename(run_state, source_names(run_state.spec), source_names(here))
+        run_state.edits = note_load(run_state, _find(bind(pipeline)).path, weights_of(old), weights_of(new), given)
+    run_state.spec, run_state.fingerprint = here, describe.fingerprint(pipeline)
     return lines
 
 
-def _adopt_random(canonical: Canonical, pipeline: Node, old: State, size: int, lines: list[str]) -> int:
+def _adopt_random(run_state: RunState, pipeline: Node, old: State, size: int, lines: list[str]) -> int:
     """Returns how many rows the mix has given in this epoch."""
-    if canonical.ahead:
+    if run_state.ahead:
         raise _refusal(lines, "a rank is ahead because it lost whole batches; finish the epoch as it is")
-    left: dict[str, Any] = decode(canonical.rest) if canonical.rest else {"offsets": {}, "skip": 0}
-    offsets, skip = left["offsets"], left["skip"] + canonical.batches * size
+    left: dict[str, Any] = decode(run_state.rest) if run_state.rest else {"offsets": {}, "skip": 0}
+    offsets, skip = left["offsets"], left["skip"] + run_state.batches * size
     given = 0
     if old is not None:
-        place = _find(bind(pipeline))
-        mix: Any = place.node
+        bound = _find(bind(pipeline))
+        mix: Any = bound.node
         if mix.stopping_strategy == "all_exhausted":
             raise _refusal(lines, "with all_exhausted, sources start over, and a mix of passes cannot be counted anew")
-        edits = edits_of(canonical.edits, place.path)
-        counts = _counts(old, mix, offsets, skip, lines, edits, canonical.epoch)
-        loads = [edit["given"] for edit in edits if "given" in edit and edit["epoch"] == canonical.epoch]
+        edits = edits_of(run_state.edits, bound.path)
+        counts = _counts(old, mix, offsets, skip, lines, edits, run_state.epoch)
+        loads = [edit["given"] for edit in edits if "given" in edit and edit["epoch"] == run_state.epoch]
         given = skip + (loads[-1] if loads else 0)
         offsets = {name: counts.get(name, 0) for name, _ in mix.datasets}
         skip = 0
-    canonical.rest = encode({"offsets": offsets, "skip": skip})
-    canonical.batches, canonical.told = 0, {}
-    for lane in canonical.lanes.values():
+    run_state.rest = encode({"offsets": offsets, "skip": skip})
+    run_state.batches, run_state.told = 0, {}
+    for lane in run_state.lanes.values():
         if lane is not None:
             lane.pop("told", None)
     return given
 
 
-def _find(place: Place) -> Place:
-    while not isinstance(place.node, Interleave):
-        place = place.input
-    return place
+def _find(bound: BoundNode) -> BoundNode:
+    while not isinstance(bound.node, Interleave):
+        bound = bound.input
+    return bound
 
 
 def _counts(
@@ -145,7 +145,7 @@ def _counts(
 
 
 def _adopt_stream(
-    canonical: Canonical,
+    run_state: RunState,
     pipeline: Node,
     mixes: tuple[State, State] | None,
     size: int,
@@ -157,15 +157,15 @@ def _adopt_stream(
     new = _find(bind(pipeline)).inputs if mixes is not None else {}
     if mixes is not None and above:
         raise _refusal(lines, "in a stream, only a mix right below the batch can change")
-    for index, lane in canonical.lanes.items():
+    for index, lane in run_state.lanes.items():
         if lane is None:
-            lane = canonical.lanes[index] = {"samples": [], "rows": [], "events": {}}
+            lane = run_state.lanes[index] = {"samples": [], "rows": [], "events": {}}
         run = lane.setdefault(
-            "lane", {"epoch": canonical.epoch, "rounds": 0, "done": False, "state": None, "marks": {}}
+            "lane", {"epoch": run_state.epoch, "rounds": 0, "done": False, "state": None, "marks": {}}
         )
         if run["done"]:
             continue
-        if canonical.batches or canonical.steps_done:
+        if run_state.batches or run_state.steps_done:
             run.setdefault("dealt", size)
         if mixes is None or run["state"] is None:
             continue
@@ -176,7 +176,7 @@ def _adopt_stream(
             saved = dict(zip(sorted(was["inputs"]), mix["inputs"], strict=True))
             kept = [saved[name][:3] if name in saved else None for name in sorted(mix_spec["inputs"])]
             # What an input of that name had counted when it was removed is not what begins now.
-            begin = {place.path for name, child in new.items() if name not in saved for place in child.walk()}
+            begin = {bound.path for name, child in new.items() if name not in saved for bound in child.walk()}
             run["marks"] = {
                 key: mark for key, mark in run["marks"].items() if not begin & {key, key.rpartition(" ")[0]}
             }
@@ -194,22 +194,22 @@ def _adopt_stream(
             raise CheckpointError(f"this state is damaged: lane {index} ({error})") from None
 
 
-def _rename(canonical: Canonical, old: list[str], new: list[str]) -> None:
+def _rename(run_state: RunState, old: list[str], new: list[str]) -> None:
     """Number the counts by the sources as they are now; those of a source that was removed are of none."""
-    place = {index: new.index(name) if name in new else -1 for index, name in enumerate(old)}
-    for lane in canonical.lanes.values():
+    bound = {index: new.index(name) if name in new else -1 for index, name in enumerate(old)}
+    for lane in run_state.lanes.values():
         if lane is None:
             continue
         events: dict[str, int] = {}
         for key, count in lane["events"].items():
             kind, path, source = key.rsplit("|", 2)
-            key = f"{kind}|{path}|{place.get(int(source), -1)}"
+            key = f"{kind}|{path}|{bound.get(int(source), -1)}"
             events[key] = events.get(key, 0) + count
         for kind in [kind for kind in ("samples", "rows", "tokens") if kind in lane]:
             counts = [0] * len(new)
             for index, count in enumerate(lane[kind]):
-                if place.get(index, -1) >= 0:
-                    counts[place[index]] += count
+                if bound.get(index, -1) >= 0:
+                    counts[bound[index]] += count
                 elif count and kind == "samples":
                     key = f"removed {old[index]}||-1"
                     events[key] = events.get(key, 0) + count
@@ -218,7 +218,7 @@ def _rename(canonical: Canonical, old: list[str], new: list[str]) -> None:
         if "tracked" in lane:
             moved: list[Tracked] = []
             for (path, source), named in decode_tracked(lane["tracked"]).items():
-                moved.append({(path, place.get(source, -1)): named})
+                moved.append({(path, bound.get(source, -1)): named})
             lane["tracked"] = decode(encode_tracked(join_tracked(moved)))
 
 

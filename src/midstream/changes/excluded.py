@@ -10,7 +10,7 @@ import numpy as np
 from midstream.changes.rewrite import topmost
 from midstream.common.plain_state import decode, encode
 from midstream.errors import Origin
-from midstream.pipeline.node import Node, Place, bind
+from midstream.pipeline.node import BoundNode, Node, bind
 
 MOST_ORIGINS = 4096
 """How many a run may leave out: they are in every checkpoint, about 16 bytes each."""
@@ -66,16 +66,16 @@ def require_excludable(pipeline: Node) -> None:
     root = bind(pipeline)
     batches = set(topmost(root, "batch"))
 
-    def refuse(place: Place) -> None:
-        if place.path in batches or all(each.path not in batches for each in place.walk()):
+    def refuse(bound: BoundNode) -> None:
+        if bound.path in batches or all(each.path not in batches for each in bound.walk()):
             return
-        if again := place.node.reads_again():
+        if again := bound.node.replay_bound():
             raise ValueError(
-                f"exclude: a resume reads {again} again at {place.path!r}, above .batch: batches that it has read already "
-                f"would come shorter, or not at all, and it could not go on exactly. Put the {place.node.kind} below the "
+                f"exclude: a resume reads {again} again at {bound.path!r}, above .batch: batches that it has read already "
+                f"would come shorter, or not at all, and it could not go on exactly. Put the {bound.node.kind} below the "
                 f".batch, or pass over whole batches with loader.skip."
             )
-        for child in place.inputs.values():
+        for child in bound.inputs.values():
             refuse(child)
 
     refuse(root)

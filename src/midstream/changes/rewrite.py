@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from midstream.pipeline.node import Node, Place, bind
+from midstream.pipeline.node import BoundNode, Node, bind
 
 
 def rewrite(pipeline: Node, path: str, change: Callable[[Any], Node]) -> Node:
@@ -15,12 +15,12 @@ def rewrite(pipeline: Node, path: str, change: Callable[[Any], Node]) -> Node:
         KeyError: If there is no node at this path.
     """
 
-    def rewritten(place: Place) -> Node:
-        if place.path == path:
-            return change(place.node)
-        for name, child in place.inputs.items():
+    def rewritten(bound: BoundNode) -> Node:
+        if bound.path == path:
+            return change(bound.node)
+        for name, child in bound.inputs.items():
             if any(each.path == path for each in child.walk()):
-                return place.node.with_inputs({**place.node.inputs(), name: rewritten(child)})
+                return bound.node.with_inputs({**bound.node.inputs(), name: rewritten(child)})
         raise KeyError(path)
 
     return rewritten(bind(pipeline))
@@ -32,16 +32,16 @@ def path_of(pipeline: Node, kind: str) -> str:
     Raises:
         ValueError: If another node stands above it, or there is none.
     """
-    place = bind(pipeline)
-    while place.node.kind != kind:
-        if not place.node.one_to_one:
-            raise ValueError(f"there is a {place.node.kind} above the {kind}")
-        place = place.input
-    return place.path
+    bound = bind(pipeline)
+    while bound.node.kind != kind:
+        if not bound.node.one_to_one:
+            raise ValueError(f"there is a {bound.node.kind} above the {kind}")
+        bound = bound.input
+    return bound.path
 
 
-def topmost(place: Place, kind: str) -> list[str]:
+def topmost(bound: BoundNode, kind: str) -> list[str]:
     """The paths of all nodes of a kind that have no other of that kind above them."""
-    if place.node.kind == kind:
-        return [place.path]
-    return [path for child in place.inputs.values() for path in topmost(child, kind)]
+    if bound.node.kind == kind:
+        return [bound.path]
+    return [path for child in bound.inputs.values() for path in topmost(child, kind)]

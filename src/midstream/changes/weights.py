@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from midstream.checkpoint.read import Canonical
+from midstream.checkpoint.read import RunState
 from midstream.checkpoint.weights_history import decode_changes
 from midstream.common.plain_state import State, encode
 from midstream.nodes.mix.interleave import Interleave
 from midstream.nodes.mix.weights import Weights, check_weights, quotas
-from midstream.pipeline.node import Place
+from midstream.pipeline.node import BoundNode
 
 
 def phases_in(
@@ -68,7 +68,7 @@ def lane_edits(text: str) -> dict[str, list[dict[str, float]]]:
     return known
 
 
-def add(canonical: Canonical, place: Place, mix: str, weights: Mapping[str, float]) -> str:
+def add(run_state: RunState, bound: BoundNode, mix: str, weights: Mapping[str, float]) -> str:
     """The edits with one more: from the next batch on.
 
     Args:
@@ -81,7 +81,7 @@ def add(canonical: Canonical, place: Place, mix: str, weights: Mapping[str, floa
         ValueError: If there is no such mix, the names are not its datasets', or it cannot be done exactly; with the reason.
         TypeError: If a weight is no number.
     """
-    mixes = [each for each in place.walk() if isinstance(each.node, Interleave)]
+    mixes = [each for each in bound.walk() if isinstance(each.node, Interleave)]
     found = [each for each in mixes if mix in (each.path, each.node.label)]
     if len(found) != 1:
         there = ", ".join(repr(each.path) for each in mixes) or "none"
@@ -97,10 +97,10 @@ def add(canonical: Canonical, place: Place, mix: str, weights: Mapping[str, floa
     assert isinstance(node, Interleave)
     checked = check_weights(weights, [name for name, _ in node.datasets], f"set_weights of {mix!r}")
     quotas(dict(checked))
-    epoch, step, at = canonical.epoch + canonical.finished, canonical.steps_done, None
-    if canonical.finished:
+    epoch, step, at = run_state.epoch + run_state.finished, run_state.steps_done, None
+    if run_state.finished:
         step = 0
-    if not place.node.random_access:
+    if not bound.node.random_access:
         if node.random_access:
             raise ValueError(
                 f"set_weights: {mix!r} is read by position under a stream, each lane at another one, so there is no place at "
@@ -108,29 +108,29 @@ def add(canonical: Canonical, place: Place, mix: str, weights: Mapping[str, floa
                 f"counts samples, or give weights_by the length in tokens."
             )
     else:
-        if canonical.ahead or (canonical.told and not canonical.finished):
+        if run_state.ahead or (run_state.told and not run_state.finished):
             raise ValueError(
                 "set_weights: a batch raised an error and is not handed out yet, or this rank lost whole batches and is ahead "
                 "of the others, so weights cannot change here without losing rows. Call it after the next batch, or in the "
                 "next epoch."
             )
-        done = 0 if canonical.finished else canonical.batches
-        at = _given(place, target, done, mix)
+        done = 0 if run_state.finished else run_state.batches
+        at = _given(bound, target, done, mix)
         length = node.length()
         if length is not None and at >= length > 0:
             at = None  # there is nothing left of it in this epoch
     entry = {"mix": target.path, "weights": dict(checked), "epoch": epoch, "step": step, "at": at, "by": "set_weights"}
-    return encode([*decode_changes(canonical.edits), entry])
+    return encode([*decode_changes(run_state.edits), entry])
 
 
-def _given(place: Place, target: Place, count: int, mix: str) -> int:
+def _given(bound: BoundNode, target: BoundNode, count: int, mix: str) -> int:
     """How many samples of a mix are among the first ``count`` samples of a node above it."""
-    node = place.node
+    node = bound.node
     length = node.length()
     count = count if length is None else min(count, length)
-    if place is target:
+    if bound is target:
         return count
-    name, child = next((name, child) for name, child in place.inputs.items() if target in child.walk())
+    name, child = next((name, child) for name, child in bound.inputs.items() if target in child.walk())
     taken = node.taken_of(name, count)
     if taken is None:
         raise ValueError(
@@ -141,16 +141,16 @@ def _given(place: Place, target: Place, count: int, mix: str) -> int:
     return _given(child, target, taken, mix)
 
 
-def note_load(canonical: Canonical, path: str, was: State, now: State, given: int) -> str:
+def note_load(run_state: RunState, path: str, was: State, now: State, given: int) -> str:
     """The edits with a load (``strict=False``) that goes on with the weights of another pipeline."""
     entry: dict[str, State] = {
         "mix": path,
         "weights": now,
         "was": was,
-        "epoch": canonical.epoch,
-        "step": canonical.steps_done,
+        "epoch": run_state.epoch,
+        "step": run_state.steps_done,
         "at": 0,
         "given": given,
         "by": "load_state_dict",
     }
-    return encode([*decode_changes(canonical.edits), entry])
+    return encode([*decode_changes(run_state.edits), entry])

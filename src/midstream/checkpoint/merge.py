@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from midstream.checkpoint.differences import diff_specs
-from midstream.checkpoint.read import Canonical, parse
-from midstream.checkpoint.write import render
+from midstream.checkpoint.read import RunState, parse
+from midstream.checkpoint.write import to_state
 from midstream.common.plain_state import State, copy_plain, decode
 from midstream.errors import CheckpointError, bullet_list
 
@@ -35,25 +35,25 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
     parsed = [parse(state) for state in states]
     first = parsed[0]
     lanes: dict[str, str] = {}
-    for index, (state, canonical) in enumerate(zip(states, parsed)):
-        if canonical.fingerprint != first.fingerprint:
+    for index, (state, run_state) in enumerate(zip(states, parsed)):
+        if run_state.fingerprint != first.fingerprint:
             raise CheckpointError(
                 f"the states of different pipelines do not merge; state {index} differs from state 0:"
-                f"{bullet_list(diff_specs(first.spec, canonical.spec))}"
+                f"{bullet_list(diff_specs(first.spec, run_state.spec))}"
             )
-        if canonical.edits != first.edits and _lasting(canonical.edits) != _lasting(first.edits):
+        if run_state.edits != first.edits and _lasting(run_state.edits) != _lasting(first.edits):
             raise CheckpointError(
                 f"state {index} has other changes of weights than state 0: call set_weights on every rank, after the same "
                 f"step and with the same weights"
             )
-        if canonical.excluded != first.excluded:
+        if run_state.excluded != first.excluded:
             raise CheckpointError(
                 f"state {index} leaves other samples out than state 0: call exclude on every rank, after the same step and "
                 f"with the same origins"
             )
-        if canonical.num_lanes != first.num_lanes:
+        if run_state.num_lanes != first.num_lanes:
             raise CheckpointError(
-                f"state {index} has num_lanes={canonical.num_lanes}, state 0 has {first.num_lanes}: they are of different runs"
+                f"state {index} has num_lanes={run_state.num_lanes}, state 0 has {first.num_lanes}: they are of different runs"
             )
         for key, value in state["lanes"].items():
             if value and lanes.get(key):
@@ -70,17 +70,17 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
     # The numbers of any one state do here: where each rank stood is in its lanes. One without lanes has them alone.
     merged = dict(states[0])
     # Told by a rank in the midst of its epoch, where there is one.
-    merged["edits"] = min((canonical.edits for canonical in parsed), key=_when)
-    for canonical in parsed:
-        if not any(canonical.lanes.values()) and (canonical.epoch, canonical.steps_done) != (
+    merged["edits"] = min((run_state.edits for run_state in parsed), key=_when)
+    for run_state in parsed:
+        if not any(run_state.lanes.values()) and (run_state.epoch, run_state.steps_done) != (
             first.epoch,
             first.steps_done,
         ):
             raise CheckpointError(
-                f"the ranks were saved at different steps: epoch {canonical.epoch}, step {canonical.steps_done}; epoch "
+                f"the ranks were saved at different steps: epoch {run_state.epoch}, step {run_state.steps_done}; epoch "
                 f"{first.epoch}, step {first.steps_done}. Save all after the same one."
             )
-    return settle({**merged, "lanes": dict(sorted(lanes.items()))})[0]
+    return agreed({**merged, "lanes": dict(sorted(lanes.items()))})[0]
 
 
 def _lasting(edits: str) -> list[Any]:
@@ -93,10 +93,10 @@ def _when(edits: str) -> list[tuple[int, int]]:
     return [(entry["epoch"], -entry["step"]) for entry in decode(edits or "[]")]
 
 
-def settle(state: dict[str, State]) -> tuple[dict[str, State], Canonical]:
+def agreed(state: dict[str, State]) -> tuple[dict[str, State], RunState]:
     """A checked state with the position that all its ranks agree on, as a fresh copy, and the same decoded."""
-    canonical = parse(state)
-    if canonical.over:
-        return render(canonical, state), canonical
-    position = {"epoch": canonical.epoch, "batches": canonical.batches, "steps_done": canonical.steps_done}
-    return {**copy_plain({**state, "lanes": {}}), **position, "lanes": dict(state["lanes"])}, canonical
+    run_state = parse(state)
+    if run_state.over:
+        return to_state(run_state, state), run_state
+    position = {"epoch": run_state.epoch, "batches": run_state.batches, "steps_done": run_state.steps_done}
+    return {**copy_plain({**state, "lanes": {}}), **position, "lanes": dict(state["lanes"])}, run_state

@@ -8,7 +8,7 @@ from typing import Any
 
 from midstream.checkpoint.differences import source_names
 from midstream.checkpoint.merge import merge_states
-from midstream.checkpoint.read import Canonical, parse
+from midstream.checkpoint.read import RunState, parse
 from midstream.checkpoint.weights_history import shares_asked
 from midstream.common.plain_state import State
 from midstream.common.tables import NOTE, table_html
@@ -237,22 +237,22 @@ def progress(state: State) -> Progress:
     """
     if isinstance(state, list):
         state = merge_states(state)
-    canonical = parse(state)
-    names = source_names(canonical.spec)
-    lengths = _lengths(canonical.spec)
+    run_state = parse(state)
+    names = source_names(run_state.spec)
+    lengths = _lengths(run_state.spec)
     totals = {kind: [0] * len(names) for kind in ("samples", "rows", "tokens")}
     events: dict[str, int] = {}
-    for lane in canonical.lanes.values():
+    for lane in run_state.lanes.values():
         if lane is not None:
             for kind, counts in totals.items():
                 for index, count in zip(range(len(names)), lane.get(kind, [])):
                     counts[index] += count
             for key, count in lane["events"].items():
                 events[key] = events.get(key, 0) + count
-    tracked, over_all, kinds = _metrics(canonical)
+    tracked, over_all, kinds = _metrics(run_state)
     samples, tokens = totals["samples"], totals["tokens"]
     total, all_tokens = sum(samples), sum(tokens)
-    asked = shares_asked(canonical) if len(names) > 1 else {}
+    asked = shares_asked(run_state) if len(names) > 1 else {}
     unattributed: dict[str, int] = {}
     for key, count in sorted(events.items()):
         kind, _, source = key.split("|")
@@ -291,19 +291,19 @@ def progress(state: State) -> Progress:
             token_share=tokens[index] / all_tokens if all_tokens else None,
             metrics=tracked.get(index, {}),
         )
-    return Progress(canonical.epoch, canonical.batches, sources, unattributed, over_all, kinds)
+    return Progress(run_state.epoch, run_state.batches, sources, unattributed, over_all, kinds)
 
 
 _Summaries = dict[str, dict[str, "int | float"]]
 
 
-def _metrics(canonical: Canonical) -> tuple[dict[int, _Summaries], _Summaries, dict[str, str]]:
+def _metrics(run_state: RunState) -> tuple[dict[int, _Summaries], _Summaries, dict[str, str]]:
     """What was tracked: by index of the source, over all, and the kind of each metric.
 
     Two nodes may track a metric of one name in different branches: their totals belong together where their kinds agree,
     else each goes by its path and kind.
     """
-    lanes = [lane["tracked"] for lane in canonical.lanes.values() if lane is not None and "tracked" in lane]
+    lanes = [lane["tracked"] for lane in run_state.lanes.values() if lane is not None and "tracked" in lane]
     tracked = join_tracked(map(decode_tracked, lanes))
     kinds: dict[str, set[str]] = {}
     for named in tracked.values():

@@ -66,7 +66,7 @@ _KEYS: dict[str, type] = {
 _MAX_LANES = 1 << 24
 
 
-class Canonical:
+class RunState:
     """A checked state.
 
     Attributes:
@@ -147,7 +147,7 @@ class Canonical:
         return over
 
 
-def parse(state: Any) -> Canonical:
+def parse(state: Any) -> RunState:
     """Check a state of a loader (one rank's, or merged).
 
     Raises:
@@ -187,7 +187,7 @@ def parse(state: Any) -> Canonical:
     try:
         found = digest(state["spec"])
         if found == state["fingerprint"]:
-            return Canonical(state)
+            return RunState(state)
     except (UnicodeError, RecursionError, json.JSONDecodeError) as error:
         raise CheckpointError(f"this state is damaged: its spec is not what was saved ({error})") from None
     raise CheckpointError(

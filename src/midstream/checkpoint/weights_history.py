@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from midstream.checkpoint.merge import merge_states
-from midstream.checkpoint.read import Canonical, parse
+from midstream.checkpoint.read import RunState, parse
 from midstream.checkpoint.spec import walk
 from midstream.common.plain_state import State, decode
 
@@ -36,10 +36,10 @@ def weights_history(state: State) -> list[dict[str, Any]]:
     0 {'a': 2, 'b': 1} pipeline
     1 {'a': 1, 'b': 5} set_weights
     """
-    canonical = parse(merge_states(state) if isinstance(state, list) else state)
-    entries = decode_changes(canonical.edits)
+    run_state = parse(merge_states(state) if isinstance(state, list) else state)
+    entries = decode_changes(run_state.edits)
     history = []
-    for path, spec in _mixes(canonical.spec):
+    for path, spec in _mixes(run_state.spec):
         loads = [entry for entry in entries if entry["mix"] == path and "was" in entry]
         first = loads[0]["was"] if loads else weights_of(spec)
         history.append({"mix": path, "weights": first, "epoch": 0, "step": 0, "by": "pipeline"})
@@ -65,16 +65,16 @@ def asked_shares(state: State) -> dict[str, float | None]:
     return shares_asked(parse(merge_states(state) if isinstance(state, list) else state))
 
 
-def shares_asked(canonical: Canonical) -> dict[str, float | None]:
+def shares_asked(run_state: RunState) -> dict[str, float | None]:
     """`asked_shares` of a checked state."""
     edited: dict[str, dict[str, float]] = {}
-    for entry in decode_changes(canonical.edits):
+    for entry in decode_changes(run_state.edits):
         if entry["by"] == "set_weights":
             edited[entry["mix"]] = entry["weights"]
         else:
             edited.pop(entry["mix"], None)
-    paths = {id(spec): path for path, spec in _mixes(canonical.spec)}
-    phases = {path: found for path, spec in _mixes(canonical.spec) if (found := _lane_phases(canonical, spec, path))}
+    paths = {id(spec): path for path, spec in _mixes(run_state.spec)}
+    phases = {path: found for path, spec in _mixes(run_state.spec) if (found := _lane_phases(run_state, spec, path))}
     shares: dict[str, float | None] = {}
 
     def down(spec: Any, share: float | None, rows: float) -> None:
@@ -98,7 +98,7 @@ def shares_asked(canonical: Canonical) -> dict[str, float | None]:
         for name, child in sorted(inputs.items()):
             down(child, None if share is None else share * parts[name], rows * parts[name])
 
-    down(canonical.spec, 1.0, canonical.batches)
+    down(run_state.spec, 1.0, run_state.batches)
     return shares
 
 
@@ -117,7 +117,7 @@ def _mixes(spec: Any) -> list[tuple[str, Any]]:
     return [(node.path, node.spec) for node in walk(spec) if node.spec["node"] == "interleave"]
 
 
-def _lane_phases(canonical: Canonical, spec: Any, path: str) -> list[int]:
+def _lane_phases(run_state: RunState, spec: Any, path: str) -> list[int]:
     """The phases in which the lanes of a stream are in the schedule of a mix."""
     found: list[int] = []
 
@@ -132,6 +132,6 @@ def _lane_phases(canonical: Canonical, spec: Any, path: str) -> list[int]:
                 look(item)
 
     if "schedule" in spec:
-        for lane in canonical.lanes.values():
+        for lane in run_state.lanes.values():
             look((lane or {}).get("lane", {}).get("state"))
     return found

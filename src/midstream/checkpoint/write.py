@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from midstream.checkpoint.read import Canonical
+from midstream.checkpoint.read import RunState
 from midstream.checkpoint.spec import Paths
 from midstream.common.plain_state import State, copy_plain, encode, seal
 
@@ -24,35 +24,35 @@ def leaf_text(lane: Mapping[str, Any], paths: Paths, run: str | None = None) -> 
     if lane["events"]:
         parts["events"] = paths.short_events(lane["events"])
     if "lane" in lane:
-        run = encode(run_state(lane["lane"], paths))
+        run = encode(encode_run(lane["lane"], paths))
     body = encode(parts)
     return seal(f'{body[:-1]},"lane":{run}}}' if run else body)
 
 
-def run_state(run: Mapping[str, Any], paths: Paths) -> dict[str, State]:
+def encode_run(run: Mapping[str, Any], paths: Paths) -> dict[str, State]:
     """A lane's "lane" with nodes by number."""
     return {**run, "marks": paths.short_marks(run["marks"], run["epoch"])}
 
 
-def render(canonical: Canonical, state: dict[str, State]) -> dict[str, State]:
-    """``state`` with everything that ``canonical`` says, after it was changed."""
-    position = [canonical.epoch, canonical.batches, canonical.steps_done]
-    lanes, paths = dict.fromkeys(state["lanes"], ""), Paths(canonical.spec)
-    for index, lane in canonical.lanes.items():
+def to_state(run_state: RunState, state: dict[str, State]) -> dict[str, State]:
+    """``state`` with everything that ``run_state`` says, after it was changed."""
+    position = [run_state.epoch, run_state.batches, run_state.steps_done]
+    lanes, paths = dict.fromkeys(state["lanes"], ""), Paths(run_state.spec)
+    for index, lane in run_state.lanes.items():
         if lane is not None:
             if "at" in lane:
                 lane["at"] = [*position, 0]
             lanes[f"{index:04d}"] = leaf_text(lane, paths)
     return {
         **copy_plain({**state, "lanes": {}}),
-        "fingerprint": canonical.fingerprint,
-        "spec": encode(canonical.spec),
-        "epoch": canonical.epoch,
-        "batches": canonical.batches,
-        "steps_done": canonical.steps_done,
-        "num_lanes": canonical.num_lanes,
-        "rest": canonical.rest,
-        "edits": canonical.edits,
-        "excluded": canonical.excluded,
+        "fingerprint": run_state.fingerprint,
+        "spec": encode(run_state.spec),
+        "epoch": run_state.epoch,
+        "batches": run_state.batches,
+        "steps_done": run_state.steps_done,
+        "num_lanes": run_state.num_lanes,
+        "rest": run_state.rest,
+        "edits": run_state.edits,
+        "excluded": run_state.excluded,
         "lanes": lanes,
     }

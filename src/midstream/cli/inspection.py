@@ -23,7 +23,7 @@ import torch
 
 import midstream as ms
 from midstream.checkpoint.differences import diff_specs
-from midstream.checkpoint.merge import merge_states, settle
+from midstream.checkpoint.merge import agreed, merge_states
 from midstream.checkpoint.progress import progress
 from midstream.checkpoint.read import parse
 from midstream.checkpoint.store import states as stored_states
@@ -40,26 +40,26 @@ def find(name: str) -> Any:
     Raises:
         ValueError: If there is no such thing, or importing it fails.
     """
-    place, colon, path = name.partition(":")
-    if not colon or not place or not path:
+    bound, colon, path = name.partition(":")
+    if not colon or not bound or not path:
         raise ValueError(f"give module:function, or file.py:function; found {name!r}")
-    if place.endswith(".py"):
-        file = Path(place)
+    if bound.endswith(".py"):
+        file = Path(bound)
         if not file.is_file():
-            raise ValueError(f"there is no file {place}")
-        folder, place = str(file.resolve().parent), file.stem
+            raise ValueError(f"there is no file {bound}")
+        folder, bound = str(file.resolve().parent), file.stem
     else:
         folder = os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        found = importlib.import_module(place)
+        found = importlib.import_module(bound)
     except Exception as error:
-        raise ValueError(f"importing {place} failed: {type(error).__name__}: {error}") from error
+        raise ValueError(f"importing {bound} failed: {type(error).__name__}: {error}") from error
     for part in path.split("."):
         if not hasattr(found, part):
             names = [key for key, value in vars(found).items() if not key.startswith("_") and callable(value)]
-            raise ValueError(f"{place} has no {path!r}; it has {', '.join(names[:12]) or 'nothing'}")
+            raise ValueError(f"{bound} has no {path!r}; it has {', '.join(names[:12]) or 'nothing'}")
         found = getattr(found, part)
     return found
 
@@ -89,11 +89,11 @@ def read(path: str, key: str | None = None) -> dict[str, State]:
         if not where:
             keys = f"with the keys {sorted(map(str, content))[:12]}" if isinstance(content, dict) else ""
             raise CheckpointError(f"{path} holds no midstream state: found a {type(content).__name__} {keys}".rstrip())
-        places = {place.rpartition("[")[0] for place in where}
+        places = {bound.rpartition("[")[0] for bound in where}
         if len(where) > 1 and (len(places) > 1 or ("" in places and not isinstance(content, list))):
             raise CheckpointError(f"{path} holds several states: choose one with --key: {', '.join(map(str, where))}")
         found = list(where.values())
-    return merge_states(found) if len(found) > 1 else settle(found[0])[0]
+    return merge_states(found) if len(found) > 1 else agreed(found[0])[0]
 
 
 def _content(path: str) -> Any:
@@ -120,47 +120,47 @@ def _content(path: str) -> Any:
         ) from None
 
 
-def _states_in(value: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+def _states_in(value: Any, bound: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """States anywhere inside, with the way to them."""
     if depth > 8:
         return
     if isinstance(value, dict):
         if ("midstream" in value and "lanes" in value) or (not depth and "midstream" in value):
-            yield place, value
+            yield bound, value
             return
         for key, item in value.items():
-            yield from _states_in(item, f"{place}.{key}" if place else str(key), depth + 1)
+            yield from _states_in(item, f"{bound}.{key}" if bound else str(key), depth + 1)
     elif isinstance(value, (list, tuple)) and len(value) <= 100_000:
         for index, item in enumerate(value):
-            yield from _states_in(item, f"{place}[{index}]", depth + 1)
+            yield from _states_in(item, f"{bound}[{index}]", depth + 1)
 
 
 def describe(state: dict[str, State]) -> dict[str, Any]:
     """What a state says, as plain values."""
-    canonical = parse(state)
+    run_state = parse(state)
     lanes = {
         index: {
             "batches": lane["lane"]["rounds"] if lane and "lane" in lane else None,
             "done": bool(lane and lane.get("lane", {}).get("done")),
-            "left_over": bool(lane and "lane" in lane and lane["lane"]["epoch"] < canonical.epoch),
+            "left_over": bool(lane and "lane" in lane and lane["lane"]["epoch"] < run_state.epoch),
             "samples": sum(lane["samples"]) if lane else 0,
             "bytes": len(state["lanes"][f"{index:04d}"]),
         }
-        for index, lane in sorted(canonical.lanes.items())
+        for index, lane in sorted(run_state.lanes.items())
     }
     return {
         "format": state["midstream"],
-        "fingerprint": canonical.fingerprint,
-        "epoch": canonical.epoch,
-        "batches": canonical.batches,
-        "steps_done": canonical.steps_done,
-        "num_lanes": canonical.num_lanes,
-        "lanes_here": len(canonical.lanes),
+        "fingerprint": run_state.fingerprint,
+        "epoch": run_state.epoch,
+        "batches": run_state.batches,
+        "steps_done": run_state.steps_done,
+        "num_lanes": run_state.num_lanes,
+        "lanes_here": len(run_state.lanes),
         "bytes": len(json.dumps(state, separators=(",", ":"))),
         "bytes_of_spec": len(state["spec"]),
         "progress": progress(state).to_dict(),
         "lanes": {f"{index:04d}": lane for index, lane in lanes.items()},
-        "spec": canonical.spec,
+        "spec": run_state.spec,
     }
 
 

@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from midstream.pipeline import describe
-from midstream.pipeline.node import Node, Place, bind
+from midstream.pipeline.node import BoundNode, Node, bind
 
 if TYPE_CHECKING:
     pass
@@ -19,17 +19,17 @@ def tree_html(dataset: Node) -> str:
     return f"<div class='midstream' style='{_MONO}'>{_node(bind(dataset))}</div>"
 
 
-def _node(place: Place) -> str:
-    node = place.node
+def _node(bound: BoundNode) -> str:
+    node = bound.node
     title = escape(node.summary())
-    if place.source >= 0:
-        title = f"<b>{escape(place.names[place.source])}</b>: {title}"
+    if bound.source >= 0:
+        title = f"<b>{escape(bound.names[bound.source])}</b>: {title}"
     line = f"{title} <span style='{_NOTE}'>{escape(describe.access(node))}</span>"
-    if not place.inputs:
+    if not bound.inputs:
         return f"<div style='padding-left:1.1em'>{line}</div>"
     children = "".join(
         (f"<div style='padding-left:1.1em;{_NOTE}'>{escape(key)}</div>" if key else "") + _node(child)
-        for key, child in place.inputs.items()
+        for key, child in bound.inputs.items()
     )
     return (
         f"<details open style='padding-left:1.1em'><summary>{line}</summary>"

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from midstream.common.validation import require_int
-from midstream.pipeline.failures import Failure
+from midstream.pipeline.failures import SampleFailure
 from midstream.pipeline.iterator import Lane
 from midstream.pipeline.ledger import Ledger
-from midstream.pipeline.node import Node, Place, bind
+from midstream.pipeline.node import BoundNode, Node, bind
 from midstream.pipeline.passes import epoch_key
 from midstream.pipeline.rows import Item, Origins, as_origin_array
-from midstream.pipeline.single_lane import Delivery
+from midstream.pipeline.single_lane import LaneOutput
 
 if TYPE_CHECKING:
     from collections.abc import Iterator as Iter
@@ -26,9 +26,9 @@ from midstream.common.tables import NOTE as _NOTE
 
 
 def look(dataset: Node, epoch: int = 0) -> Iter[Item]:
-    """The samples of one lane with their origins, a `Failure` where user code failed; touches nothing of the dataset's own
+    """The samples of one lane with their origins, a `SampleFailure` where user code failed; touches nothing of the dataset's own
     iteration, and what is dropped on the way is counted nowhere."""
-    delivery = Delivery(bind(dataset), Lane(0, 1, 1, Ledger(writes=False)), int(epoch_key(epoch)[0]), epoch)
+    delivery = LaneOutput(bind(dataset), Lane(0, 1, 1, Ledger(writes=False)), int(epoch_key(epoch)[0]), epoch)
     while True:
         try:
             item = delivery.next()
@@ -103,20 +103,20 @@ class Preview:
 def preview(dataset: Node, n: int) -> Preview:
     """See `Dataset.preview`."""
     require_int(n, "n", 0, "preview")
-    place = bind(dataset)
+    bound = bind(dataset)
     origins, samples = [], []
     for sample, origin in islice(look(dataset), n):
-        failed = isinstance(sample, Failure)
-        origins.append(str(sample.origin or "–") if failed else _origin(place, origin))
+        failed = isinstance(sample, SampleFailure)
+        origins.append(str(sample.origin or "–") if failed else _origin(bound, origin))
         samples.append(sample.error() if failed else sample)
     return Preview(origins, samples)
 
 
-def _origin(place: Place, origins: Origins) -> str:
+def _origin(bound: BoundNode, origins: Origins) -> str:
     several = as_origin_array(origins)
     if not len(several):
         return "–"
-    return f"{place.origin(several[0])}{f' + {len(several) - 1} more' if len(several) > 1 else ''}"
+    return f"{bound.origin(several[0])}{f' + {len(several) - 1} more' if len(several) > 1 else ''}"
 
 
 def _short(value: Any, width: int) -> str:

@@ -15,7 +15,7 @@ END = "/end of epoch|"
 """In the events of one of several ranks: counted at its end of the epoch, which others may not have come to."""
 
 
-class Tally:
+class LaneCounts:
     """Counts of one lane (random access: of one rank), over the whole run."""
 
     __slots__ = ("_texts", "events", "rows", "samples", "tokens")
@@ -36,9 +36,11 @@ class Tally:
                 counts[:known] = found[:known]
             self.events = dict(lane["events"])
 
-    def plus(self, origins: I64 | None, events: Mapping[str, int] | None) -> Tally:
+    def plus(self, origins: I64 | None, events: Mapping[str, int] | None) -> LaneCounts:
         """The counts after a batch, and what was dropped on the way to it. These stay as they are."""
-        other = Tally.__new__(Tally)  # once a batch in the main process: copy.copy would be the dearest part of it
+        other = LaneCounts.__new__(
+            LaneCounts
+        )  # once a batch in the main process: copy.copy would be the dearest part of it
         other.samples, other.rows, other.tokens, other.events = self.samples, self.rows, self.tokens, self.events
         other._texts = None
         if origins is not None and len(origins):
@@ -67,7 +69,7 @@ class Tally:
                 self._texts["tokens"] = Fragment(encode(self.tokens.tolist()))
         return self._texts
 
-    def passed_over(self, origins: I64 | None, events: Mapping[str, int] | None, path: str) -> Tally:
+    def passed_over(self, origins: I64 | None, events: Mapping[str, int] | None, path: str) -> LaneCounts:
         """The counts after a batch that `DataLoader.skip` passed over: its rows were read, and nothing was delivered."""
         other = self.plus(origins, events)
         skipped: dict[str, int] = {}
@@ -81,7 +83,7 @@ class Tally:
         other.samples, other.tokens = self.samples, self.tokens
         return other._with(skipped)
 
-    def settled(self, keep: bool) -> Tally:
+    def settled(self, keep: bool) -> LaneCounts:
         """The counts with what was left out at the end of the epoch counted for good, or not at all: the epoch goes on."""
         ends = {key: count for key, count in self.events.items() if END in key}
         if not ends:
@@ -89,7 +91,7 @@ class Tally:
         kept = {key.replace(END, "|"): count for key, count in ends.items()} if keep else {}
         return self.plus(None, add_counts(kept, {key: -count for key, count in ends.items()}))
 
-    def _with(self, events: Mapping[str, int] | None) -> Tally:
+    def _with(self, events: Mapping[str, int] | None) -> LaneCounts:
         """Itself, with more events; for one that nobody else has yet."""
         if events:
             self.events = dict(self.events)

@@ -34,10 +34,10 @@ from midstream.changes.excluded import excluded_origins, require_excludable, wit
 from midstream.changes.running import in_epoch, running
 from midstream.changes.weights import add, lane_edits
 from midstream.checkpoint.differences import diff_specs
-from midstream.checkpoint.merge import merge_states, settle
+from midstream.checkpoint.merge import agreed, merge_states
 from midstream.checkpoint.progress import Progress, progress
-from midstream.checkpoint.read import Canonical, parse
-from midstream.checkpoint.write import render
+from midstream.checkpoint.read import RunState, parse
+from midstream.checkpoint.write import to_state
 from midstream.common.tables import MONO
 from midstream.common.validation import require_int
 from midstream.dataset import Dataset
@@ -46,11 +46,11 @@ from midstream.distributed.topology import Topology, batches_of_rank, choose_lan
 from midstream.errors import CheckpointError, MidstreamError, Origin, SourceError, WorkerError, bullet_list
 from midstream.loader.arguments import PASSED_THROUGH, build_pipeline, runs_here, shuffle_seed, spec_seed, with_seed
 from midstream.loader.position import Position, Trace
-from midstream.loader.running_pipeline import Facts
-from midstream.loader.trainers import LIGHTNING_ALONE, EpochHint, Told, asked_by, not_registered
+from midstream.loader.running_pipeline import RunningPipeline
+from midstream.loader.trainers import LIGHTNING_ALONE, AccelerateIterator, EpochHint, asked_by, not_registered
 from midstream.pipeline import describe
 from midstream.pipeline.breadcrumbs import describe_trail, new_table
-from midstream.pipeline.ledger import Windows, add_counts, check_limits, failed_in
+from midstream.pipeline.ledger import RecentFailures, add_counts, check_limits, failed_in
 from midstream.pipeline.node import Node
 from midstream.pipeline.passes import require_epochs
 from midstream.sources import from_dataset
@@ -58,10 +58,10 @@ from midstream.transport.arena import Arena
 from midstream.transport.bundles import MOST, Unbundler, begin_anew, new_totals
 from midstream.transport.parcel import Parcel
 from midstream.workers.liveness import exit_status, lost_in
-from midstream.workers.messages import BATCH, ERROR, FATAL, NOTHING, Out, deliver, keep
+from midstream.workers.messages import BATCH, ERROR, FATAL, NOTHING, Message, collate_nothing, unpack_message
 from midstream.workers.processes import InnerLoader, is_usable, quiet_vital, start_processes, starts_slowly
 from midstream.workers.readers import Runner
-from midstream.workers.signals import Context, Orphanage
+from midstream.workers.signals import Context, WorkerInit
 from midstream.workers.threads import Launch, ThreadReaders
 
 log = logging.getLogger("midstream")
@@ -92,20 +92,20 @@ class _LoaderIterator:
         self._crumbs = loader._runner.crumbs if loader._runner is not None else None
         self._token = loader._active = _Token(self)
         self._over = False  # whether `DataLoader.skip` went on into the next epoch
-        self._ready: deque[tuple[int, int, Out]] = deque()
+        self._ready: deque[tuple[int, int, Message]] = deque()
         self._loud = 0  # how many of `_ready` are handed out or raised
         self._agreement = loader._agreement(epoch.topology)
         self._hold = (epoch.turns is None and not loader._pipeline.infinite) or self._agreement is not None
         self._asked = False  # whether the ranks were asked in this pass
         self._least: int | None = None  # how many more batches every rank has, as agreed for the delivery in progress
-        self._late: list[Out] = []
+        self._late: list[Message] = []
         self._dead_known = False
         self._ended = False
         self._broken: BaseException | None = None
-        self._windows = Windows()
+        self._windows = RecentFailures()
         self._windows.begin(epoch.totals())
         self._settled = False  # whether the call in progress has come to its result
-        self._taken: list[tuple[int, int, Out]] = []  # what the call in progress took of `_ready`
+        self._taken: list[tuple[int, int, Message]] = []  # what the call in progress took of `_ready`
 
     def __iter__(self) -> _LoaderIterator:
         return self
@@ -219,7 +219,7 @@ class _LoaderIterator:
             arrived = next(self._inner)
             if type(arrived) is Parcel and arrived.notice:
                 self._loader._no_memory(arrived.notice)
-            number, lane, outs = deliver(arrived)
+            number, lane, outs = unpack_message(arrived)
             for out in outs:
                 self._ready.append((number, lane, out))
                 self._loud += out.kind != NOTHING
@@ -289,13 +289,13 @@ class _LoaderIterator:
                 while True:
                     next(self._inner)
 
-    def _tell(self, out: Out) -> None:
+    def _tell(self, out: Message) -> None:
         for key, text in out.notes.notices if out.notes is not None else ():
             if key not in self._loader._noticed:
                 self._loader._noticed.add(key)
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
 
-    def _limits(self, out: Out, *, counted: bool = False) -> None:
+    def _limits(self, out: Message, *, counted: bool = False) -> None:
         """Were too many samples skipped? With ``counted`` what it tells is in the position already."""
         assert out.notes is not None
         events, limits = out.notes.events, out.notes.limits
@@ -509,12 +509,12 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._skipping = False
         self.__dict__["sampler"] = EpochHint(self)
         self._set_pipeline(pipeline.node)
-        require_epochs(self._facts.place)
+        require_epochs(self._facts.bound)
         if self._in_threads:
-            for place in self._facts.place.walk():
-                if getattr(place.node, "isolate_rng", False):
+            for bound in self._facts.bound.walk():
+                if getattr(bound.node, "isolate_rng", False):
                     raise ValueError(
-                        f"{place.path} has isolate_rng=True, which sets the global random generators while its function runs. "
+                        f"{bound.path} has isolate_rng=True, which sets the global random generators while its function runs. "
                         f"In a thread the training loop and other readers would draw from them meanwhile: use with_rng=True "
                         f"there, or read with worker_type='process' or without prefetch_factor."
                     )
@@ -522,7 +522,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._together: Agreement | None = None
         self._resumed_at = (0, 0, 0)
         self._next_epoch = 0
-        self._loaded: tuple[Canonical, dict[str, Any]] | None = None
+        self._loaded: tuple[RunState, dict[str, Any]] | None = None
         self._ever_loaded = False
         self._current: Position | None = None
         self._runner: Runner | None = None
@@ -530,7 +530,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._started: tuple[Any, Position, Any] | None = None
 
     def _set_pipeline(self, pipeline: Node) -> None:
-        self._pipeline, self._facts = pipeline, Facts(pipeline, "", self._edits, -1, self._excluded)
+        self._pipeline, self._facts = pipeline, RunningPipeline(pipeline, "", self._edits, -1, self._excluded)
 
     def _epoch_from(self, topology: Topology, num_lanes: int, epoch: int, before: Position | None = None) -> Position:
         """The position at the start of an epoch, with the counts of the one before."""
@@ -549,18 +549,25 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             keep=self._synced,
         )
 
-    def _epoch_at(self, topology: Topology, canonical: Canonical) -> Position:
+    def _epoch_at(self, topology: Topology, run_state: RunState) -> Position:
         """The position of a checked state."""
-        start, facts = canonical.batches, self._facts_of(canonical.rest, canonical.epoch)
+        start, facts = run_state.batches, self._facts_of(run_state.rest, run_state.epoch)
         turns, even = self._turns(topology, start, facts), self._even(topology, start, facts)
         return Position(
-            facts, topology, canonical.num_lanes, canonical.epoch, turns, canonical, even=even, keep=self._synced
+            facts,
+            topology,
+            run_state.num_lanes,
+            run_state.epoch,
+            turns,
+            run_state,
+            even=even,
+            keep=self._synced,
         )
 
-    def _facts_of(self, rest: str, epoch: int) -> Facts:
+    def _facts_of(self, rest: str, epoch: int) -> RunningPipeline:
         if not rest and not in_epoch(self._edits, epoch):
             return self._facts
-        return Facts(self._pipeline, rest, self._edits, epoch, self._excluded)
+        return RunningPipeline(self._pipeline, rest, self._edits, epoch, self._excluded)
 
     # -- topology -----------------------------------------------------------------------------------------------------
 
@@ -575,7 +582,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             asked = None  # lanes only keep counts there, and every rank needs one
         return choose_lanes(asked, topology, self._pipeline.max_lanes())
 
-    def _turns(self, topology: Topology, start: int, facts: Facts | None = None) -> int | None:
+    def _turns(self, topology: Topology, start: int, facts: RunningPipeline | None = None) -> int | None:
         """Batches this rank makes from ``start`` on; None when only reading tells."""
         pipeline = (facts or self._facts).running
         if not pipeline.random_access:
@@ -598,7 +605,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def _synced(self) -> bool:
         return self.sync_end is not False and self.sync_end is not None
 
-    def _even(self, topology: Topology, start: int, facts: Facts | None = None) -> bool:
+    def _even(self, topology: Topology, start: int, facts: RunningPipeline | None = None) -> bool:
         """Whether all ranks come to the end of the epoch at the same step."""
         if topology.world_size == 1 or self._synced:
             return True
@@ -686,9 +693,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
 
     def _sources_in_words(self) -> str:
         parts = []
-        for place in self._facts.place.walk():
-            if place.source >= 0:
-                parts.append(f"{place.names[place.source]}: {place.node.summary()}")
+        for bound in self._facts.bound.walk():
+            if bound.source >= 0:
+                parts.append(f"{bound.names[bound.source]}: {bound.node.summary()}")
         return "; ".join(parts)
 
     # -- iterating ----------------------------------------------------------------------------------------------------
@@ -724,7 +731,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if self._placed is None:
             return batches
         last, samples = lambda: batches._epoch.complete, lambda: self._samples_of_last_round(batches._epoch)
-        return Told(self, batches, last, samples, self._placed)
+        return AccelerateIterator(self, batches, last, samples, self._placed)
 
     def _iterate(self) -> _LoaderIterator:
         if self._started_for_now():
@@ -738,7 +745,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._current, self._loaded, self._trained = epoch, None, None
         self._next_epoch = epoch.epoch
         if self._runner is not None and self._runner.totals is not None:
-            most = 1 if any(place.node._may_wait for place in epoch.facts.place.walk()) else MOST
+            most = 1 if any(bound.node.may_wait for bound in epoch.facts.bound.walk()) else MOST
             inner = Unbundler(inner, self.num_workers, self.prefetch_factor, self._runner.totals, most)
         return _LoaderIterator(self, epoch, inner)
 
@@ -889,9 +896,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         in_processes = self.num_workers > 0 and not self._in_threads
         alive = self.persistent_workers and in_processes and self._iterator is not None and is_usable(self._iterator)
         if self._loaded is not None:
-            canonical = self._loaded[0]
-            at = self._epoch_at(topology, canonical)
-            if canonical.finished:
+            run_state = self._loaded[0]
+            at = self._epoch_at(topology, run_state)
+            if run_state.finished:
                 return self._epoch_from(topology, at.num_lanes, at.epoch + 1, at), False
             return at, False
         if current is None:
@@ -925,14 +932,14 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         double.__dict__.update(
             self.__dict__,
             dataset=runner,
-            collate_fn=keep,
+            collate_fn=collate_nothing,
             batch_size=None,
             drop_last=False,
             snapshot_every_n_steps=0,  # our envelopes carry the state; torchdata's would cost and hold nothing
             generator=torch.Generator().manual_seed(runner.epoch),
         )
         if self.num_workers > 0 and os.name == "posix":
-            double.__dict__["worker_init_fn"] = Orphanage(self.worker_init_fn)
+            double.__dict__["worker_init_fn"] = WorkerInit(self.worker_init_fn)
             double.multiprocessing_context = Context(self.multiprocessing_context or torch.multiprocessing)
         return double
 
@@ -1084,23 +1091,23 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             return
         if isinstance(state, dict) and not state:
             return
-        merged, canonical = settle(merge_states(state) if isinstance(state, (list, tuple)) else state)
+        merged, run_state = agreed(merge_states(state) if isinstance(state, (list, tuple)) else state)
         pipeline = self._pipeline
-        if canonical.fingerprint != describe.fingerprint(pipeline) and self._seed_from_torch:
-            pipeline = with_seed(pipeline, spec_seed(canonical.spec))
-        if canonical.fingerprint != describe.fingerprint(pipeline):
-            whole = not canonical.finished
+        if run_state.fingerprint != describe.fingerprint(pipeline) and self._seed_from_torch:
+            pipeline = with_seed(pipeline, spec_seed(run_state.spec))
+        if run_state.fingerprint != describe.fingerprint(pipeline):
+            whole = not run_state.finished
             lines = (
-                adopt(canonical, pipeline, strict=strict)
+                adopt(run_state, pipeline, strict=strict)
                 if whole
-                else diff_specs(canonical.spec, describe.spec(pipeline))
+                else diff_specs(run_state.spec, describe.spec(pipeline))
             )
             if not whole:
                 raise CheckpointError(
                     f"this state was saved by another pipeline (saved → here):{bullet_list(lines)}\nOnly the states "
                     f"of all ranks together can go on with this one."
                 )
-            merged = render(canonical, merged)
+            merged = to_state(run_state, merged)
             if not pipeline.random_access:
                 self._notice(
                     "adopted",
@@ -1109,25 +1116,25 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 )
             log.info("going on with another pipeline than was saved:%s", bullet_list(lines))
         # Raises what is wrong before anything is changed.
-        running(pipeline, canonical.rest, canonical.edits, canonical.epoch, canonical.excluded)
+        running(pipeline, run_state.rest, run_state.edits, run_state.epoch, run_state.excluded)
         topology = self._topology()
-        self._check_lanes(canonical, topology)
-        if pipeline is not self._pipeline or (canonical.edits, canonical.excluded) != (self._edits, self._excluded):
-            self._edits, self._excluded = canonical.edits, canonical.excluded
+        self._check_lanes(run_state, topology)
+        if pipeline is not self._pipeline or (run_state.edits, run_state.excluded) != (self._edits, self._excluded):
+            self._edits, self._excluded = run_state.edits, run_state.excluded
             self._set_pipeline(pipeline)
-        if pipeline.random_access and canonical.num_lanes < topology.world_size:
+        if pipeline.random_access and run_state.num_lanes < topology.world_size:
             # Here lanes only keep counts, and every rank needs one.
-            canonical.num_lanes = merged["num_lanes"] = choose_lanes(None, topology, None)
-        own = [f"{index:04d}" for index in range(topology.rank, canonical.num_lanes, topology.world_size)]
+            run_state.num_lanes = merged["num_lanes"] = choose_lanes(None, topology, None)
+        own = [f"{index:04d}" for index in range(topology.rank, run_state.num_lanes, topology.world_size)]
         merged["lanes"] = {key: merged["lanes"].get(key, "") for key in own}
         self._drop_started()
         self._let_go()
         self._active = self._renewed = self._trained = None
         self.sampler.forget()
         self._current, self._runner = None, None
-        self._next_epoch, self._ever_loaded = canonical.epoch, True
-        self._loaded = (canonical, merged)
-        self._resumed_at = (canonical.epoch, canonical.batches, canonical.steps_done)
+        self._next_epoch, self._ever_loaded = run_state.epoch, True
+        self._loaded = (run_state, merged)
+        self._resumed_at = (run_state.epoch, run_state.batches, run_state.steps_done)
 
     def set_weights(self, mix: str, weights: Mapping[str, float]) -> None:
         """Give a mix other weights from the next batch on; what is left of a schedule no longer applies.
@@ -1149,23 +1156,23 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 a global shuffle, say. Then nothing was changed.
         """
         self._no_foreign("set_weights")
-        merged, canonical = settle(self.state_dict())
-        facts = self._facts_of(canonical.rest, canonical.epoch + canonical.finished)
-        canonical.edits = merged["edits"] = add(canonical, facts.place, mix, weights)
-        self._go_on_from(canonical, merged)
+        merged, run_state = agreed(self.state_dict())
+        facts = self._facts_of(run_state.rest, run_state.epoch + run_state.finished)
+        run_state.edits = merged["edits"] = add(run_state, facts.bound, mix, weights)
+        self._go_on_from(run_state, merged)
 
-    def _go_on_from(self, canonical: Canonical, merged: dict[str, Any]) -> None:
+    def _go_on_from(self, run_state: RunState, merged: dict[str, Any]) -> None:
         """Read anew from where the loader stands, as the state says; the iterator in use goes on there."""
         over = self._current is not None and self._current.complete and self._loaded is None
-        self._edits, self._excluded = canonical.edits, canonical.excluded
+        self._edits, self._excluded = run_state.edits, run_state.excluded
         self._set_pipeline(self._pipeline)
         self._drop_started()
         self._let_go()
         if not over and self._active is not None:
             self._active, self._renewed = None, self._active
         self._current, self._runner = None, None
-        self._next_epoch = canonical.epoch
-        self._loaded = (canonical, merged)
+        self._next_epoch = run_state.epoch
+        self._loaded = (run_state, merged)
 
     def skip(self, num_batches: int) -> None:
         """Pass over the next batches: the way past a loss spike. Call it on every rank, after the same step.
@@ -1248,11 +1255,11 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         ([[0, 1, 2], [3, 5]], ['six[4]'])
         """
         self._no_foreign("exclude")
-        merged, canonical = settle(self.state_dict())
-        canonical.excluded = merged["excluded"] = with_origins(canonical.excluded, origins, self._facts.names)
-        if canonical.excluded != self._excluded:
+        merged, run_state = agreed(self.state_dict())
+        run_state.excluded = merged["excluded"] = with_origins(run_state.excluded, origins, self._facts.names)
+        if run_state.excluded != self._excluded:
             require_excludable(self._pipeline)
-            self._go_on_from(canonical, merged)
+            self._go_on_from(run_state, merged)
 
     @property
     def excluded(self) -> list[Origin]:
@@ -1260,24 +1267,24 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._no_foreign("excluded")
         return excluded_origins(self._loaded[0].excluded if self._loaded is not None else self._excluded)
 
-    def _check_lanes(self, canonical: Canonical, topology: Topology) -> None:
+    def _check_lanes(self, run_state: RunState, topology: Topology) -> None:
         """All lanes of this rank must be there, and of this run's number."""
-        if self.lanes is not None and self.lanes != canonical.num_lanes and not self._pipeline.random_access:
+        if self.lanes is not None and self.lanes != run_state.num_lanes and not self._pipeline.random_access:
             raise CheckpointError(
-                f"this state has {canonical.num_lanes} lanes, and the loader was made with lanes={self.lanes}. The number "
-                f"is fixed by the first run; leave lanes out or give lanes={canonical.num_lanes}."
+                f"this state has {run_state.num_lanes} lanes, and the loader was made with lanes={self.lanes}. The number "
+                f"is fixed by the first run; leave lanes out or give lanes={run_state.num_lanes}."
             )
         missing = [
             index
-            for index in range(topology.rank, canonical.num_lanes, topology.world_size)
-            if index not in canonical.lanes
+            for index in range(topology.rank, run_state.num_lanes, topology.world_size)
+            if index not in run_state.lanes
         ]
         if missing:
             raise CheckpointError(
-                f"this state has {len(canonical.lanes)} of {canonical.num_lanes} lanes, and rank {topology.rank} of "
+                f"this state has {len(run_state.lanes)} of {run_state.num_lanes} lanes, and rank {topology.rank} of "
                 f"{topology.world_size} needs {len(missing)} others (lane {missing[0]}, say). It is the state of one rank of "
                 f"several: give a list of the states of all ranks. (From torch.distributed.checkpoint: give the loader "
-                f"lanes={canonical.num_lanes}, so that it asks for all.)"
+                f"lanes={run_state.num_lanes}, so that it asks for all.)"
             )
 
     def __repr__(self) -> str:

@@ -8,25 +8,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from midstream.checkpoint.read import Canonical
-from midstream.checkpoint.write import leaf_text, run_state
+from midstream.checkpoint.read import RunState
+from midstream.checkpoint.write import encode_run, leaf_text
 from midstream.common.plain_state import FORMAT, Fragment, State, decode, encode
 from midstream.distributed.topology import Topology, first_batch
 from midstream.errors import Origin
-from midstream.loader.counts import END, Tally
-from midstream.loader.running_pipeline import Facts
+from midstream.loader.counts import END, LaneCounts
+from midstream.loader.running_pipeline import RunningPipeline
 from midstream.metrics.tracked import History, Tracked, decode_tracked, encode_tracked, join_tracked
 from midstream.pipeline import describe
 from midstream.pipeline.ledger import add_counts, failed_in
 from midstream.pipeline.rows import I64
-from midstream.workers.messages import BATCH, ERROR, NOTHING, Out, Plan, source_of
+from midstream.workers.messages import BATCH, ERROR, NOTHING, Message, Plan, source_of
 
 _LOG_BATCHES = 1024
 
 _LOG_BYTES = 64 << 20
 
 
-class Entry(NamedTuple):
+class Undo(NamedTuple):
     """How to undo one delivery: what was there before it.
 
     Attributes:
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
     told: dict[int, int]
     lane: int
     state: str | None
-    tally: Tally | None
+    tally: LaneCounts | None
     origins: I64 | None
     padded: bool = False
 
@@ -72,13 +72,13 @@ class Position:
 
     def __init__(
         self,
-        facts: Facts,
+        facts: RunningPipeline,
         topology: Topology,
         num_lanes: int,
         epoch: int,
         turns: int | None,
-        canonical: Canonical | None = None,
-        tallies: dict[int, Tally] | None = None,
+        run_state: RunState | None = None,
+        tallies: dict[int, LaneCounts] | None = None,
         tracked: Tracked | None = None,
         *,
         even: bool = True,
@@ -104,42 +104,42 @@ class Position:
         self.num_sources = len(facts.names)
         self.total = facts.running.length() if facts.running.random_access else None
         self.own = range(topology.rank, num_lanes, topology.world_size)
-        self.start = canonical.batches if canonical is not None else 0
+        self.start = run_state.batches if run_state is not None else 0
         self.first = first_batch(self.start, topology.rank, topology.world_size)
-        self.steps = self.first_step = canonical.steps_done if canonical is not None else 0
+        self.steps = self.first_step = run_state.steps_done if run_state is not None else 0
         self.passed = 0  # random access: turns of this rank that are over since `start`
         self.told: dict[int, int] = {}  # random access: errors already raised, by batch number; replaced, never changed
         self.told_before: dict[int, int] = {}
         self.ahead: frozenset[int] = frozenset()  # random access: batches of this rank that were done before their turn
         self.done: Sequence[int] = ()  # the same of all ranks
         self.states: dict[int, str] = {}
-        self.tallies: dict[int, Tally] = {index: tally.settled(True) for index, tally in (tallies or {}).items()}
+        self.tallies: dict[int, LaneCounts] = {index: tally.settled(True) for index, tally in (tallies or {}).items()}
         known: Tracked = tracked or {}  # of this rank over the whole run
         self.decoded: dict[int, Any] = {}
-        if canonical is not None:
-            mine = [lane for index, lane in canonical.lanes.items() if lane is not None and index in self.own]
+        if run_state is not None:
+            mine = [lane for index, lane in run_state.lanes.items() if lane is not None and index in self.own]
             known = join_tracked(decode_tracked(lane["tracked"]) for lane in mine if "tracked" in lane)
-            self.done = canonical.ahead
-            self.ahead = frozenset(n for n in canonical.ahead if self._mine(n))
-            self.told_before = dict(canonical.told)
-            for index, lane in canonical.lanes.items():
+            self.done = run_state.ahead
+            self.ahead = frozenset(n for n in run_state.ahead if self._mine(n))
+            self.told_before = dict(run_state.told)
+            for index, lane in run_state.lanes.items():
                 if lane is None or index not in self.own:
                     continue
                 # Rank 0 was through before the others: it comes to the end again, on what may be another number of ranks.
-                again = lane.get("at", [0])[-1] and not canonical.over and not canonical.finished
-                self.tallies[index] = Tally(self.num_sources, lane).settled(not again)
+                again = lane.get("at", [0])[-1] and not run_state.over and not run_state.finished
+                self.tallies[index] = LaneCounts(self.num_sources, lane).settled(not again)
                 if lane.get("lane") is not None:
-                    self.states[index] = encode(run_state(lane["lane"], facts.paths))
+                    self.states[index] = encode(encode_run(lane["lane"], facts.paths))
                     self.decoded[index] = lane["lane"]
         for number, errors in self.told_before.items():
             if number >= self.start and self._mine(number):
                 self.told = {**self.told, number: errors}
         self.history = History(known)
         self.passed = self._skip_ahead(0)
-        fewest = 0 if turns is None or canonical is None else self._fewest_ahead(canonical.ahead, turns)
+        fewest = 0 if turns is None or run_state is None else self._fewest_ahead(run_state.ahead, turns)
         self.most = None if turns is None else turns - fewest  # random access: of the rank that comes to its end last
         self.complete = False
-        self.log: deque[Entry] = deque()
+        self.log: deque[Undo] = deque()
         self.log_bytes = 0
         self.applied = 0  # number of the last delivery that is done: assigned last
         self._rendered: tuple[int, dict[str, str]] | None = None  # lanes as text, after the delivery of that number
@@ -165,7 +165,7 @@ class Position:
         """Where workers continue."""
         return Plan(self.start, self.turns, self.told_before, self.decoded, self.ahead)
 
-    def apply(self, number: int, lane: int, out: Out, *, last: bool = False, skipped: bool = False) -> None:
+    def apply(self, number: int, lane: int, out: Message, *, last: bool = False, skipped: bool = False) -> None:
         """Count one thing that came out, and move on; with ``last`` the epoch is complete after it.
 
         A batch that is ``skipped`` is not handed out.
@@ -175,7 +175,7 @@ class Position:
         padded = random_access and self.total is not None and number >= self.total
         events = out.notes.events if out.notes is not None else None
         if out.kind == ERROR:
-            source = source_of(self.facts.place, out.payload)
+            source = source_of(self.facts.bound, out.payload)
             events = dict(events or {})
             name = f"failed {out.payload.error_type}|{out.payload.node}|{source}"
             events[name] = events.get(name, 0) + 1
@@ -191,9 +191,9 @@ class Position:
             if self.complete:  # a batch that was taken for left over, until it turned out to be lost to errors
                 events = add_counts(events, {key: -count for key, count in self._left_over(self.passed).items()})
         before, state = self.tallies.get(key), self.states.get(key)
-        after = before or Tally(self.num_sources)
+        after = before or LaneCounts(self.num_sources)
         if skipped and not padded:
-            after = after.passed_over(out.origins, events, self.facts.place.path)
+            after = after.passed_over(out.origins, events, self.facts.bound.path)
         else:
             after = after.plus(None if padded else out.origins, events)
         told = self.told
@@ -201,7 +201,7 @@ class Position:
             told = {key: errors for key, errors in told.items() if key != number} if told else told
         elif random_access and out.kind == ERROR:
             told = {**told, number: told.get(number, 0) + 1}
-        entry = Entry(
+        entry = Undo(
             self.applied + 1,
             self.steps,
             self.passed,
@@ -232,7 +232,7 @@ class Position:
     def finish(self) -> None:
         """The epoch is over and there was nothing more to hand out."""
         if not self.complete:
-            self.apply(-1, self._leaf(self.topology.rank), Out(NOTHING), last=True)
+            self.apply(-1, self._leaf(self.topology.rank), Message(NOTHING), last=True)
 
     def _leaf(self, number: int) -> int:
         """The leaf of this rank where something about batch ``number`` is kept: where its lane's next owner finds it."""
@@ -263,13 +263,13 @@ class Position:
             for number in self.done:
                 if first <= number < self.total:  # lost to errors, by a rank of another topology, and told as that
                     rows -= self.facts.left_out(number) - self.facts.left_out(number + 1)
-        path = f"{self.facts.place.path}{END if self.topology.world_size > 1 else '|'}"
+        path = f"{self.facts.bound.path}{END if self.topology.world_size > 1 else '|'}"
         return {f"dropped|{path}{0 if self.num_sources == 1 else -1}": rows} if rows else {}
 
     def _padding(self, origins: I64 | None) -> dict[str, int]:
         """Samples of a batch that is a repeat, by source."""
         counts = np.bincount(origins[:, 0], minlength=self.num_sources).tolist() if origins is not None else []
-        return {f"padded|{self.facts.place.path}|{source}": count for source, count in enumerate(counts) if count}
+        return {f"padded|{self.facts.bound.path}|{source}": count for source, count in enumerate(counts) if count}
 
     def seen(self) -> int:
         """Samples of this rank over the whole run, failed ones included."""
@@ -291,7 +291,7 @@ class Position:
         states, tallies = dict(self.states), dict(self.tallies)
         oldest = log[0].step if log else steps
 
-        def undo(entry: Entry) -> None:
+        def undo(entry: Undo) -> None:
             nonlocal steps, passed, told, complete, number
             number = entry.number - 1
             steps, passed, told, complete = entry.step, entry.passed, entry.told, False
@@ -331,11 +331,11 @@ class Position:
         passed: int,
         steps: int,
         states: Mapping[int, str],
-        tallies: Mapping[int, Tally],
+        tallies: Mapping[int, LaneCounts],
         told: Mapping[int, int],
         complete: bool,
         number: int,
-        log: Sequence[Entry],
+        log: Sequence[Undo],
     ) -> State:
         """The canonical state. A complete epoch is the start of the next, where the other ranks are there too."""
         ranks, over = self.topology.world_size, complete and self.together
@@ -380,7 +380,7 @@ class Position:
         }
 
     def _leaf_texts(
-        self, states: Mapping[int, str], tallies: Mapping[int, Tally], number: int, log: Sequence[Entry]
+        self, states: Mapping[int, str], tallies: Mapping[int, LaneCounts], number: int, log: Sequence[Undo]
     ) -> dict[str, str]:
         """All lanes as text after delivery ``number``: of those rendered before, only what changed since is made anew."""
         if self._rendered is not None:
@@ -402,11 +402,11 @@ class Position:
         self._rendered = number, leaves
         return leaves.copy()
 
-    def _leaf_text(self, text: str | None, tally: Tally | None, more: Mapping[str, State] | None = None) -> str:
+    def _leaf_text(self, text: str | None, tally: LaneCounts | None, more: Mapping[str, State] | None = None) -> str:
         """One lane's part of the checkpoint, "" where there is nothing to say."""
         if not text and not more and (tally is None or not (tally.samples.any() or tally.events)):
             return ""
-        tally = tally or Tally(self.num_sources)
+        tally = tally or LaneCounts(self.num_sources)
         return leaf_text({**tally.texts(), "events": tally.events, **(more or {})}, self.facts.paths, text)
 
     def _by_leaf(self, numbers: list[int]) -> dict[int, list[int]]:

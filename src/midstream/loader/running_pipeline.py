@@ -12,14 +12,14 @@ from midstream.pipeline import describe
 from midstream.pipeline.node import Node, bind
 
 
-class Facts:
+class RunningPipeline:
     """What a position has to know of its loader's pipeline. No way back to the loader: no cycle keeps workers alive."""
 
     def __init__(self, pipeline: Node, rest: str = "", edits: str = "", epoch: int = -1, excluded: str = "") -> None:
         self.pipeline, self.rest, self.edits, self.excluded = pipeline, rest, edits, excluded
         self.running = running(pipeline, rest, edits, epoch, excluded)
-        self.place = bind(self.running)
-        self.names = self.place.names
+        self.bound = bind(self.running)
+        self.names = self.bound.names
 
     @functools.cached_property
     def spec(self) -> str:

@@ -1,7 +1,7 @@
 """What a trainer expects of a loader that it did not make, as far as the loader itself can give it.
 
     `EpochHint`        Lightning and Fabric tell the epoch to ``loader.sampler``, counting from where their run began
-    `Told`             Accelerate asks the loader whether the batch in hand is the last one, and moves batches to the device
+    `AccelerateIterator`             Accelerate asks the loader whether the batch in hand is the last one, and moves batches to the device
     `asked_by`         what in a trainer reads an attribute or calls a method just now
 
 Adapters that need the trainer are files of their own: lightning.py, transformers.py. Nothing here imports a trainer: when
@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.utils.data.dataloader import _InfiniteConstantSampler
 
-__all__ = ["LIGHTNING_ALONE", "EpochHint", "Told", "asked_by", "not_registered"]
+__all__ = ["LIGHTNING_ALONE", "EpochHint", "AccelerateIterator", "asked_by", "not_registered"]
 
 LIGHTNING_ALONE = (
     "Lightning saves the state of this loader by itself, and what it saves is not always what was trained: of a loader without "
@@ -58,7 +58,7 @@ class EpochHint(_InfiniteConstantSampler):
             type(loader).set_epoch(loader, epoch + self._offset)  # its own, where an adapter put this in its place
 
 
-class Told:
+class AccelerateIterator:
     """Iterates for Accelerate: moves each batch to the device, and tells its gradient accumulation which one is the last.
 
     The loader knows the last batch when it hands it out, so nothing is fetched ahead and its state stays what was trained.
@@ -88,7 +88,7 @@ class Told:
         self.end_of_dataloader, self.remainder = False, -1
         self._gradients._add_dataloader(self)
 
-    def __iter__(self) -> Told:
+    def __iter__(self) -> AccelerateIterator:
         return self
 
     def __len__(self) -> int:

@@ -13,10 +13,10 @@ from midstream.common.validation import require_callable, require_int
 from midstream.errors import ReplayDiverged
 from midstream.nodes.collate import collate, over_columns
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import Excluded, Failure, Hole, callable_name, describe_callable
+from midstream.pipeline.failures import Excluded, FailedSample, SampleFailure, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import Node, Part, Place, require_dataset
-from midstream.pipeline.rows import I64, U64, Item, Later, Rows, join_origins, pick
+from midstream.pipeline.node import BoundNode, Node, Selection, require_dataset
+from midstream.pipeline.rows import I64, U64, Item, LazyBatches, Rows, join_origins, pick
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,70 +81,70 @@ class Batch(Node):
         counts = np.full(len(positions), size, dtype=np.int64)
         return counts if length is None else np.minimum(counts, length - positions * size)
 
-    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
+    def _select(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> list[Selection]:
         counts = self._counts(positions)
         ends = np.cumsum(counts)
         which = np.repeat(np.arange(len(positions), dtype=np.int64), counts)
         starts = positions * int(self.batch_size)
         inside = np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(starts - ends + counts, counts)
-        return [Part(at.input, inside, pick(keys, which), pick(passes, which))]
+        return [Selection(bound.input, inside, pick(keys, which), pick(passes, which))]
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
-        later = self._later(at, positions, keys, passes)
-        if not isinstance(later, Later):
+    def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
+        later = self._lazy_rows(bound, positions, keys, passes)
+        if not isinstance(later, LazyBatches):
             return later
         batches = []
         for first, last in zip(later.bounds, later.bounds[1:]):
             batch = later.make(first, last)
-            if type(batch) is Hole:
-                return self._slow(at, later.rows, later.bounds)
+            if type(batch) is FailedSample:
+                return self._slow(bound, later.rows, later.bounds)
             batches.append(batch)
         return Rows(batches, later.origins, np.diff(later.bounds))
 
-    def _later(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows | Later:
-        rows = self._below(at, positions, keys, passes)[0].rows()
+    def _lazy_rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows | LazyBatches:
+        rows = self._select(bound, positions, keys, passes)[0].rows()
         bounds = [0, *np.cumsum(self._counts(positions)).tolist()]
         columns, over = rows.columns, over_columns(self.collate_fn or collate)
         if columns is None or over is None:
             samples = rows.samples
-            if rows.sizes is not None or any(type(sample) is Hole for sample in samples):
-                return self._slow(at, rows, bounds)
-            return Later(rows, bounds, lambda first, last: self._collate(at, samples[first:last]))
+            if rows.sizes is not None or any(type(sample) is FailedSample for sample in samples):
+                return self._slow(bound, rows, bounds)
+            return LazyBatches(rows, bounds, lambda first, last: self._collate(bound, samples[first:last]))
 
         def make(first: int, last: int) -> Any:
-            batch = self._collate(at, columns[first:last], over)
-            if type(batch) is Hole:  # told as it is told of samples
-                batch = self._collate(at, columns[first:last].samples())
+            batch = self._collate(bound, columns[first:last], over)
+            if type(batch) is FailedSample:  # told as it is told of samples
+                batch = self._collate(bound, columns[first:last].samples())
             return batch
 
-        return Later(rows, bounds, make)
+        return LazyBatches(rows, bounds, make)
 
-    def _slow(self, at: Place, rows: Rows, bounds: list[int]) -> Rows:
+    def _slow(self, bound: BoundNode, rows: Rows, bounds: list[int]) -> Rows:
         """With failures, or samples made of several rows."""
         items = rows.items()
         samples, origins = [], []
         for first, last in zip(bounds, bounds[1:]):
-            errors: list[Failure] = []
+            errors: list[SampleFailure] = []
             good: list[Item] = []
             for sample, origin in items[first:last]:
-                if type(sample) is Hole:
+                if type(sample) is FailedSample:
                     errors.extend(sample.errors)
                     if sample.rest is MISSING:
                         continue
                     sample = sample.rest
                 good.append((sample, origin))
-            batch = self._collate(at, [sample for sample, _ in good]) if good else MISSING
-            if type(batch) is Hole:
+            batch = self._collate(bound, [sample for sample, _ in good]) if good else MISSING
+            if type(batch) is FailedSample:
                 batch.errors[0].rows = join_origins(good)
                 errors.extend(batch.errors)
                 batch, good = MISSING, []
-            samples.append(Hole(tuple(errors), batch) if errors else batch)
+            samples.append(FailedSample(tuple(errors), batch) if errors else batch)
             origins.append(join_origins(good))
         sizes = np.array([len(origin) for origin in origins], dtype=np.int64)
         return Rows(samples, np.concatenate(origins), sizes)
 
-    def _collate(self, at: Place, samples: Any, over: Callable[[Any], Any] | None = None) -> Any:
-        """The batch, or a `Hole` when it cannot be made; ``over`` is what does it where ``samples`` are no list."""
+    def _collate(self, bound: BoundNode, samples: Any, over: Callable[[Any], Any] | None = None) -> Any:
+        """The batch, or a `FailedSample` when it cannot be made; ``over`` is what does it where ``samples`` are no list."""
         fn = self.collate_fn or collate
         try:
             batch = (over or fn)(samples)
@@ -154,17 +154,17 @@ class Batch(Node):
             error: Exception = raised
             if isinstance(raised, StopIteration):
                 error = RuntimeError(f"the collate function raised StopIteration({raised})")
-            return Hole((Failure(at.path, None, describe_callable(fn), error),))
+            return FailedSample((SampleFailure(bound.path, None, describe_callable(fn), error),))
         return batch
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
-        return _BatchIterator(self, at, lane, key, pass_)
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _BatchIterator(self, bound, lane, key, pass_)
 
 
 class _BatchIterator(Iterator):
-    def __init__(self, node: Batch, at: Place, lane: Lane, key: int, pass_: int) -> None:
-        self.node, self.at, self.lane, self.pass_ = node, at, lane, pass_
-        self.source = iterate(at.input, lane.widen(int(node.batch_size)), key, pass_)
+    def __init__(self, node: Batch, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+        self.node, self.bound, self.lane, self.pass_ = node, bound, lane, pass_
+        self.source = iterate(bound.input, lane.widen(int(node.batch_size)), key, pass_)
         self.held: list[Item] = []
         self.number, self.since = 0, 0
         self.start: State = None  # the upstream state between two batches, once it was asked for
@@ -186,7 +186,7 @@ class _BatchIterator(Iterator):
                 return self._last()
             self.number += 1
             self.since += 1
-            if type(item[0]) is Hole and type(item[0].errors[0]) is not Excluded:
+            if type(item[0]) is FailedSample and type(item[0].errors[0]) is not Excluded:
                 if not self.held:
                     self.since, self.start = 0, None
                 return item
@@ -196,26 +196,26 @@ class _BatchIterator(Iterator):
     def _emit(self) -> Item | None:
         held, self.held = self.held, []
         self.since, self.start = 0, None
-        if any(type(sample) is Hole for sample, _ in held):
+        if any(type(sample) is FailedSample for sample, _ in held):
             held = self._without(held)
             if not held:
                 return None
         origins = join_origins(held)
-        if self.at.trail is not None:
-            self.at.trail.rows(origins)
-        return self.node._collate(self.at, [sample for sample, _ in held]), origins
+        if self.bound.trail is not None:
+            self.bound.trail.rows(origins)
+        return self.node._collate(self.bound, [sample for sample, _ in held]), origins
 
     def _without(self, held: list[Item]) -> list[Item]:
         """What is left when those that were left out are counted."""
         counts: dict[str, int] = {}
         for sample, _ in held:
-            if type(sample) is Hole:
+            if type(sample) is FailedSample:
                 origin = sample.errors[0].origin
                 assert origin is not None
-                key = f"excluded|{self.at.path}|{self.at.names.index(origin.source)}"
+                key = f"excluded|{self.bound.path}|{self.bound.names.index(origin.source)}"
                 counts[key] = counts.get(key, 0) + 1
-        self.lane.ledger.count(self.at.path, self.pass_, self.number, counts)
-        return [item for item in held if type(item[0]) is not Hole]
+        self.lane.ledger.count(self.bound.path, self.pass_, self.number, counts)
+        return [item for item in held if type(item[0]) is not FailedSample]
 
     def _last(self) -> Item | None:
         """What is left at the end of the lane."""
@@ -225,7 +225,7 @@ class _BatchIterator(Iterator):
             return self._emit()
         for source in join_origins(self.held)[:, 0].tolist():
             self.number += 1  # one mark each
-            self.lane.ledger.dropped("dropped", self.at.path, source, self.pass_, self.number)
+            self.lane.ledger.dropped("dropped", self.bound.path, source, self.pass_, self.number)
         self.held, self.since, self.start = [], 0, None
         raise StopIteration
 
@@ -245,8 +245,8 @@ class _BatchIterator(Iterator):
                 item = next(self.source)
             except StopIteration:
                 raise ReplayDiverged(
-                    f"{self.at.path}: the input ended before the {since} inputs of the batch in progress were read again; "
+                    f"{self.bound.path}: the input ended before the {since} inputs of the batch in progress were read again; "
                     f"has the data changed since the checkpoint was saved?"
                 ) from None
-            if type(item[0]) is not Hole or type(item[0].errors[0]) is Excluded:
+            if type(item[0]) is not FailedSample or type(item[0].errors[0]) is Excluded:
                 self.held.append(item)

@@ -111,7 +111,7 @@ def _same_keys(samples: Sequence[Any], where: str) -> None:
         if not isinstance(sample, Mapping) or not keys <= sample.keys():
             found = sorted(map(str, sample)) if isinstance(sample, Mapping) else type(sample).__name__
             raise ValueError(
-                f"samples of a batch have different keys{' at ' + _place(where) if where else ''}: expected "
+                f"samples of a batch have different keys{' bound ' + _place(where) if where else ''}: expected "
                 f"{sorted(map(str, keys))}, found {found} in sample {number}; make them alike with .map before .batch"
             )
 
@@ -131,7 +131,7 @@ def _ragged(samples: Sequence[Any], where: str) -> ValueError:
     distinct = sorted(set(shapes))
     shown = ", ".join(map(str, distinct[:4])) + (", ..." if len(distinct) > 4 else "")
     return ValueError(
-        f"samples of a batch differ in shape{' at ' + _place(where) if where else ''}, so they cannot be stacked: {shown}. "
+        f"samples of a batch differ in shape{' bound ' + _place(where) if where else ''}, so they cannot be stacked: {shown}. "
         f"Pad them with .batch(n, collate_fn=midstream.pad), cut them to one length with .map, or give .batch your own "
         f"collate_fn."
     )

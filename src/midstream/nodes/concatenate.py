@@ -12,7 +12,7 @@ from midstream.common.plain_state import State
 from midstream.pipeline import describe
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import Node, Part, Place, bind, require_dataset
+from midstream.pipeline.node import BoundNode, Node, Selection, bind, require_dataset
 from midstream.pipeline.rows import I64, U64, Item, pick
 
 
@@ -60,36 +60,36 @@ class Concatenate(Node):
         sizes = [dataset.block_sizes() for dataset in self.datasets]
         return None if any(size is None for size in sizes) else np.concatenate(sizes)  # type: ignore[arg-type]
 
-    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
+    def _select(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> list[Selection]:
         ends = np.cumsum([length for dataset in self.datasets if (length := dataset.length()) is not None])
         number = np.searchsorted(ends, positions, side="right")
-        parts: list[Part] = []
+        parts: list[Selection] = []
         for index in np.unique(number).tolist():
             here = np.flatnonzero(number == index)
             start = int(ends[index - 1]) if index else 0
-            child = at.inputs[str(index)]
-            parts.append(Part(child, positions[here] - start, pick(keys, here), pick(passes, here), here))
+            child = bound.inputs[str(index)]
+            parts.append(Selection(child, positions[here] - start, pick(keys, here), pick(passes, here), here))
         return parts
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
-        return _ConcatenateIterator(at, lane, key, pass_)
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _ConcatenateIterator(bound, lane, key, pass_)
 
 
 class _ConcatenateIterator(Iterator):
-    def __init__(self, at: Place, lane: Lane, key: int, pass_: int) -> None:
-        self.at, self.lane, self.key, self.pass_ = at, lane, key, pass_
+    def __init__(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+        self.bound, self.lane, self.key, self.pass_ = bound, lane, key, pass_
         self._start(0)
 
     def _start(self, index: int) -> None:
         self.index = index
-        self.source = iterate(self.at.inputs[str(index)], self.lane, self.key, self.pass_)
+        self.source = iterate(self.bound.inputs[str(index)], self.lane, self.key, self.pass_)
 
     def _next(self) -> Item:
         while True:
             try:
                 return next(self.source)
             except StopIteration:
-                if self.index + 1 == len(self.at.inputs):
+                if self.index + 1 == len(self.bound.inputs):
                     raise
                 self._start(self.index + 1)
 

@@ -11,9 +11,9 @@ from midstream.common.validation import require_callable, require_choice
 from midstream.errors import SourceError
 from midstream.nodes.user_function import Call, require_limit
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import ErrorRate, Hole, callable_name, describe_callable
+from midstream.pipeline.failures import ErrorRate, FailedSample, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import Node, Place, require_dataset
+from midstream.pipeline.node import BoundNode, Node, require_dataset
 from midstream.pipeline.rows import Item, as_origin_array
 
 _LOOK_AT = 1_000
@@ -56,17 +56,17 @@ class Filter(Node):
             fields["on_error"] = self.on_error
         return fields
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
-        return _FilterIterator(self, at, lane, key, pass_)
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _FilterIterator(self, bound, lane, key, pass_)
 
 
 class _FilterIterator(Iterator):
-    def __init__(self, node: Filter, at: Place, lane: Lane, key: int, pass_: int) -> None:
-        self.node, self.at, self.lane, self.pass_ = node, at, lane, pass_
-        self.source = iterate(at.input, lane, key, pass_)
+    def __init__(self, node: Filter, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+        self.node, self.bound, self.lane, self.pass_ = node, bound, lane, pass_
+        self.source = iterate(bound.input, lane, key, pass_)
         fn = node.fn
         self.call = Call(
-            at, fn, node.on_error == "skip", node.max_errors, lambda sample, _: bool(fn(sample)), node.quarantine
+            bound, fn, node.on_error == "skip", node.max_errors, lambda sample, _: bool(fn(sample)), node.quarantine
         )
         self.seen = 0
         self.started_at, self.passed = 0, 0
@@ -77,22 +77,22 @@ class _FilterIterator(Iterator):
         while True:
             sample, origins = next(self.source)
             self.seen += 1
-            if type(sample) is Hole:
+            if type(sample) is FailedSample:
                 return sample, origins
             verdict = self.call(sample, origins)
-            if type(verdict) is Hole:
+            if type(verdict) is FailedSample:
                 return verdict, origins
             if verdict:
                 self.passed += 1
                 self._look()
                 return sample, origins
             for source in as_origin_array(origins)[:1, 0].tolist():
-                self.lane.ledger.dropped("filtered", self.at.path, source, self.pass_, self.seen)
+                self.lane.ledger.dropped("filtered", self.bound.path, source, self.pass_, self.seen)
             rejected += 1
             self._look()
             if rejected >= _GIVE_UP and self.node.source.infinite:
                 raise SourceError(
-                    f"{self.at.path}: {rejected:,} samples in a row did not pass "
+                    f"{self.bound.path}: {rejected:,} samples in a row did not pass "
                     f"{describe_callable(self.node.fn)}, and the input never ends. Check the predicate against a few "
                     f"samples, or filter before .repeat() so that a pass without samples ends."
                 )
@@ -102,8 +102,8 @@ class _FilterIterator(Iterator):
         if self.seen - self.started_at == self.look_at and self.passed * 100 < self.look_at:
             self.look_at = -1
             self.lane.ledger.notice(
-                f"filter {self.at.path}",
-                f"{self.at.path}: only {self.passed} of {self.seen - self.started_at:,} samples passed "
+                f"filter {self.bound.path}",
+                f"{self.bound.path}: only {self.passed} of {self.seen - self.started_at:,} samples passed "
                 f"{describe_callable(self.node.fn)}; reading goes on, and most of it is thrown away.",
             )
 

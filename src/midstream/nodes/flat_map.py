@@ -12,9 +12,9 @@ from midstream.errors import ReplayDiverged, SourceError
 from midstream.nodes.parts import part_origin, require_depth
 from midstream.nodes.user_function import Call, require_limit
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import ErrorRate, Hole, callable_name, describe_callable
+from midstream.pipeline.failures import ErrorRate, FailedSample, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane, SafePoint
-from midstream.pipeline.node import Node, Place, require_dataset
+from midstream.pipeline.node import BoundNode, Node, require_dataset
 from midstream.pipeline.rows import PARTS, Item, Origins, as_origin_array
 
 _EVERY = 16
@@ -67,22 +67,22 @@ class FlatMap(Node):
             fields["on_error"] = self.on_error
         return fields
 
-    def reads_again(self) -> str:
-        """See `Dataset.reads_again`."""
+    def replay_bound(self) -> str:
+        """See `Dataset.replay_bound`."""
         return "at most 16 inputs of a lane"
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
-        return _FlatMapIterator(self, at, lane, key, pass_)
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _FlatMapIterator(self, bound, lane, key, pass_)
 
 
 class _FlatMapIterator(Iterator):
-    def __init__(self, node: FlatMap, at: Place, lane: Lane, key: int, pass_: int) -> None:
-        self.at, self.lane, self.pass_ = at, lane, pass_
-        self.source = SafePoint(iterate(at.input, lane, key, pass_), _EVERY)
+    def __init__(self, node: FlatMap, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+        self.bound, self.lane, self.pass_ = bound, lane, pass_
+        self.source = SafePoint(iterate(bound.input, lane, key, pass_), _EVERY)
         fn = self.fn = node.fn
         self.endless = node.source.infinite
         self.call = Call(
-            at, fn, node.on_error == "skip", node.max_errors, lambda sample, _: _collect(fn, sample), node.quarantine
+            bound, fn, node.on_error == "skip", node.max_errors, lambda sample, _: _collect(fn, sample), node.quarantine
         )
         self.parts: list[Any] = []
         self.origins: Origins = None
@@ -95,18 +95,18 @@ class _FlatMapIterator(Iterator):
             self.before = self.source.snapshot()
             self.parts, self.part = [], 0
             sample, self.origins = self.source.next()
-            if type(sample) is Hole:
+            if type(sample) is FailedSample:
                 return sample, self.origins
             parts = self.call(sample, self.origins)
-            if type(parts) is Hole:
+            if type(parts) is FailedSample:
                 return parts, self.origins
             if not parts:
                 for source in as_origin_array(self.origins)[:1, 0].tolist():
-                    self.lane.ledger.dropped("emptied", self.at.path, source, self.pass_, self.source.number)
+                    self.lane.ledger.dropped("emptied", self.bound.path, source, self.pass_, self.source.number)
                 emptied += 1
                 if emptied >= _GIVE_UP and self.endless:
                     raise SourceError(
-                        f"{self.at.path}: {describe_callable(self.fn)} made nothing of {emptied:,} samples in a row, and the "
+                        f"{self.bound.path}: {describe_callable(self.fn)} made nothing of {emptied:,} samples in a row, and the "
                         f"input never ends. Try it on a few samples"
                     )
             self.parts = parts
@@ -125,14 +125,14 @@ class _FlatMapIterator(Iterator):
         if state["part"]:
             try:
                 sample, self.origins = self.source.next()
-                parts: Any = sample if type(sample) is Hole else self.call(sample, self.origins)
+                parts: Any = sample if type(sample) is FailedSample else self.call(sample, self.origins)
             except StopIteration:
                 parts = []
-            parts = [] if isinstance(parts, Hole) else parts
+            parts = [] if isinstance(parts, FailedSample) else parts
             found = len(parts)
             if found <= state["part"]:
                 raise ReplayDiverged(
-                    f"{self.at.path}: the row in progress ({self.origins}) had more than {state['part']} parts when the "
+                    f"{self.bound.path}: the row in progress ({self.origins}) had more than {state['part']} parts when the "
                     f"state was saved and has {found} now; has the data or the function changed?"
                 )
             self.parts, self.part = parts, state["part"]

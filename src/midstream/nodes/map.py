@@ -11,9 +11,9 @@ from midstream.common.randomness import fold, generator
 from midstream.common.validation import require_callable, require_choice, require_int
 from midstream.nodes.user_function import RETURNED_NONE, Call, isolated_rng, origin_key, require_limit
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import ErrorRate, Hole, OnError, callable_name
+from midstream.pipeline.failures import ErrorRate, FailedSample, OnError, callable_name
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import Node, Place, require_dataset
+from midstream.pipeline.node import BoundNode, Node, require_dataset
 from midstream.pipeline.rows import I64, U64, Item, Origins, Rows
 
 
@@ -58,13 +58,13 @@ class Map(Node):
             fields["on_error"] = self.on_error
         return fields
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
-        rows = at.input.rows(positions, keys, passes)
-        call = Call(at, self.fn, self.on_error != "raise", self.max_errors, self._caller(at), self.quarantine)
+    def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
+        rows = bound.input.rows(positions, keys, passes)
+        call = Call(bound, self.fn, self.on_error != "raise", self.max_errors, self._caller(bound), self.quarantine)
         if rows.sizes is None and not self.with_rng and not self.isolate_rng:
             fn, out = self.fn, []
             for sample in rows.samples:  # the fast path: no origin is looked at unless something fails
-                if type(sample) is not Hole:
+                if type(sample) is not FailedSample:
                     try:
                         value = fn(sample)
                         if value is not None:
@@ -79,12 +79,12 @@ class Map(Node):
             return Rows(out, rows.origins)
         return Rows([call(sample, origins) for sample, origins in rows.items()], rows.origins, rows.sizes)
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
-        return _MapIterator(self, at, lane, key, pass_)
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _MapIterator(self, bound, lane, key, pass_)
 
-    def _caller(self, at: Place) -> Callable[[Any, Origins], Any]:
+    def _caller(self, bound: BoundNode) -> Callable[[Any, Origins], Any]:
         """The function as it is called for one sample."""
-        fn, seed = self.fn, fold(self.seed, at.salt)
+        fn, seed = self.fn, fold(self.seed, bound.salt)
         if self.with_rng and self.isolate_rng:
 
             def call(sample: Any, origins: Origins) -> Any:
@@ -109,13 +109,15 @@ class Map(Node):
 
 
 class _MapIterator(Iterator):
-    def __init__(self, node: Map, at: Place, lane: Lane, key: int, pass_: int) -> None:
-        self.source = iterate(at.input, lane, key, pass_)
-        self.call = Call(at, node.fn, node.on_error != "raise", node.max_errors, node._caller(at), node.quarantine)
+    def __init__(self, node: Map, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+        self.source = iterate(bound.input, lane, key, pass_)
+        self.call = Call(
+            bound, node.fn, node.on_error != "raise", node.max_errors, node._caller(bound), node.quarantine
+        )
 
     def _next(self) -> Item:
         sample, origins = next(self.source)
-        if type(sample) is Hole:
+        if type(sample) is FailedSample:
             return sample, origins
         return self.call(sample, origins), origins
 

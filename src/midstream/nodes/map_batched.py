@@ -15,9 +15,9 @@ from midstream.errors import ReplayDiverged, SourceError
 from midstream.nodes.parts import part_origin, require_depth
 from midstream.nodes.user_function import Call, require_limit
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import ErrorRate, Hole, callable_name, describe_callable
+from midstream.pipeline.failures import ErrorRate, FailedSample, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import Node, Place, require_dataset
+from midstream.pipeline.node import BoundNode, Node, require_dataset
 from midstream.pipeline.rows import PARTS, Item, join_origins
 
 _GIVE_UP = 100_000
@@ -79,20 +79,20 @@ class MapBatched(Node):
             fields["on_error"] = self.on_error
         return fields
 
-    def reads_again(self) -> str:
-        """See `Dataset.reads_again`."""
+    def replay_bound(self) -> str:
+        """See `Dataset.replay_bound`."""
         return f"at most {self.batch_size:,} inputs of a lane"
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
-        return _MapBatchedIterator(self, at, lane, key, pass_)
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _MapBatchedIterator(self, bound, lane, key, pass_)
 
 
 class _MapBatchedIterator(Iterator):
-    def __init__(self, node: MapBatched, at: Place, lane: Lane, key: int, pass_: int) -> None:
-        self.node, self.at, self.lane, self.pass_ = node, at, lane, pass_
-        self.source = iterate(at.input, lane, key, pass_)
+    def __init__(self, node: MapBatched, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+        self.node, self.bound, self.lane, self.pass_ = node, bound, lane, pass_
+        self.source = iterate(bound.input, lane, key, pass_)
         fn, quiet = node.fn, node.on_error != "raise"
-        self.call = Call(at, fn, quiet, node.max_errors, lambda samples, _: fn(samples), node.quarantine)
+        self.call = Call(bound, fn, quiet, node.max_errors, lambda samples, _: fn(samples), node.quarantine)
         self.number = 0
         self.fruitless = 0
         self._clear()
@@ -120,7 +120,7 @@ class _MapBatchedIterator(Iterator):
                     ended = True
                     break
                 self.taken += 1
-                if type(item[0]) is Hole:
+                if type(item[0]) is FailedSample:
                     return item
                 self.held.append(item)
             if self.held:
@@ -150,11 +150,11 @@ class _MapBatchedIterator(Iterator):
             self.number += 1
         return sample, origins
 
-    def _make(self) -> Hole | None:
+    def _make(self) -> FailedSample | None:
         """Call the function on what is held; the hole when it fails."""
         self.origins = join_origins(self.held)
-        if self.at.trail is not None:
-            self.at.trail.rows(self.origins)
+        if self.bound.trail is not None:
+            self.bound.trail.rows(self.origins)
         samples = [sample for sample, _ in self.held]
         try:
             self.made = rows_of(self.call.call(columns_of(samples), self.origins))
@@ -167,13 +167,13 @@ class _MapBatchedIterator(Iterator):
         counts: dict[str, int] = {}
         for _, origins in self.held:
             source = origins[0] if type(origins) is tuple else int(origins[0, 0])
-            key = f"emptied|{self.at.path}|{source}"
+            key = f"emptied|{self.bound.path}|{source}"
             counts[key] = counts.get(key, 0) + 1
-        self.lane.ledger.count(self.at.path, self.pass_, self.number, counts)
+        self.lane.ledger.count(self.bound.path, self.pass_, self.number, counts)
         self.fruitless += len(self.held)
         if self.fruitless >= _GIVE_UP and self.node.source.infinite:
             raise SourceError(
-                f"{self.at.path}: {describe_callable(self.node.fn)} made nothing of {self.fruitless:,} samples, and the input "
+                f"{self.bound.path}: {describe_callable(self.node.fn)} made nothing of {self.fruitless:,} samples, and the input "
                 f"never ends. Try it on a few samples"
             )
 
@@ -191,22 +191,22 @@ class _MapBatchedIterator(Iterator):
                 item = next(self.source)
             except StopIteration:
                 raise ReplayDiverged(
-                    f"{self.at.path}: the input ended after {self.taken} of the {state['taken']} samples that are to be read "
+                    f"{self.bound.path}: the input ended after {self.taken} of the {state['taken']} samples that are to be read "
                     f"again; has the data changed since the checkpoint was saved?"
                 ) from None
             self.taken += 1
-            if type(item[0]) is not Hole:
+            if type(item[0]) is not FailedSample:
                 self.held.append(item)
         if state["part"]:
             failed = self._make() if self.held else None
             if self.taken < self.node.batch_size and next(self.source, None) is not None:
                 raise ReplayDiverged(
-                    f"{self.at.path}: the group in progress was the last, of {self.taken} samples, when the state was saved, "
+                    f"{self.bound.path}: the group in progress was the last, of {self.taken} samples, when the state was saved, "
                     f"and there are more now; has the data changed?"
                 )
             if failed is not None or len(self.made) <= state["part"]:
                 raise ReplayDiverged(
-                    f"{self.at.path}: the group in progress had more than {state['part']} samples when the state was saved "
+                    f"{self.bound.path}: the group in progress had more than {state['part']} samples when the state was saved "
                     f"and has {len(self.made)} now; has the data or the function changed?"
                 )
             self.part = state["part"]

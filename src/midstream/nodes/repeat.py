@@ -11,9 +11,9 @@ from midstream.common.randomness import pass_key
 from midstream.common.validation import require_int
 from midstream.errors import SourceError
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import Hole
+from midstream.pipeline.failures import FailedSample
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import Node, Part, Place, require_dataset
+from midstream.pipeline.node import BoundNode, Node, Selection, require_dataset
 from midstream.pipeline.passes import require_passes
 from midstream.pipeline.rows import I64, U64, Item
 
@@ -59,34 +59,34 @@ class Repeat(Node):
         """Number of passes."""
         return {"num_epochs": None if self.num_epochs is None else int(self.num_epochs)}
 
-    def times(self, key: str, exact: bool) -> int:
+    def passes_over(self, key: str, exact: bool) -> int:
         """Its passes."""
         return int(self.num_epochs or _ENDLESS)
 
-    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
+    def _select(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> list[Selection]:
         length = self.source.length()
         assert length
-        require_passes(passes, self.times("", True))
+        require_passes(passes, self.passes_over("", True))
         number, inside = np.divmod(positions, length)
-        return [Part(at.input, inside, pass_key(keys, number), passes * self.times("", True) + number)]
+        return [Selection(bound.input, inside, pass_key(keys, number), passes * self.passes_over("", True) + number)]
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
-        return _RepeatIterator(self, at, lane, key, pass_)
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _RepeatIterator(self, bound, lane, key, pass_)
 
 
 class _RepeatIterator(Iterator):
-    def __init__(self, node: Repeat, at: Place, lane: Lane, key: int, pass_: int) -> None:
-        self.node, self.at, self.lane, self.key, self.pass_ = node, at, lane, key, pass_
+    def __init__(self, node: Repeat, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+        self.node, self.bound, self.lane, self.key, self.pass_ = node, bound, lane, key, pass_
         self.empty = 0  # passes in a row without a sample
         self.ever = False  # whether any pass yielded anything
         self._start(0)
 
     def _start(self, number: int) -> None:
         self.number, self.any, self.read = number, False, False
-        times = self.node.times("", True)
+        times = self.node.passes_over("", True)
         require_passes(np.array([self.pass_]), times)
         key = int(pass_key(np.array([self.key], dtype=np.uint64), np.array([number]))[0])
-        self.source = iterate(self.at.input, self.lane, key, self.pass_ * times + number)
+        self.source = iterate(self.bound.input, self.lane, key, self.pass_ * times + number)
 
     def _next(self) -> Item:
         ledger = self.lane.ledger
@@ -103,7 +103,7 @@ class _RepeatIterator(Iterator):
                 self._start(self.number + 1)
                 continue
             self.read = True
-            if type(item[0]) is not Hole:
+            if type(item[0]) is not FailedSample:
                 self.any, self.ever, self.empty = True, True, 0
             return item
 
@@ -115,13 +115,14 @@ class _RepeatIterator(Iterator):
         if self.empty < _GIVE_UP:
             return
         what = (
-            f"{self.at.path}: {self.empty:,} passes in a row left nothing of what lane {self.lane.index} of "
+            f"{self.bound.path}: {self.empty:,} passes in a row left nothing of what lane {self.lane.index} of "
             f"{self.lane.num_lanes} read"
         )
         if self.ever:
             raise SourceError(f"{what}. Check what the filters and skipped errors below let through")
         self.lane.ledger.notice(
-            f"repeat {self.at.path}", f"{what}, nor any before; it is drained. Fewer lanes (lanes=) give each more rows"
+            f"repeat {self.bound.path}",
+            f"{what}, nor any before; it is drained. Fewer lanes (lanes=) give each more rows",
         )
         raise StopIteration
 

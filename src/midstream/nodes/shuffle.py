@@ -14,9 +14,9 @@ from midstream.common.randomness import fold, fold_array, permute, uniform32
 from midstream.common.validation import require_int
 from midstream.errors import ReplayDiverged
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import Hole
+from midstream.pipeline.failures import FailedSample
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import Node, Part, Place
+from midstream.pipeline.node import BoundNode, Node, Selection
 from midstream.pipeline.rows import I64, U64, Item, Origins, as_origin_array
 
 
@@ -65,12 +65,12 @@ class Shuffle(Node):
             fields["window_blocks"] = self.window_blocks
         return fields
 
-    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
-        return [Part(at.input, self._permute(at, positions, keys), keys, passes)]
+    def _select(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> list[Selection]:
+        return [Selection(bound.input, self._permute(bound, positions, keys), keys, passes)]
 
-    def _permute(self, at: Place, positions: I64, keys: U64) -> I64:
+    def _permute(self, bound: BoundNode, positions: I64, keys: U64) -> I64:
         sizes = self.source.block_sizes() if self.window_blocks is not None else None
-        seed = fold(self.seed, at.salt)
+        seed = fold(self.seed, bound.salt)
         if sizes is None:
             length = self.source.length()
             assert length is not None
@@ -157,24 +157,24 @@ class BufferedShuffle(Node):
         """Seed and buffer size."""
         return {"seed": int(self.seed), "buffer_size": int(self.buffer_size)}
 
-    def reads_again(self) -> str:
-        """See `Dataset.reads_again`."""
+    def replay_bound(self) -> str:
+        """See `Dataset.replay_bound`."""
         return f"at most {self.buffer_size * 9 // 8:,}/lanes + 1 inputs of a lane"
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
-        return _BufferedShuffleIterator(self, at, lane, key, pass_)
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _BufferedShuffleIterator(self, bound, lane, key, pass_)
 
 
 _DRAWS = 1024
 
 
 class _BufferedShuffleIterator(Iterator):
-    def __init__(self, node: BufferedShuffle, at: Place, lane: Lane, key: int, pass_: int) -> None:
-        self.path = at.path
-        self.source = iterate(at.input, lane, key, pass_)
+    def __init__(self, node: BufferedShuffle, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+        self.path = bound.path
+        self.source = iterate(bound.input, lane, key, pass_)
         self.reach = -(-node.buffer_size // lane.num_lanes)
         self.grid = max(1, self.reach // 8)
-        self.seed = fold(node.seed, at.salt, key, lane.index)
+        self.seed = fold(node.seed, bound.salt, key, lane.index)
         self.draws: list[int] = []
         self.draws_of = -1
         self._clear(0)
@@ -209,7 +209,7 @@ class _BufferedShuffleIterator(Iterator):
             except StopIteration:
                 self.ended = True
                 continue
-            if type(item[0]) is Hole:
+            if type(item[0]) is FailedSample:
                 return item
             self._hold(self._key(number), number, item)
 
@@ -258,7 +258,7 @@ class _BufferedShuffleIterator(Iterator):
             except StopIteration:
                 break
             key = self._key(number)
-            if type(item[0]) is not Hole and (key, number) > left:
+            if type(item[0]) is not FailedSample and (key, number) > left:
                 self._hold(key, number, item)
         self.last = last
         oldest = next(iter(self.live.values()), None)

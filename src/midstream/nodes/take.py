@@ -10,7 +10,7 @@ from midstream.common.plain_state import State
 from midstream.common.validation import require_int
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import Node, Part, Place, require_dataset
+from midstream.pipeline.node import BoundNode, Node, Selection, require_dataset
 from midstream.pipeline.rows import I64, U64, Item
 
 
@@ -52,11 +52,11 @@ class Take(Node):
         """How many."""
         return {"n": int(self.n)}
 
-    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
-        return [Part(at.input, positions, keys, passes)]
+    def _select(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> list[Selection]:
+        return [Selection(bound.input, positions, keys, passes)]
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
-        return _TakeIterator(iterate(at.input, lane, key, pass_), lane.share(int(self.n)))
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _TakeIterator(iterate(bound.input, lane, key, pass_), lane.share(int(self.n)))
 
 
 class _TakeIterator(Iterator):

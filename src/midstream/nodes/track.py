@@ -10,9 +10,9 @@ from midstream.common.plain_state import MISSING, State
 from midstream.metrics.metric import Metric, as_metric
 from midstream.nodes.user_function import Call
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import Hole, describe_callable
+from midstream.pipeline.failures import FailedSample, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import Node, Place, require_dataset
+from midstream.pipeline.node import BoundNode, Node, require_dataset
 from midstream.pipeline.rows import I64, U64, Item, Origins, Rows
 
 __all__ = ["Track"]
@@ -65,12 +65,12 @@ class Track(Node):
         """The kind of each metric, by name."""
         return {name: metric.kind for name, metric in self.metrics}
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
-        rows = at.input.rows(positions, keys, passes)
-        stash = at.stash
+    def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
+        rows = bound.input.rows(positions, keys, passes)
+        stash = bound.stash
         if rows.sizes is None:
             try:
-                if rows.columns is None and Hole in map(type, rows.samples):
+                if rows.columns is None and FailedSample in map(type, rows.samples):
                     raise ValueError("what failed is no sample")
                 found = [metric.values(rows.samples) for _, metric in self.metrics]
                 if stash is not None:
@@ -82,7 +82,7 @@ class Track(Node):
             origins: Iterable[Origins] = map(tuple, rows.origins.tolist())
         else:
             origins = [origin for _, origin in rows.items()]
-        measure = _Measure(self, at)
+        measure = _Measure(self, bound)
         samples: list[Any] | None = None
         for index, (sample, origin) in enumerate(zip(rows.samples, origins)):
             values, hole = measure(sample, origin)
@@ -94,8 +94,8 @@ class Track(Node):
                 stash[first] = source, values
         return rows if samples is None else Rows(samples, rows.origins, rows.sizes)
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
-        return _TrackIterator(self, at, lane, key, pass_)
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
+        return _TrackIterator(self, bound, lane, key, pass_)
 
 
 def _first(origin: Origins) -> tuple[tuple[int, ...], int]:
@@ -111,15 +111,15 @@ def _first(origin: Origins) -> tuple[tuple[int, ...], int]:
 class _Measure:
     """The metrics of one sample."""
 
-    __slots__ = ("at", "metrics")
+    __slots__ = ("bound", "metrics")
 
-    def __init__(self, node: Track, at: Place) -> None:
-        self.at, self.metrics = at, node.metrics
+    def __init__(self, node: Track, bound: BoundNode) -> None:
+        self.bound, self.metrics = bound, node.metrics
 
-    def __call__(self, sample: Any, origins: Origins) -> tuple[tuple[Any, ...] | None, Hole | None]:
+    def __call__(self, sample: Any, origins: Origins) -> tuple[tuple[Any, ...] | None, FailedSample | None]:
         """A value of each metric, and the hole in the sample's place where a function failed."""
         errors: tuple[Any, ...] = ()
-        if type(sample) is Hole:
+        if type(sample) is FailedSample:
             if sample.rest is MISSING:
                 return None, None
             errors, sample = sample.errors, sample.rest
@@ -131,16 +131,16 @@ class _Measure:
         except Exception as error:
             name, metric = self.metrics[len(values)]
             label = f"{describe_callable(metric.fn)} (metric {name!r})"
-            call = Call(self.at, metric.fn, False, None, lambda sample, _: metric.value(sample), label=label)
+            call = Call(self.bound, metric.fn, False, None, lambda sample, _: metric.value(sample), label=label)
             hole = call.failed(error, origins, sample)
-            return None, Hole(errors + hole.errors, hole.rest)
+            return None, FailedSample(errors + hole.errors, hole.rest)
 
 
 class _TrackIterator(Iterator):
-    def __init__(self, node: Track, at: Place, lane: Lane, key: int, pass_: int) -> None:
-        self.source, self.ledger = iterate(at.input, lane, key, pass_), lane.ledger
-        self.path, self.pass_, self.kinds = at.path, pass_, node.kinds()
-        self.measure = _Measure(node, at)
+    def __init__(self, node: Track, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+        self.source, self.ledger = iterate(bound.input, lane, key, pass_), lane.ledger
+        self.path, self.pass_, self.kinds = bound.path, pass_, node.kinds()
+        self.measure = _Measure(node, bound)
         self.number = 0
 
     def _next(self) -> Item:

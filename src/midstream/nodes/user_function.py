@@ -14,21 +14,21 @@ import torch
 from midstream.common.plain_state import MISSING
 from midstream.common.randomness import fold
 from midstream.common.validation import require_int
-from midstream.pipeline.failures import ErrorRate, Failure, Hole, describe_callable
-from midstream.pipeline.node import Place
+from midstream.pipeline.failures import ErrorRate, FailedSample, SampleFailure, describe_callable
+from midstream.pipeline.node import BoundNode
 from midstream.pipeline.rows import Origins, as_origin_array
 
 RETURNED_NONE = "the function returned None; a sample is what it returns (to drop samples, use .filter)"
 
 
 class Call:
-    """User code applied to one sample: returns its value, or a `Hole` that says what went wrong."""
+    """User code applied to one sample: returns its value, or a `FailedSample` that says what went wrong."""
 
-    __slots__ = ("at", "call", "fn", "label", "limit", "quarantine", "quiet", "trail")
+    __slots__ = ("bound", "call", "fn", "label", "limit", "quarantine", "quiet", "trail")
 
     def __init__(
         self,
-        at: Place,
+        bound: BoundNode,
         fn: Callable[..., Any],
         quiet: bool,
         limit: int | ErrorRate | None,
@@ -36,19 +36,19 @@ class Call:
         quarantine: str | None = None,
         label: str | None = None,
     ) -> None:
-        self.at, self.fn, self.quiet, self.limit, self.call = at, fn, quiet, limit, call
+        self.bound, self.fn, self.quiet, self.limit, self.call = bound, fn, quiet, limit, call
         self.quarantine, self.label = quarantine, label  # the function in words; None: its name and place
-        self.trail = at.trail
+        self.trail = bound.trail
 
     def __call__(self, sample: Any, origins: Origins) -> Any:
         """Apply it; a hole keeps its errors and the function sees what is left of the sample."""
-        if type(sample) is Hole:
+        if type(sample) is FailedSample:
             if sample.rest is MISSING:
                 return sample
             value = self(sample.rest, origins)
-            if type(value) is Hole:
-                return Hole(sample.errors + value.errors, value.rest)
-            return Hole(sample.errors, value)
+            if type(value) is FailedSample:
+                return FailedSample(sample.errors + value.errors, value.rest)
+            return FailedSample(sample.errors, value)
         trail = self.trail
         if trail is not None:
             if type(origins) is tuple:
@@ -63,16 +63,18 @@ class Call:
             return self.failed(error, origins, sample)
         return value
 
-    def failed(self, error: BaseException, origins: Origins, sample: Any) -> Hole:
+    def failed(self, error: BaseException, origins: Origins, sample: Any) -> FailedSample:
         """The hole in the sample's place."""
         if isinstance(error, StopIteration):  # it would end the stream of whoever re-raises it
             error = RuntimeError(f"the function raised StopIteration({error})").with_traceback(error.__traceback__)
         array = as_origin_array(origins)
-        origin = self.at.origin(array[0].tolist()) if len(array) else None
+        origin = self.bound.origin(array[0].tolist()) if len(array) else None
         function = self.label or describe_callable(self.fn)
-        failure = Failure(self.at.path, origin, function, error, quiet=self.quiet, limit=self.limit)
+        failure = SampleFailure(self.bound.path, origin, function, error, quiet=self.quiet, limit=self.limit)
         failure.rows = array if len(array) > 1 else None
-        return Hole((failure if self.quarantine is None else failure.quarantined(self.quarantine, error, sample),))
+        return FailedSample(
+            (failure if self.quarantine is None else failure.quarantined(self.quarantine, error, sample),)
+        )
 
 
 def require_limit(on_error: str, max_errors: int | ErrorRate | None, quarantine: str | None, where: str) -> None:

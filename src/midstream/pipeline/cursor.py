@@ -10,10 +10,10 @@ import numpy as np
 
 from midstream.common.plain_state import MISSING, State
 from midstream.pipeline.columns import Columns
-from midstream.pipeline.failures import Excluded, Hole
+from midstream.pipeline.failures import Excluded, FailedSample
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import Place
-from midstream.pipeline.rows import I64, Item, Later, Origins, Rows, Stash, num_bytes
+from midstream.pipeline.node import BoundNode
+from midstream.pipeline.rows import I64, Item, LazyBatches, Origins, Rows, Stash, num_bytes
 
 _MAX_CHUNK = 512
 
@@ -38,16 +38,16 @@ class Cursor(Iterator):
     Resume: nothing is read again but the row in progress when part of it failed.
     """
 
-    def __init__(self, place: Place, lane: Lane, key: int, pass_: int) -> None:
-        self.place, self.lane = place, lane
+    def __init__(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+        self.bound, self.lane = bound, lane
         self.keys = np.array([key], dtype=np.uint64)
         self.passes = np.array([pass_], dtype=np.int64)
         self.block = lane.block
-        self.length = place.node.length()
+        self.length = bound.node.length()
         self.first = 0  # number, in this lane, of the first item read ahead
         self.items: list[Item] = []
         self.ahead: Rows | None = None  # the same, where they are taken by column; then no items until one is asked for
-        self.later: Later | None = None  # the same, where each is made when it is taken
+        self.later: LazyBatches | None = None  # the same, where each is made when it is taken
         self.count = 0  # how many are read ahead
         self.by_block = False
         self.at = 0
@@ -55,7 +55,7 @@ class Cursor(Iterator):
         self.floor, self.cost = 1, 0.0
         self.tried, self.paid, self.settled = 0.0, False, 0  # cost of a row before the chunk was doubled; did that pay?
         self.chunk = min(lane.block, _MAX_CHUNK)  # what takes rows by blocks needs a whole one at once
-        self.sources = [each.node for each in place.walk() if each.node._reads_ahead]
+        self.sources = [each.node for each in bound.walk() if each.node.reads_ahead]
         self.foretold = 0  # up to which row of this lane
 
     @property
@@ -67,7 +67,7 @@ class Cursor(Iterator):
         at, items = self.at, self.items
         if self._loaded is None and at < len(items):  # the hot path of every pipeline
             item = items[at]
-            if type(item[0]) is not Hole:
+            if type(item[0]) is not FailedSample:
                 self.at = at + 1
                 return item
         return super().__next__()
@@ -77,24 +77,24 @@ class Cursor(Iterator):
             self._fill()
         at = self.at
         if self.later is not None:
-            item = self.later.item(at, self.place.trail)
+            item = self.later.item(at, self.bound.trail)
         else:
             if not self.items and self.ahead is not None:
                 self.items = self.ahead.items()
             item = self.items[at]
-        if type(item[0]) is Hole:
+        if type(item[0]) is FailedSample:
             return self._hole(item[0], item[1])
         self.at = at + 1
         return item
 
-    def _hole(self, hole: Hole, origins: Origins) -> Item:
+    def _hole(self, hole: FailedSample, origins: Origins) -> Item:
         """One failure at a time, then what is left of the sample."""
         if self.told < len(hole.errors):
             error = hole.errors[self.told]
             self.told += 1
             if self.told == len(hole.errors) and hole.rest is MISSING:
                 self.at, self.told = self.at + 1, 0
-            return Hole((error,)), origins
+            return FailedSample((error,)), origins
         self.at, self.told = self.at + 1, 0
         return hole.rest, origins
 
@@ -117,7 +117,7 @@ class Cursor(Iterator):
         elapsed = time.perf_counter() - start
         self.first, self.items, self.at = first, items, 0
         self.ahead, self.later = None, None
-        if isinstance(rows, Later):
+        if isinstance(rows, LazyBatches):
             self.later, self.count, size = rows, len(rows), rows.num_bytes()
         elif items or rows.columns is None:
             self.count, size = len(items), num_bytes(items[0][0])
@@ -127,7 +127,7 @@ class Cursor(Iterator):
         most = min(_MAX_CHUNK, _CHUNK_BYTES // max(1, size))
         self._adapt(elapsed, elapsed / self.count, most)
         if self.sources:
-            self._foretell()
+            self._hint()
 
     def _positions(self, first: int, stop: int) -> I64:
         """Positions of the rows of this lane with these numbers, up to the end of the data."""
@@ -139,23 +139,23 @@ class Cursor(Iterator):
             numbers = numbers[numbers < self.length]
         return numbers
 
-    def _foretell(self) -> None:
+    def _hint(self) -> None:
         """While the consumer has the rows just read, sources that want to may read those that follow."""
         after = self.first + self.count
         first = max(after, self.foretold)
         stop = min(first + _FORETOLD * self.chunk, after + _FAR)
-        if first < stop and any(node._wants_more() for node in self.sources):
+        if first < stop and any(node.wants_more() for node in self.sources):
             self.foretold = stop
             # Whatever is wrong with rows that nobody has asked for is told with them.
             with contextlib.suppress(Exception):
-                self.place.foretell(self._positions(first, stop), self.keys, self.passes)
+                self.bound.hint(self._positions(first, stop), self.keys, self.passes)
 
-    def _read(self, positions: I64) -> Rows | Later:
-        return self.place.later(positions, self.keys, self.passes)
+    def _read(self, positions: I64) -> Rows | LazyBatches:
+        return self.bound.lazy_rows(positions, self.keys, self.passes)
 
-    def _items(self, rows: Rows | Later) -> list[Item]:
+    def _items(self, rows: Rows | LazyBatches) -> list[Item]:
         """Samples that were made one by one."""
-        return [] if isinstance(rows, Later) or (self.by_block and rows.columns is not None) else rows.items()
+        return [] if isinstance(rows, LazyBatches) or (self.by_block and rows.columns is not None) else rows.items()
 
     def ahead_by_column(self) -> tuple[Columns, I64, int] | None:
         """What was read together, as columns, with its origins, and the number of the first that is still ahead; call
@@ -223,15 +223,15 @@ class Cursor(Iterator):
 class TrackingCursor(Cursor):
     """A `Cursor` over nodes that track metrics: what they tracked of a row counts when the row is handed out, or fails."""
 
-    def __init__(self, place: Place, lane: Lane, key: int, pass_: int) -> None:
-        super().__init__(place, lane, key, pass_)
-        self.tracking = [(each, each.node.kinds()) for each in place.tracking]  # type: ignore[attr-defined]
+    def __init__(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+        super().__init__(bound, lane, key, pass_)
+        self.tracking = [(each, each.node.kinds()) for each in bound.tracking]  # type: ignore[attr-defined]
         self.stashes: list[Stash] = []
 
     def __next__(self) -> Item:
         item = super().__next__()
         number = self.number + (self.told > 0)
-        if self.lane.ledger.first_time(self.place.path, int(self.passes[0]), number):
+        if self.lane.ledger.first_time(self.bound.path, int(self.passes[0]), number):
             self._count(*item)
         return item
 
@@ -241,7 +241,7 @@ class TrackingCursor(Cursor):
         for each, _ in self.tracking:
             each.stash = None
 
-    def _read(self, positions: I64) -> Rows | Later:
+    def _read(self, positions: I64) -> Rows | LazyBatches:
         for each, _ in self.tracking:
             each.stash = {}
         return super()._read(positions)
@@ -254,14 +254,14 @@ class TrackingCursor(Cursor):
         """Count what was tracked of a row: of all that it is made of, whether it failed later on or not."""
         row = sample if self.later is not None else self.items[self.at - (self.told == 0)][0]
         whole: list[tuple[int, ...]] = []
-        if type(row) is not Hole or row.rest is not MISSING:
+        if type(row) is not FailedSample or row.rest is not MISSING:
             whole = [origins[:4]] if type(origins) is tuple else list(map(tuple, origins[:, :4].tolist()))
-        for error in row.errors if type(row) is Hole else ():
+        for error in row.errors if type(row) is FailedSample else ():
             if error.rows is not None:
                 whole.extend(map(tuple, error.rows[:, :4].tolist()))
             elif error.origin is not None and type(error) is not Excluded:
                 name, epoch, row_number, part, _ = error.origin
-                whole.append((self.place.names.index(name), epoch, row_number, part))
+                whole.append((self.bound.names.index(name), epoch, row_number, part))
         for (each, kinds), stash in zip(self.tracking, self.stashes):
             found: dict[int, list[tuple[Any, ...]]] = {}
             for key in whole:
@@ -272,8 +272,8 @@ class TrackingCursor(Cursor):
                 self.lane.ledger.track(each.path, source, kinds, values)
 
 
-def iterate(place: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+def iterate(bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
     """The stream face of a node: a `Cursor` where it has random access, its own iterator elsewhere."""
-    if place.node.random_access:
-        return (TrackingCursor if place.tracking else Cursor)(place, lane, key, pass_)
-    return place.node._iterate(place, lane, key, pass_)
+    if bound.node.random_access:
+        return (TrackingCursor if bound.tracking else Cursor)(bound, lane, key, pass_)
+    return bound.open(lane, key, pass_)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from midstream.common.plain_state import State
 from midstream.common.plain_state import fingerprint as hash_of_spec
-from midstream.pipeline.node import Node, Place, bind
+from midstream.pipeline.node import BoundNode, Node, bind
 
 
 def spec(node: Node) -> dict[str, State]:
@@ -15,12 +15,12 @@ def spec(node: Node) -> dict[str, State]:
     return _spec(bind(node))
 
 
-def _spec(place: Place) -> dict[str, State]:
-    fields: dict[str, State] = {"node": place.node.kind, **place.node.spec_fields()}
-    if place.source >= 0:
-        fields["name"] = place.names[place.source]
-    if place.inputs:
-        fields["inputs"] = {key: _spec(child) for key, child in place.inputs.items()}
+def _spec(bound: BoundNode) -> dict[str, State]:
+    fields: dict[str, State] = {"node": bound.node.kind, **bound.node.spec_fields()}
+    if bound.source >= 0:
+        fields["name"] = bound.names[bound.source]
+    if bound.inputs:
+        fields["inputs"] = {key: _spec(child) for key, child in bound.inputs.items()}
     return fields
 
 
@@ -48,7 +48,7 @@ def access(node: Node) -> str:
         except Exception:  # an empty source or a missing file is reported when it is read
             return "random access"
         return "random access, endless" if length is None else f"random access, {length:,}"
-    again = node.reads_again()
+    again = node.replay_bound()
     return f"stream{', endless' if node.infinite else ''}{f', a resume reads again {again}' if again else ''}"
 
 
@@ -59,16 +59,16 @@ def tree(node: Node) -> str:
     return "\n".join(f"{line.ljust(width)}  # {note}" for line, note in lines)
 
 
-def tree_lines(place: Place) -> list[tuple[str, str]]:
+def tree_lines(bound: BoundNode) -> list[tuple[str, str]]:
     """A tree in words: for each node its line, and its face."""
-    label = place.node.summary()
-    if place.source >= 0:
-        label = f"{place.names[place.source]}: {label}"
-    lines = [(label, access(place.node))]
-    children = list(place.inputs.values())
+    label = bound.node.summary()
+    if bound.source >= 0:
+        label = f"{bound.names[bound.source]}: {label}"
+    lines = [(label, access(bound.node))]
+    children = list(bound.inputs.values())
     for child in children:
         last = child is children[-1]
-        (head, face), *tail = tree_lines(child)
-        lines.append((f"{'└─ ' if last else '├─ '}{head}", face))
-        lines.extend((f"{'   ' if last else '│  '}{line}", face) for line, face in tail)
+        (head, note), *tail = tree_lines(child)
+        lines.append((f"{'└─ ' if last else '├─ '}{head}", note))
+        lines.extend((f"{'   ' if last else '│  '}{line}", note) for line, note in tail)
     return lines

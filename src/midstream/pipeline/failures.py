@@ -69,7 +69,7 @@ def callable_name(fn: Any) -> str:
     return str(name).replace("<locals>.", "")
 
 
-class Failure:
+class SampleFailure:
     """What is known of a sample that user code raised on. Picklable whatever was raised.
 
     Attributes:
@@ -114,7 +114,7 @@ class Failure:
         self.record: Record | None = None
         self.rows: npt.NDArray[np.int64] | None = None
 
-    def quarantined(self, folder: str, error: BaseException, sample: Any) -> Failure:
+    def quarantined(self, folder: str, error: BaseException, sample: Any) -> SampleFailure:
         """The same, to be written to a quarantine when it is counted."""
         self.record = Record(
             folder, self.node, self.origin, self.function, self.error_type, self.message, _traceback(error), sample
@@ -153,7 +153,7 @@ class Failure:
         return error
 
 
-class Excluded(Failure):
+class Excluded(SampleFailure):
     """A sample that `DataLoader.exclude` left out: it goes the way of a quiet failure, and is counted as what it is."""
 
     __slots__ = ()
@@ -195,7 +195,7 @@ def _pickle_exception(error: BaseException) -> bytes:
     return b""
 
 
-class Hole:
+class FailedSample:
     """Stands in a sample's place when user code failed on it, or on part of it.
 
     Attributes:
@@ -205,7 +205,7 @@ class Hole:
 
     __slots__ = ("errors", "rest")
 
-    def __init__(self, errors: tuple[Failure, ...], rest: Any = MISSING) -> None:
+    def __init__(self, errors: tuple[SampleFailure, ...], rest: Any = MISSING) -> None:
         self.errors, self.rest = errors, rest
 
 

@@ -11,11 +11,11 @@ from midstream.errors import (
     bullet_list,
 )
 from midstream.metrics.tracked import Gathered, Tracked
-from midstream.pipeline.failures import ErrorRate, Excluded, Failure
+from midstream.pipeline.failures import ErrorRate, Excluded, SampleFailure
 from midstream.pipeline.quarantine import write_record
 
 
-class Notes(NamedTuple):
+class LaneReport(NamedTuple):
     """What a lane has to tell with a delivery: counts, warnings, limits of the nodes that failed, and tracked metrics."""
 
     events: dict[str, int]
@@ -79,7 +79,7 @@ class Ledger:
                 found = self.tracked[path, source] = Gathered(kinds)
             found.add(values)
 
-    def failed(self, failure: Failure, source: int) -> None:
+    def failed(self, failure: SampleFailure, source: int) -> None:
         """Count a skipped sample. It is met once: failures pass every buffer at once and replays swallow them."""
         kind = "excluded" if type(failure) is Excluded else f"failed {failure.error_type}"
         key = f"{kind}|{failure.node}|{source}"
@@ -95,12 +95,12 @@ class Ledger:
         """Leave a warning for the user."""
         self.notices.append((key, text))
 
-    def take(self) -> Notes | None:
+    def take(self) -> LaneReport | None:
         """What there is to tell since the last call; None when there is nothing."""
         if not (self.events or self.notices or self.tracked):
             return None
         tracked = {key: found.totals() for key, found in self.tracked.items()}
-        taken = Notes(self.events, self.notices, self.limits, tracked)
+        taken = LaneReport(self.events, self.notices, self.limits, tracked)
         self.events, self.notices, self.limits, self.tracked = {}, [], {}, {}
         return taken
 
@@ -118,7 +118,7 @@ def failed_in(events: Mapping[str, int]) -> int:
     return sum(count for key, count in events.items() if key.startswith("failed "))
 
 
-class Windows:
+class RecentFailures:
     """The last failures of nodes that have a rate for a limit: after how many samples, and how many, for each node."""
 
     def __init__(self) -> None:
@@ -141,7 +141,9 @@ class Windows:
         return sum(count for _, count in last)
 
 
-def check_limits(events: Mapping[str, int], limits: Mapping[str, int | ErrorRate], windows: Windows, seen: int) -> None:
+def check_limits(
+    events: Mapping[str, int], limits: Mapping[str, int | ErrorRate], windows: RecentFailures, seen: int
+) -> None:
     """Compare the failures counted so far with every node's ``max_errors``.
 
     Args:

@@ -27,11 +27,11 @@ from midstream.common.randomness import salt
 from midstream.errors import Origin
 from midstream.pipeline.breadcrumbs import Trail
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.pickling import ByValue
-from midstream.pipeline.rows import I64, U64, Later, Rows, Stash
+from midstream.pipeline.pickling import PickledByValue
+from midstream.pipeline.rows import I64, U64, LazyBatches, Rows, Stash
 
 
-class Part(NamedTuple):
+class Selection(NamedTuple):
     """Positions of an input that make up (a part of) what is asked of a node.
 
     Attributes:
@@ -42,7 +42,7 @@ class Part(NamedTuple):
         here: Their places in what was asked for, int64, shape [j]; None where they are all of it, in order.
     """
 
-    place: Place
+    bound: BoundNode
     positions: I64
     keys: U64
     passes: I64
@@ -50,10 +50,10 @@ class Part(NamedTuple):
 
     def rows(self) -> Rows:
         """The samples there."""
-        return self.place.rows(self.positions, self.keys, self.passes)
+        return self.bound.rows(self.positions, self.keys, self.passes)
 
 
-class Place:
+class BoundNode:
     """A node at its place in a tree.
 
     Attributes:
@@ -72,14 +72,14 @@ class Place:
     def __init__(self, node: Node, path: str, names: list[str]) -> None:
         self.node, self.path, self.names = node, path, names
         self.salt = salt(path)
-        self.inputs: dict[str, Place] = {}
+        self.inputs: dict[str, BoundNode] = {}
         self.source = -1
         self.trail: Trail | None = None
         self.stash: Stash | None = None
-        self._tracking: list[Place] | None = None
+        self._tracking: list[BoundNode] | None = None
 
     @property
-    def input(self) -> Place:
+    def input(self) -> BoundNode:
         """The place of the only input."""
         return self.inputs[""]
 
@@ -90,41 +90,45 @@ class Place:
             self.trail.passed_on(rows.origins)
         return rows
 
-    def foretell(self, positions: I64, keys: U64, passes: I64) -> None:
+    def hint(self, positions: I64, keys: U64, passes: I64) -> None:
         """Tell the sources below, where they want to know, that these positions are read next. Only a hint."""
-        if self.node._reads_ahead:
-            self.node._foretell(positions)
-        for part in self.node._below(self, positions, keys, passes) or ():
-            part.place.foretell(part.positions, part.keys, part.passes)
+        if self.node.reads_ahead:
+            self.node._hint(positions)
+        for part in self.node._select(self, positions, keys, passes) or ():
+            part.bound.hint(part.positions, part.keys, part.passes)
 
-    def later(self, positions: I64, keys: U64, passes: I64) -> Rows | Later:
-        """The same, for a reader that takes samples in their order. See `Node._later`."""
-        rows = self.node._later(self, positions, keys, passes)
+    def lazy_rows(self, positions: I64, keys: U64, passes: I64) -> Rows | LazyBatches:
+        """The same, for a reader that takes samples in their order. See `Node._lazy_rows`."""
+        rows = self.node._lazy_rows(self, positions, keys, passes)
         if rows is None:
             return self.rows(positions, keys, passes)
         if self.trail is not None:
             self.trail.passed_on(rows.origins)
         return rows
 
+    def open(self, lane: Lane, key: int, pass_: int) -> Iterator:
+        """The stream face of a node that has no random access. See `Node._iterate`; most callers want `iterate`."""
+        return self.node._iterate(self, lane, key, pass_)
+
     @property
-    def tracking(self) -> list[Place]:
+    def tracking(self) -> list[BoundNode]:
         """The places from here down that track metrics."""
         if self._tracking is None:
-            self._tracking = [place for place in self.walk() if place.node.tracks]
+            self._tracking = [bound for bound in self.walk() if bound.node.tracks]
         return self._tracking
 
     def origin(self, origin: Sequence[int]) -> Origin:
         """Five integers with the source's name in place of its index."""
         return Origin(self.names[origin[0]], *map(int, origin[1:]))
 
-    def walk(self) -> Iterable[Place]:
+    def walk(self) -> Iterable[BoundNode]:
         """This place and all below it, top down."""
         yield self
         for child in self.inputs.values():
             yield from child.walk()
 
 
-def bind(root: Node) -> Place:
+def bind(root: Node) -> BoundNode:
     """Give every node of a tree its place.
 
     Raises:
@@ -133,35 +137,35 @@ def bind(root: Node) -> Place:
     names: list[str] = []
     where: dict[str, str] = {}
 
-    def build(node: Node, prefix: tuple[str, ...]) -> Place:
+    def build(node: Node, prefix: tuple[str, ...]) -> BoundNode:
         chain = [node]
         while list(chain[-1].inputs()) == [""]:
             chain.append(chain[-1].inputs()[""])
-        below: Place | None = None
+        below: BoundNode | None = None
         seen: dict[str, int] = {}
         for item in reversed(chain):
             label = item.label
             seen[label] = seen.get(label, 0) + 1
             if seen[label] > 1:
                 label = f"{label}#{seen[label]}"
-            place = Place(item, "/".join((*prefix, label)), names)
+            bound = BoundNode(item, "/".join((*prefix, label)), names)
             if below is not None:
-                place.inputs[""] = below
+                bound.inputs[""] = below
             elif inputs := item.inputs():
-                place.inputs = dict.fromkeys(inputs, place)
+                bound.inputs = dict.fromkeys(inputs, bound)
                 for key in sorted(inputs):  # sources are numbered by name, not by the order of a dict literal
-                    place.inputs[key] = build(inputs[key], (*prefix, key))
+                    bound.inputs[key] = build(inputs[key], (*prefix, key))
             else:
                 name = getattr(item, "name", None) or "/".join(prefix) or "data"
                 if name in where:
                     raise ValueError(
-                        f"two sources are named {name!r}: one at {where[name]!r}, one at {place.path!r}. Progress and "
+                        f"two sources are named {name!r}: one at {where[name]!r}, one at {bound.path!r}. Progress and "
                         f"origins are told by name, so give each source its own name=..."
                     )
-                where[name] = place.path
-                place.source = len(names)
+                where[name] = bound.path
+                bound.source = len(names)
                 names.append(name)
-            below = place
+            below = bound
         assert below is not None
         return below
 
@@ -192,9 +196,9 @@ class Node:
     """Whether it gives one sample for each of its only input, in that order."""
     tracks: ClassVar[bool] = False
     """Whether it leaves something in its place's stash. It has ``kinds()`` then."""
-    _reads_ahead: ClassVar[bool] = False
-    """Whether this is a source that may read what comes next before it is asked for: see `_foretell`."""
-    _may_wait: ClassVar[bool] = False
+    reads_ahead: ClassVar[bool] = False
+    """Whether this is a source that may read what comes next before it is asked for: see `_hint`."""
+    may_wait: ClassVar[bool] = False
     """Whether this is a source that runs code of others, which may wait for what the training loop does first."""
 
     # -- what a node implements ---------------------------------------------------------------------------------------
@@ -240,7 +244,7 @@ class Node:
         """What a checkpoint remembers of this node: plain values by name."""
         return {}
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
+    def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
         """The samples at ``positions``.
 
         Args:
@@ -249,34 +253,34 @@ class Node:
             keys: uint64, shape [1] or [k]: the seed key of the pass each position belongs to.
             passes: int64, shape [1] or [k]: the number of that pass, for origins.
 
-        What only chooses and orders rows of its inputs says so in `_below`, and needs no `_rows` of its own.
+        What only chooses and orders rows of its inputs says so in `_select`, and needs no `_rows` of its own.
         """
-        parts = self._below(at, positions, keys, passes)
+        parts = self._select(bound, positions, keys, passes)
         if parts is None:
             raise NotImplementedError(f"{type(self).__name__} has no random access")
         if len(parts) == 1:
             return parts[0].rows()
         return Rows.scatter(len(positions), [(part.here, part.rows()) for part in parts])  # type: ignore[misc]
 
-    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part] | None:
+    def _select(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> list[Selection] | None:
         """The positions of the inputs that the samples at ``positions`` are made of; None where that is not known.
 
-        Arguments as for `_rows`. So that sources can be told what comes next (`Place.foretell`).
+        Arguments as for `_rows`. So that sources can be told what comes next (`BoundNode.hint`).
         """
-        return [Part(at.input, positions, keys, passes)] if self.one_to_one else None
+        return [Selection(bound.input, positions, keys, passes)] if self.one_to_one else None
 
-    def _wants_more(self) -> bool:
-        """Whether `_foretell` would be of use just now. Asked once a chunk."""
+    def wants_more(self) -> bool:
+        """Whether `_hint` would be of use just now. Asked once a chunk."""
         return False
 
-    def _foretell(self, positions: I64) -> None:
+    def _hint(self, positions: I64) -> None:
         """Hear which positions (int64, shape [k]) are likely to be read next, in this order. May change no sample."""
 
-    def _later(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows | Later | None:
+    def _lazy_rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows | LazyBatches | None:
         """As `_rows`, for a node whose samples are large: each may be made when it is taken. None: as `_rows` has them."""
         return None
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
         """The running form in one lane, for one pass."""
         raise NotImplementedError(f"{type(self).__name__} cannot be read as a stream")
 
@@ -326,11 +330,11 @@ class Node:
         fields = ((key, value) for key, value in self.spec_fields().items() if key != "length")
         return f"{self.kind}({', '.join(f'{key}={_short(value)}' for key, value in fields)})"
 
-    def times(self, key: str, exact: bool) -> int:
+    def passes_over(self, key: str, exact: bool) -> int:
         """How many passes over an input one pass over this node may take, for numbering; ``exact``: as its length says."""
         return 1
 
-    def reads_again(self) -> str:
+    def replay_bound(self) -> str:
         """What this node itself reads again on a resume, at most, in words; empty where nothing."""
         return ""
 
@@ -360,12 +364,12 @@ class Node:
         kept = {key: value for key, value in self.__dict__.items() if key in names or key in self._kept_slots}
         for key, value in kept.items():
             if key in self._by_value or (callable(value) and not isinstance(value, (type, Node))):
-                kept[key] = ByValue(value)
+                kept[key] = PickledByValue(value)
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for key, value in state.items():
-            self._set(key, value.value if isinstance(value, ByValue) else value)
+            self._set(key, value.value if isinstance(value, PickledByValue) else value)
 
 
 def require_dataset(value: Any, where: str) -> None:

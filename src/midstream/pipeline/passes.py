@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from midstream.common.randomness import fold
-from midstream.pipeline.node import Place
+from midstream.pipeline.node import BoundNode
 from midstream.pipeline.rows import I64, U64
 
 
@@ -28,15 +28,15 @@ def require_passes(passes: I64, times: int) -> None:
         raise ValueError(_TOO_DEEP.format(""))
 
 
-def require_epochs(root: Place) -> None:
+def require_epochs(root: BoundNode) -> None:
     """Refuse the same before anything is read: of every source, the passes of 65,536 epochs can be numbered."""
 
-    def most(place: Place, exact: bool) -> tuple[int, list[str]]:
+    def most(bound: BoundNode, exact: bool) -> tuple[int, list[str]]:
         below: list[tuple[int, list[str]]] = [(1, [])]
-        for key, child in place.inputs.items():
+        for key, child in bound.inputs.items():
             times, paths = most(child, exact)
-            own = place.node.times(key, exact)
-            below.append((times * own, [place.path, *paths] if own > 1 else paths))
+            own = bound.node.passes_over(key, exact)
+            below.append((times * own, [bound.path, *paths] if own > 1 else paths))
         return max(below, key=lambda found: found[0])
 
     if most(root, False)[0] * _EPOCHS > 1 << 62:  # lengths may have to be looked up: only where they could matter

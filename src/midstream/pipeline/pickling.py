@@ -10,7 +10,7 @@ import dill
 # -- running ------------------------------------------------------------------------------------------------------
 
 
-class ByValue:
+class PickledByValue:
     """A callable (or data) that pickles by value when a reference would not do: lambdas, closures, notebooks."""
 
     __slots__ = ("value",)
@@ -32,5 +32,5 @@ def _to_bytes(value: Any) -> bytes:
     return bytes(dill.dumps(value, recurse=True))
 
 
-def _from_bytes(data: bytes) -> ByValue:
-    return ByValue(dill.loads(data))
+def _from_bytes(data: bytes) -> PickledByValue:
+    return PickledByValue(dill.loads(data))

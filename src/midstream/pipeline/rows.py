@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from midstream.pipeline.breadcrumbs import Trail
 from midstream.pipeline.columns import Columns
-from midstream.pipeline.failures import Hole
+from midstream.pipeline.failures import FailedSample
 
 I64 = npt.NDArray[np.int64]
 
@@ -37,7 +37,7 @@ class Rows:
     Attributes:
         origins: int64, shape [m, 5]: source index, pass, row, part, tokens.
         sizes: Origins per sample, int64 of shape [k], or None when every sample has exactly one.
-        columns: The samples as a table gives them, where they still are so; no sample is a `Hole` then.
+        columns: The samples as a table gives them, where they still are so; no sample is a `FailedSample` then.
     """
 
     __slots__ = ("_samples", "columns", "origins", "sizes")
@@ -49,7 +49,7 @@ class Rows:
 
     @property
     def samples(self) -> list[Any]:
-        """One per position; a `Hole` where user code failed. Dicts are made of columns when first asked for."""
+        """One per position; a `FailedSample` where user code failed. Dicts are made of columns when first asked for."""
         if self._samples is None:
             assert self.columns is not None
             self._samples = self.columns.samples()
@@ -98,7 +98,7 @@ class Rows:
         return Rows(samples, np.concatenate(pieces) if pieces else np.empty((0, 5), dtype=np.int64), sizes)
 
 
-class Later:
+class LazyBatches:
     """Samples that are made when their turn comes, each of some rows of those that were read together.
 
     Many batches made ahead would be memory that is touched for the first time, again and again, and cold when it is used.
@@ -106,7 +106,7 @@ class Later:
     Attributes:
         rows: The rows.
         bounds: Sample i is made of the rows from ``bounds[i]`` to ``bounds[i + 1]``.
-        make: Makes the sample of the rows from here to there; a `Hole` where user code failed.
+        make: Makes the sample of the rows from here to there; a `FailedSample` where user code failed.
     """
 
     __slots__ = ("bounds", "make", "rows")
@@ -129,7 +129,7 @@ class Later:
         if trail is not None:
             trail.rows(origins)
         sample = self.make(first, last)
-        if type(sample) is not Hole:
+        if type(sample) is not FailedSample:
             return sample, origins
         sample.errors[0].rows = origins
         return sample, origins[:0]

@@ -12,41 +12,41 @@ from midstream.common.plain_state import FORMAT, State, copy_plain
 from midstream.errors import CheckpointError, TooManyErrors
 from midstream.pipeline import describe
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import Failure, Hole
+from midstream.pipeline.failures import FailedSample, SampleFailure
 from midstream.pipeline.iterator import Lane
-from midstream.pipeline.ledger import Ledger, Windows, add_counts, check_limits
-from midstream.pipeline.node import Node, Place, bind
+from midstream.pipeline.ledger import Ledger, RecentFailures, add_counts, check_limits
+from midstream.pipeline.node import BoundNode, Node, bind
 from midstream.pipeline.passes import epoch_key
 from midstream.pipeline.rows import Item
 
 
-class Delivery:
+class LaneOutput:
     """Pulls the deliverable out of a lane: a sample, or a failure to be raised. Quiet failures are counted on the way."""
 
-    __slots__ = ("iterator", "lane", "place", "skipped")
+    __slots__ = ("iterator", "lane", "bound", "skipped")
 
     def __init__(
-        self, place: Place, lane: Lane, key: int, pass_: int, skipped: Callable[[], None] | None = None
+        self, bound: BoundNode, lane: Lane, key: int, pass_: int, skipped: Callable[[], None] | None = None
     ) -> None:
-        self.place, self.lane, self.skipped = place, lane, skipped
-        self.iterator = iterate(place, lane, key, pass_)
+        self.bound, self.lane, self.skipped = bound, lane, skipped
+        self.iterator = iterate(bound, lane, key, pass_)
 
     def next(self) -> Item:
-        """The next sample with its origins, or a `Failure` in the sample's place; raises StopIteration at the end."""
+        """The next sample with its origins, or a `SampleFailure` in the sample's place; raises StopIteration at the end."""
         while True:
             sample, origins = next(self.iterator)
-            if type(sample) is not Hole:
+            if type(sample) is not FailedSample:
                 return sample, origins
             failure = sample.errors[0]
             if not failure.quiet:
                 return failure, origins
-            source = self.place.names.index(failure.origin.source) if failure.origin is not None else -1
+            source = self.bound.names.index(failure.origin.source) if failure.origin is not None else -1
             self.lane.ledger.failed(failure, source)
             if self.skipped is not None:
                 self.skipped()  # may raise, while no sample is in hand that could be lost
 
 
-class Run:
+class SingleLaneIterator:
     """``iter(dataset)``: the samples of one lane, one after the other.
 
     State: ``{"midstream", "fingerprint", "epoch", "lane": [index, number of lanes], "done", "state", "marks",
@@ -54,7 +54,7 @@ class Run:
     """
 
     def __init__(self, dataset: Node, index: int, num_lanes: int, epoch: int) -> None:
-        self.on_end: Callable[[Run], None] | None = None
+        self.on_end: Callable[[SingleLaneIterator], None] | None = None
         self._dataset = dataset
         self._ledger = Ledger()
         self._lane = Lane(index, num_lanes, 1, self._ledger)
@@ -62,13 +62,13 @@ class Run:
         self._epoch = epoch
         self._events: dict[str, int] = {}
         self._over: list[TooManyErrors] = []
-        self._windows, self._seen = Windows(), [0]
+        self._windows, self._seen = RecentFailures(), [0]
         self._noticed: set[str] = set()
         self._done = False
         self._waiting: State = None
-        self._delivery: Delivery | None = None
+        self._delivery: LaneOutput | None = None
 
-    def __iter__(self) -> Run:
+    def __iter__(self) -> SingleLaneIterator:
         return self
 
     def __del__(self) -> None:
@@ -91,14 +91,14 @@ class Run:
             self._done = True
             self._tell()
             raise
-        if type(sample) is Failure:
+        if type(sample) is SampleFailure:
             raise sample.error()
         return sample
 
-    def _start(self) -> Delivery:
+    def _start(self) -> LaneOutput:
         # Not a method of this object: that would be a cycle.
         skipped = functools.partial(_check_skipped, self._events, self._ledger, self._over, self._windows, self._seen)
-        delivery = Delivery(self._place, self._lane, int(epoch_key(self._epoch)[0]), self._epoch, skipped)
+        delivery = LaneOutput(self._place, self._lane, int(epoch_key(self._epoch)[0]), self._epoch, skipped)
         if self._waiting is not None:
             delivery.iterator.load(self._waiting["state"])
             self._ledger.marks = copy_plain(self._waiting["marks"])
@@ -154,7 +154,7 @@ class Run:
 
 
 def _check_skipped(
-    events: Mapping[str, int], ledger: Ledger, over: list[TooManyErrors], windows: Windows, seen: list[int]
+    events: Mapping[str, int], ledger: Ledger, over: list[TooManyErrors], windows: RecentFailures, seen: list[int]
 ) -> None:
     """A sample was skipped: is that one too many?"""
     seen[0] += 1

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from midstream.common.plain_state import State
-from midstream.pipeline.node import Node, Place
+from midstream.pipeline.node import BoundNode, Node
 from midstream.pipeline.rows import I64, U64, Rows
 from midstream.sources.arrow_table import TableReader
 from midstream.sources.source_rows import ReturnedOthers, require_rows, row_failure, row_origins
@@ -59,8 +59,8 @@ class ArrowSource(Node):
         indices = None if mapping is None else mapping.column(0).to_numpy().astype(np.int64, copy=False)
         return TableReader(data.data.table.select(data.column_names)), indices
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
-        origins = row_origins(at, passes, positions)
+    def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
+        origins = row_origins(bound, passes, positions)
         reader, indices = self._handle()
         if reader is not None:
             rows = positions if indices is None else indices[positions]
@@ -72,12 +72,12 @@ class ArrowSource(Node):
                     try:
                         samples.extend(reader.rows(np.array([row])))
                     except Exception as error:
-                        samples.append(row_failure(at, self.data, origins[len(samples)], error))
+                        samples.append(row_failure(bound, self.data, origins[len(samples)], error))
                 return Rows(samples, origins)
         index = positions.tolist()
         try:
             samples = self.data.__getitems__(index)
-            require_rows(at, self.data, len(samples), len(index))
+            require_rows(bound, self.data, len(samples), len(index))
         except ReturnedOthers:
             raise
         except Exception:  # one row at a time tells which one it was
@@ -86,7 +86,7 @@ class ArrowSource(Node):
                 try:
                     samples.append(self.data[row])
                 except Exception as error:
-                    samples.append(row_failure(at, self.data, origins[len(samples)], error))
+                    samples.append(row_failure(bound, self.data, origins[len(samples)], error))
         return Rows(samples, origins)
 
 

@@ -176,10 +176,10 @@ class _Span:
 
     def add(self, chunk: int, array: npt.NDArray[Any]) -> bool:
         """Place a chunk. False where it lies elsewhere."""
-        at = _address(array) - self.start
-        if array.nbytes and (at < 0 or at + array.nbytes > self.array.nbytes or at % array.itemsize):
+        bound = _address(array) - self.start
+        if array.nbytes and (bound < 0 or bound + array.nbytes > self.array.nbytes or bound % array.itemsize):
             return False
-        self.starts[chunk] = at // array.itemsize if array.nbytes else 0
+        self.starts[chunk] = bound // array.itemsize if array.nbytes else 0
         return True
 
 

@@ -11,7 +11,7 @@ import torch.utils.data._utils.worker as torch_worker
 
 from midstream.common.plain_state import State, copy_plain
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import Node, Place
+from midstream.pipeline.node import BoundNode, Node
 from midstream.sources.shards import ShardIterator, Shards
 
 _EVERY = 256
@@ -24,14 +24,14 @@ class IterableSource(Node):
     Its own state is taken every 256 rows of a shard, and the rows since are counted here, because its ``state_dict`` is
     not what was loaded until a row was read. Its ``shuffle`` loses and repeats rows when resumed, so it is refused.
 
-    State: ``[shard, rows read, last row that raised, rows at its own last state, that state]``.
+    State: ``[shard, rows read, last row that raised, rows bound its own last state, that state]``.
     Resume: reads at most 256 rows again, and what its own ``load_state_dict`` reads.
     """
 
     data: Any
     name: str | None = None
     kind = "from_dataset"
-    _may_wait = True
+    may_wait = True
 
     def __post_init__(self) -> None:
         shuffling = _find_shuffle(self.data._ex_iterable)
@@ -87,12 +87,12 @@ class IterableSource(Node):
             f"it more shards (to_iterable_dataset(num_shards=n), or .reshard())"
         )
 
-    def reads_again(self) -> str:
-        """See `Dataset.reads_again`."""
+    def replay_bound(self) -> str:
+        """See `Dataset.replay_bound`."""
         return "at most 256 rows of a lane"
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
-        return ShardIterator(_HubShards(self.data), at, lane, pass_, self._num_shards, False)
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
+        return ShardIterator(_HubShards(self.data), bound, lane, pass_, self._num_shards, False)
 
 
 class _HubShards(Shards):

@@ -12,7 +12,7 @@ from midstream.common.validation import require_callable, require_choice, requir
 from midstream.dataset import Dataset
 from midstream.pipeline.failures import callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import Node, Place
+from midstream.pipeline.node import BoundNode, Node
 from midstream.sources.shards import ShardIterator, Shards
 
 
@@ -59,7 +59,7 @@ class FromIterable(Node):
     num_shards: int = 1
     split: str = "shards"
     kind = "from_iterable"
-    _may_wait = True
+    may_wait = True
 
     @property
     def random_access(self) -> bool:
@@ -91,12 +91,12 @@ class FromIterable(Node):
             f"every lane reads all and keeps its part"
         )
 
-    def reads_again(self) -> str:
-        """See `Dataset.reads_again`."""
+    def replay_bound(self) -> str:
+        """See `Dataset.replay_bound`."""
         return "the shard in progress, from its start"
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
-        return ShardIterator(_IterableShards(self), at, lane, pass_, self.num_shards, self.split == "stride")
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
+        return ShardIterator(_IterableShards(self), bound, lane, pass_, self.num_shards, self.split == "stride")
 
 
 class _IterableShards(Shards):

@@ -16,9 +16,9 @@ from midstream.common.progress_bar import watched
 from midstream.common.validation import require_name
 from midstream.dataset import Dataset
 from midstream.errors import SourceError
-from midstream.pipeline.failures import Failure, Hole
+from midstream.pipeline.failures import FailedSample, SampleFailure
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import Node, Place
+from midstream.pipeline.node import BoundNode, Node
 from midstream.pipeline.rows import I64, U64, Rows
 from midstream.sources.files import File, Paths, count, is_remote, list_files, plain_paths
 from midstream.sources.json_lines import BOM, WHITE_SPACE, FoundFile, LineReader, codec_of, find_file, load_line_index
@@ -154,8 +154,8 @@ class JsonSource(Node):
     def _open(self) -> LineReader:
         return LineReader(self._found(), self._offsets())
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
-        origins = row_origins(at, passes, positions)
+    def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
+        origins = row_origins(bound, passes, positions)
         lines: LineReader = self._handle()
         numbers = np.searchsorted(lines.starts, positions, side="right") - 1
         inside = positions - lines.starts[numbers]
@@ -168,17 +168,19 @@ class JsonSource(Node):
                     samples[place] = parse(line)
                 except Exception as error:
                     where = lines.place_of(number, start)
-                    origin = at.origin(origins[place].tolist())
-                    samples[place] = Hole((Failure(at.path, origin, "json.loads", _not_json(where, line, error)),))
+                    origin = bound.origin(origins[place].tolist())
+                    samples[place] = FailedSample(
+                        (SampleFailure(bound.path, origin, "json.loads", _not_json(where, line, error)),)
+                    )
         return Rows(samples, origins)
 
-    def reads_again(self) -> str:
-        """See `Dataset.reads_again`."""
+    def replay_bound(self) -> str:
+        """See `Dataset.replay_bound`."""
         return "at most 256 rows of a lane"
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
         files = [found.file for found in self._found()]
-        return ShardIterator(_JsonShards(files), at, lane, pass_, len(files), False)
+        return ShardIterator(_JsonShards(files), bound, lane, pass_, len(files), False)
 
 
 _ANY_DIGIT = bytes.maketrans(b"123456789", b"000000000")

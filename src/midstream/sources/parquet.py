@@ -15,8 +15,8 @@ import numpy as np
 from midstream.common.plain_state import State, fingerprint
 from midstream.common.validation import require_name
 from midstream.dataset import Dataset
-from midstream.pipeline.failures import Failure, Hole
-from midstream.pipeline.node import Node, Place
+from midstream.pipeline.failures import FailedSample, SampleFailure
+from midstream.pipeline.node import BoundNode, Node
 from midstream.pipeline.rows import I64, U64, Rows
 from midstream.sources.files import Paths, count, plain_paths
 from midstream.sources.row_groups import FileIndex, RowGroups, read_file_index
@@ -89,7 +89,7 @@ class ParquetSource(Node):
     columns: tuple[str, ...] | None = None
     name: str | None = None
     kind = "read_parquet"
-    _reads_ahead = True
+    reads_ahead = True
     _kept_slots = (*Node._kept_slots, "_groups")
 
     @property
@@ -137,8 +137,8 @@ class ParquetSource(Node):
     def _open(self) -> RowGroups:
         return RowGroups(self._index())
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
-        origins = row_origins(at, passes, positions)
+    def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
+        origins = row_origins(bound, passes, positions)
         groups: RowGroups = self._handle()
         numbers = groups.of(positions)
         inside = positions - groups.starts[numbers]
@@ -168,15 +168,19 @@ class ParquetSource(Node):
                         found.append(reader.rows(row.reshape(1))[0])
                     except Exception as error:
                         where = f"{groups.index.place_of(number)}, row {row}"
-                        found.append(Hole((Failure(at.path, at.origin(origins[place].tolist()), where, error),)))
+                        found.append(
+                            FailedSample(
+                                (SampleFailure(bound.path, bound.origin(origins[place].tolist()), where, error),)
+                            )
+                        )
                 parts[number] = here, Rows(found, origins[here])
         return Rows.scatter(len(positions), list(parts.values()))
 
-    def _wants_more(self) -> bool:
+    def wants_more(self) -> bool:
         groups: RowGroups = self._handle()
         return groups.store.hungry
 
-    def _foretell(self, positions: I64) -> None:
+    def _hint(self, positions: I64) -> None:
         groups: RowGroups = self._handle()
         numbers, first = np.unique(groups.of(positions), return_index=True)
         groups.store.want(numbers[np.argsort(first)].tolist())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from midstream.common.plain_state import State
-from midstream.pipeline.node import Node, Place
+from midstream.pipeline.node import BoundNode, Node
 from midstream.pipeline.rows import I64, U64, Rows
 from midstream.sources.source_rows import require_rows, row_failure, row_origins
 
@@ -42,8 +42,8 @@ class SequenceSource(Node):
         """Kind of data and number of rows."""
         return f"{self.kind}({type(self.data).__name__}, {self.length():,} rows)"
 
-    def _rows(self, at: Place, positions: I64, keys: U64, passes: I64) -> Rows:
-        origins = row_origins(at, passes, positions)
+    def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
+        origins = row_origins(bound, passes, positions)
         index = positions.tolist()
         together = getattr(self.data, "__getitems__", None)
         samples: list[Any] | None = None
@@ -53,12 +53,12 @@ class SequenceSource(Node):
             except Exception:
                 samples = None  # one row at a time tells which one it was
             if samples is not None:
-                require_rows(at, self.data, len(samples), len(index))
+                require_rows(bound, self.data, len(samples), len(index))
         if samples is None:
             get, samples = self.data.__getitem__, []
             for row in index:
                 try:
                     samples.append(get(row))
                 except Exception as error:
-                    samples.append(row_failure(at, self.data, origins[len(samples)], error))
+                    samples.append(row_failure(bound, self.data, origins[len(samples)], error))
         return Rows(samples, origins)

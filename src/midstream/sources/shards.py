@@ -7,9 +7,9 @@ from typing import Any
 
 from midstream.common.plain_state import State
 from midstream.errors import ReplayDiverged, SourceError
-from midstream.pipeline.failures import Failure, Hole
+from midstream.pipeline.failures import FailedSample, SampleFailure
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import Place
+from midstream.pipeline.node import BoundNode
 from midstream.pipeline.rows import Item
 
 
@@ -34,11 +34,11 @@ class Shards:
 class ShardIterator(Iterator):
     """Reads a lane's shards one after the other.
 
-    State: ``[shard, rows read of it, the last row that raised, rows at the shard's own last state, that state]``.
+    State: ``[shard, rows read of it, the last row that raised, rows bound the shard's own last state, that state]``.
     """
 
-    def __init__(self, shards: Shards, at: Place, lane: Lane, pass_: int, num_shards: int, stride: bool) -> None:
-        self.shards, self.at, self.lane, self.pass_, self.num_shards = shards, at, lane, pass_, num_shards
+    def __init__(self, shards: Shards, bound: BoundNode, lane: Lane, pass_: int, num_shards: int, stride: bool) -> None:
+        self.shards, self.bound, self.lane, self.pass_, self.num_shards = shards, bound, lane, pass_, num_shards
         self.stride = stride
         self.step = 1 if stride else lane.num_lanes
         self._start(0 if stride else lane.index)
@@ -50,7 +50,7 @@ class ShardIterator(Iterator):
         self.raised_at = -1
 
     def _next(self) -> Item:
-        trail = self.at.trail
+        trail = self.bound.trail
         while True:
             if self.shard >= self.num_shards:
                 raise StopIteration
@@ -60,7 +60,7 @@ class ShardIterator(Iterator):
             if self.shards.every and self.row - self.safe_row >= self.shards.every:
                 self.safe_row, self.safe = self.row, self.shards.state()
             if trail is not None:
-                trail.row(self.at.source, self.pass_, self.row * self.num_shards + self.shard, 0, 0)
+                trail.row(self.bound.source, self.pass_, self.row * self.num_shards + self.shard, 0, 0)
             try:
                 sample = next(self.rows)
             except StopIteration:
@@ -77,7 +77,7 @@ class ShardIterator(Iterator):
             self.lane.ledger.reads += 1
             if self.stride and row // self.lane.block % self.lane.num_lanes != self.lane.index:
                 continue
-            return sample, (self.at.source, self.pass_, row * self.num_shards + self.shard, 0, 0)
+            return sample, (self.bound.source, self.pass_, row * self.num_shards + self.shard, 0, 0)
 
     def _seek(self) -> None:
         """Open the shard and read up to the row where we stand."""
@@ -87,7 +87,7 @@ class ShardIterator(Iterator):
         except Exception as error:
             self.rows = None
             raise SourceError(
-                f"{self.at.path}: shard {self.shard} cannot be opened: {type(error).__name__}: {error}"
+                f"{self.bound.path}: shard {self.shard} cannot be opened: {type(error).__name__}: {error}"
             ) from error
         row = self.safe_row
         while row < target:
@@ -98,7 +98,7 @@ class ShardIterator(Iterator):
                     self._dead()
                 self.rows = None
                 raise ReplayDiverged(
-                    f"{self.at.path}: shard {self.shard} ended at row {row} while rows up to {target} were to be read again; "
+                    f"{self.bound.path}: shard {self.shard} ended at row {row} while rows up to {target} were to be read again; "
                     f"has the data changed since the checkpoint was saved?"
                 ) from None
             except SourceError:
@@ -111,16 +111,16 @@ class ShardIterator(Iterator):
         """Report the row; what can go on after an exception does."""
         row = self.row
         self.lane.ledger.reads += 1
-        origin = (self.at.source, self.pass_, row * self.num_shards + self.shard, 0, 0)
+        origin = (self.bound.source, self.pass_, row * self.num_shards + self.shard, 0, 0)
         self.row, self.raised_at = row + 1, row
-        failure = Failure(self.at.path, self.at.origin(origin), self.shards.function, error)
-        return Hole((failure,)), origin
+        failure = SampleFailure(self.bound.path, self.bound.origin(origin), self.shards.function, error)
+        return FailedSample((failure,)), origin
 
     def _dead(self) -> None:
         row = self.raised_at
         self.rows = None
         raise SourceError(
-            f"{self.at.path}: shard {self.shard} raised at row {row} and cannot go on, so every row after it is lost (a "
+            f"{self.bound.path}: shard {self.shard} raised at row {row} and cannot go on, so every row after it is lost (a "
             f"generator is dead once it raised). Catch the exception inside the iterable, or do the failing work in .map, "
             f"where an error loses one sample."
         )

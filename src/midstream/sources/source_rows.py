@@ -6,35 +6,37 @@ from typing import Any
 
 import numpy as np
 
-from midstream.pipeline.failures import Failure, Hole
-from midstream.pipeline.node import Place
+from midstream.pipeline.failures import FailedSample, SampleFailure
+from midstream.pipeline.node import BoundNode
 from midstream.pipeline.rows import I64
 
 
-def row_origins(at: Place, passes: I64, rows: I64) -> I64:
+def row_origins(bound: BoundNode, passes: I64, rows: I64) -> I64:
     """Origins of rows of a source that are about to be read: int64, shape [k, 5]."""
     origins = np.zeros((len(rows), 5), dtype=np.int64)
-    origins[:, 0], origins[:, 1], origins[:, 2] = at.source, passes, rows
-    if at.trail is not None:
-        at.trail.rows(origins)
+    origins[:, 0], origins[:, 1], origins[:, 2] = bound.source, passes, rows
+    if bound.trail is not None:
+        bound.trail.rows(origins)
     return origins
 
 
-def row_failure(at: Place, data: Any, origin: I64, error: Exception) -> Hole:
+def row_failure(bound: BoundNode, data: Any, origin: I64, error: Exception) -> FailedSample:
     """The hole of a row that could not be read."""
     if isinstance(error, StopIteration):
         error = RuntimeError(f"reading a row raised StopIteration({error})")
-    return Hole((Failure(at.path, at.origin(origin.tolist()), f"{type(data).__qualname__}.__getitem__", error),))
+    return FailedSample(
+        (SampleFailure(bound.path, bound.origin(origin.tolist()), f"{type(data).__qualname__}.__getitem__", error),)
+    )
 
 
 class ReturnedOthers(ValueError):
     """A dataset that returns another number of rows than it was asked for: no row could be told from another."""
 
 
-def require_rows(at: Place, data: Any, found: int, expected: int) -> None:
+def require_rows(bound: BoundNode, data: Any, found: int, expected: int) -> None:
     """Refuse an answer of another number of rows than was asked for."""
     if found != expected:
         raise ReturnedOthers(
-            f"{at.path}: {type(data).__name__} returned {found} rows where {expected} were asked for, so rows could not be "
+            f"{bound.path}: {type(data).__name__} returned {found} rows where {expected} were asked for, so rows could not be "
             f"told apart. A transform and __getitems__ return one row for each; drop rows with .filter, add some with .flat_map"
         )

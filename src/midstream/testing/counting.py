@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from midstream.pipeline.node import Place
+from midstream.pipeline.node import BoundNode
 from midstream.sources.shards import ShardIterator
 
 
@@ -21,18 +21,18 @@ class Reads:
 def counting_reads() -> Iterator[Reads]:
     """Count the source rows that midstream pipelines read in this process, inside the block."""
     reads = Reads()
-    rows, init = Place.rows, ShardIterator.__init__
+    rows, init = BoundNode.rows, ShardIterator.__init__
 
-    def counted_rows(place: Place, positions: Any, *args: Any, **options: Any) -> Any:
-        if place.source >= 0:
+    def counted_rows(bound: BoundNode, positions: Any, *args: Any, **options: Any) -> Any:
+        if bound.source >= 0:
             reads.rows += len(positions)
-        return rows(place, positions, *args, **options)
+        return rows(bound, positions, *args, **options)
 
     def counted_init(iterator: Any, shards: Any, *args: Any) -> None:
         counted: Any = _CountedShards(shards, reads)
         init(iterator, counted, *args)
 
-    with mock.patch.object(Place, "rows", counted_rows), mock.patch.object(ShardIterator, "__init__", counted_init):
+    with mock.patch.object(BoundNode, "rows", counted_rows), mock.patch.object(ShardIterator, "__init__", counted_init):
         yield reads
 
 

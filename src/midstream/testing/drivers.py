@@ -353,9 +353,9 @@ class Session:
 
     def lanes(self) -> tuple[int, bool]:
         """Ours: the number of lanes, and whether any of them has drained."""
-        canonical = parse(merge_states([loader.state_dict() for loader in self.loaders]))
-        drained = any(lane is not None and lane.get("lane", {}).get("done") for lane in canonical.lanes.values())
-        return canonical.num_lanes, drained
+        run_state = parse(merge_states([loader.state_dict() for loader in self.loaders]))
+        drained = any(lane is not None and lane.get("lane", {}).get("done") for lane in run_state.lanes.values())
+        return run_state.num_lanes, drained
 
     def close(self) -> None:
         """End the workers."""

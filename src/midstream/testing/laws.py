@@ -20,13 +20,13 @@ import torch
 import midstream as ms
 from midstream.dataset import Dataset
 from midstream.errors import bullet_list
-from midstream.pipeline.failures import Failure
+from midstream.pipeline.failures import SampleFailure
 from midstream.pipeline.iterator import Lane
 from midstream.pipeline.ledger import Ledger
 from midstream.pipeline.node import bind
 from midstream.pipeline.passes import epoch_key
 from midstream.pipeline.rows import as_origin_array
-from midstream.pipeline.single_lane import Delivery, Run
+from midstream.pipeline.single_lane import LaneOutput, SingleLaneIterator
 from midstream.testing.content import plain
 from midstream.testing.counting import counting_reads
 
@@ -43,9 +43,9 @@ class LawError(AssertionError):
     """A dataset breaks a law."""
 
 
-def run(ds: Dataset, lane: Where = (0, 1), epoch: int = 0) -> Run:
+def run(ds: Dataset, lane: Where = (0, 1), epoch: int = 0) -> SingleLaneIterator:
     """The samples of one lane."""
-    return Run(ds.node, lane[0], lane[1], epoch)
+    return SingleLaneIterator(ds.node, lane[0], lane[1], epoch)
 
 
 def rest(iterator: Iterator[Any]) -> list[Any]:
@@ -262,16 +262,16 @@ def pickling_keeps_everything(make: Make) -> None:
 
 def items(ds: Dataset, lane: Where = (0, 1), epoch: int = 0) -> list[tuple[Any, list[ms.Origin]]]:
     """The samples of a lane, each with the rows it was made of."""
-    place = bind(ds.node)
-    delivery = Delivery(place, Lane(*lane, 1, Ledger()), int(epoch_key(epoch)[0]), epoch)
+    bound = bind(ds.node)
+    delivery = LaneOutput(bound, Lane(*lane, 1, Ledger()), int(epoch_key(epoch)[0]), epoch)
     out: list[tuple[Any, list[ms.Origin]]] = []
     while True:
         try:
             sample, origins = delivery.next()
         except StopIteration:
             return out
-        _hold(not isinstance(sample, Failure), f"user code failed: {sample}")
-        out.append((sample, [place.origin(origin) for origin in as_origin_array(origins).tolist()]))
+        _hold(not isinstance(sample, SampleFailure), f"user code failed: {sample}")
+        out.append((sample, [bound.origin(origin) for origin in as_origin_array(origins).tolist()]))
 
 
 def no_origin_comes_twice(make: Make) -> None:

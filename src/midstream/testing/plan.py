@@ -272,7 +272,7 @@ class Plan:
         saved, at = reference.saves[cut], reference.starts[cut]
         expected = reference.items[at:]
         batches = None if reference.over else len(expected)
-        place = reference.places[cut]
+        bound = reference.places[cut]
         between: list[Item] = []
         try:
             if again:  # load, save at once, load that, read two steps, save, and load that
@@ -282,17 +282,17 @@ class Plan:
                 finally:
                     session.close()
                 if self.ours and topology == reference.topology and not _equal(saved, twice):
-                    return "differs", None, f"{place}: loaded and saved at once, the state is another", None
+                    return "differs", None, f"{bound}: loaded and saved at once, the state is another", None
                 part = record(self.target, topology, self.setup, steps=2, saved=twice, watch=self.ticker.tick)
                 between, saved = part.items, part.saves[-1]
                 batches = None if batches is None else max(0, batches - len(between))
-                place += ", and again 2 steps later"
+                bound += ", and again 2 steps later"
             found = record(
                 self.target, topology, self.setup, batches=batches, saved=saved, save=False, watch=self.ticker.tick
             )
         except Exception as error:
             refused = isinstance(error, (CheckpointError, AssertionError, LookupError, KeyError)) or not self.ours
-            return ("refused" if refused else "failed"), None, f"{place}: {_in_words(error)}", None
+            return ("refused" if refused else "failed"), None, f"{bound}: {_in_words(error)}", None
         same_ranks = topology.ranks == reference.topology.ranks
         items = [*between, *found.items]
         before = reference.items[:at]
@@ -304,7 +304,7 @@ class Plan:
             before,
             expected,
             items,
-            place,
+            bound,
             over=reference.over,
             by_rank=same_ranks and topology.ranks > 1,
             ordered=None if same_ranks else _promised(reference, topology),

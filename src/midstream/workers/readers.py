@@ -23,18 +23,18 @@ from midstream.errors import CheckpointError, MidstreamError, SourceError
 from midstream.nodes.mix.weight_changes import LaneEdits
 from midstream.pipeline.breadcrumbs import Trail
 from midstream.pipeline.cursor import Cursor, TrackingCursor
-from midstream.pipeline.failures import Failure, Hole
+from midstream.pipeline.failures import FailedSample, SampleFailure
 from midstream.pipeline.iterator import Lane
 from midstream.pipeline.ledger import Ledger
-from midstream.pipeline.node import Node, Place, bind
+from midstream.pipeline.node import BoundNode, Node, bind
 from midstream.pipeline.passes import epoch_key
 from midstream.pipeline.rows import Item, as_origin_array
-from midstream.pipeline.single_lane import Delivery
+from midstream.pipeline.single_lane import LaneOutput
 from midstream.transport.arena import Arena
 from midstream.transport.bundles import Bundler
 from midstream.transport.once import Once
 from midstream.transport.packing import begin
-from midstream.workers.messages import BATCH, ERROR, NOTHING, Out, Plan, fatal, send, source_of
+from midstream.workers.messages import BATCH, ERROR, NOTHING, Message, Plan, fatal_message, pack_message, source_of
 
 _ERRORS_A_TURN = 1000
 
@@ -90,21 +90,21 @@ class Runner(IterableDataset[Any]):
         if worker is None:
             return self.read(0, epoch, plan)
         assert self.totals is not None
-        return Bundler(self.read(worker.id, epoch, plan), send, worker.id, self.totals)
+        return Bundler(self.read(worker.id, epoch, plan), pack_message, worker.id, self.totals)
 
     def read(self, worker: int, epoch: int, plan: Plan) -> Iter[Any]:
         """The envelopes of one reader of `Topology.readers`."""
         kind = _RandomReader if self.dataset.random_access else _StreamReader
         return kind(self, worker, epoch, plan)
 
-    def bind(self, worker: int) -> Place:
+    def bind(self, worker: int) -> BoundNode:
         """The pipeline's places; in a worker, with the trail it leaves."""
-        place = bind(self.dataset)
+        bound = bind(self.dataset)
         if self.crumbs is not None:
             trail = Trail(self.crumbs[worker].numpy())
-            for each in place.walk():
+            for each in bound.walk():
                 each.trail = trail
-        return place
+        return bound
 
 
 class _RandomReader:
@@ -116,22 +116,22 @@ class _RandomReader:
         self.batch = first_batch(plan.start, topology.rank, topology.world_size) + worker * topology.world_size
         self.turn, self.readers, self.turns = worker, topology.readers, plan.turns
         self.told, self.ahead = plan.told, plan.ahead
-        self.place, self.epoch = runner.bind(worker), epoch
+        self.bound, self.epoch = runner.bind(worker), epoch
         self.total = runner.dataset.length()
         self.ledger = Ledger(tracks=True)
         self.cursor = self._cursor(self.batch)
-        self.broken: Out | None = None
+        self.broken: Message | None = None
 
     def _cursor(self, batch: int) -> Cursor:
         self.ledger.marks.clear()  # what comes by is new: nothing is replayed here
         lane = Lane(batch, self.stride, 1, self.ledger)
-        kind = TrackingCursor if self.place.tracking else Cursor
-        return kind(self.place, lane, int(epoch_key(self.epoch)[0]), self.epoch)
+        kind = TrackingCursor if self.bound.tracking else Cursor
+        return kind(self.bound, lane, int(epoch_key(self.epoch)[0]), self.epoch)
 
     def __iter__(self) -> _RandomReader:
         return self
 
-    def __next__(self) -> tuple[int, int, list[Out]]:
+    def __next__(self) -> tuple[int, int, list[Message]]:
         if self.turns is not None and self.turn >= self.turns:
             raise StopIteration
         number = self.batch
@@ -143,44 +143,44 @@ class _RandomReader:
         if self.total and number >= self.total and self.turns is not None:
             self.cursor = self._cursor(number % self.total)  # a rank's last turn
         outs = [self.broken] if self.broken is not None else self._make(self.told.get(number, 0))
-        if self.place.trail is not None:
-            self.place.trail.clear()
+        if self.bound.trail is not None:
+            self.bound.trail.clear()
         return number, -1, outs
 
-    def _make(self, told: int) -> list[Out]:
+    def _make(self, told: int) -> list[Message]:
         cursor = self.cursor
         before = cursor.number
-        outs: list[Out] = []
+        outs: list[Message] = []
         errors = 0
         while True:
             try:
                 sample, origins = next(cursor)
             except StopIteration:
-                return [*outs, Out(NOTHING, final=True)]
+                return [*outs, Message(NOTHING, final=True)]
             except Exception as error:
-                self.broken = fatal(error)
+                self.broken = fatal_message(error)
                 return [*outs, self.broken]
             done = cursor.number > before
-            if type(sample) is not Hole:
+            if type(sample) is not FailedSample:
                 origins = as_origin_array(origins)
-                return [*outs, Out(BATCH, sample, origins, True, None, self.ledger.take())]
+                return [*outs, Message(BATCH, sample, origins, True, None, self.ledger.take())]
             failure = sample.errors[0]
             if failure.quiet:
-                self.ledger.failed(failure, source_of(self.place, failure))
+                self.ledger.failed(failure, source_of(self.bound, failure))
                 if done:
-                    return [*outs, Out(NOTHING, None, None, True, None, self.ledger.take())]
+                    return [*outs, Message(NOTHING, None, None, True, None, self.ledger.take())]
                 continue
             errors += 1
             if errors > told:
                 # What was skipped before it is told with the batch: a resume makes the whole batch again.
-                outs.append(Out(ERROR, failure, None, done, None, self.ledger.take() if done else None))
+                outs.append(Message(ERROR, failure, None, done, None, self.ledger.take() if done else None))
             elif done:
-                outs.append(Out(NOTHING, None, None, True, None, self.ledger.take()))
+                outs.append(Message(NOTHING, None, None, True, None, self.ledger.take()))
             if done:
                 return outs
 
 
-class _LaneRun:
+class LaneReader:
     """A stream lane in its worker: what an earlier epoch left over of it, then the epoch in progress."""
 
     __slots__ = (
@@ -193,15 +193,15 @@ class _LaneRun:
         "last_epoch",
         "marks",
         "paths",
-        "place",
+        "bound",
         "resumed",
         "rounds",
     )
 
     def __init__(
-        self, place: Place, paths: Paths, index: int, num_lanes: int, epoch: int, state: Any, edits: Any = None
+        self, bound: BoundNode, paths: Paths, index: int, num_lanes: int, epoch: int, state: Any, edits: Any = None
     ) -> None:
-        self.place, self.paths, self.index, self.last_epoch = place, paths, index, epoch
+        self.bound, self.paths, self.index, self.last_epoch = bound, paths, index, epoch
         self.marks: dict[str, str] = {}  # by number of the node, as text: of hundreds of them, few move at a time
         self.dealt = 0 if state is None else state.get("dealt", 0)
         placed = None if state is None else state.get("edits")
@@ -218,11 +218,11 @@ class _LaneRun:
                 self.delivery.iterator.load(state["state"])
                 self.resumed = True
 
-    def _delivery(self) -> Delivery:
-        return Delivery(self.place, self.lane, int(epoch_key(self.epoch)[0]), self.epoch)
+    def _delivery(self) -> LaneOutput:
+        return LaneOutput(self.bound, self.lane, int(epoch_key(self.epoch)[0]), self.epoch)
 
     def next(self) -> Item:
-        """The next batch with its origins, or a `Failure`."""
+        """The next batch with its origins, or a `SampleFailure`."""
         while True:
             try:
                 item = self.delivery.next()
@@ -284,13 +284,13 @@ class _StreamReader:
     """Runs this worker's lanes in turn, one batch each."""
 
     def __init__(self, runner: Runner, worker: int, epoch: int, plan: Plan) -> None:
-        place = self.place = runner.bind(worker)
+        bound = self.bound = runner.bind(worker)
         self.lanes = runner.lanes
         mine = slots(runner.topology, runner.lanes, worker)
         self.runs = [
             None
             if index < 0
-            else _LaneRun(place, runner.paths, index, runner.lanes, epoch, plan.lanes.get(index), runner.edits)
+            else LaneReader(bound, runner.paths, index, runner.lanes, epoch, plan.lanes.get(index), runner.edits)
             for index in mine
         ]
         # All lanes of the rank count, not only this worker's: the turns of all workers start in the same round.
@@ -303,7 +303,7 @@ class _StreamReader:
     def __iter__(self) -> _StreamReader:
         return self
 
-    def __next__(self) -> tuple[int, int, list[Out]]:
+    def __next__(self) -> tuple[int, int, list[Message]]:
         if all(run is None or run.done for run in self.runs):
             raise StopIteration
         run = self.runs[self.slot]
@@ -314,29 +314,29 @@ class _StreamReader:
         if run is None or run.done or run.rounds > round_:
             return -1, -1, []
         number, outs = run.rounds * self.lanes + run.index, self._make(run)
-        if self.place.trail is not None:
-            self.place.trail.clear()
+        if self.bound.trail is not None:
+            self.bound.trail.clear()
         return number, run.index, outs
 
-    def _make(self, run: _LaneRun) -> list[Out]:
-        outs: list[Out] = []
+    def _make(self, run: LaneReader) -> list[Message]:
+        outs: list[Message] = []
         ledger = run.lane.ledger
         while len(outs) < _ERRORS_A_TURN:
             try:
                 sample, origins = run.next()
             except StopIteration:
-                return [*outs, Out(NOTHING, None, None, True, run.state(), ledger.take())]
+                return [*outs, Message(NOTHING, None, None, True, run.state(), ledger.take())]
             except Exception as error:
-                return [*outs, fatal(error)]
-            if type(sample) is not Failure:
+                return [*outs, fatal_message(error)]
+            if type(sample) is not SampleFailure:
                 run.rounds += 1
                 origins = as_origin_array(origins)
-                return [*outs, Out(BATCH, sample, origins, True, run.state(), ledger.take())]
-            outs.append(Out(ERROR, sample, None, False, run.state(), ledger.take()))
+                return [*outs, Message(BATCH, sample, origins, True, run.state(), ledger.take())]
+            outs.append(Message(ERROR, sample, None, False, run.state(), ledger.take()))
         # One turn is one batch, or the turns of the workers would no longer be in step.
         return [
             *outs,
-            fatal(
+            fatal_message(
                 SourceError(f"{len(outs):,} samples in a row failed in lane {run.index}; the last: {sample.message}")
             ),
         ]

@@ -4,7 +4,7 @@ A cluster that preempts a job sends SIGTERM or SIGUSR1 to every process of it; C
 main process decides what happens then, and needs its workers meanwhile. So of the signals in `SIGNALS`
 
     from its first instruction    a worker inherits them blocked (`Context` blocks them around the start)
-    from worker_init_fn on        they call a function that does nothing (`Orphanage`)
+    from worker_init_fn on        they call a function that does nothing (`WorkerInit`)
 
 Why a function, and neither ignored nor blocked to the end: programs that user code starts in a worker inherit both, and
 would not hear their own ``terminate()`` any more. A handler is not inherited by another program.
@@ -33,7 +33,7 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-__all__ = ["SIGNALS", "Context", "Orphanage"]
+__all__ = ["SIGNALS", "Context", "WorkerInit"]
 
 SIGNALS = frozenset(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
@@ -95,7 +95,7 @@ def _terminate_is_kill(process: Any) -> None:
     process._popen.terminate = terminate
 
 
-class Orphanage:
+class WorkerInit:
     """The ``worker_init_fn`` that is called before the user's own.
 
     Args:

@@ -17,9 +17,9 @@ from midstream.nodes.mix.picks import Picks
 from midstream.nodes.mix.weights import Weights, check_weights, quotas
 from midstream.nodes.user_function import Call
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import Hole, callable_name
+from midstream.pipeline.failures import FailedSample, callable_name
 from midstream.pipeline.iterator import Iterator, Lane, replaying
-from midstream.pipeline.node import Node, Part, Place, bind, require_dataset
+from midstream.pipeline.node import BoundNode, Node, Selection, bind, require_dataset
 from midstream.pipeline.passes import require_passes
 from midstream.pipeline.rows import I64, U64, Item, pick
 
@@ -171,7 +171,7 @@ class Interleave(Node):
             self._set("_layout_made", cached)
         return cached
 
-    def times(self, key: str, exact: bool) -> int:
+    def passes_over(self, key: str, exact: bool) -> int:
         """Passes over a dataset that starts over."""
         if self.stopping_strategy != "all_exhausted":
             return 1
@@ -179,10 +179,10 @@ class Interleave(Node):
             return PASSES
         return self.layout().repeats[list(self.inputs()).index(key)]
 
-    def _below(self, at: Place, positions: I64, keys: U64, passes: I64) -> list[Part]:
+    def _select(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> list[Selection]:
         layout = self.layout()
         source, inside = layout.locate(positions)
-        parts: list[Part] = []
+        parts: list[Selection] = []
         order = np.argsort(source, kind="stable")
         ends = np.flatnonzero(np.diff(source[order], append=-1)) + 1
         start = 0
@@ -190,20 +190,20 @@ class Interleave(Node):
             here = order[start:end]
             start = end
             index = int(source[here[0]])
-            child = at.inputs[self.datasets[index][0]]
+            child = bound.inputs[self.datasets[index][0]]
             local, child_keys, child_passes = inside[here], pick(keys, here), pick(passes, here)
             if layout.repeats[index] > 1:
                 require_passes(passes, layout.repeats[index])
                 number, local = np.divmod(local, layout.lengths[index])
                 child_keys = pass_key(child_keys, number)
                 child_passes = child_passes * layout.repeats[index] + number
-            parts.append(Part(child, local, child_keys, child_passes, here))
+            parts.append(Selection(child, local, child_keys, child_passes, here))
         return parts
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
         if self.weights_by is not None:
-            return _MeasuredIterator(self, at, lane, key, pass_)
-        return _InterleaveIterator(self, at, lane, key, pass_)
+            return _MeasuredIterator(self, bound, lane, key, pass_)
+        return _InterleaveIterator(self, bound, lane, key, pass_)
 
 
 _YIELDED, _EXHAUSTED, _EMPTY = 1, 2, 4
@@ -221,13 +221,13 @@ class _Input:
 class _InterleaveIterator(Iterator):
     """Picks by the patterns of blocks, each lane by its own."""
 
-    def __init__(self, node: Interleave, at: Place, lane: Lane, key: int, pass_: int) -> None:
-        self.node, self.at, self.lane, self.key, self.pass_ = node, at, lane, key, pass_
+    def __init__(self, node: Interleave, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+        self.node, self.bound, self.lane, self.key, self.pass_ = node, bound, lane, key, pass_
         self.names = [name for name, _ in node.datasets]
         self.children = [_Input(self._open(name, 0)) for name in self.names]
         self.picks, self.ended = 0, False
         self.phase, self.start, self.given = 0, 0, 0  # of the schedule: phase, its first pick, what the mix has given
-        self.edits = lane.edits.of(at.path) if lane.edits is not None else None
+        self.edits = lane.edits.of(bound.path) if lane.edits is not None else None
         self.edit = -1  # which of them is in force
         self.watch = bool(node.later) or self.edits is not None
         # The state of an input is made again only after it was read: with hundreds of them, most were not.
@@ -242,7 +242,7 @@ class _InterleaveIterator(Iterator):
         if self.node.stopping_strategy == "all_exhausted":  # how many passes there will be is not known
             require_passes(np.array([pass_]), PASSES)
             pass_ = pass_ * PASSES + number
-        return iterate(self.at.inputs[name], self.lane, key, pass_)
+        return iterate(self.bound.inputs[name], self.lane, key, pass_)
 
     # -- which weights ------------------------------------------------------------------------------------------------
 
@@ -257,12 +257,12 @@ class _InterleaveIterator(Iterator):
         """See whether other weights are in force from this pick on; returns whether there is anything to pick."""
         node = self.node
         if self.edits is not None:
-            number = self.edits.at(self.pass_, self.picks, live=not replaying())
+            number = self.edits.bound(self.pass_, self.picks, live=not replaying())
             if number != self.edit:
                 self.edit = number
                 weights, first = self.edits.weights(number, self.pass_)
                 self.start = first
-                self._use(-1 - number, check_weights(weights, self.names, self.at.path))
+                self._use(-1 - number, check_weights(weights, self.names, self.bound.path))
                 self._settle()
             if self.edit >= 0:
                 return not self.ended
@@ -369,7 +369,7 @@ class _InterleaveIterator(Iterator):
         inputs = ",".join([self.texts[index] for index in self.by_name])
         state: dict[str, State] = {"picks": self.picks, "ended": self.ended, "inputs": Fragment(f"[{inputs}]")}
         if self.node.later:
-            state["phase"], state["of"] = [self.phase, self.start, self.given], self.at.path
+            state["phase"], state["of"] = [self.phase, self.start, self.given], self.bound.path
         return state
 
     def _load_input(self, index: int, state: list[State]) -> None:
@@ -384,10 +384,10 @@ class _InterleaveIterator(Iterator):
             self._use(0, self.node.weights)
         self.edit = -1
         if self.edits is not None:
-            self.edit = self.edits.at(self.pass_, self.picks - 1, live=False) if self.picks else -1
+            self.edit = self.edits.bound(self.pass_, self.picks - 1, live=False) if self.picks else -1
             if self.edit >= 0:
                 weights, self.start = self.edits.weights(self.edit, self.pass_)
-                self._use(-1 - self.edit, check_weights(weights, self.names, self.at.path))
+                self._use(-1 - self.edit, check_weights(weights, self.names, self.bound.path))
         self.touched = set(range(len(self.names)))
         inputs = copy_plain(state["inputs"]) if type(state["inputs"]) is Fragment else state["inputs"]
         if len(inputs) != len(self.names):
@@ -405,11 +405,11 @@ class _InterleaveIterator(Iterator):
 class _MeasuredIterator(_InterleaveIterator):
     """Picks the dataset that is furthest below its share of what was counted."""
 
-    def __init__(self, node: Interleave, at: Place, lane: Lane, key: int, pass_: int) -> None:
+    def __init__(self, node: Interleave, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
         by = node.weights_by
         self.counted = np.zeros(len(node.datasets), dtype=np.float64)
-        super().__init__(node, at, lane, key, pass_)
-        self.call = Call(at, by if callable(by) else len, False, None, lambda sample, _: _measure(by, sample))
+        super().__init__(node, bound, lane, key, pass_)
+        self.call = Call(bound, by if callable(by) else len, False, None, lambda sample, _: _measure(by, sample))
 
     def _use(self, draws: int, weights: Weights) -> None:
         self.weights, self.seed = weights, fold(self.node.draws(draws), self.lane.index)
@@ -447,9 +447,9 @@ class _MeasuredIterator(_InterleaveIterator):
 
     def _counted(self, index: int, item: Item) -> Item:
         size: Any = 0
-        if type(item[0]) is not Hole:
+        if type(item[0]) is not FailedSample:
             size = self.call(*item)
-            if type(size) is Hole:
+            if type(size) is FailedSample:
                 item, size = (size, item[1]), 0
             self.counted[index] += size
             self.given += size

@@ -42,7 +42,7 @@ class MixEdits:
     def __init__(self, known: list[dict[str, float]], placed: list[list[int]]) -> None:
         self.known, self.placed = known, placed
 
-    def at(self, pass_: int, picks: int, *, live: bool) -> int:
+    def bound(self, pass_: int, picks: int, *, live: bool) -> int:
         """The edit in force at a pick, -1 for none; where the pick is not read again, what is new is placed here."""
         last = len(self.known) - 1
         if live and (not self.placed or self.placed[-1][0] < last):

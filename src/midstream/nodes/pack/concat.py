@@ -11,7 +11,7 @@ from midstream.common.plain_state import State
 from midstream.nodes.pack.documents import Packer, require_tokens
 from midstream.nodes.pack.rows import Piece
 from midstream.pipeline.cursor import Cursor
-from midstream.pipeline.failures import Hole
+from midstream.pipeline.failures import FailedSample
 from midstream.pipeline.iterator import Iterator, SafePoint
 from midstream.pipeline.rows import PARTS, Item
 
@@ -37,13 +37,13 @@ class Concat(Iterator):
         self.offset, self.taken = 0, 0
 
     def _next(self) -> Item:
-        if self.ready is not None and self.ready.at == len(self.ready.rows):
+        if self.ready is not None and self.ready.bound == len(self.ready.rows):
             self.ready = None  # not before: its states do not know of documents taken beyond its last row
         if self.ready is None and self.cursor is not None and self.rest is None:
             self._make_ready(self.cursor)
         if self.ready is not None:
             self.made += 1
-            self.ready.at += 1
+            self.ready.bound += 1
             return self.ready.row(self.packer)
         while self.filled < self.seq_len:
             if self.start is None:
@@ -54,7 +54,7 @@ class Concat(Iterator):
                 return self._last()
             self.taken += 1
             document = sample
-            if type(sample) is not Hole:
+            if type(sample) is not FailedSample:
                 document = self.packer.document(sample, origins, self.source.number)
             if type(document) is tuple:
                 self._add(document)
@@ -171,7 +171,7 @@ class Concat(Iterator):
             except StopIteration:
                 break
             document = sample
-            if type(sample) is not Hole:
+            if type(sample) is not FailedSample:
                 document = self.packer.document(sample, origins, self.source.number)
             if type(document) is tuple:
                 columns, _, stop, origins = document
@@ -205,7 +205,7 @@ class _Ready:
         sizes = [*(stop - start for _, start, stop, _ in pieces), *map(len, views)]
         self.starts = np.zeros(len(sizes) + 1, dtype=np.int64)
         np.cumsum(sizes, out=self.starts[1:])
-        self.at = 0
+        self.bound = 0
         count = int(self.starts[-1]) // self.seq_len
         self.rows: list[Item] = self._make(packer, count, done) if count else []
         # Those that are longer than a row all begin in one of these rows, and are told with it.
@@ -240,10 +240,10 @@ class _Ready:
 
     def row(self, packer: Packer) -> Item:
         """The row whose turn it is."""
-        while self.split and self.split[0][0] < self.at:
+        while self.split and self.split[0][0] < self.bound:
             number = self.split.pop(0)[1]
             packer.count_split(int(self.origins[number, 0]), self.began + number + 1)
-        return self.rows[self.at - 1]
+        return self.rows[self.bound - 1]
 
     def cut(self, rows: int) -> tuple[int, int]:
         """The input in which so many rows end (or which comes next), and how many of its tokens are in them."""
@@ -273,11 +273,11 @@ class _Ready:
 
     def state(self) -> dict[str, State]:
         """The state after the rows delivered so far, but for the number of the row."""
-        number, offset = self.cut(self.at)
+        number, offset = self.cut(self.bound)
         size = int(self.starts[number - self.began + len(self.pieces) + 1]) if offset else 0
         return {
             "source": self.snapshot(number),
             "offset": offset,
             "taken": int(offset > 0),
-            "tokens": size - self.at * self.seq_len if offset else 0,
+            "tokens": size - self.bound * self.seq_len if offset else 0,
         }

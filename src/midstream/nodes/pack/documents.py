@@ -15,9 +15,9 @@ from midstream.errors import ReplayDiverged, SourceError
 from midstream.nodes.pack.rows import IGNORED, MOST_PIECES, MOST_TOKENS, OUTPUT_COLUMNS, Piece, first_source
 from midstream.pipeline.columns import rows_of_block
 from midstream.pipeline.cursor import Cursor
-from midstream.pipeline.failures import Failure, Hole
+from midstream.pipeline.failures import FailedSample, SampleFailure
 from midstream.pipeline.iterator import Lane
-from midstream.pipeline.node import Place
+from midstream.pipeline.node import BoundNode
 from midstream.pipeline.rows import PARTS, Item, Origins, as_origin_array
 
 _GIVE_UP = 100_000
@@ -131,8 +131,8 @@ def _plain(value: Any) -> State:
 class Packer:
     """What both modes do: documents of samples, rows of pieces, and the counting."""
 
-    def __init__(self, options: PackOptions, endless: bool, at: Place, lane: Lane, pass_: int) -> None:
-        self.options, self.path, self.at, self.pass_, self.ledger = options, at.path, at, pass_, lane.ledger
+    def __init__(self, options: PackOptions, endless: bool, bound: BoundNode, lane: Lane, pass_: int) -> None:
+        self.options, self.path, self.bound, self.pass_, self.ledger = options, bound.path, bound, pass_, lane.ledger
         self.seq_len = int(options.seq_len)
         self.names = [options.key, *options.columns, *([] if options.mask is None else [options.mask])]
         self.separator = np.array(options.separator, dtype=np.int64)
@@ -145,7 +145,7 @@ class Packer:
         self.endless = endless
         self.fruitless = 0
 
-    def document(self, sample: Any, origins: Origins, number: int) -> Piece | Hole | None:
+    def document(self, sample: Any, origins: Origins, number: int) -> Piece | FailedSample | None:
         """The document of input ``number``; None when nothing is left of it."""
         options, seq_len = self.options, self.seq_len
         if self.bare and type(sample) is dict:  # the hot path: a view, as a source gives it
@@ -168,8 +168,8 @@ class Packer:
                     f'{seq_len:,}; overflow="split", "truncate" or "drop" says what to do with such documents'
                 )
         except Exception as error:
-            origin = self.at.origin(as_origin_array(origins)[0].tolist())
-            return Hole((Failure(self.path, origin, f"pack({options.key!r})", error),))
+            origin = self.bound.origin(as_origin_array(origins)[0].tolist())
+            return FailedSample((SampleFailure(self.path, origin, f"pack({options.key!r})", error),))
         if 0 < size <= seq_len:
             self.fruitless = 0
             return columns, 0, size, origins
@@ -265,7 +265,7 @@ class Packer:
             joined = np.empty(count * self.seq_len, dtype=np.int64)
             np.concatenate(tokens, out=joined, casting="unsafe")
         made: list[dict[str, npt.NDArray[Any]]] = []
-        at = 0
+        bound = 0
         while len(made) < count:
             rows = min(self.together - (done + len(made)) % self.together, count - len(made))
             start, stop = len(made) * self.seq_len, (len(made) + rows) * self.seq_len
@@ -275,15 +275,15 @@ class Packer:
             positions, position_rows = rows_of_block((rows, self.seq_len), np.int64)
             ids.reshape(-1)[:] = joined[start:stop]
             labels[:] = ids
-            labels.reshape(-1)[begins[at:last] - start] = IGNORED
-            places = [self.places[:length] for length in lengths[at:last].tolist()]
+            labels.reshape(-1)[begins[bound:last] - start] = IGNORED
+            places = [self.places[:length] for length in lengths[bound:last].tolist()]
             np.concatenate(places, out=positions.reshape(-1))
             if self.alone:  # whoever keeps one of them shall not keep all
                 id_rows, label_rows, position_rows = (
                     [row.copy() for row in of] for of in (id_rows, label_rows, position_rows)
                 )
             made += [dict(zip(OUTPUT_COLUMNS, of)) for of in zip(id_rows, label_rows, position_rows)]
-            at = last
+            bound = last
         return made
 
     def rows(self, rows: list[list[Piece]], fills: list[int], done: int) -> list[Item]:

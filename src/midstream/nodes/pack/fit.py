@@ -10,7 +10,7 @@ from midstream.common.plain_state import State
 from midstream.nodes.pack.documents import Packer, require_tokens
 from midstream.nodes.pack.rows import Piece, cut_document
 from midstream.pipeline.cursor import Cursor
-from midstream.pipeline.failures import Hole
+from midstream.pipeline.failures import FailedSample
 from midstream.pipeline.iterator import Iterator
 from midstream.pipeline.rows import Item
 
@@ -35,7 +35,7 @@ class Fit(Iterator):
         self.held: dict[int, list[Piece]] = {}  # pieces of this window, by input
         self.taken = 0
         self.rows: list[list[Piece]] | None = None  # once the window is packed
-        self.at = 0
+        self.bound = 0
         self.fill: list[int] = []  # tokens of each
         self.ready: list[Item] = []  # those of them that are made, the next one last
         self.tokens: int | None = 0  # all that are held, once counted
@@ -55,9 +55,9 @@ class Fit(Iterator):
                         return item
                 self._pack()
             assert self.rows is not None
-            if self.at < len(self.rows):
+            if self.bound < len(self.rows):
                 row = self._row(self.rows)
-                if self.at == len(self.rows):
+                if self.bound == len(self.rows):
                     self._roll()
                 return row
             ended = self.taken < self.window
@@ -67,15 +67,15 @@ class Fit(Iterator):
 
     def _row(self, rows: list[list[Piece]]) -> Item:
         """The next row of the window."""
-        packer, number = self.packer, self.made + 2 + self.at
+        packer, number = self.packer, self.made + 2 + self.bound
         if not self.ready:
-            group = rows[self.at : self.at + packer.together - self.given % packer.together]
-            self.ready = packer.rows(group, self.fill[self.at :], self.given)[::-1] if packer.bare else []
-        at, self.at = self.at, self.at + 1
+            group = rows[self.bound : self.bound + packer.together - self.given % packer.together]
+            self.ready = packer.rows(group, self.fill[self.bound :], self.given)[::-1] if packer.bare else []
+        bound, self.bound = self.bound, self.bound + 1
         self.given += 1
         if not self.ready:
-            return packer.row(rows[at], number)
-        packer.count_padding(number, self.fill[at])
+            return packer.row(rows[bound], number)
+        packer.count_padding(number, self.fill[bound])
         return self.ready.pop()
 
     def _take_column(self, most: int) -> bool:
@@ -108,7 +108,7 @@ class Fit(Iterator):
         sample, origins = next(self.upstream)
         self.taken += 1
         document = sample
-        if type(sample) is not Hole:
+        if type(sample) is not FailedSample:
             document = self.packer.document(sample, origins, self.number + self.taken)
         if type(document) is tuple:
             self.held[self.taken - 1], self.tokens = self._split(document), None
@@ -128,7 +128,7 @@ class Fit(Iterator):
         lengths = [stop - start for _, start, stop, _ in pieces]
         rows = best_fit(lengths, self.packer.seq_len)
         fill = [sum(lengths[member] for member in row) for row in rows]
-        self.next_waiting, self.at = [], 0
+        self.next_waiting, self.bound = [], 0
         if self.taken == self.window:
             for index, row in enumerate(rows):
                 if fill[index] < self.least and numbers[row[0]] >= 0:  # ascending: what waited comes first
@@ -168,7 +168,7 @@ class Fit(Iterator):
             "number": self.number,
             "taken": self.taken,
             "tokens": self._tokens(),
-            "rows": self.at,
+            "rows": self.bound,
             "row": self.made,
         }
 
@@ -188,7 +188,7 @@ class Fit(Iterator):
         require_tokens(self.packer.path, self._tokens(), state["tokens"])
         if state["rows"]:
             self._pack()
-            self.at = state["rows"]
+            self.bound = state["rows"]
 
     def _again(self, count: int) -> None:
         """Take inputs that were taken before."""

@@ -15,7 +15,7 @@ from midstream.nodes.pack.fit import Fit
 from midstream.nodes.parts import require_depth
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import Node, Place, require_dataset
+from midstream.pipeline.node import BoundNode, Node, require_dataset
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -83,16 +83,16 @@ class Pack(Node):
         """See `PackOptions.spec_fields`."""
         return self.options.spec_fields()
 
-    def reads_again(self) -> str:
-        """See `Node.reads_again`."""
+    def replay_bound(self) -> str:
+        """See `Node.replay_bound`."""
         if self.options.mode == "concat":
             return "at most 17 inputs of a lane"
         return f"at most two windows of {self.options.fit_window:,} inputs of a lane"
 
-    def _iterate(self, at: Place, lane: Lane, key: int, pass_: int) -> Iterator:
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
         options = self.options
-        packer = Packer(options, self.source.infinite, at, lane, pass_)
-        upstream = iterate(at.input, lane, key, pass_)
+        packer = Packer(options, self.source.infinite, bound, lane, pass_)
+        upstream = iterate(bound.input, lane, key, pass_)
         if options.mode == "concat":
             return Concat(packer, upstream)
         return Fit(packer, upstream, options.fit_window, options.fit_min_fill)
