@@ -2,10 +2,12 @@
 
     python benchmarks/ahead.py [--quick] [--json FILE]
 
-Data is made here: one column of variable-length int32 lists (mean 300) in zstd row groups. It is read from the local disk and
-through s3fs from an S3 endpoint on the loopback (moto, a Python program on the same cores), in order and shuffled with the
-default window. The consumer sleeps after each batch, as who waits for an accelerator does: as long in all as reading takes alone,
-which is where overlap can gain most (half). The best of some rounds, in turns. No workers: the loader reads in the training process.
+Data is made here: one column of variable-length int32 lists (mean 300) in zstd row groups. It is
+read from the local disk and through s3fs from an S3 endpoint on the loopback (moto, a Python
+program on the same cores), in order and shuffled with the default window. The consumer sleeps after
+each batch, as who waits for an accelerator does: as long in all as reading takes alone, which is
+where overlap can gain most (half). The best of some rounds, in turns. No workers: the loader reads
+in the training process.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def make(folder: Path, groups: int, rows: int) -> None:
         lengths = rng.integers(100, 500, groups // FILES * rows)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         values = rng.zipf(1.3, int(offsets[-1])).clip(0, 50_000).astype(np.int32)
-        table = pa.table({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))})
+        table = pa.table(
+            {"input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))}
+        )
         pq.write_table(table, folder / f"{number}.parquet", row_group_size=rows, compression="zstd")
 
 
@@ -71,7 +75,10 @@ def ask(url: str, shuffled: bool, rounds: int) -> dict[str, Any]:
         "order": "shuffled" if shuffled else "in order",
         "alone": alone,
         **{("with" if on else "without"): min(each[0] for each in found[on]) for on in found},
-        **{f"longest wait {'with' if on else 'without'}": min(each[2] for each in found[on]) for on in found},
+        **{
+            f"longest wait {'with' if on else 'without'}": min(each[2] for each in found[on])
+            for on in found
+        },
     }
 
 

@@ -38,12 +38,17 @@ class Endpoint:
             if line.startswith("PORT"):
                 break
             if not line or time.monotonic() - begin > 60:
-                raise RuntimeError("moto's server did not start; it is in the extra: pip install 'midstream[bench]'")
+                raise RuntimeError(
+                    "moto's server did not start; it is in the extra: pip install 'midstream[bench]'"
+                )
         self.address = f"http://127.0.0.1:{line.split()[1]}"
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.process.terminate()
         self.process.wait()

@@ -1,7 +1,7 @@
 """Where contestants run. A peer whose pins conflict with ours has an environment of its own, made under the cache folder.
 
-"main" is the environment that runs the benchmarks (``pip install '.[bench]'``). torch comes first in each, so that one build is
-chosen for everything after it.
+"main" is the environment that runs the benchmarks (``pip install '.[bench]'``). torch comes first
+in each, so that one build is chosen for everything after it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0"
 PACKAGES: dict[str, tuple[str, ...]] = {
-    "grain": ("grain==0.2.18", "pyarrow==26.0.1", "numpy==2.4.6", "cloudpickle==3.1.3", "pillow==13.0.0"),
+    "grain": (
+        "grain==0.2.18",
+        "pyarrow==26.0.1",
+        "numpy==2.4.6",
+        "cloudpickle==3.1.3",
+        "pillow==13.0.0",
+    ),
     "webdataset": ("webdataset==1.0.2", "numpy==2.4.6", "pillow==13.0.0"),
     "litdata": ("litdata==0.2.76", "numpy==2.4.6", "pillow==13.0.0"),
     "mosaic": ("mosaicml-streaming==0.13.0", "numpy==2.1.3", "pillow==13.0.0"),
@@ -45,7 +51,18 @@ def make(environment: str, cache: Path, pip_arguments: Sequence[str] = ()) -> No
     python = python_of(environment, cache)
     steps = [[sys.executable, "-m", "venv", str(folder)]]
     for packages in ((TORCH,), (TORCH, *PACKAGES[environment])):
-        steps.append([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *pip_arguments, *packages])
+        steps.append(
+            [
+                python,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--disable-pip-version-check",
+                *pip_arguments,
+                *packages,
+            ]
+        )
     for step in steps:
         done = subprocess.run(step, capture_output=True, text=True, timeout=1200)
         if done.returncode:

@@ -2,10 +2,12 @@
 
     python benchmarks/growth.py [--quick] [--json FILE] [--plot FILE] [--only NAME ...]
 
-Two figures: one batch of 8 samples pulled from the loader, whose state is kept for every batch (the median over blocks of
-batches, best of some rounds; of processor time, with workers of wall time), and ``state_dict()``, which writes that state out
-and so grows with what there is to write. Data takes no memory and no time, so nothing but the pipeline is measured. The figures
-go to ``benchmarks/results/growth.json`` and ``growth.png`` unless told otherwise (needs matplotlib: the extra ``bench``).
+Two figures: one batch of 8 samples pulled from the loader, whose state is kept for every batch (the
+median over blocks of batches, best of some rounds; of processor time, with workers of wall time),
+and ``state_dict()``, which writes that state out and so grows with what there is to write. Data
+takes no memory and no time, so nothing but the pipeline is measured. The figures go to
+``benchmarks/results/growth.json`` and ``growth.png`` unless told otherwise (needs matplotlib: the
+extra ``bench``).
 """
 
 from __future__ import annotations
@@ -81,7 +83,11 @@ QUESTIONS: dict[str, tuple[str, list[int], Callable[[int, bool], ms.DataLoader]]
         [16, 64, 256, 1024],
         lambda n, s: loader(mix(3, True).map(document).pack(256, mode="fit", window=n), lanes=8),
     ),
-    "position": ("batches before", [10, 1000, 100_000, 10_000_000, 1_000_000_000], lambda n, s: placed(n)),
+    "position": (
+        "batches before",
+        [10, 1000, 100_000, 10_000_000, 1_000_000_000],
+        lambda n, s: placed(n),
+    ),
 }
 BOTH = ("sources", "lanes", "workers")
 
@@ -105,7 +111,9 @@ def placed(batches: int) -> ms.DataLoader:
 
 
 def measure(make: Make, batches: int, rounds: int) -> dict[str, float]:
-    """Microseconds for a batch and for ``state_dict()``, milliseconds to the first batch, bytes of the state."""
+    """Microseconds for a batch and for ``state_dict()``, milliseconds to the first batch, bytes of
+    the state.
+    """
     steps, states, firsts = [], [], []
     size = 0
     for _ in range(rounds):
@@ -117,7 +125,8 @@ def measure(make: Make, batches: int, rounds: int) -> dict[str, float]:
         # Every lane has opened its sources, and chunks have grown to what they will be.
         for _ in itertools.islice(iterator, max(256, batches // 2, 4 * (made.lanes or 48))):
             pass
-        # With no workers all is done in this process, so its own time is it, whatever else the machine does.
+        # With no workers all is done in this process, so its own time is it, whatever else the
+        # machine does.
         clock = time.perf_counter if made.num_workers else time.process_time
         blocks = []
         for _ in range(8):
@@ -153,10 +162,15 @@ def run(names: list[str], batches: int, rounds: int) -> list[dict[str, Any]]:
                     "face": "stream" if stream else "random access",
                     "value": value,
                 }
-                row |= measure(lambda make=make, value=value, stream=stream: make(value, stream), batches, rounds)  # type: ignore[misc]
+                row |= measure(
+                    lambda make=make, value=value, stream=stream: make(value, stream),
+                    batches,
+                    rounds,
+                )  # type: ignore[misc]
                 found.append(row)
                 print(
-                    f"{name:10} {row['face']:14} {value:>13,}  " + "  ".join(f"{k} {row[k]:>8}" for k in list(row)[4:])
+                    f"{name:10} {row['face']:14} {value:>13,}  "
+                    + "  ".join(f"{k} {row[k]:>8}" for k in list(row)[4:])
                 )
     return found
 
@@ -176,7 +190,14 @@ def plot(rows: list[dict[str, Any]], path: Path, machine: str) -> None:
             values = [row["value"] for row in here if row["face"] == face]
             for kind, style in (("step µs", "o-"), ("state_dict µs", "s:")):
                 figures = [row[kind] for row in here if row["face"] == face]
-                axis.plot(values, figures, style, color=colours[face], label=f"{face}: {kind[:-3]}", markersize=4)
+                axis.plot(
+                    values,
+                    figures,
+                    style,
+                    color=colours[face],
+                    label=f"{face}: {kind[:-3]}",
+                    markersize=4,
+                )
         if name == "workers":
             axis.set_xticks([row["value"] for row in here])
         else:
@@ -189,13 +210,17 @@ def plot(rows: list[dict[str, Any]], path: Path, machine: str) -> None:
         axis.legend(fontsize=7)
     for axis in list(axes.flat)[len(names) :]:
         axis.axis("off")
-    figure.suptitle(f"What a batch of {BATCH} costs, and writing the state out ({machine})", fontsize=10)
+    figure.suptitle(
+        f"What a batch of {BATCH} costs, and writing the state out ({machine})", fontsize=10
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer batches, one round")
     parser.add_argument("--json", type=Path, default=RESULTS / "growth.json")
     parser.add_argument("--plot", type=Path, default=RESULTS / "growth.png")
@@ -203,9 +228,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = run(options.only, 400 if options.quick else 2000, 1 if options.quick else 3)
-    machine = f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    machine = (
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    )
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    options.json.write_text(
+        json.dumps({"machine": machine, "rows": rows}, indent=1, ensure_ascii=False) + "\n"
+    )
     plot(rows, options.plot, machine)
 
 

@@ -1,6 +1,7 @@
 """What a question asks of a contestant, and what every contestant shares. Needs numpy alone (torch and pyarrow where used).
 
-A contestant is a library, set up as its own documentation says, that reads the same rows as all the others:
+A contestant is a library, set up as its own documentation says, that reads the same rows as all the
+others:
 
     class Mine(Contestant):
         name, title = "mine", "My loader"
@@ -12,13 +13,15 @@ A contestant is a library, set up as its own documentation says, that reads the 
         def open(self, work):          # a Reader: iterable of batches, with state() and load() where it has them
             return Reader(MyLoader(f"{work.part()}/arrow", batch_size=work.batch_size, ...))
 
-A batch is a dict with ``id`` (the rows' numbers, which prove what was read) and ``input_ids``, in one of three shapes:
+A batch is a dict with ``id`` (the rows' numbers, which prove what was read) and ``input_ids``, in
+one of three shapes:
 
     list      a list of the rows' token arrays
     flat      all tokens joined [tokens], and ``lengths`` [rows]
     padded    [rows, most], filled up with zeros; some add lengths
 
-For PACK a batch is a tensor [8, 2048], or a dict with one as ``input_ids``; for IMAGES ``id`` and ``image`` [rows, 3, 224, 224].
+For PACK a batch is a tensor [8, 2048], or a dict with one as ``input_ids``; for IMAGES ``id`` and
+``image`` [rows, 3, 224, 224].
 """
 
 from __future__ import annotations
@@ -31,7 +34,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-SHUFFLED, MIX, PACK, SOURCES, REMOTE, IMAGES = "shuffled", "mix", "pack", "sources", "remote", "images"
+SHUFFLED, MIX, PACK, SOURCES, REMOTE, IMAGES = (
+    "shuffled",
+    "mix",
+    "pack",
+    "sources",
+    "remote",
+    "images",
+)
 WEIGHTS = {"a": 7, "b": 2, "c": 1}
 SEQ_LEN, ROWS_PACKED = 2048, 8
 BUFFER = 10_000
@@ -64,7 +74,9 @@ class Work:
 
 
 class Reader:
-    """What a contestant opened. A peer whose loader has ``state_dict`` and ``load_state_dict`` needs nothing else."""
+    """What a contestant opened. A peer whose loader has ``state_dict`` and ``load_state_dict``
+    needs nothing else.
+    """
 
     def __init__(self, loader: Any, *, also_close: Callable[[], Any] | None = None) -> None:
         self.loader, self.also_close = loader, also_close
@@ -89,7 +101,9 @@ class Reader:
 
 
 class SkippingReader(Reader):
-    """For loaders without a state: the state is the number of batches, and a resume reads them again and drops them."""
+    """For loaders without a state: the state is the number of batches, and a resume reads them
+    again and drops them.
+    """
 
     def __init__(self, loader: Any) -> None:
         super().__init__(loader)
@@ -158,7 +172,9 @@ class Raw:
 
 
 class Views:
-    """Rows of memory-mapped Arrow files as zero-copy numpy views: the least that reading a row can cost."""
+    """Rows of memory-mapped Arrow files as zero-copy numpy views: the least that reading a row can
+    cost.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -194,7 +210,10 @@ class Views:
         chunk = int(np.searchsorted(self.starts, row, side="right")) - 1
         at = row - int(self.starts[chunk])
         bounds = self.offsets[chunk]
-        return {"id": int(self.ids[row]), "input_ids": self.values[chunk][bounds[at] : bounds[at + 1]]}
+        return {
+            "id": int(self.ids[row]),
+            "input_ids": self.values[chunk][bounds[at] : bounds[at + 1]],
+        }
 
     def tokens(self, rows: Any) -> list[Any]:
         """The token views of many rows."""
@@ -234,13 +253,16 @@ def tensor_batch(ids: Any, arrays: list[Any], shape: str) -> dict[str, Any]:
     if shape == "list":
         import torch
 
-        # A view of a memory map is read-only, of which torch would warn; measure.py has switched warnings off.
+        # A view of a memory map is read-only, of which torch would warn; measure.py has switched
+        # warnings off.
         return {"id": ids, "input_ids": [torch.from_numpy(array) for array in arrays]}
     return {key: as_tensor(value) for key, value in numpy_batch(ids, arrays, shape).items()}
 
 
 class Collate:
-    """A collate function for samples that are dicts of an id and a token array (numpy, or tensors on numpy's memory)."""
+    """A collate function for samples that are dicts of an id and a token array (numpy, or tensors
+    on numpy's memory).
+    """
 
     def __init__(self, shape: str, tensors: bool = True) -> None:
         self.shape, self.tensors = shape, tensors
@@ -252,7 +274,9 @@ class Collate:
 
 
 class Packed:
-    """Concat-and-split in the main process: flat batches of documents in, [8, 2048] int64 tensors of tokens out."""
+    """Concat-and-split in the main process: flat batches of documents in, [8, 2048] int64 tensors
+    of tokens out.
+    """
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self.batches = batches
@@ -282,7 +306,9 @@ class PackedReader(Reader):
 
 def rows_of(batch: Any) -> int:
     """Rows in a batch."""
-    return len((batch["id"] if "id" in batch else batch["input_ids"]) if isinstance(batch, dict) else batch)
+    return len(
+        (batch["id"] if "id" in batch else batch["input_ids"]) if isinstance(batch, dict) else batch
+    )
 
 
 def ids_of(batch: Any) -> list[int]:
@@ -317,7 +343,9 @@ def decode(jpeg: Any) -> Any:
         width, height = image.size
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
-        image = image.resize((224, 224), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+        image = image.resize(
+            (224, 224), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+        )
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 

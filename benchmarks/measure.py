@@ -1,6 +1,7 @@
 """One measurement in a fresh process: ``python measure.py JSON``; the result is the last line, after ``RESULT``.
 
-Runs in the contestant's environment, so nothing here needs more than numpy, torch and the contestant's own library.
+Runs in the contestant's environment, so nothing here needs more than numpy, torch and the
+contestant's own library.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ class Options:
 
     def folders(self, name: str) -> dict[str, str]:
         """Part -> folder of a set of data."""
-        return {part: str(folder_of(self.cache, self.scale, name, part)) for part in parts_of(name, self.scale)}
+        return {
+            part: str(folder_of(self.cache, self.scale, name, part))
+            for part in parts_of(name, self.scale)
+        }
 
     def rows(self, name: str) -> int:
         """Rows of a set of data."""
@@ -95,7 +99,9 @@ def rate(
     warm_up: int = WARM_UP,
     after: Callable[[Any], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Rows a second (``truth.check`` sees the warm-up's batches), from after the warm-up on; and the seconds to the first batch, the opening included."""
+    """Rows a second (``truth.check`` sees the warm-up's batches), from after the warm-up on; and
+    the seconds to the first batch, the opening included.
+    """
     begin = time.perf_counter()
     reader = contestant.open(work)
     try:
@@ -159,9 +165,17 @@ def verdict(expected: Sequence[int], found: Sequence[int]) -> str:
 
 
 def first_after(
-    contestant: Contestant, work: Work, state: Any, expected: Sequence[int], *, times: int, patience: float
+    contestant: Contestant,
+    work: Work,
+    state: Any,
+    expected: Sequence[int],
+    *,
+    times: int,
+    patience: float,
 ) -> dict[str, Any]:
-    """Seconds from nothing opened to the first batch, loaded from a state or (None) cold; and whether it goes on right."""
+    """Seconds from nothing opened to the first batch, loaded from a state or (None) cold; and
+    whether it goes on right.
+    """
     took: list[float] = []
     result: dict[str, Any] = {}
     for number in range(times):
@@ -175,7 +189,9 @@ def first_after(
             took.append(time.perf_counter() - begin)
             if number == 0 and expected:
                 ids = ids_of(batch)
-                result["next"] = verdict(expected, ids + take_ids(iterator, len(expected) - len(ids)))
+                result["next"] = verdict(
+                    expected, ids + take_ids(iterator, len(expected) - len(ids))
+                )
             del iterator
         finally:
             reader.close()
@@ -206,7 +222,9 @@ def family() -> list[int]:
 
 
 def memory() -> dict[str, float]:
-    """MiB of this process and its children, shared pages counted once: own (anonymous and shared memory), and all resident."""
+    """MiB of this process and its children, shared pages counted once: own (anonymous and shared
+    memory), and all resident.
+    """
     own = everything = 0.0
     for pid in family():
         try:
@@ -236,7 +254,9 @@ def run(question: str, contestant: str, options: Options) -> dict[str, Any]:
 def main() -> None:
     """Read the order, measure, print the result."""
     order = json.loads(sys.argv[1])
-    faulthandler.dump_traceback_later(order["timeout"] - 5)  # into the log, before the runner ends it
+    faulthandler.dump_traceback_later(
+        order["timeout"] - 5
+    )  # into the log, before the runner ends it
     warnings.filterwarnings("ignore")
     import numpy as np
     import torch

@@ -2,12 +2,13 @@
 
     python benchmarks/others.py --environments /tmp/others
 
-makes a virtual environment there for each (torch and midstream's own dependencies are installed with every one), or uses
-those that are there already, and prints the table in Markdown. Where a loader passes, it says so. ``--only grain`` runs the
-cases whose name has that in it, ``--details`` prints the whole reports to standard error.
+makes a virtual environment there for each (torch and midstream's own dependencies are installed
+with every one), or uses those that are there already, and prints the table in Markdown. Where a
+loader passes, it says so. ``--only grain`` runs the cases whose name has that in it, ``--details``
+prints the whole reports to standard error.
 
-Every case uses the loader as its documentation says; a sample is an id, so what is lost or repeated can be counted. A cut is
-one checkpoint that was loaded into a loader made anew.
+Every case uses the loader as its documentation says; a sample is an id, so what is lost or repeated
+can be counted. A cut is one checkpoint that was loaded into a loader made anew.
 """
 
 from __future__ import annotations
@@ -73,8 +74,11 @@ def hf_loader(data: Any, num_workers: int) -> Any:
 
 
 def hf_shuffle(num_workers: int) -> Any:
-    # 40 shards: with fewer than ten per worker, datasets 5.2 cannot load the state at all (IndexError).
-    return hf_loader(rows(0, 400).to_iterable_dataset(num_shards=40).shuffle(seed=1, buffer_size=64), num_workers)
+    # 40 shards: with fewer than ten per worker, datasets 5.2 cannot load the state at all
+    # (IndexError).
+    return hf_loader(
+        rows(0, 400).to_iterable_dataset(num_shards=40).shuffle(seed=1, buffer_size=64), num_workers
+    )
 
 
 def hf_interleave(num_workers: int) -> Any:
@@ -88,8 +92,13 @@ def hf_interleave(num_workers: int) -> Any:
 def hf_shuffled_interleave(num_workers: int) -> Any:
     import datasets
 
-    web, code = (rows(f, 200).to_iterable_dataset(num_shards=40).shuffle(seed=1, buffer_size=32) for f in (0, 1000))
-    return hf_loader(datasets.interleave_datasets([web, code], probabilities=[0.7, 0.3], seed=1), num_workers)
+    web, code = (
+        rows(f, 200).to_iterable_dataset(num_shards=40).shuffle(seed=1, buffer_size=32)
+        for f in (0, 1000)
+    )
+    return hf_loader(
+        datasets.interleave_datasets([web, code], probabilities=[0.7, 0.3], seed=1), num_workers
+    )
 
 
 # -- torchdata.nodes ---------------------------------------------------------------------------------------------------
@@ -120,13 +129,19 @@ def grain_loader(data: Any, num_workers: int) -> Any:
 
     flags.FLAGS.mark_as_parsed()
     data = data.batch(8)
-    return iter(data.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers)) if num_workers else data)
+    return iter(
+        data.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        if num_workers
+        else data
+    )
 
 
 def grain_filter(num_workers: int) -> Any:
     import grain
 
-    return grain_loader(grain.MapDataset.range(320).shuffle(seed=1).filter(odd).to_iter_dataset(), num_workers)
+    return grain_loader(
+        grain.MapDataset.range(320).shuffle(seed=1).filter(odd).to_iter_dataset(), num_workers
+    )
 
 
 def grain_error() -> Any:
@@ -166,7 +181,9 @@ def litdata_mix(num_workers: int) -> Any:
                 num_workers=1,
             )
         parts.append(litdata.StreamingDataset(str(folder / name), shuffle=True, drop_last=False))
-    mix = litdata.CombinedStreamingDataset(parts, seed=1, weights=[0.7, 0.3], iterate_over_all=False)
+    mix = litdata.CombinedStreamingDataset(
+        parts, seed=1, weights=[0.7, 0.3], iterate_over_all=False
+    )
     return litdata.StreamingDataLoader(mix, batch_size=8, num_workers=num_workers)
 
 
@@ -196,8 +213,12 @@ def ours_interleave(**options: Any) -> Any:
     import midstream as ms
 
     # A stream of the same shape: the filter keeps everything, but nobody can know that.
-    web, code = (ms.from_dataset(rows(f, 200)).shuffle(1).filter(number_is_known) for f in (0, 1000))
-    mix = ms.interleave({"web": web, "code": code}, weights={"web": 7, "code": 3}).shuffle(2, buffer_size=32)
+    web, code = (
+        ms.from_dataset(rows(f, 200)).shuffle(1).filter(number_is_known) for f in (0, 1000)
+    )
+    mix = ms.interleave({"web": web, "code": code}, weights={"web": 7, "code": 3}).shuffle(
+        2, buffer_size=32
+    )
     return ours(mix, options)
 
 
@@ -221,10 +242,19 @@ CASES: dict[str, Case] = {
     ),
     "datasets-interleave": Case("StatefulDataLoader + datasets", "interleave 7:3", hf_interleave),
     "datasets-shuffled-interleave": Case(
-        "StatefulDataLoader + datasets", "interleave 7:3 of two shuffle buffers", hf_shuffled_interleave
+        "StatefulDataLoader + datasets",
+        "interleave 7:3 of two shuffle buffers",
+        hf_shuffled_interleave,
     ),
-    "nodes": Case("torchdata.nodes", "batches, prefetched; three epochs", nodes, {"workers": (0,), "epochs": 3}),
-    "grain-filter": Case("Grain", "shuffle, filter, batch", grain_filter, {"seconds": 90.0}, "grain"),
+    "nodes": Case(
+        "torchdata.nodes",
+        "batches, prefetched; three epochs",
+        nodes,
+        {"workers": (0,), "epochs": 3},
+    ),
+    "grain-filter": Case(
+        "Grain", "shuffle, filter, batch", grain_filter, {"seconds": 90.0}, "grain"
+    ),
     "grain-error": Case(
         "Grain",
         "threads; one row raises, the loop goes on",
@@ -239,10 +269,16 @@ CASES: dict[str, Case] = {
         {"workers": (0,), "expected": [row for row in range(64) if row != 20]},
         "grain",
     ),
-    "litdata-mix": Case("LitData", "mix 7:3 of two shuffled sets", litdata_mix, {"seconds": 90.0}, "litdata"),
+    "litdata-mix": Case(
+        "LitData", "mix 7:3 of two shuffled sets", litdata_mix, {"seconds": 90.0}, "litdata"
+    ),
     "midstream-shuffle": Case("midstream", "stream, shuffle buffer of 64", ours_shuffle),
-    "midstream-interleave": Case("midstream", "interleave 7:3, shuffle buffer over it", ours_interleave),
-    "midstream-error": Case("midstream", "one row raises, the loop goes on", ours_error, {"ranks": (1,)}),
+    "midstream-interleave": Case(
+        "midstream", "interleave 7:3, shuffle buffer over it", ours_interleave
+    ),
+    "midstream-error": Case(
+        "midstream", "one row raises, the loop goes on", ours_error, {"ranks": (1,)}
+    ),
 }
 
 
@@ -265,8 +301,13 @@ def python_of(environment: str, folder: Path) -> str:
         venv.create(place, with_pip=True)
         constraints = ["-c", str(ROOT / "constraints.txt")]
         base = ["torch", "torchdata", "datasets", "numpy", "pyarrow", "fsspec", "dill"]
-        for packages in (["torch"], [*base, *NEEDS[environment]]):  # torch first, so that one build is chosen
-            subprocess.run([str(python), "-m", "pip", "install", "-q", *constraints, *packages], check=True)
+        for packages in (
+            ["torch"],
+            [*base, *NEEDS[environment]],
+        ):  # torch first, so that one build is chosen
+            subprocess.run(
+                [str(python), "-m", "pip", "install", "-q", *constraints, *packages], check=True
+            )
     return str(python)
 
 
@@ -294,9 +335,11 @@ def row(case: Case, report: dict[str, Any]) -> str:
     of: dict[str, list[dict[str, Any]]] = {"once": [], "chain": [], "other": [], "whole": []}
     for check in report["checks"]:
         name = check["name"]
-        key = {"stopped at every batch": "once", "stopped again and again": "chain", "on other workers": "other"}.get(
-            name
-        )
+        key = {
+            "stopped at every batch": "once",
+            "stopped again and again": "chain",
+            "on other workers": "other",
+        }.get(name)
         if key is None and name == "on other ranks":
             key = "other"
         if key is None and name == "an epoch has every sample once":
@@ -305,15 +348,25 @@ def row(case: Case, report: dict[str, Any]) -> str:
             of[key].append(check)
     whole = of["whole"][0] if of["whole"] and of["whole"][0]["outcome"] == "differs" else None
     note = f"; uninterrupted: {whole['most_lost']} lost" if whole else ""
-    cells = [case.loader, case.pipeline + note, *(outcome(of[key]) for key in ("once", "chain", "other"))]
+    cells = [
+        case.loader,
+        case.pipeline + note,
+        *(outcome(of[key]) for key in ("once", "chain", "other")),
+    ]
     return f"| {' | '.join(cells)} | {report['state_bytes']:,} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--environments", type=Path, help="folder of virtual environments; made where they are missing")
+    parser.add_argument(
+        "--environments",
+        type=Path,
+        help="folder of virtual environments; made where they are missing",
+    )
     parser.add_argument("--only", default="", help="run the cases whose name has this in it")
-    parser.add_argument("--details", action="store_true", help="print the whole reports to standard error")
+    parser.add_argument(
+        "--details", action="store_true", help="print the whole reports to standard error"
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -331,13 +384,22 @@ def main() -> None:
         if options.only not in name:
             continue
         with tempfile.TemporaryDirectory() as data, tempfile.TemporaryFile("w+") as out:
-            environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OTHERS_DATA": data, "HF_HUB_OFFLINE": "1"}
+            environment = {
+                **os.environ,
+                "PYTHONPATH": str(ROOT / "src"),
+                "OTHERS_DATA": data,
+                "HF_HUB_OFFLINE": "1",
+            }
             command = [python_of(case.environment, folder.resolve()), __file__, "--case", name]
-            done = subprocess.run(command, env=environment, stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+            done = subprocess.run(
+                command, env=environment, stdout=out, stderr=subprocess.PIPE, text=True, check=False
+            )
             out.seek(0)
             lines = out.read().strip().splitlines()
         if done.returncode != 0 or not lines:
-            print(f"| {case.loader} | {case.pipeline} | could not run: {done.stderr.strip().splitlines()[-1:]} | | | |")
+            print(
+                f"| {case.loader} | {case.pipeline} | could not run: {done.stderr.strip().splitlines()[-1:]} | | | |"
+            )
             print(done.stderr[-3000:], file=sys.stderr)
             continue
         report = json.loads(lines[-1][lines[-1].index('{"exact"') :])

@@ -2,7 +2,8 @@
 
     python benchmarks/overhead.py [--quick] [--json FILE]
 
-Data is made here: one column of variable-length int32 lists (mean 200) in a memory-mapped Arrow file.
+Data is made here: one column of variable-length int32 lists (mean 200) in a memory-mapped Arrow
+file.
 """
 
 from __future__ import annotations
@@ -101,15 +102,23 @@ def nodes(data: datasets.Dataset, count: int) -> dict[str, float]:
         "flat_map": lambda: source.flat_map(one),
         "buffered shuffle (1000)": lambda: source.shuffle(1, buffer_size=1000),
         "3 sources: interleave → map": lambda: three(lambda ds, seed: ds).map(identity),
-        "3 sources: shuffle → interleave → map": lambda: three(lambda ds, seed: ds.shuffle(seed)).map(identity),
-        "3 sources: filter → interleave (stream) → map": lambda: three(lambda ds, seed: ds.filter(yes)).map(identity),
+        "3 sources: shuffle → interleave → map": lambda: three(
+            lambda ds, seed: ds.shuffle(seed)
+        ).map(identity),
+        "3 sources: filter → interleave (stream) → map": lambda: three(
+            lambda ds, seed: ds.filter(yes)
+        ).map(identity),
     }
     costs = {name: per_sample(one_of, count) for name, one_of in pipelines.items()}
     costs["batch of 32 (list)"] /= 32
     few = max(2000, count // 20)
-    mixed = datasets.interleave_datasets(list(hub.values()), probabilities=[0.7, 0.2, 0.1], seed=0).with_format("numpy")
+    mixed = datasets.interleave_datasets(
+        list(hub.values()), probabilities=[0.7, 0.2, 0.1], seed=0
+    ).with_format("numpy")
     costs["datasets: interleave_datasets of 3, numpy"] = per_sample(lambda: mixed, few, 1)
-    costs["datasets: map-style, numpy, one by one"] = per_sample(lambda: data.with_format("numpy"), few, 1)
+    costs["datasets: map-style, numpy, one by one"] = per_sample(
+        lambda: data.with_format("numpy"), few, 1
+    )
     return costs
 
 
@@ -160,23 +169,32 @@ class Bare(torch.utils.data.IterableDataset):
         from midstream.pipeline.ledger import Ledger
 
         place = bind(self.ds.node)
-        runs = [iterate(place, Lane(lane, 48, 1, Ledger()), 0, 0) for lane in range(worker.id, 48, worker.num_workers)]
+        runs = [
+            iterate(place, Lane(lane, 48, 1, Ledger()), 0, 0)
+            for lane in range(worker.id, 48, worker.num_workers)
+        ]
         while True:
             for run in runs:
                 yield next(run)[0]
 
 
 def whole_state(batches: int) -> list[dict[str, Any]]:
-    """What a batch costs more on our loader than on torch's, with 2 workers: state, origins and order."""
+    """What a batch costs more on our loader than on torch's, with 2 workers: state, origins and
+    order.
+    """
     rows = []
-    for stream, (sources, lanes) in itertools.product((False, True), ((1, 4), (1, 256), (100, 48), (400, 48))):
+    for stream, (sources, lanes) in itertools.product(
+        (False, True), ((1, 4), (1, 256), (100, 48), (400, 48))
+    ):
         ds = mixture(sources, stream).repeat().batch(8)
         ours, theirs = [], []
         for _ in range(3):
             loader = ms.DataLoader(ds, num_workers=2, lanes=lanes, prefetch_factor=4)
             ours.append(per_batch(loader, batches, loader.state_dict))
             loader.close()
-            bare = torch.utils.data.DataLoader(Bare(ds), batch_size=None, num_workers=2, prefetch_factor=4)
+            bare = torch.utils.data.DataLoader(
+                Bare(ds), batch_size=None, num_workers=2, prefetch_factor=4
+            )
             theirs.append(per_batch(bare, batches, None))
         rows.append(
             {
@@ -280,7 +298,13 @@ def main() -> None:
     if options.json:
         options.json.write_text(
             json.dumps(
-                {"samples": sample_rows, "states": state_rows, "batches": batch_rows, "resumes": resume_rows}, indent=1
+                {
+                    "samples": sample_rows,
+                    "states": state_rows,
+                    "batches": batch_rows,
+                    "resumes": resume_rows,
+                },
+                indent=1,
             )
         )
 

@@ -1,4 +1,6 @@
-"""What the programs without peers share: rounds in turn, where results go, and the table in README.md."""
+"""What the programs without peers share: rounds in turn, where results go, and the table in
+README.md.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def in_turn(work: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of some rounds of each; all take turns, so that what else the machine does meets all alike."""
+    """The median of some rounds of each; all take turns, so that what else the machine does meets
+    all alike.
+    """
     found: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, measure in work.items():
@@ -30,11 +34,19 @@ def in_turn(work: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, f
 
 
 def main(
-    name: str, doc: str, measure: Callable[[argparse.Namespace], Rows], report: Callable[[Rows], str], kept: str = ""
+    name: str,
+    doc: str,
+    measure: Callable[[argparse.Namespace], Rows],
+    report: Callable[[Rows], str],
+    kept: str = "",
 ) -> None:
     """Measure, write ``results/NAME.json`` and the table in README.md; with ``--quick`` only print."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="less work; nothing is written but the file asked for")
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="less work; nothing is written but the file asked for"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     if kept:
         parser.add_argument("--cache", type=Path, default=CACHE, help=kept)

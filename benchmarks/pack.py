@@ -2,8 +2,8 @@
 
     python benchmarks/pack.py [--quick] [--json FILE]
 
-Data is made here: one column of variable-length int32 lists (mean 300, long-tailed up to 20,000) in an Arrow table. In one run,
-taking turns, all over the same zero-copy views:
+Data is made here: one column of variable-length int32 lists (mean 300, long-tailed up to 20,000) in
+an Arrow table. In one run, taking turns, all over the same zero-copy views:
 
     copying        the documents joined, a thousand at a time, as int64: no rows
     numpy          the same, cut to rows of 2,048: the limit of a loader that makes no labels and has no state
@@ -106,15 +106,23 @@ def measure(arguments: argparse.Namespace) -> own.Rows:
         OURS + "concat": (lambda: ds.pack(SEQ_LEN), 1),
         OURS + "concat, separator": (lambda: ds.pack(SEQ_LEN, separator=0), 1),
         OURS + "fit": (lambda: ds.pack(SEQ_LEN, mode="fit"), 1),
-        OURS + "concat, in batches of 8 from the loader": (lambda: ms.DataLoader(ds.pack(SEQ_LEN), BATCH), BATCH),
+        OURS + "concat, in batches of 8 from the loader": (
+            lambda: ms.DataLoader(ds.pack(SEQ_LEN), BATCH),
+            BATCH,
+        ),
         OURS + "fit, in batches of 8 from the loader": (
             lambda: ms.DataLoader(ds.pack(SEQ_LEN, mode="fit"), BATCH),
             BATCH,
         ),
     }
-    work = {name: lambda way=way, each=each: speed(way, count, each) for name, (way, each) in ways.items()}
+    work = {
+        name: lambda way=way, each=each: speed(way, count, each)
+        for name, (way, each) in ways.items()
+    }
     speeds = own.in_turn(work, rounds)  # type: ignore[arg-type]
-    rows: list[dict[str, Any]] = [{"way": name, "million tokens a second": value} for name, value in speeds.items()]
+    rows: list[dict[str, Any]] = [
+        {"way": name, "million tokens a second": value} for name, value in speeds.items()
+    ]
     for window, min_fill in itertools.product((64, 256, 1024), (0.0, 0.95)):
         packed = ds.take(10_000).pack(SEQ_LEN, mode="fit", window=window, min_fill=min_fill)
         rows.append({"window": window, "min_fill": min_fill, "padding": 1 - fill(packed)})
@@ -135,9 +143,15 @@ def report(rows: own.Rows) -> str:
     ]
     heads = ["rows of 2,048", "million tokens a second", "of copying", "of numpy", "of Python"]
     wasted = [
-        [f"{row['window']:,}", f"{row['min_fill']:.2f}", f"{row['padding']:.2%}"] for row in rows if "window" in row
+        [f"{row['window']:,}", f"{row['min_fill']:.2f}", f"{row['padding']:.2%}"]
+        for row in rows
+        if "window" in row
     ]
-    return show.table(heads, lines) + "\n\n" + show.table(["fit: window", "min_fill", "padding"], wasted)
+    return (
+        show.table(heads, lines)
+        + "\n\n"
+        + show.table(["fit: window", "min_fill", "padding"], wasted)
+    )
 
 
 if __name__ == "__main__":

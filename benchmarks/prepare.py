@@ -28,7 +28,9 @@ SETS: dict[str, dict[str, int]] = {
     "images": {"all": 800},
     "remote": {"all": 40_000},
 }
-"""Set -> part -> rows. ``tokens``, ``mix``, ``epoch``, ``remote``: lengths lognormal, 16 to 2,048, mean 296. ``short``: 4 to 12."""
+"""Set -> part -> rows. ``tokens``, ``mix``, ``epoch``, ``remote``: lengths lognormal, 16 to 2,048,
+mean 296. ``short``: 4 to 12.
+"""
 
 SCALES = {"full": 1.0, "quick": 0.1, "tiny": 0.01}
 FAR = 100_000_000
@@ -64,7 +66,9 @@ def make_raw(folder: Path, name: str, number: int, rows: int) -> None:
         values = rng.integers(0, 50_000, int(lengths.sum()), dtype=np.int32)
     (folder / "raw").mkdir(parents=True)
     np.save(folder / "raw" / "ids.npy", np.arange(rows, dtype=np.int64) + number * FAR)
-    np.save(folder / "raw" / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    np.save(
+        folder / "raw" / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    )
     np.save(folder / "raw" / "values.npy", values)
 
 
@@ -86,7 +90,9 @@ def write(kind: str, folder: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     raw = Raw(str(folder))
-    {"arrow": _arrow, "parquet": _parquet, "mds": _mds, "litdata": _litdata, "tar": _tar}[kind](raw, unfinished)
+    {"arrow": _arrow, "parquet": _parquet, "mds": _mds, "litdata": _litdata, "tar": _tar}[kind](
+        raw, unfinished
+    )
     unfinished.rename(target)
 
 
@@ -97,10 +103,17 @@ def _table(raw: Raw) -> Any:
     offsets = pa.array(np.asarray(raw.offsets).astype(np.int32))
     if raw.values.dtype == np.uint8:
         blobs = pa.BinaryArray.from_buffers(
-            pa.binary(), len(raw), [None, offsets.buffers()[1], pa.py_buffer(np.asarray(raw.values))]
+            pa.binary(),
+            len(raw),
+            [None, offsets.buffers()[1], pa.py_buffer(np.asarray(raw.values))],
         )
         return pa.table({"id": ids, "jpeg": blobs})
-    return pa.table({"id": ids, "input_ids": pa.ListArray.from_arrays(offsets, pa.array(np.asarray(raw.values)))})
+    return pa.table(
+        {
+            "id": ids,
+            "input_ids": pa.ListArray.from_arrays(offsets, pa.array(np.asarray(raw.values))),
+        }
+    )
 
 
 def _arrow(raw: Raw, target: Path) -> None:
@@ -116,7 +129,9 @@ def _parquet(raw: Raw, target: Path) -> None:
     table = _table(raw)
     rows = -(-len(raw) // 4)
     for number in range(4):
-        pq.write_table(table.slice(number * rows, rows), target / f"part-{number}.parquet", row_group_size=2000)
+        pq.write_table(
+            table.slice(number * rows, rows), target / f"part-{number}.parquet", row_group_size=2000
+        )
 
 
 def _is_image(raw: Raw) -> bool:
@@ -126,11 +141,19 @@ def _is_image(raw: Raw) -> bool:
 def _mds(raw: Raw, target: Path) -> None:
     from contestants.mosaic import streaming_library
 
-    columns = {"id": "int", "jpeg": "bytes"} if _is_image(raw) else {"id": "int", "input_ids": "ndarray:int32"}
-    with streaming_library().MDSWriter(out=str(target), columns=columns, size_limit="64mb") as writer:
+    columns = (
+        {"id": "int", "jpeg": "bytes"}
+        if _is_image(raw)
+        else {"id": "int", "input_ids": "ndarray:int32"}
+    )
+    with streaming_library().MDSWriter(
+        out=str(target), columns=columns, size_limit="64mb"
+    ) as writer:
         for row in range(len(raw)):
             value = raw[row].tobytes() if _is_image(raw) else np.array(raw[row])
-            writer.write({"id": int(raw.ids[row]), ("jpeg" if _is_image(raw) else "input_ids"): value})
+            writer.write(
+                {"id": int(raw.ids[row]), ("jpeg" if _is_image(raw) else "input_ids"): value}
+            )
 
 
 class _Row:
@@ -154,7 +177,11 @@ def _litdata(raw: Raw, target: Path) -> None:
     step = 20_000
     inputs = [(first, min(first + step, len(raw))) for first in range(0, len(raw), step)]
     litdata.optimize(
-        fn=_Row(str(target.parent)), inputs=inputs, output_dir=str(target), chunk_bytes="64MB", num_workers=1
+        fn=_Row(str(target.parent)),
+        inputs=inputs,
+        output_dir=str(target),
+        chunk_bytes="64MB",
+        num_workers=1,
     )
 
 

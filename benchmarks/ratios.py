@@ -2,9 +2,10 @@
 
     python benchmarks/ratios.py [--only PEER] [--json]
 
-Three sources at 0.5 : 0.3 : 0.2, a million rows each. Every one of 1 or 64 ranks makes 200 batches of 8; a run is the
-batches of all ranks, step by step. Grain has an environment of its own (``pip install grain``): ``--only grain`` needs
-nothing else; a peer that is not installed is left out, and said to be.
+Three sources at 0.5 : 0.3 : 0.2, a million rows each. Every one of 1 or 64 ranks makes 200 batches
+of 8; a run is the batches of all ranks, step by step. Grain has an environment of its own (``pip
+install grain``): ``--only grain`` needs nothing else; a peer that is not installed is left out, and
+said to be.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ def midstream_rows(ranks: int, *, stream: bool = False, by: Any = None) -> Ranks
     parts = {name: ms.from_dataset(Same(index), name=name) for index, name in enumerate(SHARES)}
     made = {name: part.filter(lambda row: True) if stream else part for name, part in parts.items()}
     mix = ms.interleave(made, SHARES, weights_by=by)
-    loaders = [ms.DataLoader(mix, batch_size=BATCH, rank=rank, world_size=ranks, lanes=64) for rank in range(ranks)]
+    loaders = [
+        ms.DataLoader(mix, batch_size=BATCH, rank=rank, world_size=ranks, lanes=64)
+        for rank in range(ranks)
+    ]
     return [(int(row) for batch in loader for row in batch) for loader in loaders]
 
 
@@ -58,7 +62,9 @@ def hub(ranks: int) -> Ranks:
             yield {"x": value}
 
     parts = [
-        datasets.IterableDataset.from_generator(rows, gen_kwargs={"shard": list(range(64)), "value": index})
+        datasets.IterableDataset.from_generator(
+            rows, gen_kwargs={"shard": list(range(64)), "value": index}
+        )
         for index in range(len(SHARES))
     ]
     mix = datasets.interleave_datasets(parts, probabilities=list(SHARES.values()), seed=0)
@@ -94,7 +100,10 @@ def grain_below(ranks: int) -> Ranks:
 
     parts = [pygrain.MapDataset.source(Same(index)) for index in range(len(SHARES))]
     weights = list(SHARES.values())
-    mixes = [pygrain.MapDataset.mix([part[rank::ranks] for part in parts], weights=weights) for rank in range(ranks)]
+    mixes = [
+        pygrain.MapDataset.mix([part[rank::ranks] for part in parts], weights=weights)
+        for rank in range(ranks)
+    ]
     return [iter(mix.to_iter_dataset()) for mix in mixes]
 
 
@@ -121,12 +130,19 @@ def measure(peer: str, ranks: int) -> dict[str, float]:
     """Of the worst rank by itself, and of the run: its batches in turn."""
     made = [list(itertools.islice(rows, BATCH * STEPS)) for rows in PEERS[peer](ranks)]
     alone = max(deviation(rows) for rows in made)
-    turns = [row for step in range(STEPS) for rows in made for row in rows[step * BATCH : (step + 1) * BATCH]]
+    turns = [
+        row
+        for step in range(STEPS)
+        for rows in made
+        for row in rows[step * BATCH : (step + 1) * BATCH]
+    ]
     return {"rank": alone, "run": deviation(turns)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=PEERS)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -144,7 +160,9 @@ def main() -> None:
         if isinstance(values, str):
             print(f"{peer:28}{values}")
         else:
-            print(f"{peer:28}{values[1]['run']:10.1f}{values[64]['rank']:16.1f}{values[64]['run']:10.1f}")
+            print(
+                f"{peer:28}{values[1]['run']:10.1f}{values[64]['rank']:16.1f}{values[64]['run']:10.1f}"
+            )
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@
     python benchmarks/run.py --all --prepare       environments and data alone, before a quiet run
     python benchmarks/run.py --report              tables and plots again, from the recorded results alone
 
-Contestants take turns: round by round, each in a fresh process in its environment, starting with another one each round.
-One that fails or takes too long is recorded as such. Every measurement is written down when it is made; ``--resume`` goes on
-with the last run where it stopped.
+Contestants take turns: round by round, each in a fresh process in its environment, starting with
+another one each round. One that fails or takes too long is recorded as such. Every measurement is
+written down when it is made; ``--resume`` goes on with the last run where it stopped.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def chosen(question: Any, only: Sequence[str] | None) -> list[Contestant]:
     return [
         one
         for one in everyone().values()
-        if question.KIND in one.kinds and one.name not in question.LEFT_OUT and (not only or one.name in only)
+        if question.KIND in one.kinds
+        and one.name not in question.LEFT_OUT
+        and (not only or one.name in only)
     ]
 
 
@@ -96,7 +98,9 @@ def get_ready(
             if not (folder / "raw" / "values.npy").exists():
                 prepare.make_raw(folder, name, number, rows)
             wanted = {"parquet"} if name == "remote" else set()
-            wanted |= {one.format for one in everybody} - ({"arrow", "tar", "litdata"} if name == "remote" else set())
+            wanted |= {one.format for one in everybody} - (
+                {"arrow", "tar", "litdata"} if name == "remote" else set()
+            )
             for kind in sorted(wanted - {"parquet"} if name != "remote" else wanted):
                 if (folder / kind).exists():
                     continue
@@ -108,7 +112,12 @@ def get_ready(
                 if environment in bad:
                     continue
                 log = subprocess.run(
-                    [environments.python_of(environment, cache), str(HERE / "prepare.py"), kind, str(folder)],
+                    [
+                        environments.python_of(environment, cache),
+                        str(HERE / "prepare.py"),
+                        kind,
+                        str(folder),
+                    ],
                     env=child_environment(),
                     capture_output=True,
                     text=True,
@@ -138,7 +147,12 @@ def child_environment() -> dict[str, str]:
 
 
 def measure(
-    question: str, one: Contestant, options: dict[str, Any], timeout: float, cache: Path, more: dict[str, str]
+    question: str,
+    one: Contestant,
+    options: dict[str, Any],
+    timeout: float,
+    cache: Path,
+    more: dict[str, str],
 ) -> dict[str, Any]:
     """One measurement in a fresh process."""
     order = {"question": question, "contestant": one.name, "options": options, "timeout": timeout}
@@ -149,7 +163,11 @@ def measure(
     # Into files, not pipes: a worker that outlives the process would hold a pipe open.
     with log.open("w") as errors, log.with_suffix(".out").open("w+") as out:
         process = subprocess.Popen(
-            [environments.python_of(one.environment, cache), str(HERE / "measure.py"), json.dumps(order)],
+            [
+                environments.python_of(one.environment, cache),
+                str(HERE / "measure.py"),
+                json.dumps(order),
+            ],
             env=child_environment() | more,
             stdout=out,
             stderr=errors,
@@ -173,11 +191,16 @@ def measure(
 
 
 def end_session(session: int) -> None:
-    """End the workers that outlived a process we started. The resource tracker ends by itself, when it has cleaned up."""
+    """End the workers that outlived a process we started. The resource tracker ends by itself, when
+    it has cleaned up.
+    """
     for entry in os.listdir("/proc"):
         with contextlib.suppress(OSError, ValueError):
             fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and b"resource_tracker" not in Path("/proc", entry, "cmdline").read_bytes():
+            if (
+                int(fields[3]) == session
+                and b"resource_tracker" not in Path("/proc", entry, "cmdline").read_bytes()
+            ):
                 os.kill(int(entry), signal.SIGKILL)
 
 
@@ -204,11 +227,18 @@ def answer(name: str, arguments: argparse.Namespace, scale: str) -> dict[str, An
     journal.parent.mkdir(parents=True, exist_ok=True)
     if not arguments.resume:
         journal.unlink(missing_ok=True)
-    rows = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    rows = (
+        [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    )
     done = {(row["contestant"], row["round"]) for row in rows}
     begun = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     rounds = arguments.rounds or effort["rounds"] or question.ROUNDS
-    options = {"cache": str(cache), "scale": scale, "seconds": effort["seconds"], "patience": effort["patience"]}
+    options = {
+        "cache": str(cache),
+        "scale": scale,
+        "seconds": effort["seconds"],
+        "patience": effort["patience"],
+    }
     with contextlib.ExitStack() as stack:
         more: dict[str, str] = {}
         if name == "W7":
@@ -232,7 +262,9 @@ def answer(name: str, arguments: argparse.Namespace, scale: str) -> dict[str, An
                 rows.append(row)
                 with journal.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                say(f"  round {number + 1}/{rounds} {one.name:18} {row.get('took', 0):6.1f} s  {headline(row)}")
+                say(
+                    f"  round {number + 1}/{rounds} {one.name:18} {row.get('took', 0):6.1f} s  {headline(row)}"
+                )
     return {
         "question": name,
         "title": question.TITLE,
@@ -242,7 +274,9 @@ def answer(name: str, arguments: argparse.Namespace, scale: str) -> dict[str, An
         "load before": round(os.getloadavg()[0], 2),
         "machine": machine(),
         "versions": {
-            row["contestant"]: row["result"].pop("versions") for row in rows if "versions" in row.get("result", {})
+            row["contestant"]: row["result"].pop("versions")
+            for row in rows
+            if "versions" in row.get("result", {})
         },
         "settings": {one.name: one.settings for one in everybody},
         "rows": rows,
@@ -258,7 +292,9 @@ def headline(row: dict[str, Any]) -> str:
         found = []
         for mode, cell in result["modes"].items():
             figure = cell.get("per_second") or cell.get("seconds")
-            shown = str(cell) if not figure else f"{figure:,.3f}" if figure < 100 else f"{figure:,.0f}"
+            shown = (
+                str(cell) if not figure else f"{figure:,.3f}" if figure < 100 else f"{figure:,.0f}"
+            )
             found.append(f"{mode}: {shown}")
         return "; ".join(found)
     text = json.dumps({key: value for key, value in result.items() if key != "versions"})
@@ -276,7 +312,9 @@ def say(text: str) -> None:
 
 
 def write_report(results: Path, page: Path | None, plots: bool) -> str:
-    """Plots beside the results, and the tables between the page's markers. Returns the whole of the tables."""
+    """Plots beside the results, and the tables between the page's markers. Returns the whole of the
+    tables.
+    """
     sections = {}
     for name in questions.MODULES:
         path = results / f"{name}.json"
@@ -304,9 +342,15 @@ def write_report(results: Path, page: Path | None, plots: bool) -> str:
 
 def _when(recorded: dict[str, Any]) -> str:
     one = recorded["machine"]
-    rounds = f"{recorded['rounds']} rounds, medians (least to most)" if recorded["rounds"] > 1 else "one round"
+    rounds = (
+        f"{recorded['rounds']} rounds, medians (least to most)"
+        if recorded["rounds"] > 1
+        else "one round"
+    )
     small = (
-        "" if recorded["scale"] == "full" else f" **A {recorded['scale']} run, on little data: not for comparison.**"
+        ""
+        if recorded["scale"] == "full"
+        else f" **A {recorded['scale']} run, on little data: not for comparison.**"
     )
     return (
         f"{recorded['begun']}, {one['cores']} cores ({one['processor']}), {one['memory, GiB']} GiB, {one['system']} "
@@ -333,7 +377,10 @@ def _failures(recorded: dict[str, Any]) -> list[str]:
             everyone()[row["contestant"]].title,
             {key: value for key, value in row.items() if key in ("result", "failed")},
         )
-    lines = [line.replace(", result, modes", "").replace(", result", "").replace(", grid", "") for line in found]
+    lines = [
+        line.replace(", result, modes", "").replace(", result", "").replace(", grid", "")
+        for line in found
+    ]
     return ["Not measured:\n\n" + "\n".join(lines)] if lines else []
 
 
@@ -349,36 +396,64 @@ def _settings(results: Path) -> str:
     lines = []
     for name, one in everyone().items():
         if name in settings:
-            shown = ", ".join(f"{library} {version}" for library, version in sorted(versions.get(name, {}).items()))
+            shown = ", ".join(
+                f"{library} {version}"
+                for library, version in sorted(versions.get(name, {}).items())
+            )
             lines.append([one.title, settings[name], shown])
     import show
 
-    return "### Settings and versions\n\n" + show.table(["contestant", "what was set", "versions"], lines)
+    return "### Settings and versions\n\n" + show.table(
+        ["contestant", "what was set", "versions"], lines
+    )
 
 
 def parse(given: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = lambda text: [one.strip() for one in text.split(",") if one.strip()]  # noqa: E731
     parser.add_argument("--all", action="store_true", help="all questions")
-    parser.add_argument("--only", type=names, default=[], help=f"questions, of {','.join(questions.MODULES)}")
+    parser.add_argument(
+        "--only", type=names, default=[], help=f"questions, of {','.join(questions.MODULES)}"
+    )
     parser.add_argument("--contestants", type=names, help=f"of {','.join(everyone())}")
     parser.add_argument(
-        "--quick", action="store_true", help="a tenth of the data, one round; results into the cache folder"
+        "--quick",
+        action="store_true",
+        help="a tenth of the data, one round; results into the cache folder",
     )
-    parser.add_argument("--tiny", action="store_true", help="a hundredth of the data: for tests of this program")
     parser.add_argument(
-        "--resume", action="store_true", help="keep the measurements of the last run that was broken off"
+        "--tiny", action="store_true", help="a hundredth of the data: for tests of this program"
     )
-    parser.add_argument("--report", action="store_true", help="measure nothing; plots and tables from the results")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the measurements of the last run that was broken off",
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing; plots and tables from the results"
+    )
     parser.add_argument("--no-plots", action="store_true", help="without matplotlib")
-    parser.add_argument("--prepare", action="store_true", help="make environments and data, measure nothing")
+    parser.add_argument(
+        "--prepare", action="store_true", help="make environments and data, measure nothing"
+    )
     parser.add_argument("--rounds", type=int, help="instead of each question's own number")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="environments, data and logs; default %(default)s")
-    parser.add_argument("--results", type=Path, help="where JSON and plots go; default benchmarks/results")
-    parser.add_argument("--pip", type=str.split, default=[], help="further arguments of pip install, as one string")
+    parser.add_argument(
+        "--cache", type=Path, default=CACHE, help="environments, data and logs; default %(default)s"
+    )
+    parser.add_argument(
+        "--results", type=Path, help="where JSON and plots go; default benchmarks/results"
+    )
+    parser.add_argument(
+        "--pip", type=str.split, default=[], help="further arguments of pip install, as one string"
+    )
     arguments = parser.parse_args(given)
-    unknown = [*(set(arguments.only) - set(questions.MODULES)), *(set(arguments.contestants or ()) - set(everyone()))]
+    unknown = [
+        *(set(arguments.only) - set(questions.MODULES)),
+        *(set(arguments.contestants or ()) - set(everyone())),
+    ]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
     if not (arguments.all or arguments.only or arguments.report):
@@ -391,14 +466,20 @@ def main(given: Sequence[str] | None = None) -> None:
     """The one command."""
     arguments = parse(given)
     scale = "tiny" if arguments.tiny else "quick" if arguments.quick else "full"
-    results = arguments.results or (HERE / "results" if scale == "full" else arguments.cache / f"results-{scale}")
+    results = arguments.results or (
+        HERE / "results" if scale == "full" else arguments.cache / f"results-{scale}"
+    )
     results.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    for name in [] if arguments.report else list(questions.MODULES) if arguments.all else arguments.only:
+    for name in (
+        [] if arguments.report else list(questions.MODULES) if arguments.all else arguments.only
+    ):
         started = time.perf_counter()
         if arguments.prepare:
             question = questions.load(name)
-            for who, why in get_ready(question, chosen(question, None), arguments.cache, scale, arguments.pip).items():
+            for who, why in get_ready(
+                question, chosen(question, None), arguments.cache, scale, arguments.pip
+            ).items():
                 say(f"  {name} without {who}: {why}")
             continue
         try:

@@ -27,7 +27,9 @@ class Spread:
         """For a table."""
         if not self.values:
             return self.reason or "-"
-        parts = [number(value / scale) for value in (self.median, min(self.values), max(self.values))]
+        parts = [
+            number(value / scale) for value in (self.median, min(self.values), max(self.values))
+        ]
         return parts[0] if len(self.values) == 1 else f"{parts[0]} ({parts[1]} to {parts[2]})"
 
 
@@ -38,7 +40,9 @@ def number(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def spread(rows: Sequence[Mapping[str, Any]], pick: Callable[[Any], Mapping[str, Any]], key: str) -> Spread:
+def spread(
+    rows: Sequence[Mapping[str, Any]], pick: Callable[[Any], Mapping[str, Any]], key: str
+) -> Spread:
     """Of what ``pick`` finds in each row."""
     values, reason = [], ""
     for row in rows:
@@ -70,7 +74,9 @@ def bold(text: str, strong: bool) -> str:
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Markdown."""
     rows = [heads, ["---"] + ["---:"] * (len(heads) - 1), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows
+    )
 
 
 def sentences(
@@ -86,7 +92,11 @@ def sentences(
     for mode in modes:
         has = {name: cells[mode].median for name, cells in found.items() if cells[mode].values}
         ours = {name: value for name, value in has.items() if known[name].ours}
-        peers = {name: value for name, value in has.items() if not known[name].ours and not known[name].limit}
+        peers = {
+            name: value
+            for name, value in has.items()
+            if not known[name].ours and not known[name].limit
+        }
         limits = {name: value for name, value in has.items() if known[name].limit}
         if not ours:
             continue
@@ -105,13 +115,18 @@ def sentences(
             own = [name for name in ours if not known[name].threads]
             apart = [name for name in peers if not known[name].threads]
             if own and apart and (known[mine].threads or known[best].threads):
-                mine_2, best = choose(own, key=lambda name: ours[name]), choose(apart, key=lambda name: peers[name])
+                mine_2, best = (
+                    choose(own, key=lambda name: ours[name]),
+                    choose(apart, key=lambda name: peers[name]),
+                )
                 ratio = peers[best] / ours[mine_2] if less else ours[mine_2] / peers[best]
                 said += f"; by processes alone {number(ours[mine_2] / scale)} against {known[best].title} "
                 said += f"{number(peers[best] / scale)}: {ratio:.2f} times"
         if limits and not less:
             for name, value in limits.items():
-                said += f"; {ours[mine] / value:.2f} of *{known[name].title}* ({number(value / scale)})"
+                said += (
+                    f"; {ours[mine] / value:.2f} of *{known[name].title}* ({number(value / scale)})"
+                )
         lines.append(said + ".")
     return "\n".join(lines) + wording
 
@@ -145,7 +160,12 @@ def _pyplot() -> Any:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(
-        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "midstream"}
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "svg.hashsalt": "midstream",
+        }
     )
     return plt
 
@@ -165,7 +185,9 @@ def bars(
     from matplotlib.ticker import MaxNLocator
 
     modes = [mode for mode in modes if any(cells[mode].values for cells in found.values())]
-    most = max((sum(bool(cells[mode].values) for cells in found.values()) for mode in modes), default=1)
+    most = max(
+        (sum(bool(cells[mode].values) for cells in found.values()) for mode in modes), default=1
+    )
     columns = min(len(modes), 2)
     lines = -(-len(modes) // columns)
     figure, axes = plt.subplots(
@@ -186,10 +208,15 @@ def bars(
             axis.barh(place, value, color=color, height=0.72)
             if len(one.values) > 1:
                 axis.plot(
-                    [min(one.values) / scale, max(one.values) / scale], [place, place], color="#333333", linewidth=1
+                    [min(one.values) / scale, max(one.values) / scale],
+                    [place, place],
+                    color="#333333",
+                    linewidth=1,
                 )
             end = max(max(one.values) / scale, value)
-            axis.text(end + widest * 0.012, place, number(value), va="center", fontsize=8, color="#333333")
+            axis.text(
+                end + widest * 0.012, place, number(value), va="center", fontsize=8, color="#333333"
+            )
         axis.set_yticks(range(len(has)), [known[name].title for name, _ in has])
         for label, (name, _) in zip(axis.get_yticklabels(), has):
             if known[name].ours:
@@ -221,7 +248,12 @@ def lines(
     plt = _pyplot()
     panels = list(dict.fromkeys(group for group, *_ in series))
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels) + 2.6, 4.6), squeeze=False, sharey=True, layout="constrained"
+        1,
+        len(panels),
+        figsize=(5.2 * len(panels) + 2.6, 4.6),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
     )
     drawn: dict[str, Any] = {}
     crossed = None
@@ -243,7 +275,13 @@ def lines(
             drawn.setdefault(name, line)
             if wrong:
                 (crossed,) = axis.plot(
-                    *zip(*wrong), linestyle="", marker="x", markersize=10, markeredgewidth=2, color="#d32f2f", zorder=4
+                    *zip(*wrong),
+                    linestyle="",
+                    marker="x",
+                    markersize=10,
+                    markeredgewidth=2,
+                    color="#d32f2f",
+                    zorder=4,
                 )
         if logs:
             axis.set_xscale("log")

@@ -2,7 +2,8 @@
 
     python benchmarks/stages.py [--quick] [--json FILE] [--cache FOLDER]
 
-Each stage is read by itself, in the chunks that the loader would read, with all below it; what it adds is the difference:
+Each stage is read by itself, in the chunks that the loader would read, with all below it; what it
+adds is the difference:
 
     source        zero-copy rows of the Arrow file, in random order
     shuffle       the order by formula, and the rows of it
@@ -11,8 +12,8 @@ Each stage is read by itself, in the chunks that the loader would read, with all
     reader        chunk sizes, origins
     loader        position, counts, and the state with every batch
 
-The limits are those of W1 and W2, of the same rows. Microseconds of processor time, the median of rounds in turn. The data is
-that of `run.py`, made first where it is missing.
+The limits are those of W1 and W2, of the same rows. Microseconds of processor time, the median of
+rounds in turn. The data is that of `run.py`, made first where it is missing.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ SHAPES: dict[str, Any] = {"list": ms.ragged, "flat": ms.flat, "padded": ms.pad}
 STAGES = ("source", "shuffle", "interleave", "batch", "reader", "loader")
 
 
-def in_chunks(dataset: Dataset, samples: int, each: int = 1, order: Any = None) -> Callable[[], float]:
+def in_chunks(
+    dataset: Dataset, samples: int, each: int = 1, order: Any = None
+) -> Callable[[], float]:
     """Microseconds a sample of rows read a chunk at a time, where a row is ``each`` samples."""
     place, chunk = bind(dataset.node), CHUNK // each
     key, first = np.zeros(1, dtype=np.uint64), np.zeros(1, dtype=np.int64)
@@ -130,7 +133,9 @@ def measure(arguments: argparse.Namespace) -> own.Rows:
         folders = folders_of(arguments.cache, scale, data)
         samples = int(sum(prepare.parts_of(data, scale).values()) * 0.6) // CHUNK * CHUNK
         for shape in SHAPES:
-            found = own.in_turn(stages(Work(kind, folders, shape), samples), 3 if arguments.quick else 7)
+            found = own.in_turn(
+                stages(Work(kind, folders, shape), samples), 3 if arguments.quick else 7
+            )
             rows.append({"question": name, "shape": shape, "with all below it": found})
     return rows
 
@@ -146,12 +151,27 @@ def report(rows: own.Rows) -> str:
         total, limit, by_row = found["loader"], found["limit"], found["limit-rows"]
         columns.append(
             [f"{added[stage]:.2f}" if stage in added else "-" for stage in STAGES]
-            + [f"**{total:.2f}**", f"{limit:.2f}", f"{by_row:.2f}", f"{limit / total:.2f}", f"{by_row / total:.2f}"]
+            + [
+                f"**{total:.2f}**",
+                f"{limit:.2f}",
+                f"{by_row:.2f}",
+                f"{limit / total:.2f}",
+                f"{by_row / total:.2f}",
+            ]
         )
-    names = [*STAGES, "**all**", "limit, by the block", "limit, row by row", "speed to the one", "to the other"]
+    names = [
+        *STAGES,
+        "**all**",
+        "limit, by the block",
+        "limit, row by row",
+        "speed to the one",
+        "to the other",
+    ]
     heads = ["µs a sample", *(f"{row['question']} {row['shape']}" for row in rows)]
     return show.table(heads, [[name, *cells] for name, *cells in zip(names, *columns)])
 
 
 if __name__ == "__main__":
-    own.main("stages", __doc__, measure, report, kept="where run.py keeps its data; default %(default)s")
+    own.main(
+        "stages", __doc__, measure, report, kept="where run.py keeps its data; default %(default)s"
+    )

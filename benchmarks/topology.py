@@ -2,7 +2,8 @@
 
     python benchmarks/topology.py
 
-Every figure is of one run on this machine; times are medians. Bytes are without the pipeline's spec.
+Every figure is of one run on this machine; times are medians. Bytes are without the pipeline's
+spec.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ def random_access() -> ms.Dataset:
 
 def stream() -> ms.Dataset:
     """A stream: filtered, then shuffled in a buffer."""
-    return ms.from_dataset(range(ROWS), name="rows").filter(lambda x: x % 7).shuffle(2, buffer_size=10_000)
+    return (
+        ms.from_dataset(range(ROWS), name="rows")
+        .filter(lambda x: x % 7)
+        .shuffle(2, buffer_size=10_000)
+    )
 
 
 def _median(work: Callable[[], Any], times: int = 9) -> float:
@@ -54,15 +59,22 @@ def lanes_table() -> None:
                 pass
             state = loader.state_dict()
             with tempfile.TemporaryDirectory() as root:
-                took = [_median(loader.state_dict), _median(lambda: ms.checkpoint.save(root, loader))]  # noqa: B023
+                took = [
+                    _median(loader.state_dict),
+                    _median(lambda: ms.checkpoint.save(root, loader)),
+                ]  # noqa: B023
                 took.append(_median(lambda: ms.checkpoint.load(root, ms.DataLoader(make(), 8))))  # noqa: B023
             shown = "  ".join(f"{1000 * seconds:8.2f}" for seconds in took)
-            print(f"{make.__name__:14} {lanes:6} {_size(state):8} {_size(state) / lanes:9.0f}  {shown}")
+            print(
+                f"{make.__name__:14} {lanes:6} {_size(state):8} {_size(state) / lanes:9.0f}  {shown}"
+            )
 
 
 def position_table() -> None:
     """Against the position, and on another topology."""
-    print("\npipeline        batches    bytes    save    load  first batch on 3 ranks x 1 worker (ms)")
+    print(
+        "\npipeline        batches    bytes    save    load  first batch on 3 ranks x 1 worker (ms)"
+    )
     for make in (random_access, stream):
         loader = ms.DataLoader(make(), 8)
         iterator, done = iter(loader), 0

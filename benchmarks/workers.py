@@ -7,10 +7,11 @@
     threads      num_workers=2, worker_type="thread"
     processes    num_workers=2
 
-over four pipelines, in batches of 16: rows of an Arrow table and nothing else (16 times as many a batch); numpy that lets go of
-the GIL (a sort of 40,000 numbers a row); Python code that does not (a loop over 2,000 numbers); waiting (5 ms a row, as for a
-far disk). Each without a training step, and with one that waits 10 ms for its accelerator. Wall time, the median of rounds in
-turn, from after the first batches on.
+over four pipelines, in batches of 16: rows of an Arrow table and nothing else (16 times as many a
+batch); numpy that lets go of the GIL (a sort of 40,000 numbers a row); Python code that does not (a
+loop over 2,000 numbers); waiting (5 ms a row, as for a far disk). Each without a training step, and
+with one that waits 10 ms for its accelerator. Wall time, the median of rounds in turn, from after
+the first batches on.
 """
 
 from __future__ import annotations
@@ -64,14 +65,20 @@ def pipelines() -> dict[str, tuple[ms.Dataset, int, Any]]:
     datasets.disable_progress_bars()
     numbers = ms.from_dataset(range(1 << 20)).shuffle(1)
     return {
-        "reading alone": (ms.from_dataset(pack.make(50_000)).shuffle(1).repeat(), 16 * BATCH, ms.flat),
+        "reading alone": (
+            ms.from_dataset(pack.make(50_000)).shuffle(1).repeat(),
+            16 * BATCH,
+            ms.flat,
+        ),
         "numpy outside the GIL": (numbers.map(sort), BATCH, None),
         "Python code": (numbers.map(loop), BATCH, None),
         "waiting": (numbers.map(wait), BATCH, None),
     }
 
 
-def rate(dataset: ms.Dataset, size: int, collate: Any, way: dict[str, Any], step: float, seconds: float) -> float:
+def rate(
+    dataset: ms.Dataset, size: int, collate: Any, way: dict[str, Any], step: float, seconds: float
+) -> float:
     """Batches a second."""
     loader = ms.DataLoader(dataset, size, collate_fn=collate, **way)
     iterator = iter(loader)
@@ -92,7 +99,9 @@ def measure(arguments: argparse.Namespace) -> own.Rows:
     torch.set_num_threads(1)
     seconds, rounds = (0.3, 1) if arguments.quick else (1.0, 5)
     rows = []
-    for (name, (dataset, size, collate)), step in itertools.product(pipelines().items(), (0.0, STEP_S)):
+    for (name, (dataset, size, collate)), step in itertools.product(
+        pipelines().items(), (0.0, STEP_S)
+    ):
         work = {
             way: lambda how=how: rate(dataset, size, collate, how, step, seconds)  # noqa: B023
             for way, how in WAYS.items()
@@ -108,7 +117,9 @@ def report(rows: own.Rows) -> str:
         found = row["batches a second"]
         best = max(found.values())
         cells = [show.bold(show.number(found[way]), found[way] > 0.9 * best) for way in WAYS]
-        lines.append([row["pipeline"], f"{row['step'] * 1e3:.0f} ms" if row["step"] else "none", *cells])
+        lines.append(
+            [row["pipeline"], f"{row['step'] * 1e3:.0f} ms" if row["step"] else "none", *cells]
+        )
     return show.table(["batches a second", "training step", *WAYS], lines)
 
 

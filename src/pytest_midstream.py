@@ -3,8 +3,9 @@
     def test_my_pipeline_resumes(check_resume):
         check_resume(make_pipeline)
 
-stops the pipeline at every batch in the test's own process, which takes a second or two. With ``--midstream-resume`` (before a
-release, at night) workers, other ranks and processes that are killed come to it.
+stops the pipeline at every batch in the test's own process, which takes a second or two. With
+``--midstream-resume`` (before a release, at night) workers, other ranks and processes that are
+killed come to it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def check_resume(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """`midstream.testing.check_resume`, quick unless ``--midstream-resume`` is given; what is passed by name counts first."""
+    """`midstream.testing.check_resume`, quick unless ``--midstream-resume`` is given; what is
+    passed by name counts first.
+    """
     from midstream.testing import check_resume as check
 
     full = request.config.getoption("--midstream-resume")
@@ -55,7 +58,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not reports:
         return
     how = (
-        "workers, ranks and kills" if config.getoption("--midstream-resume") else "quick; --midstream-resume does more"
+        "workers, ranks and kills"
+        if config.getoption("--midstream-resume")
+        else "quick; --midstream-resume does more"
     )
     terminalreporter.section(f"midstream: resume checks ({how})")
     for node, report in reports:

@@ -1,7 +1,8 @@
 """One table of small pipelines: every exported node and source, and compositions of them.
 
-Every law in test_contract.py runs on every row. A sample is, or contains, integers ``10_000 * k + row`` for row ``row``
-of the k-th source of the case, so any output can be traced back by its content alone.
+Every law in test_contract.py runs on every row. A sample is, or contains, integers ``10_000 * k +
+row`` for row ``row`` of the k-th source of the case, so any output can be traced back by its
+content alone.
 """
 
 from __future__ import annotations
@@ -70,12 +71,18 @@ def identify(sample: Any) -> list[int]:
     if isinstance(sample, dict) and "seq_lens" in sample:
         return [i for row in pieces(sample) for i in row[:, 0].tolist()]
     if isinstance(sample, dict):
-        return identify(sample["id"]) if "id" in sample else [i for value in sample.values() for i in identify(value)]
+        return (
+            identify(sample["id"])
+            if "id" in sample
+            else [i for value in sample.values() for i in identify(value)]
+        )
     return [i for value in sample for i in identify(value)]
 
 
 def pieces(sample: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
-    """The token id and the number of tokens of each piece of packed rows, as arrays of shape [pieces, 2], one per row."""
+    """The token id and the number of tokens of each piece of packed rows, as arrays of shape
+    [pieces, 2], one per row.
+    """
     found = []
     for ids, lengths in zip(np.atleast_2d(sample["input_ids"]), np.atleast_2d(sample["seq_lens"])):
         lengths = lengths[lengths > 0]
@@ -119,7 +126,11 @@ def numbers(k: int, n: int, bomb: frozenset[int] = frozenset()) -> Dataset:
 
 def columns(k: int, n: int) -> dict[str, list[Any]]:
     rows = ids(k, n)
-    return {"id": rows, "text": [f"row {row}" for row in rows], "tokens": [list(range(row % 5)) for row in rows]}
+    return {
+        "id": rows,
+        "text": [f"row {row}" for row in rows],
+        "tokens": [list(range(row % 5)) for row in rows],
+    }
 
 
 def arrow(k: int, n: int, *, mapped: bool) -> datasets.Dataset:
@@ -151,7 +162,9 @@ def jsonl_gz(k: int, n: int, shards: int) -> list[str]:
     for shard, path in enumerate(paths):
         if not path.exists():
             path.write_bytes(
-                gzip.compress("".join(json.dumps({"id": r}) + "\n" for r in ids(k, n)[shard::shards]).encode())
+                gzip.compress(
+                    "".join(json.dumps({"id": r}) + "\n" for r in ids(k, n)[shard::shards]).encode()
+                )
             )
     return list(map(str, paths))
 
@@ -268,11 +281,13 @@ class Case:
     """A row.
 
     Attributes:
-        build: Makes the pipeline; the argument is the ids that user code fails on (ignored by some sources).
+        build: Makes the pipeline; the argument is the ids that user code fails on (ignored by some
+            sources).
         sources: The k of each source's ids, by name.
         replay: Source rows read again on resume, at most (for one lane).
         epoch: What one epoch yields, sorted, or None where only part of the data is used.
-        shifts: Whether a sample lost to an error moves those after it (into another batch that is dropped, say).
+        shifts: Whether a sample lost to an error moves those after it (into another batch that is
+            dropped, say).
         cuts: Whether one row may come in several pieces.
     """
 
@@ -286,13 +301,18 @@ class Case:
 
 def mix(bomb: frozenset[int], **options: Any) -> Dataset:
     return ms.interleave(
-        {"web": numbers(0, 90, bomb).shuffle(1), "code": numbers(1, 60, bomb)}, {"web": 7, "code": 3}, **options
+        {"web": numbers(0, 90, bomb).shuffle(1), "code": numbers(1, 60, bomb)},
+        {"web": 7, "code": 3},
+        **options,
     )
 
 
 def stream_mix(bomb: frozenset[int], **options: Any) -> Dataset:
     return ms.interleave(
-        {"web": numbers(0, 90, bomb).shuffle(1).filter(not_third), "code": numbers(1, 60, bomb).shuffle(1)},
+        {
+            "web": numbers(0, 90, bomb).shuffle(1).filter(not_third),
+            "code": numbers(1, 60, bomb).shuffle(1),
+        },
         {"web": 7, "code": 3},
         **options,
     )
@@ -300,10 +320,16 @@ def stream_mix(bomb: frozenset[int], **options: Any) -> Dataset:
 
 def everything(bomb: frozenset[int]) -> Dataset:
     inner = ms.interleave(
-        {"b": numbers(1, 50, bomb), "c": numbers(2, 40, bomb).filter(not_third)}, {"b": 1, "c": 2}, seed=4
+        {"b": numbers(1, 50, bomb), "c": numbers(2, 40, bomb).filter(not_third)},
+        {"b": 1, "c": 2},
+        seed=4,
     )
     return (
-        ms.interleave({"a": numbers(0, 80, bomb).shuffle(3).map(to_dict), "rest": inner}, {"a": 3, "rest": 2}, seed=5)
+        ms.interleave(
+            {"a": numbers(0, 80, bomb).shuffle(3).map(to_dict), "rest": inner},
+            {"a": 3, "rest": 2},
+            seed=5,
+        )
         .map(with_noise, with_rng=True)
         .flat_map(copies)
         .shuffle(9, buffer_size=40)
@@ -313,12 +339,16 @@ def everything(bomb: frozenset[int]) -> Dataset:
     )
 
 
-PLAN = ms.schedule([(0, {"web": 7, "code": 3}), (17, {"web": 1, "code": 1}), (60, {"web": 2, "code": 9})])
+PLAN = ms.schedule(
+    [(0, {"web": 7, "code": 3}), (17, {"web": 1, "code": 1}), (60, {"web": 2, "code": 9})]
+)
 
 
 def planned(bomb: frozenset[int], stream: bool = False, **options: Any) -> Dataset:
     web, code = numbers(0, 90, bomb).shuffle(1), numbers(1, 60, bomb)
-    return ms.interleave({"web": web.filter(not_third) if stream else web, "code": code}, PLAN, **options)
+    return ms.interleave(
+        {"web": web.filter(not_third) if stream else web, "code": code}, PLAN, **options
+    )
 
 
 def size_of(sample: Any) -> int:
@@ -357,37 +387,59 @@ PASSES = [row for row in ids(0, 90) if row % 3]
 CASES: dict[str, Case] = {
     # sources
     "sequence": Case(lambda bomb: numbers(0, 60, bomb), DATA, epoch=ids(0, 60)),
-    "arrow in memory": Case(lambda b: ms.from_dataset(arrow(0, 60, mapped=False)).map(Bomb(b)), DATA, epoch=ids(0, 60)),
+    "arrow in memory": Case(
+        lambda b: ms.from_dataset(arrow(0, 60, mapped=False)).map(Bomb(b)), DATA, epoch=ids(0, 60)
+    ),
     "arrow mapped, shuffled": Case(
-        lambda b: ms.from_dataset(arrow(0, 60, mapped=True)).shuffle(7).map(Bomb(b)), DATA, epoch=ids(0, 60)
+        lambda b: ms.from_dataset(arrow(0, 60, mapped=True)).shuffle(7).map(Bomb(b)),
+        DATA,
+        epoch=ids(0, 60),
     ),
     "arrow formatted": Case(
-        lambda b: ms.from_dataset(arrow(0, 60, mapped=True).select_columns(["id"]).with_format("torch")).map(Bomb(b)),
+        lambda b: ms.from_dataset(
+            arrow(0, 60, mapped=True).select_columns(["id"]).with_format("torch")
+        ).map(Bomb(b)),
         DATA,
         epoch=ids(0, 60),
     ),
     "parquet, window shuffle": Case(
-        lambda b: ms.read_parquet(parquet(0, 60)).shuffle(2, window_blocks=3).map(Bomb(b)), DATA, epoch=ids(0, 60)
+        lambda b: ms.read_parquet(parquet(0, 60)).shuffle(2, window_blocks=3).map(Bomb(b)),
+        DATA,
+        epoch=ids(0, 60),
     ),
     "json lines": Case(lambda b: ms.read_json(jsonl(0, 60)).map(Bomb(b)), DATA, epoch=ids(0, 60)),
-    "json lines gz": Case(lambda b: ms.read_json(jsonl_gz(0, 72, 12)).map(Bomb(b)), DATA, epoch=ids(0, 72)),
+    "json lines gz": Case(
+        lambda b: ms.read_json(jsonl_gz(0, 72, 12)).map(Bomb(b)), DATA, epoch=ids(0, 72)
+    ),
     "iterable": Case(
-        lambda b: ms.from_iterable(Shards(0, 72, 12), name="data", num_shards=12).map(Bomb(b)), DATA, epoch=ids(0, 72)
+        lambda b: ms.from_iterable(Shards(0, 72, 12), name="data", num_shards=12).map(Bomb(b)),
+        DATA,
+        epoch=ids(0, 72),
     ),
     "iterable stride": Case(
-        lambda b: ms.from_iterable(Shards(0, 72, 1), name="data", split="stride").map(Bomb(b)), DATA, epoch=ids(0, 72)
+        lambda b: ms.from_iterable(Shards(0, 72, 1), name="data", split="stride").map(Bomb(b)),
+        DATA,
+        epoch=ids(0, 72),
     ),
-    "hub stream": Case(lambda b: ms.from_dataset(hub_stream(0, 72)).map(Bomb(b)), DATA, epoch=ids(0, 72)),
+    "hub stream": Case(
+        lambda b: ms.from_dataset(hub_stream(0, 72)).map(Bomb(b)), DATA, epoch=ids(0, 72)
+    ),
     # nodes
     "shuffle": Case(lambda b: numbers(0, 60, b).shuffle(5), DATA, epoch=ids(0, 60)),
-    "buffered shuffle": Case(lambda b: numbers(0, 90, b).shuffle(5, buffer_size=30), DATA, 34, ids(0, 90)),
+    "buffered shuffle": Case(
+        lambda b: numbers(0, 90, b).shuffle(5, buffer_size=30), DATA, 34, ids(0, 90)
+    ),
     "interleave": Case(mix, TWO),
     "interleave all": Case(lambda b: mix(b, stopping_strategy="all_exhausted"), TWO),
     "interleave once": Case(
-        lambda b: mix(b, stopping_strategy="all_exhausted_without_replacement"), TWO, epoch=ids(0, 90) + ids(1, 60)
+        lambda b: mix(b, stopping_strategy="all_exhausted_without_replacement"),
+        TWO,
+        epoch=ids(0, 90) + ids(1, 60),
     ),
     "interleave streams": Case(stream_mix, TWO, shifts=True),
-    "interleave streams all": Case(lambda b: stream_mix(b, stopping_strategy="all_exhausted"), TWO, shifts=True),
+    "interleave streams all": Case(
+        lambda b: stream_mix(b, stopping_strategy="all_exhausted"), TWO, shifts=True
+    ),
     "interleave streams once": Case(
         lambda b: stream_mix(b, stopping_strategy="all_exhausted_without_replacement"),
         TWO,
@@ -395,14 +447,18 @@ CASES: dict[str, Case] = {
         shifts=True,
     ),
     "interleave zero weight": Case(
-        lambda b: ms.interleave({"web": numbers(0, 60, b), "code": numbers(1, 60, b)}, {"web": 1, "code": 0}),
+        lambda b: ms.interleave(
+            {"web": numbers(0, 60, b), "code": numbers(1, 60, b)}, {"web": 1, "code": 0}
+        ),
         TWO,
         epoch=ids(0, 60),
     ),
     "interleave schedule": Case(planned, TWO),
     "interleave schedule all": Case(lambda b: planned(b, stopping_strategy="all_exhausted"), TWO),
     "interleave schedule once": Case(
-        lambda b: planned(b, stopping_strategy="all_exhausted_without_replacement"), TWO, epoch=ids(0, 90) + ids(1, 60)
+        lambda b: planned(b, stopping_strategy="all_exhausted_without_replacement"),
+        TWO,
+        epoch=ids(0, 90) + ids(1, 60),
     ),
     "interleave schedule streams": Case(lambda b: planned(b, True), TWO, shifts=True),
     "interleave schedule streams all": Case(
@@ -415,7 +471,9 @@ CASES: dict[str, Case] = {
         shifts=True,
     ),
     "interleave by tokens": Case(measured, TWO, shifts=True),
-    "interleave by tokens all": Case(lambda b: measured(b, stopping_strategy="all_exhausted"), TWO, shifts=True),
+    "interleave by tokens all": Case(
+        lambda b: measured(b, stopping_strategy="all_exhausted"), TWO, shifts=True
+    ),
     "interleave by tokens once": Case(
         lambda b: measured(b, stopping_strategy="all_exhausted_without_replacement"),
         TWO,
@@ -456,9 +514,15 @@ CASES: dict[str, Case] = {
         epoch=[r for r in ids(0, 60) if r % 2] + ids(1, 50),
     ),
     "map": Case(lambda b: numbers(0, 60, b).map(to_dict), DATA, epoch=ids(0, 60)),
-    "map rng": Case(lambda b: numbers(0, 50, b).shuffle(1).map(with_noise, with_rng=True), DATA, epoch=ids(0, 50)),
+    "map rng": Case(
+        lambda b: numbers(0, 50, b).shuffle(1).map(with_noise, with_rng=True),
+        DATA,
+        epoch=ids(0, 50),
+    ),
     "map isolated rng": Case(
-        lambda b: numbers(0, 50, b).filter(bool).map(with_global_noise, isolate_rng=True), DATA, epoch=ids(0, 50)[1:]
+        lambda b: numbers(0, 50, b).filter(bool).map(with_global_noise, isolate_rng=True),
+        DATA,
+        epoch=ids(0, 50)[1:],
     ),
     "map refill": Case(
         lambda b: numbers(0, 60, b).map(Bomb(frozenset({7, 31})), on_error="refill").batch(4),
@@ -473,10 +537,15 @@ CASES: dict[str, Case] = {
     "filter": Case(lambda b: numbers(0, 90, b).shuffle(1).filter(is_odd), DATA, epoch=ODD),
     "flat_map": Case(lambda b: numbers(0, 60, b).flat_map(copies), DATA, 17, COPIES),
     "flat_map twice": Case(
-        lambda b: numbers(0, 60, b).flat_map(copies).flat_map(lambda s: [s, s]), DATA, 34, sorted(COPIES * 2)
+        lambda b: numbers(0, 60, b).flat_map(copies).flat_map(lambda s: [s, s]),
+        DATA,
+        34,
+        sorted(COPIES * 2),
     ),
     "map batched": Case(
-        lambda b: numbers(0, 60, b).shuffle(1).map(to_dict).map(doubled, batched=True, batch_size=7),
+        lambda b: (
+            numbers(0, 60, b).shuffle(1).map(to_dict).map(doubled, batched=True, batch_size=7)
+        ),
         DATA,
         14,
         ids(0, 60),
@@ -484,7 +553,10 @@ CASES: dict[str, Case] = {
     ),
     "map batched, fewer": Case(
         lambda b: (
-            numbers(0, 60, b).map(to_dict).map(first_of_pairs, batched=True, batch_size=2).batch(3, collate_fn=list)
+            numbers(0, 60, b)
+            .map(to_dict)
+            .map(first_of_pairs, batched=True, batch_size=2)
+            .batch(3, collate_fn=list)
         ),
         DATA,
         10,
@@ -526,7 +598,9 @@ CASES: dict[str, Case] = {
         0,
         ids(0, 60),
     ),
-    "repeat": Case(lambda b: numbers(0, 30, b).shuffle(2).repeat(3), DATA, epoch=sorted(ids(0, 30) * 3)),
+    "repeat": Case(
+        lambda b: numbers(0, 30, b).shuffle(2).repeat(3), DATA, epoch=sorted(ids(0, 30) * 3)
+    ),
     "repeat stream": Case(
         lambda b: numbers(0, 60, b).shuffle(2).filter(is_odd).repeat(3),
         DATA,
@@ -534,35 +608,55 @@ CASES: dict[str, Case] = {
     ),
     "track": Case(lambda b: tracked(numbers(0, 60, b).shuffle(1)), DATA, epoch=ids(0, 60)),
     "track below a batch": Case(lambda b: tracked(mix(b)).shuffle(2).map(to_dict).batch(4), TWO),
-    "track above a batch": Case(lambda b: tracked(numbers(0, 62, b).map(to_dict).batch(4)), DATA, epoch=ids(0, 62)),
+    "track above a batch": Case(
+        lambda b: tracked(numbers(0, 62, b).map(to_dict).batch(4)), DATA, epoch=ids(0, 62)
+    ),
     "track stream": Case(lambda b: tracked(numbers(0, 90, b).filter(is_odd)), DATA, epoch=ODD),
     "track under a buffer": Case(
         lambda b: tracked(stream_mix(b)).shuffle(3, buffer_size=25).batch(4), TWO, 90, shifts=True
     ),
     "track packed": Case(
-        lambda b: tracked(numbers(0, 60, b).shuffle(1)).map(document).pack(8), DATA, 25, shifts=True, cuts=True
+        lambda b: tracked(numbers(0, 60, b).shuffle(1)).map(document).pack(8),
+        DATA,
+        25,
+        shifts=True,
+        cuts=True,
     ),
     "take": Case(lambda b: numbers(0, 90, b).shuffle(2).take(55), DATA),
     "take stream": Case(lambda b: numbers(0, 90, b).filter(not_third).take(41), DATA, shifts=True),
     "skip": Case(lambda b: numbers(0, 60, b).skip(11), DATA, epoch=ids(0, 60)[11:]),
     "skip stream": Case(lambda b: numbers(0, 90, b).filter(not_third).skip(17), DATA, shifts=True),
-    "batch": Case(lambda b: numbers(0, 62, b).shuffle(1).map(to_dict).batch(4), DATA, epoch=ids(0, 62)),
+    "batch": Case(
+        lambda b: numbers(0, 62, b).shuffle(1).map(to_dict).batch(4), DATA, epoch=ids(0, 62)
+    ),
     "batch stream": Case(lambda b: numbers(0, 90, b).filter(is_odd).batch(4), DATA, epoch=ODD),
     "batch stream drop_last": Case(
         lambda b: numbers(0, 90, b).filter(is_odd).batch(4, drop_last=True), DATA, shifts=True
     ),
     "batch pad": Case(
-        lambda b: numbers(0, 60, b).map(ragged).batch(4, collate_fn=ms.pad(multiple=4)), DATA, epoch=ids(0, 60)
-    ),
-    "batch of batches": Case(
-        lambda b: numbers(0, 60, b).batch(3, collate_fn=list).filter(bool_of).batch(2, collate_fn=list),
+        lambda b: numbers(0, 60, b).map(ragged).batch(4, collate_fn=ms.pad(multiple=4)),
         DATA,
         epoch=ids(0, 60),
     ),
-    "pack concat": Case(lambda b: numbers(0, 60, b).shuffle(1).map(document).pack(8), DATA, 25, shifts=True, cuts=True),
+    "batch of batches": Case(
+        lambda b: (
+            numbers(0, 60, b).batch(3, collate_fn=list).filter(bool_of).batch(2, collate_fn=list)
+        ),
+        DATA,
+        epoch=ids(0, 60),
+    ),
+    "pack concat": Case(
+        lambda b: numbers(0, 60, b).shuffle(1).map(document).pack(8),
+        DATA,
+        25,
+        shifts=True,
+        cuts=True,
+    ),
     "pack concat, columns": Case(
         lambda b: (
-            numbers(0, 60, b).map(document).pack(8, columns=["kind"], mask="trained", overflow="truncate", last="drop")
+            numbers(0, 60, b)
+            .map(document)
+            .pack(8, columns=["kind"], mask="trained", overflow="truncate", last="drop")
         ),
         DATA,
         40,
@@ -570,13 +664,21 @@ CASES: dict[str, Case] = {
         cuts=True,
     ),
     "pack concat, dropped": Case(
-        lambda b: numbers(0, 60, b).map(document).pack(8, overflow="drop").batch(2), DATA, 60, shifts=True, cuts=True
+        lambda b: numbers(0, 60, b).map(document).pack(8, overflow="drop").batch(2),
+        DATA,
+        60,
+        shifts=True,
+        cuts=True,
     ),
     "pack concat two, filtered": Case(
         lambda b: two_documents(b).pack(8).filter(not_third), TWO, 40, shifts=True, cuts=True
     ),
     "pack concat under a buffer": Case(
-        lambda b: two_documents(b).pack(8).shuffle(3, buffer_size=8), TWO, 90, shifts=True, cuts=True
+        lambda b: two_documents(b).pack(8).shuffle(3, buffer_size=8),
+        TWO,
+        90,
+        shifts=True,
+        cuts=True,
     ),
     "pack fit": Case(
         lambda b: numbers(0, 90, b).shuffle(3).map(document).pack(8, mode="fit", window=7),
@@ -586,14 +688,24 @@ CASES: dict[str, Case] = {
         cuts=True,
     ),
     "pack fit, at once": Case(
-        lambda b: numbers(0, 60, b).map(document).pack(8, mode="fit", window=5, min_fill=0.0, overflow="drop"),
+        lambda b: (
+            numbers(0, 60, b)
+            .map(document)
+            .pack(8, mode="fit", window=5, min_fill=0.0, overflow="drop")
+        ),
         DATA,
         10,
         shifts=True,
     ),
     "pack fit, truncated": Case(
         lambda b: two_documents(b).pack(
-            8, mode="fit", window=7, overflow="truncate", last="drop", columns=["kind"], separator=[5, 6]
+            8,
+            mode="fit",
+            window=7,
+            overflow="truncate",
+            last="drop",
+            columns=["kind"],
+            separator=[5, 6],
         ),
         TWO,
         36,
@@ -628,7 +740,9 @@ CASES: dict[str, Case] = {
         lambda b: stream_mix(b).shuffle(3, buffer_size=25).batch(4), TWO, 90, shifts=True
     ),
     "two buffered shuffles": Case(
-        lambda b: numbers(0, 90, b).shuffle(1, buffer_size=20).flat_map(copies).shuffle(2, buffer_size=16),
+        lambda b: (
+            numbers(0, 90, b).shuffle(1, buffer_size=20).flat_map(copies).shuffle(2, buffer_size=16)
+        ),
         DATA,
         80,
         shifts=True,

@@ -8,9 +8,13 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-# The same examples in every CI run, so that it can be repeated; new ones on each run by hand, which is where they are sought.
-# How long an example takes says more of the machine than of the code: nothing fails for it.
-patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+# The same examples in every CI run, so that it can be repeated; new ones on each run by hand, which
+# is where they are sought. How long an example takes says more of the machine than of the code:
+# nothing fails for it.
+patient = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
 settings.register_profile("hand", **patient)
 settings.register_profile("ci", derandomize=True, **patient)
 settings.load_profile("ci" if os.environ.get("CI") else "hand")

@@ -1,4 +1,6 @@
-"""Starts programs in forks of an interpreter that has imported already what they need: importing a trainer takes seconds."""
+"""Starts programs in forks of an interpreter that has imported already what they need: importing a
+trainer takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,22 @@ class Nursery:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
         )
         atexit.register(self.process.communicate)
 
     def run(
-        self, program: list[str], environments: list[dict[str, str]], errors: Path, timeout: float = 240, **more: Any
+        self,
+        program: list[str],
+        environments: list[dict[str, str]],
+        errors: Path,
+        timeout: float = 240,
+        **more: Any,
     ) -> list[int]:
         """Run a program in a process for each environment; their exit statuses, in that order.
 
@@ -48,10 +60,17 @@ class Nursery:
             environments: What each has more in its environment.
             errors: A file for what they print to stderr.
             timeout: Seconds after which all are killed, and this fails.
-            **more: ``out``, a file for what they print; ``cwd``, where they run; ``store``, that ranks are to meet there.
+            **more: ``out``, a file for what they print; ``cwd``, where they run; ``store``, that
+            ranks are to meet there.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
-        order = {"program": program, "environments": environments, "errors": str(errors), "timeout": timeout, **more}
+        order = {
+            "program": program,
+            "environments": environments,
+            "errors": str(errors),
+            "timeout": timeout,
+            **more,
+        }
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
@@ -93,7 +112,8 @@ def _serve() -> None:
 def _host() -> tuple[int, dict[str, str]]:
     """A process with the store in which ranks find each other, as torchrun's agent has it, and what they need to know.
 
-    Not in rank 0: the store of one that forks workers meets their copies of its connections, and turns in circles.
+    Not in rank 0: the store of one that forks workers meets their copies of its connections, and
+    turns in circles.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -107,11 +127,20 @@ def _host() -> tuple[int, dict[str, str]]:
     os.close(writer)
     port = os.read(reader, 99).decode()
     os.close(reader)
-    return child, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return child, {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
 
 def _become(
-    environment: dict[str, str], program: list[str], errors: str, out: str = "", cwd: str = "", **_: Any
+    environment: dict[str, str],
+    program: list[str],
+    errors: str,
+    out: str = "",
+    cwd: str = "",
+    **_: Any,
 ) -> None:
     """Be that program to the end of this process, whose interpreter then ends as any other."""
     for file, number in ((out, 1), (errors, 2)):

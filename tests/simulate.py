@@ -1,4 +1,6 @@
-"""Many ranks and workers in one process: what the loaders of a whole cluster do, without a single process more."""
+"""Many ranks and workers in one process: what the loaders of a whole cluster do, without a single
+process more.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class _Workers:
         runner.frozen = True  # no process was forked, so there is nothing to freeze
         self.readers: list[Any] = []
         for worker in range(max(1, loader.num_workers)):
-            with mock.patch.object(readers, "get_worker_info", lambda worker=worker: types.SimpleNamespace(id=worker)):
+            with mock.patch.object(
+                readers, "get_worker_info", lambda worker=worker: types.SimpleNamespace(id=worker)
+            ):
                 self.readers.append(iter(runner))
         self.turn = 0
 
@@ -49,7 +53,9 @@ def simulated_workers() -> Iterator[None]:
 
 
 def _first(loader: Any) -> int:
-    """The first batch of the rank in the pass in progress (or, where weights were set, in the one that goes on for it)."""
+    """The first batch of the rank in the pass in progress (or, where weights were set, in the one
+    that goes on for it).
+    """
     if loader._current is not None:
         return int(loader._current.first)
     return first_batch(loader._loaded[0].batches, loader.rank, loader.world_size)
@@ -59,11 +65,13 @@ class Cluster:
     """The loaders of all ranks, in step.
 
     Attributes:
-        steps: What each step handed out since the cluster was made: a list per step, a batch per rank that had one, in the
-            run's order.
+        steps: What each step handed out since the cluster was made: a list per step, a batch per
+            rank that had one, in the run's order.
     """
 
-    def __init__(self, pipeline: ms.Dataset, ranks: int, workers: int, state: Any = None, **options: Any) -> None:
+    def __init__(
+        self, pipeline: ms.Dataset, ranks: int, workers: int, state: Any = None, **options: Any
+    ) -> None:
         self.loaders = [
             ms.DataLoader(pipeline, rank=rank, world_size=ranks, num_workers=workers, **options)
             for rank in range(ranks)

@@ -1,4 +1,6 @@
-"""Accelerate: prepared as it is, told from batch to batch, saved by all ranks and loaded by another number of them."""
+"""Accelerate: prepared as it is, told from batch to batch, saved by all ranks and loaded by another
+number of them.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,13 @@ def sized() -> ms.Dataset:
 
 
 def unsized() -> ms.Dataset:
-    return ms.from_dataset(range(77), name="web").filter(lambda x: x % 4).shuffle(4, buffer_size=96).batch(4).take(15)
+    return (
+        ms.from_dataset(range(77), name="web")
+        .filter(lambda x: x % 4)
+        .shuffle(4, buffer_size=96)
+        .batch(4)
+        .take(15)
+    )
 
 
 PIPELINES = {"sized": sized, "unsized": unsized}
@@ -52,15 +60,24 @@ def test_prepare_takes_the_loader_as_it_is() -> None:
     assert accelerator.prepare(loader) is loader
     assert accelerator.prepare_data_loader(loader) is loader
     assert loader._iterator is None  # no worker was started
-    assert [batch.tolist() for batch in loader] == [batch.tolist() for batch in ms.DataLoader(sized())]
+    assert [batch.tolist() for batch in loader] == [
+        batch.tolist() for batch in ms.DataLoader(sized())
+    ]
     assert (loader.num_workers, loader.prefetch_factor) == (2, 3)
     loader.close()
 
 
 def test_what_is_no_pipeline_of_ours_is_prepared_as_any_loader() -> None:
-    loader = ms.DataLoader(range(8), batch_size=2, sampler=torch.utils.data.SequentialSampler(range(8)))
+    loader = ms.DataLoader(
+        range(8), batch_size=2, sampler=torch.utils.data.SequentialSampler(range(8))
+    )
     prepared = Accelerator(cpu=True).prepare(loader)
-    assert prepared is not loader and [batch.tolist() for batch in prepared] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert prepared is not loader and [batch.tolist() for batch in prepared] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -123,7 +140,9 @@ def test_saved_after_any_step_and_loaded(name: str, tmp_path: Path) -> None:
 
 def test_a_loader_that_is_not_registered_is_missed_when_it_is_saved(tmp_path: Path) -> None:
     for stateful in (False, True):
-        accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=stateful))
+        accelerator = Accelerator(
+            cpu=True, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=stateful)
+        )
         loader = accelerator.prepare(ms.DataLoader(sized()))
         next(iter(loader))
         with pytest.warns(RuntimeWarning, match="register_for_checkpointing"):
@@ -133,11 +152,17 @@ def test_a_loader_that_is_not_registered_is_missed_when_it_is_saved(tmp_path: Pa
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_our_dataset_in_a_loader_of_torchdata(name: str, tmp_path: Path) -> None:
-    """One process: exact, per worker. Accelerate makes a loader of its own, and asks for its state at each batch."""
+    """One process: exact, per worker. Accelerate makes a loader of its own, and asks for its state
+    at each batch.
+    """
 
     def start() -> tuple[Accelerator, Any]:
-        accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True))
-        return accelerator, accelerator.prepare(StatefulDataLoader(PIPELINES[name](), batch_size=None, num_workers=2))
+        accelerator = Accelerator(
+            cpu=True, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True)
+        )
+        return accelerator, accelerator.prepare(
+            StatefulDataLoader(PIPELINES[name](), batch_size=None, num_workers=2)
+        )
 
     accelerator, loader = start()
     seen = []
@@ -152,7 +177,9 @@ def test_our_dataset_in_a_loader_of_torchdata(name: str, tmp_path: Path) -> None
 
 
 def left(rows: int = 54, drop_last: bool = False) -> ms.Dataset:
-    """14 batches, the last one of two samples: two of the last round on three ranks, and one of them short."""
+    """14 batches, the last one of two samples: two of the last round on three ranks, and one of
+    them short.
+    """
     return ms.from_dataset(range(rows), name="web").shuffle(3).batch(4, drop_last=drop_last)
 
 
@@ -190,12 +217,16 @@ def test_it_says_so_where_repeats_are_not_the_last_that_is_gathered() -> None:
     accelerator = Accelerator(cpu=True)
     loader = accelerator.prepare(ms.DataLoader(left(), rank=2, world_size=3, remainder="pad"))
     loader.load_state_dict([loader.state_dict() for loader in two])
-    with pytest.warns(RuntimeWarning, match="2 batches twice.*begun on another number of ranks.*trace"):
+    with pytest.warns(
+        RuntimeWarning, match="2 batches twice.*begun on another number of ranks.*trace"
+    ):
         found = [accelerator.gradient_state.remainder for _ in loader]
     assert found == [-1] * 4 and loader.trace().padded
     loader.set_epoch(1)
     assert [accelerator.gradient_state.remainder for _ in loader][-1] == 6
-    bare = accelerator.prepare(ms.DataLoader(left().repeat(1), rank=0, world_size=3, remainder="pad"))
+    bare = accelerator.prepare(
+        ms.DataLoader(left().repeat(1), rank=0, world_size=3, remainder="pad")
+    )
     with pytest.warns(RuntimeWarning, match="does not end in .batch"):
         assert [accelerator.gradient_state.remainder for _ in bare][-1] == -1
 
@@ -219,7 +250,9 @@ def _gather(folder: str, attempt: str, remainder: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remainder", ["pad", "drop"])
-def test_three_ranks_gather_every_sample_once_in_every_epoch(remainder: str, tmp_path: Path) -> None:
+def test_three_ranks_gather_every_sample_once_in_every_epoch(
+    remainder: str, tmp_path: Path
+) -> None:
     torchrun(__file__, 3, "gather", tmp_path, "run", remainder)
     found = ledgers(tmp_path, "run", 3)
     steps = 5 if remainder == "pad" else 4
@@ -236,7 +269,10 @@ BARE: dict[str, tuple[dict[str, Any], Any]] = {
     # how Accelerate is set, and what is prepared
     "dispatched, saved": ({"use_stateful_dataloader": True}, StatefulDataLoader),
     "dispatched": ({}, torch.utils.data.DataLoader),
-    "each its own": ({"use_stateful_dataloader": True, "dispatch_batches": False}, StatefulDataLoader),
+    "each its own": (
+        {"use_stateful_dataloader": True, "dispatch_batches": False},
+        StatefulDataLoader,
+    ),
     "not prepared": ({}, StatefulDataLoader),
 }
 
@@ -271,14 +307,22 @@ def _bare(folder: str, case: str, workers: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("case", BARE)
-def test_our_dataset_in_another_loader_on_two_ranks_is_refused_or_told(case: str, workers: int, tmp_path: Path) -> None:
+def test_our_dataset_in_another_loader_on_two_ranks_is_refused_or_told(
+    case: str, workers: int, tmp_path: Path
+) -> None:
     printed = torchrun(__file__, 2, "bare", tmp_path, case, workers)
-    one = [x for batch in ms.DataLoader(ms.from_dataset(range(32), name="web").shuffle(3)) for x in batch.tolist()]
+    one = [
+        x
+        for batch in ms.DataLoader(ms.from_dataset(range(32), name="web").shuffle(3))
+        for x in batch.tolist()
+    ]
     for rank, (line,) in enumerate(ledgers(tmp_path, "bare", 2)):
         error, told, batches = line
         first = [x for batch in batches[0] for x in batch] if batches else []
         if case == "dispatched, saved":
-            assert re.search(r"shuffle.* of web.*ahead for 2 ranks.*midstream.DataLoader.*WholeRun", error)
+            assert re.search(
+                r"shuffle.* of web.*ahead for 2 ranks.*midstream.DataLoader.*WholeRun", error
+            )
             assert not told and not batches
             continue
         assert not error and len(told) == (0 if case == "not prepared" and workers else 1)
@@ -287,9 +331,15 @@ def test_our_dataset_in_another_loader_on_two_ranks_is_refused_or_told(case: str
             assert re.search(r"each of 2 ranks reads this dataset \(shuffle.* of web\) whole", text)
             assert first == one
         else:
-            what = "rank 0 for 2 ranks, and saves no position" if case == "dispatched" else "whole on each of 2 ranks"
+            what = (
+                "rank 0 for 2 ranks, and saves no position"
+                if case == "dispatched"
+                else "whole on each of 2 ranks"
+            )
             assert what in told[0] and "midstream.WholeRun(loader)" in told[0]
-            assert first == [x for n in range(rank, 8, 2) for x in one[4 * n : 4 * n + 4]]  # divided by Accelerate
+            assert first == [
+                x for n in range(rank, 8, 2) for x in one[4 * n : 4 * n + 4]
+            ]  # divided by Accelerate
 
 
 def test_who_only_looks_into_a_dataset_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +360,9 @@ def _train(folder: str, name: str, attempt: str, death: str, resume: str) -> Non
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data = RANKS[name]()
-    loader, model, optimizer = accelerator.prepare(ms.DataLoader(data, num_workers=1, lanes=48), model, optimizer)
+    loader, model, optimizer = accelerator.prepare(
+        ms.DataLoader(data, num_workers=1, lanes=48), model, optimizer
+    )
     accelerator.register_for_checkpointing(ms.WholeRun(loader))
     if resume:
         accelerator.load_state(resume)

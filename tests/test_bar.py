@@ -106,7 +106,9 @@ def test_how_many_there_are_is_asked_of_the_items(clock: Clock, terminal: Termin
     assert "looking: 1it" in terminal.getvalue()
 
 
-def test_an_error_and_a_loop_that_is_left_take_the_bar_with_them(clock: Clock, terminal: Terminal) -> None:
+def test_an_error_and_a_loop_that_is_left_take_the_bar_with_them(
+    clock: Clock, terminal: Terminal
+) -> None:
     def fails() -> Iterator[int]:
         yield from items(clock, 3, 2.0)
         raise OSError("gone")
@@ -128,15 +130,21 @@ OFF: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
     "no terminal": lambda patch: patch.setattr(_bar.sys.stderr, "isatty", lambda: False),
     "TQDM_DISABLE": lambda patch: patch.setenv("TQDM_DISABLE", "1"),
     "datasets, by its switch": _switched_off,
-    "datasets, by its variable": lambda patch: patch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "true"),
+    "datasets, by its variable": lambda patch: patch.setenv(
+        "HF_DATASETS_DISABLE_PROGRESS_BARS", "true"
+    ),
     "a worker": lambda patch: patch.setattr(_bar, "get_worker_info", lambda: "one"),
     "another rank": lambda patch: patch.setenv("RANK", "3"),
-    "a child process": lambda patch: patch.setattr(multiprocessing, "parent_process", lambda: "one"),
+    "a child process": lambda patch: patch.setattr(
+        multiprocessing, "parent_process", lambda: "one"
+    ),
 }
 
 
 @pytest.mark.parametrize("why", OFF)
-def test_no_bar_where_nobody_looks(clock: Clock, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+def test_no_bar_where_nobody_looks(
+    clock: Clock, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
     assert len(list(watched(items(clock, 4, 2.0), "looking", 4))) == 4
     assert "looking" in terminal.getvalue()
     terminal.truncate(0)
@@ -170,7 +178,11 @@ def test_tqdm_disable_means_what_it_says(
 
 @pytest.mark.parametrize(("config", "wanted"), [({"IPKernelApp": {}}, True), ({}, False)])
 def test_a_notebook_is_where_someone_looks(
-    clock: Clock, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], wanted: bool
+    clock: Clock,
+    terminal: Terminal,
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, Any],
+    wanted: bool,
 ) -> None:
     monkeypatch.setattr(terminal, "isatty", lambda: False)
     shell = SimpleNamespace(config=config)
@@ -178,7 +190,9 @@ def test_a_notebook_is_where_someone_looks(
     assert _bar._is_wanted() == wanted
 
 
-def test_a_real_worker_shows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+def test_a_real_worker_shows_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: Terminal
+) -> None:
     monkeypatch.setattr(_bar, "_AFTER_S", 0.0)
     ds = ms.from_dataset([1, 2, 3, 4]).map(
         lambda x: (x, os.getpid(), list(watched([x, x], "looking")), _bar._is_wanted())
@@ -189,7 +203,9 @@ def test_a_real_worker_shows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert next(iter(ds))[3]
 
 
-def test_footers_and_lines_are_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+def test_footers_and_lines_are_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: Terminal
+) -> None:
     monkeypatch.setattr(_bar, "_AFTER_S", 0.0)
     for number in range(3):
         pq.write_table(pa.table({"id": [number]}), tmp_path / f"{number}.parquet")

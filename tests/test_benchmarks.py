@@ -1,4 +1,6 @@
-"""The benchmarks: every question still runs, with midstream and torch alone and on little data; their tables are made."""
+"""The benchmarks: every question still runs, with midstream and torch alone and on little data;
+their tables are made.
+"""
 
 from __future__ import annotations
 
@@ -75,10 +77,21 @@ def test_every_stage_can_be_measured(bench, kind, data):
 
 
 def test_the_one_command_records_what_fails_and_goes_on(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.run, "measure", lambda question, one, *rest: {"failed": "told to fail", "took": 0.0})
+    monkeypatch.setattr(
+        bench.run, "measure", lambda question, one, *rest: {"failed": "told to fail", "took": 0.0}
+    )
     monkeypatch.setattr(bench.run, "get_ready", lambda *rest: {})
     bench.run.main(
-        ["--only", "W1,W4", "--tiny", "--no-plots", "--cache", str(tmp_path), "--contestants", "midstream,torch-map"]
+        [
+            "--only",
+            "W1,W4",
+            "--tiny",
+            "--no-plots",
+            "--cache",
+            str(tmp_path),
+            "--contestants",
+            "midstream,torch-map",
+        ]
     )
     results = tmp_path / "results-tiny"
     for name in ("W1", "W4"):

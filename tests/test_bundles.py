@@ -1,4 +1,6 @@
-"""Several envelopes a trip: in order whatever the sizes, nothing is lost, and no worker gets ahead for good."""
+"""Several envelopes a trip: in order whatever the sizes, nothing is lost, and no worker gets ahead
+for good.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from midstream.transport.bundles import MOST, Bundler, Unbundler, begin_anew, ne
 
 
 class Torch:
-    """What torch does with the workers: ``prefetch`` bundles of each asked for, handed out in the order they were asked for."""
+    """What torch does with the workers: ``prefetch`` bundles of each asked for, handed out in the
+    order they were asked for.
+    """
 
     def __init__(self, workers: list[Bundler], prefetch: int) -> None:
         self.workers: list[Bundler | None] = list(workers)
@@ -90,7 +94,9 @@ class Lazy(Torch):
                     self.make(cell)
             self.make(self.asked[0])
             number, found = self.asked.popleft()
-            if found is None and self.workers[number] is not None:  # what else it was asked for is forgotten
+            if (
+                found is None and self.workers[number] is not None
+            ):  # what else it was asked for is forgotten
                 self.workers[number] = None
                 self.asked = deque(cell for cell in self.asked if cell[0] != number)
             self.ask()
@@ -99,10 +105,14 @@ class Lazy(Torch):
         raise StopIteration
 
 
-def through(lists: list[list[Any]], prefetch: int, most_waiting: list[int] | None = None) -> list[Any]:
+def through(
+    lists: list[list[Any]], prefetch: int, most_waiting: list[int] | None = None
+) -> list[Any]:
     """What arrives of these, one list for each worker."""
     totals = new_totals(len(lists), prefetch)
-    workers = [Bundler(iter(each), transport.pack, number, totals) for number, each in enumerate(lists)]
+    workers = [
+        Bundler(iter(each), transport.pack, number, totals) for number, each in enumerate(lists)
+    ]
     reader = Unbundler(Torch(workers, prefetch), len(lists), prefetch, totals)
     found = []
     for parcel in reader:
@@ -128,7 +138,9 @@ def in_turn(lists: list[list[Any]]) -> list[Any]:
 )
 @settings(max_examples=150)
 def test_the_order_is_that_of_turns_whatever_bundles_hold(lengths, prefetch, times, data):
-    lists = [[(worker, number) for number in range(length)] for worker, length in enumerate(lengths)]
+    lists = [
+        [(worker, number) for number in range(length)] for worker, length in enumerate(lengths)
+    ]
     clock = 0.0
 
     def now() -> float:
@@ -155,7 +167,9 @@ def test_a_worker_with_large_batches_does_not_let_the_others_pile_up(monkeypatch
     phases = [large if number // 400 % 2 else small for number in range(6000)]
     waiting: list[int] = []
     found = through([phases, [small] * 6000], 2, waiting)
-    assert [len(each) for each in found] == [len(each) for each in in_turn([phases, [small] * 6000])]
+    assert [len(each) for each in found] == [
+        len(each) for each in in_turn([phases, [small] * 6000])
+    ]
     assert max(waiting) <= 8 * MOST
 
 
@@ -185,8 +199,12 @@ def _phases(worker: int, number: int) -> float:
 @pytest.mark.parametrize(
     ("lengths", "seconds", "size"),
     [
-        pytest.param([20_000, 20_000], _slow, 0, id="a batch is late now and then, the first of its bundle"),
-        pytest.param([20_000, 20_000], lambda *_: 1e-5, bundles._FULL, id="a batch is large now and then"),
+        pytest.param(
+            [20_000, 20_000], _slow, 0, id="a batch is late now and then, the first of its bundle"
+        ),
+        pytest.param(
+            [20_000, 20_000], lambda *_: 1e-5, bundles._FULL, id="a batch is large now and then"
+        ),
         pytest.param([10, 20_000, 20_000], _phases, 0, id="a worker has ended"),
         pytest.param([10, 10, 20_000, 20_000], _phases, 0, id="two workers have ended"),
         pytest.param([5000, 10, 20_000, 9000], _phases, 0, id="they end one after the other"),
@@ -214,7 +232,9 @@ def test_what_waits_does_not_grow_with_the_run(monkeypatch, lengths, seconds, si
     for parcel in reader:
         found.append(parcel.value)
         waiting.append(max(map(len, reader._lines)))
-    assert found == in_turn([[(worker, number) for number in range(length)] for worker, length in enumerate(lengths)])
+    assert found == in_turn(
+        [[(worker, number) for number in range(length)] for worker, length in enumerate(lengths)]
+    )
     assert max(waiting) <= (prefetch + len(lengths) + 2) * MOST
 
 
@@ -232,7 +252,11 @@ def test_quick_batches_travel_together_and_slow_ones_alone(context):
     alone = ms.DataLoader(ds, batch_size=2)
     expected = [batch.tolist() for batch in alone]
     following = [batch.tolist() for batch in alone]
-    options: dict[str, Any] = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": context}
+    options: dict[str, Any] = {
+        "num_workers": 2,
+        "persistent_workers": True,
+        "multiprocessing_context": context,
+    }
     loader = ms.DataLoader(ds, batch_size=2, **options)
     largest = 0
     for epoch in range(2):
@@ -244,7 +268,9 @@ def test_quick_batches_travel_together_and_slow_ones_alone(context):
         assert found == (following if epoch else expected)
     assert largest == MOST
     loader.close()
-    slow = ms.DataLoader(ds.map(_wait), batch_size=2, num_workers=2, multiprocessing_context=context)
+    slow = ms.DataLoader(
+        ds.map(_wait), batch_size=2, num_workers=2, multiprocessing_context=context
+    )
     iterator = iter(slow)
     assert [next(iterator).tolist() for _ in range(20)] == expected[:20]
     assert iterator._inner._size == 1
@@ -254,7 +280,9 @@ def test_quick_batches_travel_together_and_slow_ones_alone(context):
 @pytest.mark.slow
 @pytest.mark.parametrize("hugging_face", [False, True])
 def test_a_source_that_waits_for_the_training_loop_gets_what_it_waits_for(hugging_face):
-    """Each batch is asked for before the row after the next exists: what is made must not wait for it."""
+    """Each batch is asked for before the row after the next exists: what is made must not wait for
+    it.
+    """
     ear, mouth = os.pipe()
 
     def rows() -> Iterator[dict[str, int]]:
@@ -295,7 +323,11 @@ CHANGES = {
     "another list": lambda pieces: pieces[:2],
     "another order": lambda pieces: [pieces[0], pieces[2], pieces[1]],
     "a shape": lambda pieces: [pieces[0].unsqueeze_(0), *pieces[1:]],
-    "other memory": lambda pieces: [pieces[0], _with_data(pieces[1], torch.full((3,), 7)), pieces[2]],
+    "other memory": lambda pieces: [
+        pieces[0],
+        _with_data(pieces[1], torch.full((3,), 7)),
+        pieces[2],
+    ],
     "another dtype": lambda pieces: [pieces[0], _with_data(pieces[1], torch.zeros(3)), pieces[2]],
     "values": lambda pieces: [pieces[0].fill_(9), *pieces[1:]],
     "strides": lambda pieces: [pieces[0], pieces[1].as_strided_((3,), (2,)), pieces[2]],
@@ -313,7 +345,9 @@ def _with_data(tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
 def test_what_somebody_changed_travels_as_it_is(worker, change):
     changed = CHANGES[change](transport.split(torch.arange(9), [2, 3, 4]))
     found = transport.pack([changed]).open()[0]
-    assert [(a.shape, a.dtype, a.tolist()) for a in found] == [(b.shape, b.dtype, b.tolist()) for b in changed]
+    assert [(a.shape, a.dtype, a.tolist()) for a in found] == [
+        (b.shape, b.dtype, b.tolist()) for b in changed
+    ]
 
 
 def test_what_is_there_twice_arrives_as_one(worker):

@@ -1,4 +1,6 @@
-"""The checkpoint format: whatever is damaged, hostile or of another run is a `CheckpointError`, and nothing is loaded."""
+"""The checkpoint format: whatever is damaged, hostile or of another run is a `CheckpointError`, and
+nothing is loaded.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ def _random() -> ms.Dataset:
 
 def _stream() -> ms.Dataset:
     mix = ms.interleave(
-        {"a": ms.from_dataset(range(90), name="a"), "b": ms.from_iterable(lambda: range(50), name="b", split="stride")},
+        {
+            "a": ms.from_dataset(range(90), name="a"),
+            "b": ms.from_iterable(lambda: range(50), name="b", split="stride"),
+        },
         weights={"a": 2, "b": 1},
     )
     return mix.filter(lambda x: x % 3).shuffle(1, buffer_size=40).batch(3, collate_fn=tuple)
@@ -66,7 +71,9 @@ _anything = st.recursive(
     | st.text(max_size=8)
     | st.binary(max_size=4)
     | st.sampled_from([2**31, 2**61, 2**62, 10**30, -1]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -74,7 +81,9 @@ _anything = st.recursive(
 @pytest.mark.parametrize("name", PIPELINES)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_state_with_any_value_in_any_place_is_refused_or_loads(name: str, data: st.DataObject) -> None:
+def test_a_state_with_any_value_in_any_place_is_refused_or_loads(
+    name: str, data: st.DataObject
+) -> None:
     pipeline, state = _saved(name)
     key = data.draw(st.sampled_from(sorted(state)))
     if data.draw(st.booleans()):
@@ -85,7 +94,13 @@ def test_a_state_with_any_value_in_any_place_is_refused_or_loads(name: str, data
 
 
 def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [path, *(found for key, child in inner for found in _paths(child, (*path, key)))]
 
 
@@ -93,9 +108,13 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_forged_lane_is_refused_or_loads(name: str, data: st.DataObject) -> None:
-    """With a check number that fits: whoever forges states gets no other exception out of us either."""
+    """With a check number that fits: whoever forges states gets no other exception out of us
+    either.
+    """
     pipeline, state = _saved(name)
-    key = data.draw(st.sampled_from([key for key, value in sorted(state["lanes"].items()) if value]))
+    key = data.draw(
+        st.sampled_from([key for key, value in sorted(state["lanes"].items()) if value])
+    )
     lane = unseal(state["lanes"][key])
     path = data.draw(st.sampled_from(_paths(lane)[1:]))
     parent = lane
@@ -125,11 +144,26 @@ def test_a_truncated_or_flipped_lane_is_refused(name: str) -> None:
     for at in range(1, len(text)):
         for damaged in (text[:at], text[: at - 1] + chr(ord(text[at - 1]) ^ 1) + text[at:]):
             with pytest.raises(ms.CheckpointError, match=f"lane {key}"):
-                ms.DataLoader(pipeline).load_state_dict({**state, "lanes": {**state["lanes"], key: damaged}})
+                ms.DataLoader(pipeline).load_state_dict(
+                    {**state, "lanes": {**state["lanes"], key: damaged}}
+                )
 
 
 @pytest.mark.parametrize(
-    "state", [1, None, "text", [], [1], [{}], [[]], {"a": 1}, {1: 2}, {"midstream": 99}, [{"midstream": True}]]
+    "state",
+    [
+        1,
+        None,
+        "text",
+        [],
+        [1],
+        [{}],
+        [[]],
+        {"a": 1},
+        {1: 2},
+        {"midstream": 99},
+        [{"midstream": True}],
+    ],
 )
 def test_what_is_no_state_is_refused(state: Any) -> None:
     with pytest.raises(ms.CheckpointError):
@@ -147,7 +181,9 @@ def test_a_missing_rank_and_one_given_twice_are_named() -> None:
     cluster = Cluster(_random(), 3, 0, lanes=12)
     cluster.run(2)
     first, second, third = cluster.states()
-    with pytest.raises(ms.CheckpointError, match="4 of 12 lanes are missing .0001, 0004.*at least one rank"):
+    with pytest.raises(
+        ms.CheckpointError, match="4 of 12 lanes are missing .0001, 0004.*at least one rank"
+    ):
         ms.merge_states([first, third])
     with pytest.raises(ms.CheckpointError, match="lane 0001 is in two of the states"):
         ms.merge_states([first, second, second, third])
@@ -200,7 +236,9 @@ def _nested() -> ms.Dataset:
         for name in ("b", "a", "3", "c d")
     }
     inner = ms.interleave({"x": parts["b"], "y": parts["a"]}, name="mix rows")
-    whole = ms.concatenate([inner.repeat(2), ms.interleave({"z": parts["3"], "w": parts["c d"]}, name="7")])
+    whole = ms.concatenate(
+        [inner.repeat(2), ms.interleave({"z": parts["3"], "w": parts["c d"]}, name="7")]
+    )
     return whole.filter(bool).batch(2).map(len)
 
 
@@ -226,7 +264,9 @@ def test_counts_and_marks_by_number_are_read_back(data: Any) -> None:
         st.sampled_from(known).map("{}/gone".format),
         st.sampled_from(["", "7", "7 rows", "3", "/3", "12/x rows", "a b/c"]),
     )
-    kinds = st.sampled_from(["filtered", "failed a.<lambda>.Error", "dropped", "removed web", "tokens dropped"])
+    kinds = st.sampled_from(
+        ["filtered", "failed a.<lambda>.Error", "dropped", "removed web", "tokens dropped"]
+    )
     key = st.tuples(kinds, path, st.integers(-1, 5)).map(lambda parts: "|".join(map(str, parts)))
     events = data.draw(st.dictionaries(key, st.integers(0, 1 << 60)))
     assert paths.events(json.loads(json.dumps(paths.short_events(events)))) == events

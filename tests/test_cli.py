@@ -41,14 +41,24 @@ def test_help_explains_the_demonstration_and_its_exit_status(
     monkeypatch.setenv("COLUMNS", "120")
     assert status("demo", "--help", monkeypatch=monkeypatch) == 0
     text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)  # typer forces colours in some CI
-    for word in ("SIGKILL", "0 exact, 1 not exact, 2 it could not run", "--steps", "--workers", "--resume-workers"):
+    for word in (
+        "SIGKILL",
+        "0 exact, 1 not exact, 2 it could not run",
+        "--steps",
+        "--workers",
+        "--resume-workers",
+    ):
         assert word in text
     for word in ("--seed", "--kill-at", "--every", "--keep", "--json"):
         assert word in text
 
 
-@pytest.mark.parametrize("arguments", [("nonsense",), ("demo", "--steps", "0"), ("demo", "--wrong")])
-def test_wrong_arguments_exit_with_2(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "arguments", [("nonsense",), ("demo", "--steps", "0"), ("demo", "--wrong")]
+)
+def test_wrong_arguments_exit_with_2(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert status(*arguments, monkeypatch=monkeypatch) == 2
 
 
@@ -87,7 +97,13 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return script
 
 
-WRONG = Verdict(False, 60, 960, 3, ["step 22 of the resumed run: sample 4 differs: expected code[7], found code[9]"])
+WRONG = Verdict(
+    False,
+    60,
+    960,
+    3,
+    ["step 22 of the resumed run: sample 4 differs: expected code[7], found code[9]"],
+)
 
 
 def test_a_difference_is_named_and_exits_with_1(
@@ -128,7 +144,10 @@ def test_a_demonstration_that_cannot_run_says_why_and_exits_with_2(
 ) -> None:
     told += ["a line", RuntimeError("the killed run ended with status 1")]
     assert status("demo", monkeypatch=monkeypatch) == 2
-    assert capsys.readouterr().err == "The demonstration could not run: the killed run ended with status 1\n"
+    assert (
+        capsys.readouterr().err
+        == "The demonstration could not run: the killed run ended with status 1\n"
+    )
 
 
 def test_numbers_that_make_no_demonstration_exit_with_2(
@@ -184,7 +203,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         next(batches)
     ms.checkpoint.save(tmp_path / "run", loader)
     (tmp_path / "b.json").write_text(json.dumps({"trainer": {"loader": loader.state_dict()}}))
-    torch.save({"trainer": {"loader": loader.state_dict()}, "weights": torch.ones(2)}, tmp_path / "b.pt")
+    torch.save(
+        {"trainer": {"loader": loader.state_dict()}, "weights": torch.ones(2)}, tmp_path / "b.pt"
+    )
     yield tmp_path
     sys.modules.pop("cli_pipes", None)
 
@@ -193,7 +214,9 @@ AccelerateIterator = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def told_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> AccelerateIterator:
+def told_by(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> AccelerateIterator:
     """Exit status, output and errors of a command."""
 
     def call(*arguments: str) -> tuple[int, str, str]:
@@ -206,11 +229,19 @@ def told_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("path", ["run", "run/epoch-000000-batch-000000000035", "b.json", "b.pt"])
-def test_inspect_reads_every_kind_of_checkpoint(path: str, place: Path, told_by: AccelerateIterator) -> None:
+def test_inspect_reads_every_kind_of_checkpoint(
+    path: str, place: Path, told_by: AccelerateIterator
+) -> None:
     ended, out, _ = told_by("inspect", path)
     assert ended == 0
     assert f"{path}: epoch 0, 35 batches of it over all ranks, 35 steps; 280 samples in all" in out
-    for words in ("web         198", "48 lanes: 0 to 1 batches each", "batch(batch_size=8)", '"web": 7', "not_third"):
+    for words in (
+        "web         198",
+        "48 lanes: 0 to 1 batches each",
+        "batch(batch_size=8)",
+        '"web": 7',
+        "not_third",
+    ):
         assert words in out
     found = json.loads(told_by("inspect", path, "--json")[1])
     assert (found["batches"], found["progress"]["samples"], len(found["lanes"])) == (35, 280, 48)
@@ -248,7 +279,9 @@ def test_trace_names_the_rows_that_come(place: Path, told_by: AccelerateIterator
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["origins"] for line in lines] == expected
     assert [(line["epoch"], line["batch"]) for line in lines] == [(0, 21), (0, 22), (0, 23)]
-    assert "epoch 0  batch     36  " in told_by("trace", "cli_pipes.py:make", "run", "--steps", "1")[1]
+    assert (
+        "epoch 0  batch     36  " in told_by("trace", "cli_pipes.py:make", "run", "--steps", "1")[1]
+    )
 
 
 def test_trace_goes_on_over_epochs_and_errors(place: Path, told_by: AccelerateIterator) -> None:
@@ -267,9 +300,13 @@ def damaged(place: Path) -> dict[str, str]:
     (place / "lane.json").write_text(
         json.dumps({**state, "lanes": {**state["lanes"], "0003": lane.replace("1", "2", 1)}})
     )
-    (place / "spec.json").write_text(json.dumps({**state, "spec": state["spec"].replace("batch", "patch", 1)}))
+    (place / "spec.json").write_text(
+        json.dumps({**state, "spec": state["spec"].replace("batch", "patch", 1)})
+    )
     (place / "format.json").write_text(json.dumps({**state, "midstream": 99}))
-    (place / "key.json").write_text(json.dumps({key: value for key, value in state.items() if key != "epoch"}))
+    (place / "key.json").write_text(
+        json.dumps({key: value for key, value in state.items() if key != "epoch"})
+    )
     (place / "kind.json").write_text(json.dumps({**state, "batches": "many"}))
     (place / "cut.json").write_text(json.dumps(state)[:-20])
     (place / "none.json").write_text("{}")
@@ -301,7 +338,11 @@ def damaged(place: Path) -> dict[str, str]:
 
 def test_what_cannot_be_read_is_told_in_words(place: Path, told_by: AccelerateIterator) -> None:
     for file, words in damaged(place).items():
-        for command in (("inspect", file), ("diff", "a.json", file), ("trace", "cli_pipes:make", file)):
+        for command in (
+            ("inspect", file),
+            ("diff", "a.json", file),
+            ("trace", "cli_pipes:make", file),
+        ):
             ended, out, err = told_by(*command)
             assert (ended, out) == (2, ""), f"{command}: {out}{err}"
             assert words in err, f"{command}: {err}"
@@ -311,7 +352,9 @@ def test_what_cannot_be_read_is_told_in_words(place: Path, told_by: AccelerateIt
     assert "has no 'train.loader'" in told_by("inspect", "two.json", "--key", "train.loader")[2]
 
 
-def test_trace_of_another_pipeline_shows_the_difference(place: Path, told_by: AccelerateIterator) -> None:
+def test_trace_of_another_pipeline_shows_the_difference(
+    place: Path, told_by: AccelerateIterator
+) -> None:
     ended, _, err = told_by("trace", "cli_pipes:other", "a.json")
     assert ended == 2
     assert "shuffle 'web': seed 1 → 2" in err
@@ -327,13 +370,17 @@ def test_trace_of_another_pipeline_shows_the_difference(place: Path, told_by: Ac
         ("cli_pipes:number", "found int"),
     ],
 )
-def test_verify_of_what_is_not_there(target: str, words: str, place: Path, told_by: AccelerateIterator) -> None:
+def test_verify_of_what_is_not_there(
+    target: str, words: str, place: Path, told_by: AccelerateIterator
+) -> None:
     ended, _, err = told_by("verify", target)
     assert ended == 2
     assert words in err
 
 
-def test_verify_finds_what_is_exact_and_what_is_not(place: Path, told_by: AccelerateIterator) -> None:
+def test_verify_finds_what_is_exact_and_what_is_not(
+    place: Path, told_by: AccelerateIterator
+) -> None:
     quick = ("--no-kill", "--workers", "0", "--steps", "24")
     ended, out, _ = told_by("verify", "cli_pipes:make", *quick)
     assert ended == 0, out

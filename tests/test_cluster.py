@@ -1,4 +1,6 @@
-"""The honest test: torchrun, gloo and DDP, killed in every way there is, on other ranks and workers each time."""
+"""The honest test: torchrun, gloo and DDP, killed in every way there is, on other ranks and workers
+each time.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,16 @@ from train_ranks import PIPELINES
 HERE = Path(__file__).parent
 
 
-def _start(name: str, folder: Path, attempt: int, ranks: int, workers: int, death: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+def _start(
+    name: str, folder: Path, attempt: int, ranks: int, workers: int, death: str
+) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+    ]
     command += [str(HERE / "train_ranks.py"), name, str(folder / f"ledger-{attempt}"), death]
     command += [
         f"--root={folder / 'checkpoints'}",
@@ -32,21 +42,29 @@ def _start(name: str, folder: Path, attempt: int, ranks: int, workers: int, deat
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(folder / f"log-{attempt}", "w") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True)
+        return subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
+        )
 
 
 def _lines(folder: Path, attempt: int) -> list[Any]:
     """``[step, epoch, n, ids]`` of all ranks, in the run's order."""
     lines = []
     for file in folder.glob(f"ledger-{attempt}-*.jsonl"):
-        lines += [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines += [
+            json.loads(line)
+            for line in file.read_text().splitlines(keepends=True)
+            if line.endswith("\n")
+        ]
     return sorted(lines)
 
 
 def _wait_for_step(folder: Path, attempt: int, step: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while not any(line[0] >= step for line in _lines(folder, attempt)):
-        assert process.poll() is None and time.monotonic() < deadline, (folder / f"log-{attempt}").read_text()[-3000:]
+        assert process.poll() is None and time.monotonic() < deadline, (
+            folder / f"log-{attempt}"
+        ).read_text()[-3000:]
         time.sleep(0.05)
 
 
@@ -56,7 +74,13 @@ def test_killed_in_every_way_on_changing_topologies_every_sample_is_trained_exac
     name: str, tmp_path: Path
 ) -> None:
     pipeline = PIPELINES[name]()
-    attempts = [(2, 2, "term:0:8"), (2, 2, "step:1:17"), (3, 1, "write:0:25"), (1, 2, "worker:0:33"), (2, 0, "none")]
+    attempts = [
+        (2, 2, "term:0:8"),
+        (2, 2, "step:1:17"),
+        (3, 1, "write:0:25"),
+        (1, 2, "worker:0:33"),
+        (2, 0, "none"),
+    ]
     resumed = []
     for attempt, (ranks, workers, death) in enumerate(attempts):
         newest = ms.checkpoint.latest(tmp_path / "checkpoints")
@@ -75,7 +99,8 @@ def test_killed_in_every_way_on_changing_topologies_every_sample_is_trained_exac
         assert (status == 0) == (death == "none") or death.startswith("term"), log[-3000:]
         if death.startswith("worker"):
             assert "worker 0" in log and "was killed by SIGKILL" in log
-    # What was trained and not rolled back: of each attempt, up to the step from which the next one went on.
+    # What was trained and not rolled back: of each attempt, up to the step from which the next one
+    # went on.
     committed = []
     for attempt, end in enumerate([*resumed[1:], 10**9]):
         lines = _lines(tmp_path, attempt)
@@ -96,7 +121,11 @@ def test_killed_in_every_way_on_changing_topologies_every_sample_is_trained_exac
     told = last.progress()
     if name == "mixed":
         dropped = sum(told.unattributed.values())
-        assert dropped in (0, 4, 8) and sum(trained.values()) == 2 * 960 - dropped and max(trained.values()) <= 2
+        assert (
+            dropped in (0, 4, 8)
+            and sum(trained.values()) == 2 * 960 - dropped
+            and max(trained.values()) <= 2
+        )
     else:
         trained += Counter(number for batch in last for number in batch["id"].tolist())
         assert trained == Counter({number: 3 for batch in epochs[0] for number in batch})

@@ -1,4 +1,6 @@
-"""What is made of columns is what would be made of samples: values, dtypes, shapes, memory and errors."""
+"""What is made of columns is what would be made of samples: values, dtypes, shapes, memory and
+errors.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "ragged": ms.ragged,
 }
 TYPES = [
-    *(pa.list_(kind) for kind in (pa.int8(), pa.int32(), pa.uint16(), pa.float16(), pa.float32(), pa.float64())),
+    *(
+        pa.list_(kind)
+        for kind in (pa.int8(), pa.int32(), pa.uint16(), pa.float16(), pa.float32(), pa.float64())
+    ),
     pa.large_list(pa.int64()),
     pa.list_(pa.int32(), 3),
     *(pa.int8(), pa.int64(), pa.uint64(), pa.float32(), pa.float64(), pa.bool_(), pa.string()),
@@ -91,7 +96,11 @@ def values(draw: Any, kind: pa.DataType, count: int, nulls: bool, alike: bool) -
         if pa.types.is_boolean(inner):
             return bool(rng.integers(0, 2))
         if pa.types.is_floating(inner):
-            return np.float16(rng.integers(-100, 100) / 4) if inner == pa.float16() else float(rng.integers(-100, 100))
+            return (
+                np.float16(rng.integers(-100, 100) / 4)
+                if inner == pa.float16()
+                else float(rng.integers(-100, 100))
+            )
         return int(rng.integers(0, 100)) if inner != pa.uint64() else int(rng.integers(0, 4)) << 62
 
     def row() -> Any:
@@ -104,7 +113,9 @@ def values(draw: Any, kind: pa.DataType, count: int, nulls: bool, alike: bool) -
 
     rows = [row() for _ in range(count)]
     cut = draw(st.integers(0, count))
-    return pa.chunked_array([pa.array(rows[:cut], kind), pa.array([*rows[:1], *rows[cut:]], kind)[1:]], kind)
+    return pa.chunked_array(
+        [pa.array(rows[:cut], kind), pa.array([*rows[:1], *rows[cut:]], kind)[1:]], kind
+    )
 
 
 @st.composite
@@ -117,13 +128,19 @@ def sources(draw: Any) -> list[Dataset]:
         here = kinds if draw(st.integers(0, 4)) else [draw(st.sampled_from(TYPES)) for _ in kinds]
         rows = draw(st.integers(1, 12))
         names = ["a", "b"][: len(here)] if draw(st.integers(0, 5)) else ["b", "a"][: len(here)]
-        table = pa.table({name: draw(values(kind, rows, nulls, alike)) for name, kind in zip(names, here)})
-        made.append(ms.from_dataset(datasets.Dataset(datasets.table.InMemoryTable(table)), name=f"s{index}"))
+        table = pa.table(
+            {name: draw(values(kind, rows, nulls, alike)) for name, kind in zip(names, here)}
+        )
+        made.append(
+            ms.from_dataset(datasets.Dataset(datasets.table.InMemoryTable(table)), name=f"s{index}")
+        )
     return made
 
 
 @settings(max_examples=150, deadline=None)
-@given(sources(), st.sampled_from(sorted(FUNCTIONS)), st.integers(1, 5), st.booleans(), st.booleans())
+@given(
+    sources(), st.sampled_from(sorted(FUNCTIONS)), st.integers(1, 5), st.booleans(), st.booleans()
+)
 def test_a_batch_of_columns_is_the_batch_of_its_samples(
     parts: list[Dataset], name: str, size: int, mixed: bool, shuffled: bool
 ) -> None:
@@ -144,10 +161,14 @@ def test_a_batch_of_columns_is_the_batch_of_its_samples(
 
 
 def table_of(rows: int) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"id": list(range(rows)), "ids": [list(range(row % 7)) for row in range(rows)]})
+    return datasets.Dataset.from_dict(
+        {"id": list(range(rows)), "ids": [list(range(row % 7)) for row in range(rows)]}
+    )
 
 
-@pytest.mark.parametrize("kind", [pa.bool_(), pa.int8(), pa.uint64(), pa.float16(), pa.float32(), pa.float64()])
+@pytest.mark.parametrize(
+    "kind", [pa.bool_(), pa.int8(), pa.uint64(), pa.float16(), pa.float32(), pa.float64()]
+)
 @pytest.mark.parametrize("picked", [5, 60])
 def test_numbers_of_many_small_chunks_are_those_of_one(kind: pa.DataType, picked: int) -> None:
     values = np.random.default_rng(0).integers(0, 100, 60).astype(kind.to_pandas_dtype())
@@ -157,7 +178,12 @@ def test_numbers_of_many_small_chunks_are_those_of_one(kind: pa.DataType, picked
     rows = np.random.default_rng(1).permutation(60)[:picked]
     for column in (pa.chunked_array(chunks), pa.chunked_array([pa.array(values, kind)])):
         for repeats in (1, 10):  # few rows of each chunk, and many
-            found = TableReader(pa.table({"x": column})).columns(np.tile(rows, repeats)).columns[0].array
+            found = (
+                TableReader(pa.table({"x": column}))
+                .columns(np.tile(rows, repeats))
+                .columns[0]
+                .array
+            )
             assert found is not None and found.dtype == values.dtype
             assert found.tolist() == np.tile(values[rows], repeats).tolist()
 
@@ -203,8 +229,14 @@ def test_a_row_that_cannot_be_read_is_a_hole_among_columns() -> None:
     assert [type(item) is tuple for item in outcome(ds.batch(3))] == [True, False]
 
 
-def test_views_of_a_row_group_that_leaves_the_cache_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pq.write_table(pa.table({"ids": [[row] * 50 for row in range(60)]}), tmp_path / "x.parquet", row_group_size=10)
+def test_views_of_a_row_group_that_leaves_the_cache_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(
+        pa.table({"ids": [[row] * 50 for row in range(60)]}),
+        tmp_path / "x.parquet",
+        row_group_size=10,
+    )
     monkeypatch.setattr(midstream.sources.row_groups, "CACHE_BYTES", 1)
     ds = ms.read_parquet(str(tmp_path / "x.parquet"))
     rows = bind(ds.node).rows(np.arange(60)[::-1].copy(), epoch_key(0), np.array([0]))
@@ -238,9 +270,17 @@ def test_flat_and_ragged_refuse_what_is_no_sequence(verb: str) -> None:
 
 def test_flat_and_ragged_take_arrays_tensors_and_lists() -> None:
     samples: list[Any] = [[1, 2], [], [3]]
-    for kind in (lambda x: x, lambda x: np.array(x, np.int32), lambda x: torch.tensor(x, dtype=torch.int16)):
+    for kind in (
+        lambda x: x,
+        lambda x: np.array(x, np.int32),
+        lambda x: torch.tensor(x, dtype=torch.int16),
+    ):
         tensor, lengths, running = ms.flat(list(map(kind, samples)), cu_seqlens=True)
-        assert (tensor.tolist(), lengths.tolist(), running.tolist()) == ([1, 2, 3], [2, 0, 1], [0, 2, 2, 3])
+        assert (tensor.tolist(), lengths.tolist(), running.tolist()) == (
+            [1, 2, 3],
+            [2, 0, 1],
+            [0, 2, 2, 3],
+        )
         assert [each.tolist() for each in ms.ragged(list(map(kind, samples)))] == samples
     wide = ms.flat([{"x": np.ones((2, 3), np.float32)}, {"x": np.zeros((0, 3), np.float32)}])
     assert wide["x"].shape == (2, 3)
@@ -261,18 +301,24 @@ def deliveries(ds: Dataset, lane: Lane, state: Any = None, most: int = 10_000) -
         except StopIteration:
             break
         after = json.loads(json.dumps(delivery.iterator.state_dict()))
-        found.append((whole(sample), as_origin_array(origins).tolist(), after, dict(lane.ledger.events)))
+        found.append(
+            (whole(sample), as_origin_array(origins).tolist(), after, dict(lane.ledger.events))
+        )
     return [*found, dict(lane.ledger.events)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    sizes=st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 40]), min_size=1, max_size=80),
+    sizes=st.lists(
+        st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 40]), min_size=1, max_size=80
+    ),
     seq_len=st.sampled_from([1, 4, 8, 16]),
     overflow=st.sampled_from(["split", "truncate", "drop"]),
     last=st.sampled_from(["pad", "drop"]),
     separator=st.sampled_from([None, 7, [1 << 40, 7]]),
-    mode=st.sampled_from([{"mode": "concat"}, {"mode": "fit", "window": 7}, {"mode": "fit", "min_fill": 0.0}]),
+    mode=st.sampled_from(
+        [{"mode": "concat"}, {"mode": "fit", "window": 7}, {"mode": "fit", "min_fill": 0.0}]
+    ),
     lane=st.sampled_from([(0, 1, 1), (0, 1, 8), (1, 2, 3), (2, 3, 64)]),
     data=st.data(),
 )
@@ -288,8 +334,15 @@ def test_documents_are_packed_from_columns_as_from_samples(
 ) -> None:
     rows = {"input_ids": [[row] * size for row, size in enumerate(sizes)]}
     types = pa.schema({"input_ids": pa.list_(pa.int32())})
-    source = ms.from_dataset(datasets.Dataset(datasets.table.InMemoryTable(pa.table(rows, types)))).shuffle(1)
-    options = {"overflow": overflow, "last": last, "separator": separator if seq_len > 2 else None, **mode}
+    source = ms.from_dataset(
+        datasets.Dataset(datasets.table.InMemoryTable(pa.table(rows, types)))
+    ).shuffle(1)
+    options = {
+        "overflow": overflow,
+        "last": last,
+        "separator": separator if seq_len > 2 else None,
+        **mode,
+    }
     columns, samples = source.pack(seq_len, **options), source.map(same).pack(seq_len, **options)
     expected = deliveries(samples, Lane(*lane, Ledger()))
     assert deliveries(columns, Lane(*lane, Ledger())) == expected
@@ -305,7 +358,8 @@ def test_rows_that_are_packed_together_are_batched_without_a_copy_and_only_then(
     assert rows[0]["input_ids"].base is None or rows[0]["input_ids"].base.shape[0] == 1
     batches = list(ds.batch(4))
     assert [batch["input_ids"].tolist() for batch in batches[:3]] == [
-        [row["input_ids"].tolist() for row in rows[4 * number : 4 * number + 4]] for number in range(3)
+        [row["input_ids"].tolist() for row in rows[4 * number : 4 * number + 4]]
+        for number in range(3)
     ]
     block, (one, two, three) = rows_of_block((3, 2), np.int64)
     block[:] = np.arange(6).reshape(3, 2)

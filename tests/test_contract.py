@@ -1,7 +1,7 @@
 """The laws, on every row of cases.py: an iterator by itself, in one lane and as one of three.
 
-Those that need nothing but a dataset are in `midstream.testing.laws`, where people who write nodes have them too; here are
-those that know what the rows of cases.py are made of.
+Those that need nothing but a dataset are in `midstream.testing.laws`, where people who write nodes
+have them too; here are those that know what the rows of cases.py are made of.
 """
 
 from __future__ import annotations
@@ -177,7 +177,9 @@ def test_an_error_in_user_code_loses_one_sample(row: str) -> None:
         except ms.SampleError as error:
             errors += 1
             assert error.origin is not None
-            assert BASE * case.sources[error.origin.source] + error.origin.row == victim or is_sharded(row)
+            assert BASE * case.sources[
+                error.origin.source
+            ] + error.origin.row == victim or is_sharded(row)
             assert error.node.split("/")[-1].startswith("map")
             assert "Bomb @ " in error.function
             assert error.error_type == "Boom"
@@ -218,5 +220,6 @@ def test_resume_reads_no_more_than_it_states(row: str) -> None:
         resumed.load_state_dict(state)
         Counted.reads = 0
         next(resumed, None)
-        # The cursor doubles its chunks, so it may have read as much again ahead; a filter reads on until one passes.
+        # The cursor doubles its chunks, so it may have read as much again ahead; a filter reads on
+        # until one passes.
         assert Counted.reads <= 2 * (case.replay + 16)

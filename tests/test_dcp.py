@@ -1,4 +1,6 @@
-"""The loader in torch.distributed.checkpoint: real processes over gloo, saved by two ranks, loaded by one and by three."""
+"""The loader in torch.distributed.checkpoint: real processes over gloo, saved by two ranks, loaded
+by one and by three.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 
 def _random() -> Dataset:
-    sources = {name: ms.from_dataset(range(at, at + 200), name=name) for name, at in (("web", 0), ("code", 1000))}
-    mix = ms.interleave(sources, weights={"web": 2, "code": 1}, stopping_strategy="all_exhausted_without_replacement")
+    sources = {
+        name: ms.from_dataset(range(at, at + 200), name=name)
+        for name, at in (("web", 0), ("code", 1000))
+    }
+    mix = ms.interleave(
+        sources,
+        weights={"web": 2, "code": 1},
+        stopping_strategy="all_exhausted_without_replacement",
+    )
     return mix.shuffle(3).batch(4, collate_fn=tuple)
 
 
 def _stream() -> Dataset:
-    return ms.from_dataset(range(500)).filter(lambda x: x % 7).shuffle(4, buffer_size=90).batch(3, collate_fn=tuple)
+    return (
+        ms.from_dataset(range(500))
+        .filter(lambda x: x % 7)
+        .shuffle(4, buffer_size=90)
+        .batch(3, collate_fn=tuple)
+    )
 
 
 PIPELINES = {"random": _random, "stream": _stream}
@@ -46,7 +60,10 @@ def run_ranks(ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     context = mp.get_context("forkserver")
     answers = context.Queue()
     port = free_port()
-    processes = [context.Process(target=_rank, args=(rank, ranks, port, answers, work, args)) for rank in range(ranks)]
+    processes = [
+        context.Process(target=_rank, args=(rank, ranks, port, answers, work, args))
+        for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     try:
@@ -61,8 +78,12 @@ def run_ranks(ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     return [found[rank] for rank in range(ranks)]
 
 
-def _rank(rank: int, ranks: int, port: int, answers: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
+def _rank(
+    rank: int, ranks: int, port: int, answers: Any, work: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks)
+    )
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
@@ -85,7 +106,9 @@ def _take(loader: ms.DataLoader, steps: int | None) -> list[Any]:
     return batches
 
 
-def _save(rank: int, name: str, steps: int, folder: str, *, asynchronous: bool = False) -> list[Any]:
+def _save(
+    rank: int, name: str, steps: int, folder: str, *, asynchronous: bool = False
+) -> list[Any]:
     loader = ms.DataLoader(PIPELINES[name](), lanes=12, num_workers=1 if name == "stream" else 0)
     batches = _take(loader, steps)
     if asynchronous:
@@ -109,14 +132,18 @@ def _load(rank: int, name: str, folder: str) -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("name", PIPELINES)
-def test_saved_by_two_ranks_loaded_by_one_and_by_three(name: str, asynchronous: bool, tmp_path: Path) -> None:
+def test_saved_by_two_ranks_loaded_by_one_and_by_three(
+    name: str, asynchronous: bool, tmp_path: Path
+) -> None:
     reference = list(ms.DataLoader(PIPELINES[name](), lanes=12))
     first = run_ranks(2, _save_async if asynchronous else _save, name, 3, str(tmp_path))
     before = [batch for step in zip(*first) for batch in step]
     assert before == reference[:6]
     for ranks in (1, 3):
         rest = run_ranks(ranks, _load, name, str(tmp_path))
-        seen = Counter(x for batch in [*before, *(batch for rank in rest for batch in rank)] for x in batch)
+        seen = Counter(
+            x for batch in [*before, *(batch for rank in rest for batch in rank)] for x in batch
+        )
         assert seen == Counter(x for batch in reference for x in batch)
         whole = min(map(len, rest))
         assert [batch for step in zip(*rest) for batch in step] == reference[6 : 6 + ranks * whole]
@@ -143,7 +170,9 @@ def test_ranks_at_different_steps_do_not_load(name: str, tmp_path: Path) -> None
 
 def test_the_template_starts_no_worker_and_names_every_key_that_may_be_needed() -> None:
     for ranks, lanes, keys in ((1, 12, 12), (3, 12, 4), (5, 12, 12)):
-        loader = ms.DataLoader(_random(), lanes=lanes, rank=1 % ranks, world_size=ranks, num_workers=2)
+        loader = ms.DataLoader(
+            _random(), lanes=lanes, rank=1 % ranks, world_size=ranks, num_workers=2
+        )
         template = loader.state_dict()
         assert len(template["lanes"]) == keys
         assert loader._iterator is None
@@ -153,9 +182,17 @@ def test_another_number_of_lanes_says_lanes(tmp_path: Path) -> None:
     loader = ms.DataLoader(_random(), lanes=12)
     dcp.save({"loader": loader}, checkpoint_id=str(tmp_path), no_dist=True)
     with pytest.raises(Exception, match="lanes"):
-        dcp.load({"loader": ms.DataLoader(_random(), lanes=6)}, checkpoint_id=str(tmp_path), no_dist=True)
-    with pytest.raises(BaseException, match=r"Missing key.*lanes\.0012"):  # torch's, and no Exception
-        dcp.load({"loader": ms.DataLoader(_random(), lanes=24)}, checkpoint_id=str(tmp_path), no_dist=True)
+        dcp.load(
+            {"loader": ms.DataLoader(_random(), lanes=6)}, checkpoint_id=str(tmp_path), no_dist=True
+        )
+    with pytest.raises(
+        BaseException, match=r"Missing key.*lanes\.0012"
+    ):  # torch's, and no Exception
+        dcp.load(
+            {"loader": ms.DataLoader(_random(), lanes=24)},
+            checkpoint_id=str(tmp_path),
+            no_dist=True,
+        )
 
 
 _SYNCED = {"sync_end": True, "lanes": 12}
@@ -211,7 +248,11 @@ def _broken(rank: int) -> str:
             raise OSError("the disk is gone")
         yield from range(20, 60)
 
-    batches = iter(ms.DataLoader(ms.from_iterable(fail, name="disk", split="stride").batch(2), lanes=4, sync_end=True))
+    batches = iter(
+        ms.DataLoader(
+            ms.from_iterable(fail, name="disk", split="stride").batch(2), lanes=4, sync_end=True
+        )
+    )
     while True:
         try:
             next(batches)

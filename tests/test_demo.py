@@ -19,11 +19,26 @@ import torch
 
 import midstream as ms
 from midstream.cli import demo
-from midstream.cli.demo import BATCH, Job, Ledger, Verdict, choose_kill, compare, inside_epoch, load, pieces, save
+from midstream.cli.demo import (
+    BATCH,
+    Job,
+    Ledger,
+    Verdict,
+    choose_kill,
+    compare,
+    inside_epoch,
+    load,
+    pieces,
+    save,
+)
 
 
 def midstream(*arguments: str) -> subprocess.CompletedProcess[str]:
-    plain = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "PY_COLORS")}
+    plain = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("FORCE_COLOR", "PY_COLORS")
+    }
     return subprocess.run(
         [sys.executable, "-m", "midstream", *arguments],
         capture_output=True, text=True, timeout=300, check=False, env=plain,
@@ -31,7 +46,9 @@ def midstream(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Processes of this machine whose command line names ``folder``: trainers, and the workers forked from them."""
+    """Processes of this machine whose command line names ``folder``: trainers, and the workers
+    forked from them.
+    """
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -67,11 +84,21 @@ def test_a_killed_job_resumes_exactly_with_another_number_of_workers(
     start = ledgers["resumed"].event("resume")["step"]
     assert start % 7 == 0 < start <= len(ledgers["killed"].steps) < 60
     assert [entry["step"] for entry in ledgers["resumed"].steps] == list(range(start + 1, 61))
-    assert [e["event"] for e in ledgers["resumed"].entries if "event" in e] == ["resume", "first batch", "end"]
+    assert [e["event"] for e in ledgers["resumed"].entries if "event" in e] == [
+        "resume",
+        "first batch",
+        "end",
+    ]
     assert load(tmp_path)["step"] == 56
-    assert [(tmp_path / f"{name}.log").read_text() for name in ledgers] == ["", "", ""]  # not one warning
+    assert [(tmp_path / f"{name}.log").read_text() for name in ledgers] == [
+        "",
+        "",
+        "",
+    ]  # not one warning
     if sys.platform == "linux":
-        deadline = time.monotonic() + 30  # torch's workers look every 5 seconds whether their parent lives
+        deadline = (
+            time.monotonic() + 30
+        )  # torch's workers look every 5 seconds whether their parent lives
         while processes_of(tmp_path) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert processes_of(tmp_path) == []
@@ -79,7 +106,9 @@ def test_a_killed_job_resumes_exactly_with_another_number_of_workers(
 
 @pytest.mark.slow
 def test_json_is_the_verdict_alone() -> None:
-    done = midstream("demo", "--steps", "40", "--every", "9", "--kill-at", "25", "--workers", "0", "--json")
+    done = midstream(
+        "demo", "--steps", "40", "--every", "9", "--kill-at", "25", "--workers", "0", "--json"
+    )
     assert done.returncode == 0, done.stderr
     verdict = json.loads(done.stdout)
     assert (verdict["exact"], verdict["steps"], verdict["differences"]) == (True, 40, [])
@@ -92,7 +121,10 @@ def test_json_is_the_verdict_alone() -> None:
 @pytest.mark.parametrize(
     ("spoil", "word"),
     [
-        (lambda checkpoint, fresh: checkpoint.update(loader=fresh), "the epoch differs|sample 0 differs: expected "),
+        (
+            lambda checkpoint, fresh: checkpoint.update(loader=fresh),
+            "the epoch differs|sample 0 differs: expected ",
+        ),
         (
             lambda checkpoint, fresh: checkpoint["model"]["head.bias"][ord(" ")].add_(1e-3),
             "the loss differs: expected ",
@@ -128,8 +160,12 @@ def in_a_process(job: Job) -> Ledger:
 
 @pytest.mark.slow
 def test_a_training_that_fails_by_itself_is_told_with_its_traceback(tmp_path: Path) -> None:
-    job = Job(str(tmp_path), "resumed", steps=5, workers=0, rows=100, every=2, resume=True)  # from no checkpoint
-    with pytest.raises(RuntimeError, match=r"(?s)the resumed run ended with status 1:.*FileNotFoundError"):
+    job = Job(
+        str(tmp_path), "resumed", steps=5, workers=0, rows=100, every=2, resume=True
+    )  # from no checkpoint
+    with pytest.raises(
+        RuntimeError, match=r"(?s)the resumed run ended with status 1:.*FileNotFoundError"
+    ):
         in_a_process(job)
 
 
@@ -156,11 +192,17 @@ def test_numbers_that_leave_nothing_to_resume_are_refused_before_anything_runs(
 def test_the_kill_is_inside_an_epoch_and_after_a_checkpoint() -> None:
     epochs = [step // 15 for step in range(44)]
     kills = {choose_kill(epochs, 10, random.Random(seed)) for seed in range(200)}
-    # Steps 1 to 15 are epoch 0, 16 to 30 epoch 1. Not the first of an epoch, nor so late that a slow signal is in the next.
+    # Steps 1 to 15 are epoch 0, 16 to 30 epoch 1. Not the first of an epoch, nor so late that a
+    # slow signal is in the next.
     assert kills == {*range(17, 26), *range(32, 40)}
     with pytest.raises(ValueError, match="more steps"):
         choose_kill(epochs, 40, random.Random(0))
-    assert [step for step in range(1, 20) if inside_epoch(epochs, step, 1)] == [*range(2, 14), 17, 18, 19]
+    assert [step for step in range(1, 20) if inside_epoch(epochs, step, 1)] == [
+        *range(2, 14),
+        17,
+        18,
+        19,
+    ]
 
 
 def test_every_piece_has_a_byte_to_predict() -> None:
@@ -209,7 +251,9 @@ WHOLE = [entry(step) for step in range(1, 11)]
 
 
 def verdict(change: Callable[[list[dict[str, Any]], list[dict[str, Any]]], Any]) -> Verdict:
-    """Of a run killed after step 7 and resumed from the checkpoint of step 4, with something changed."""
+    """Of a run killed after step 7 and resumed from the checkpoint of step 4, with something
+    changed.
+    """
     killed, resumed = copy.deepcopy(WHOLE[:7]), copy.deepcopy(WHOLE[4:])
     change(killed, resumed)
     return compare(WHOLE, killed, resumed, 4)
@@ -217,7 +261,13 @@ def verdict(change: Callable[[list[dict[str, Any]], list[dict[str, Any]]], Any])
 
 def test_the_verdict_is_exact_only_when_everything_is_the_same() -> None:
     same = verdict(lambda killed, resumed: None)
-    assert (same.exact, same.steps, same.samples, same.rolled_back, same.differences) == (True, 10, 20, 3, [])
+    assert (same.exact, same.steps, same.samples, same.rolled_back, same.differences) == (
+        True,
+        10,
+        20,
+        3,
+        [],
+    )
 
 
 @pytest.mark.parametrize(
@@ -252,7 +302,10 @@ def test_the_verdict_is_exact_only_when_everything_is_the_same() -> None:
             "step 7 of the killed run: the loss differs: expected 0.14285714285714285, found 0.25",
         ),
         (lambda killed, resumed: resumed.pop(), "after 9 steps: expected step 10, found the end"),
-        (lambda killed, resumed: resumed.append(entry(11)), "after 10 steps: expected the end, found step 11"),
+        (
+            lambda killed, resumed: resumed.append(entry(11)),
+            "after 10 steps: expected the end, found step 11",
+        ),
         (lambda killed, resumed: resumed.pop(0), "after 4 steps: expected step 5, found step 6"),
         (
             lambda killed, resumed: resumed.insert(0, copy.deepcopy(WHOLE[3])),

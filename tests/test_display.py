@@ -1,4 +1,6 @@
-"""What is shown of pipelines, samples and loaders, as text, in a notebook and as pictures; and that looking changes nothing."""
+"""What is shown of pipelines, samples and loaders, as text, in a notebook and as pictures; and that
+looking changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,15 @@ matplotlib.use("Agg")
 
 
 def rows(name: str, count: int) -> ms.Dataset:
-    return ms.from_dataset([{"id": i, "ids": np.arange(i, dtype=np.int32)} for i in range(count)], name=name)
+    return ms.from_dataset(
+        [{"id": i, "ids": np.arange(i, dtype=np.int32)} for i in range(count)], name=name
+    )
 
 
 def mixed() -> ms.Dataset:
-    return ms.interleave({"web": rows("web", 70).shuffle(1), "code": rows("code", 30)}, {"web": 7, "code": 3})
+    return ms.interleave(
+        {"web": rows("web", 70).shuffle(1), "code": rows("code", 30)}, {"web": 7, "code": 3}
+    )
 
 
 def boom(row: dict[str, Any]) -> dict[str, Any]:
@@ -36,11 +42,20 @@ def boom(row: dict[str, Any]) -> dict[str, Any]:
     ("made", "again"),
     [
         (lambda: rows("web", 9).filter(bool), ""),
-        (lambda: rows("web", 9).filter(bool).shuffle(0, buffer_size=4800), "at most 5,400/lanes + 1 inputs of a lane"),
+        (
+            lambda: rows("web", 9).filter(bool).shuffle(0, buffer_size=4800),
+            "at most 5,400/lanes + 1 inputs of a lane",
+        ),
         (lambda: rows("web", 9).flat_map(lambda row: [row]), "at most 16 inputs of a lane"),
         (lambda: rows("web", 9).pack(4, key="ids"), "at most 17 inputs of a lane"),
-        (lambda: rows("web", 9).pack(4, key="ids", mode="fit", window=7), "at most two windows of 7 inputs of a lane"),
-        (lambda: ms.from_iterable(lambda: range(3), name="net"), "the shard in progress, from its start"),
+        (
+            lambda: rows("web", 9).pack(4, key="ids", mode="fit", window=7),
+            "at most two windows of 7 inputs of a lane",
+        ),
+        (
+            lambda: ms.from_iterable(lambda: range(3), name="net"),
+            "the shard in progress, from its start",
+        ),
     ],
 )
 def test_a_stream_says_what_a_resume_reads_again(made: Any, again: str) -> None:
@@ -58,7 +73,14 @@ def test_random_access_says_its_length() -> None:
 
 def test_html_shows_every_node_and_weight_and_escapes() -> None:
     html = mixed().map(lambda row: row).filter(bool)._repr_html_()
-    for text in ("web", "code", "random access, 70", "stream", "weights={web: 7, code: 3}", "&lt;lambda&gt;"):
+    for text in (
+        "web",
+        "code",
+        "random access, 70",
+        "stream",
+        "weights={web: 7, code: 3}",
+        "&lt;lambda&gt;",
+    ):
         assert text in html
     assert "<lambda>" not in html
 
@@ -71,7 +93,9 @@ def test_preview_shows_origins_keys_and_values() -> None:
     lines = str(shown).splitlines()
     assert re.split(r"\s{2,}", lines[0]) == ["origin", "id", "ids"]
     order = [(sample["id"], len(sample["ids"])) for sample in mixed().take(3)]
-    assert [re.split(r"\s{2,}", line)[1] for line in lines[1:]] == [str(number) for number, _ in order]
+    assert [re.split(r"\s{2,}", line)[1] for line in lines[1:]] == [
+        str(number) for number, _ in order
+    ]
     assert all(f"int32[{length}]" in line for line, (_, length) in zip(lines[1:], order))
     assert {origin.partition("[")[0] for origin in shown.origins} <= {"web", "code"}
     html = shown._repr_html_()
@@ -82,9 +106,18 @@ def test_preview_shows_origins_keys_and_values() -> None:
     ("made", "first"),
     [
         (lambda: ms.from_dataset([5, 6], name="n"), ["n[0]", "5"]),
-        (lambda: ms.from_dataset(["a\nb" * 40], name="n"), ["n[0]", "'a\\nba\\nba\\nba\\nba\\nba\\nba\\nba\\…"]),
-        (lambda: ms.from_dataset([torch.zeros(2, 3)], name="n"), ["n[0]", "float32[2, 3] 0.0 0.0 0.0 0.0 0…"]),
-        (lambda: ms.from_dataset(range(9), name="n").batch(4), ["n[0] + 3 more", "int64[4] 0 1 2 3"]),
+        (
+            lambda: ms.from_dataset(["a\nb" * 40], name="n"),
+            ["n[0]", "'a\\nba\\nba\\nba\\nba\\nba\\nba\\nba\\…"],
+        ),
+        (
+            lambda: ms.from_dataset([torch.zeros(2, 3)], name="n"),
+            ["n[0]", "float32[2, 3] 0.0 0.0 0.0 0.0 0…"],
+        ),
+        (
+            lambda: ms.from_dataset(range(9), name="n").batch(4),
+            ["n[0] + 3 more", "int64[4] 0 1 2 3"],
+        ),
         (lambda: ms.from_dataset([list(range(20))], name="n"), ["n[0]", "list[20] 0, 1, 2, 3, …"]),
         (lambda: ms.from_dataset([], name="n"), ["origin", "sample"]),
     ],
@@ -113,7 +146,10 @@ def test_looking_changes_nothing() -> None:
     ms.plot.lengths(ds, "ids", n=50)
     repr(ds), ds._repr_html_()
     assert ds.state_dict() == state
-    assert torch.equal(torch.get_rng_state(), generators[0]) and (np.random.get_state()[1] == generators[1]).all()
+    assert (
+        torch.equal(torch.get_rng_state(), generators[0])
+        and (np.random.get_state()[1] == generators[1]).all()
+    )
     assert begun + [row["id"] for row in iterator] == [
         row["id"] for row in mixed().filter(lambda row: True).shuffle(2, buffer_size=20)
     ]
@@ -133,11 +169,15 @@ def test_preview_wants_a_count() -> None:
 
 def test_a_loader_tells_where_it_stands_and_starts_no_worker() -> None:
     loader = ms.DataLoader(mixed(), 8, num_workers=2, collate_fn=list)
-    assert repr(loader).startswith("DataLoader(batch_size=8, num_workers=2): epoch 0, batch 0 of 13\nbatch(")
+    assert repr(loader).startswith(
+        "DataLoader(batch_size=8, num_workers=2): epoch 0, batch 0 of 13\nbatch("
+    )
     assert loader._iterator is None
     plain = ms.DataLoader(mixed(), 8, collate_fn=list)
     next(iter(plain))
-    assert "epoch 0, batch 1 of 13" in repr(plain) and "epoch 0, batch 1 of 13" in plain._repr_html_()
+    assert (
+        "epoch 0, batch 1 of 13" in repr(plain) and "epoch 0, batch 1 of 13" in plain._repr_html_()
+    )
     stream = ms.DataLoader(mixed().filter(bool), 8, collate_fn=list, rank=1, world_size=2)
     assert repr(stream).startswith(
         "DataLoader(batch_size=8, num_workers=0, rank 1 of 2, 48 lanes): epoch 0, batch 0\nbatch("
@@ -187,8 +227,14 @@ def test_plot_mix_of_one_moment_and_of_a_run() -> None:
         [shares[label.get_text()] for label in bars.get_yticklabels()]
     )
     ax = ms.plot.mix(states)
-    lines = {line.get_label(): line for line in ax.lines if len(line.get_xdata()) and line.get_label() in shares}
-    assert {name: float(line.get_ydata()[-1]) for name, line in lines.items()} == pytest.approx(shares)
+    lines = {
+        line.get_label(): line
+        for line in ax.lines
+        if len(line.get_xdata()) and line.get_label() in shares
+    }
+    assert {name: float(line.get_ydata()[-1]) for name, line in lines.items()} == pytest.approx(
+        shares
+    )
     assert len(lines["web"].get_xdata()) == len(states)
     with pytest.raises(ValueError, match="tokens"):
         ms.plot.mix(states, unit="tokens")

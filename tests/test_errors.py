@@ -1,4 +1,6 @@
-"""Errors: what the user is told, that one sample is lost and no more, and that no checkpoint meets an error twice."""
+"""Errors: what the user is told, that one sample is lost and no more, and that no checkpoint meets
+an error twice.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,16 @@ CONFIGURATIONS = [
 ]
 
 
-def loader(ds: Dataset, workers: int = 0, method: str | None = "fork", **options: Any) -> ms.DataLoader:
+def loader(
+    ds: Dataset, workers: int = 0, method: str | None = "fork", **options: Any
+) -> ms.DataLoader:
     if ds.batch_rows is None:
         options.setdefault("batch_size", 4)
         options.setdefault("collate_fn", list)
     options.setdefault("lanes", 4)
-    return ms.DataLoader(ds, num_workers=workers, multiprocessing_context=method if workers else None, **options)
+    return ms.DataLoader(
+        ds, num_workers=workers, multiprocessing_context=method if workers else None, **options
+    )
 
 
 def drain(iterator: Iterator[Any], limit: int = 1000) -> list[Any]:
@@ -50,7 +56,9 @@ def drain(iterator: Iterator[Any], limit: int = 1000) -> list[Any]:
 def told(found: list[Any]) -> list[Any]:
     """The same with, in the place of an error, the row it names."""
     return [
-        (item.origin.row if item.origin is not None else "batch") if isinstance(item, ms.SampleError) else item
+        (item.origin.row if item.origin is not None else "batch")
+        if isinstance(item, ms.SampleError)
+        else item
         for item in found
     ]
 
@@ -147,7 +155,12 @@ KINDS: dict[int, tuple[Callable[[int], Any], str, str, bool]] = {
     11: (lambda x: raise_(BadStr()), "BadStr", "", False),
     12: (chained, "ValueError", "outer 12", True),
     13: (too_deep, "RecursionError", "maximum recursion depth exceeded", True),
-    14: (lambda x: raise_(OSError(2, "No such file", "x.bin")), "FileNotFoundError", "No such file: 'x.bin'", True),
+    14: (
+        lambda x: raise_(OSError(2, "No such file", "x.bin")),
+        "FileNotFoundError",
+        "No such file: 'x.bin'",
+        True,
+    ),
     15: (lambda x: raise_(AssertionError()), "AssertionError", "", True),
     16: (lambda x: b"\xff".decode("utf-8"), "UnicodeDecodeError", "invalid start byte", True),
 }
@@ -161,10 +174,13 @@ def misbehave(x: int) -> int:
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
 def outcome(request: pytest.FixtureRequest) -> dict[int, ms.SampleError]:
-    """Every kind of exception, met once, with and without workers; samples between them are checked here."""
+    """Every kind of exception, met once, with and without workers; samples between them are checked
+    here.
+    """
     workers, method = request.param
     ds = ms.interleave(
-        {"web": ms.from_dataset(range(20)).map(misbehave), "code": ms.from_dataset([])}, {"web": 1, "code": 0}
+        {"web": ms.from_dataset(range(20)).map(misbehave), "code": ms.from_dataset([])},
+        {"web": 1, "code": 0},
     )
     made = loader(ds, workers, method, batch_size=1)
     found = drain(iter(made))
@@ -182,7 +198,9 @@ def reference() -> dict[int, ms.SampleError]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_error_tells_node_origin_function_type_and_traceback(kind: int, outcome: dict[int, ms.SampleError]) -> None:
+def test_an_error_tells_node_origin_function_type_and_traceback(
+    kind: int, outcome: dict[int, ms.SampleError]
+) -> None:
     error = outcome[kind]
     _, type_, message, carried = KINDS[kind]
     assert type(error) is ms.SampleError
@@ -205,7 +223,9 @@ def test_an_error_tells_node_origin_function_type_and_traceback(kind: int, outco
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_cause_says_what_the_original_said(kind: int, outcome: dict[int, ms.SampleError]) -> None:
+def test_the_cause_says_what_the_original_said(
+    kind: int, outcome: dict[int, ms.SampleError]
+) -> None:
     error = outcome[kind]
     if error.__cause__ is not None:
         assert str(error.__cause__) == error.original_message
@@ -228,12 +248,21 @@ def test_workers_tell_what_the_main_process_tells(
 
 
 @pytest.mark.parametrize("kind", [1, 5, 11])
-def test_a_sample_error_survives_pickling_with_all_it_knows(kind: int, reference: dict[int, ms.SampleError]) -> None:
+def test_a_sample_error_survives_pickling_with_all_it_knows(
+    kind: int, reference: dict[int, ms.SampleError]
+) -> None:
     error = reference[kind]
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is ms.SampleError
     assert str(again) == str(error)
-    for name in ("node", "origin", "function", "error_type", "original_message", "original_traceback"):
+    for name in (
+        "node",
+        "origin",
+        "function",
+        "error_type",
+        "original_message",
+        "original_traceback",
+    ):
         assert getattr(again, name) == getattr(error, name)
     assert isinstance(again.origin, ms.Origin)
 
@@ -322,9 +351,14 @@ def test_a_stream_batch_goes_on_with_the_next_sample_after_an_error(workers: int
     made = loader(ds, workers, lanes=2)
     found = drain(iter(made))
     batches = [item for item in found if isinstance(item, list)]
-    assert sorted(x for batch in batches for x in batch) == [x for x in range(32) if x not in (1, 2, 6)]
+    assert sorted(x for batch in batches for x in batch) == [
+        x for x in range(32) if x not in (1, 2, 6)
+    ]
     assert [error.origin.row for error in found if isinstance(error, ms.SampleError)] == [1, 2, 6]
-    assert batches[:2] == [[0, 3, 8, 9], [4, 5, 7, 12]]  # lane 0 has rows 0-3, 8-11, ...; lane 1 has 4-7, 12-15, ...
+    assert batches[:2] == [
+        [0, 3, 8, 9],
+        [4, 5, 7, 12],
+    ]  # lane 0 has rows 0-3, 8-11, ...; lane 1 has 4-7, 12-15, ...
     made.close()
 
 
@@ -364,19 +398,31 @@ def test_an_error_above_a_batch_names_the_batchs_first_row() -> None:
 
 
 PIPELINES: dict[str, Callable[[], Dataset]] = {
-    "random access": lambda: ms.from_dataset(range(40)).shuffle(3).map(fail_at(*range(0, 40, 5), 1, 2)),
+    "random access": lambda: (
+        ms.from_dataset(range(40)).shuffle(3).map(fail_at(*range(0, 40, 5), 1, 2))
+    ),
     "a whole batch": lambda: ms.from_dataset(range(40)).map(fail_at(4, 5, 6, 7, 20, 21)),
-    "stream": lambda: ms.from_dataset(range(40)).map(fail_at(*range(0, 40, 5))).filter(lambda x: x % 7),
-    "buffered": lambda: ms.from_dataset(range(40)).map(fail_at(*range(0, 40, 5))).shuffle(1, buffer_size=12),
-    "flat map": lambda: ms.from_dataset(range(20)).map(fail_at(3, 4, 11)).flat_map(lambda x: [x] * (x % 3)),
+    "stream": lambda: (
+        ms.from_dataset(range(40)).map(fail_at(*range(0, 40, 5))).filter(lambda x: x % 7)
+    ),
+    "buffered": lambda: (
+        ms.from_dataset(range(40)).map(fail_at(*range(0, 40, 5))).shuffle(1, buffer_size=12)
+    ),
+    "flat map": lambda: (
+        ms.from_dataset(range(20)).map(fail_at(3, 4, 11)).flat_map(lambda x: [x] * (x % 3))
+    ),
     "mixed": lambda: ms.interleave(
         {
             "a": ms.from_dataset(range(30)).map(fail_at(2, 3, 17)).filter(bool),
             "b": ms.from_dataset(range(30)).map(fail_at(8)),
         }
     ),
-    "collate": lambda: ms.from_dataset(range(20)).filter(lambda x: True).batch(4, collate_fn=bad_batch),
-    "sample and collate": lambda: ms.from_dataset(range(20)).map(fail_at(6, 16)).batch(4, collate_fn=bad_batch),
+    "collate": lambda: (
+        ms.from_dataset(range(20)).filter(lambda x: True).batch(4, collate_fn=bad_batch)
+    ),
+    "sample and collate": lambda: (
+        ms.from_dataset(range(20)).map(fail_at(6, 16)).batch(4, collate_fn=bad_batch)
+    ),
 }
 
 
@@ -473,8 +519,15 @@ def test_state_at_and_trace_leave_errors_out_of_the_count(workers: int) -> None:
     found = drain(iter(made))
     made.close()
     assert told(found) == [[0, 1, 2, 3], 5, [4, 6, 7], 8, [9, 10, 11], [12, 13, 14, 15]]
-    assert [[origin.row for origin in made.trace(step)] for step in (1, 2, 3)] == [[0, 1, 2, 3], [4, 6, 7], [9, 10, 11]]
-    for step, rest in ((1, [5, [4, 6, 7], 8, [9, 10, 11], [12, 13, 14, 15]]), (2, [8, [9, 10, 11], [12, 13, 14, 15]])):
+    assert [[origin.row for origin in made.trace(step)] for step in (1, 2, 3)] == [
+        [0, 1, 2, 3],
+        [4, 6, 7],
+        [9, 10, 11],
+    ]
+    for step, rest in (
+        (1, [5, [4, 6, 7], 8, [9, 10, 11], [12, 13, 14, 15]]),
+        (2, [8, [9, 10, 11], [12, 13, 14, 15]]),
+    ):
         resumed = loader(ms.from_dataset(range(16)).map(fail_at(5, 8)))
         resumed.load_state_dict(made.state_at(step))
         assert told(drain(iter(resumed))) == rest
@@ -490,9 +543,16 @@ CLASSES = [
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_every_exception_can_be_rebuilt_from_its_message_alone(kind: type[ms.MidstreamError]) -> None:
+def test_every_exception_can_be_rebuilt_from_its_message_alone(
+    kind: type[ms.MidstreamError],
+) -> None:
     error = kind("what happened\nand what to do")
-    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error), kind(str(error))):
+    for again in (
+        pickle.loads(pickle.dumps(error)),
+        copy.copy(error),
+        copy.deepcopy(error),
+        kind(str(error)),
+    ):
         assert type(again) is kind
         assert str(again) == str(error)
         assert again.args == error.args
@@ -542,7 +602,9 @@ def test_a_source_that_cannot_go_on_ends_the_run_and_the_state_stays(workers: in
             except ms.SampleError as error:
                 found.append(error)
     assert found[:4] == [[shard * 100 + row for row in range(4)] for shard in range(4)]
-    assert [item.origin for item in found if isinstance(item, ms.SampleError)] == [ms.Origin("net", 0, 5 * 4 + 1)]
+    assert [item.origin for item in found if isinstance(item, ms.SampleError)] == [
+        ms.Origin("net", 0, 5 * 4 + 1)
+    ]
     state = made.state_dict()
     assert state["steps_done"] == sum(isinstance(item, list) for item in found)
     for _ in range(2):
@@ -562,7 +624,12 @@ class Broken(list):  # type: ignore[type-arg]
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_the_reading_itself_is_told_with_its_traceback_and_stays(workers: int) -> None:
-    ds = ms.concatenate([ms.from_dataset(range(8), name="good"), ms.from_dataset(Broken([1, 2, 3, 4]), name="broken")])
+    ds = ms.concatenate(
+        [
+            ms.from_dataset(range(8), name="good"),
+            ms.from_dataset(Broken([1, 2, 3, 4]), name="broken"),
+        ]
+    )
     made = loader(ds, workers)
     iterator = iter(made)
     assert [next(iterator), next(iterator)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -625,12 +692,18 @@ KILL = """
 def killed() -> tuple[list[dict[str, Any]], str, int]:
     """In a process of its own, whose whole error output is looked at."""
     ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILL)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", textwrap.dedent(KILL)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     return [json.loads(line) for line in ran.stdout.splitlines()], ran.stderr, ran.returncode
 
 
-@pytest.mark.parametrize("case", range(4), ids=["lists", "tensors", "stream of lists", "stream of tensors"])
+@pytest.mark.parametrize(
+    "case", range(4), ids=["lists", "tensors", "stream of lists", "stream of tensors"]
+)
 def test_a_killed_worker_is_a_worker_error_and_the_state_stays(
     case: int, killed: tuple[list[dict[str, Any]], str, int]
 ) -> None:
@@ -645,7 +718,9 @@ def test_a_killed_worker_is_a_worker_error_and_the_state_stays(
     assert f"batch {outcome['found']} of epoch 0" in outcome["text"]
 
 
-def test_a_killed_worker_leaves_nothing_behind_that_raises_later(killed: tuple[list[dict[str, Any]], str, int]) -> None:
+def test_a_killed_worker_leaves_nothing_behind_that_raises_later(
+    killed: tuple[list[dict[str, Any]], str, int],
+) -> None:
     outcomes, stderr, returncode = killed
     assert [outcome["closed"] for outcome in outcomes] == [None] * 4
     assert "Traceback" not in stderr, stderr
@@ -684,7 +759,11 @@ HANG_UP = """
 
 def test_a_worker_says_nothing_of_a_receiver_that_hung_up_but_tells_its_own_errors() -> None:
     ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(HANG_UP)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", textwrap.dedent(HANG_UP)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr
     assert "EOFError" not in ran.stderr and "ConnectionResetError" not in ran.stderr

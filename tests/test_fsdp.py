@@ -1,4 +1,6 @@
-"""A model sharded by FSDP, saved with its optimizer and the loader through torch.distributed.checkpoint: nothing to adapt."""
+"""A model sharded by FSDP, saved with its optimizer and the loader through
+torch.distributed.checkpoint: nothing to adapt.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,12 @@ class App:
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
 
 
 def _train(rank: int, folder: str, steps: int, save_at: int, resume: bool) -> list[Any]:

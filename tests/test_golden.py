@@ -1,8 +1,9 @@
 """Orders of whole compositions, frozen: an order once released never changes within a format version.
 
-Whoever has a checkpoint of format 1 resumes in these orders. A change here means: a new `FORMAT`, a new file under golden/, and
-a line under **Order** in the changelog. ``python tests/test_golden.py --write`` writes the file of the present format; without
-``--write`` it says what differs. The orders of single nodes are in test_orders.py.
+Whoever has a checkpoint of format 1 resumes in these orders. A change here means: a new `FORMAT`, a
+new file under golden/, and a line under **Order** in the changelog. ``python tests/test_golden.py
+--write`` writes the file of the present format; without ``--write`` it says what differs. The
+orders of single nodes are in test_orders.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ import numpy as np
 import pytest
 
 import midstream as ms
-from midstream.common.randomness import draw, fold, fold_array, generator, mix_array, pass_key, permute, salt
+from midstream.common.randomness import (
+    draw,
+    fold,
+    fold_array,
+    generator,
+    mix_array,
+    pass_key,
+    permute,
+    salt,
+)
 from midstream.dataset import Dataset
 from midstream.common.plain_state import FORMAT
 from midstream.pipeline.rows import I64
@@ -56,7 +66,9 @@ def noisy(row: int, rng: np.random.Generator) -> list[Any]:
 
 
 def mix(stream: bool = False, **options: Any) -> Dataset:
-    made = {name: source(k, 60 * (k + 1)).shuffle(1) for k, name in enumerate(("web", "code", "math"))}
+    made = {
+        name: source(k, 60 * (k + 1)).shuffle(1) for k, name in enumerate(("web", "code", "math"))
+    }
     if stream:
         made = {name: part.filter(is_odd) for name, part in made.items()}
     return ms.interleave(made, {"web": 6, "code": 3, "math": 1}, **options)
@@ -85,17 +97,31 @@ ORDERS = {
     # nodes that test_orders.py leaves out
     "window shuffle": lambda: first(Blocks(range(1120)).shuffle(3, window_blocks=3)),
     "window shuffle, sixteen blocks": lambda: first(Blocks(range(1120)).shuffle(3)),
-    "window shuffle, second pass": lambda: first(Blocks(range(28)).shuffle(3, window_blocks=2).repeat(3).skip(28)),
-    "buffered shuffle, lane 1 of 48": lambda: first(source(0, 20_000).shuffle(3, buffer_size=480), 1, 48),
+    "window shuffle, second pass": lambda: first(
+        Blocks(range(28)).shuffle(3, window_blocks=2).repeat(3).skip(28)
+    ),
+    "buffered shuffle, lane 1 of 48": lambda: first(
+        source(0, 20_000).shuffle(3, buffer_size=480), 1, 48
+    ),
     "shuffle of a shuffle": lambda: first(source().shuffle(1).shuffle(1)),
-    "map with a generator": lambda: first(source(0, 20).shuffle(2).map(noisy, with_rng=True, seed=5)),
+    "map with a generator": lambda: first(
+        source(0, 20).shuffle(2).map(noisy, with_rng=True, seed=5)
+    ),
     # mixes
     "mix, all": lambda: first(mix(stopping_strategy="all_exhausted"), epoch=1),
-    "mix, each once, the end": lambda: mix(stopping_strategy="all_exhausted_without_replacement").rows(range(296, 360)),
-    "mix, second time round": lambda: mix(seed=4).repeat(2).rows(range(len(mix(seed=4)), len(mix(seed=4)) + FIRST)),
+    "mix, each once, the end": lambda: mix(
+        stopping_strategy="all_exhausted_without_replacement"
+    ).rows(range(296, 360)),
+    "mix, second time round": lambda: (
+        mix(seed=4).repeat(2).rows(range(len(mix(seed=4)), len(mix(seed=4)) + FIRST))
+    ),
     "mix of streams, all": lambda: first(mix(stream=True, stopping_strategy="all_exhausted"), 1, 3),
-    "mix of streams, each once": lambda: first(mix(True, stopping_strategy="all_exhausted_without_replacement"), 2, 3),
-    "mix of mixes": lambda: first(ms.interleave({"a": mix(), "b": source(7, 90)}, {"a": 1, "b": 1}, seed=2), epoch=3),
+    "mix of streams, each once": lambda: first(
+        mix(True, stopping_strategy="all_exhausted_without_replacement"), 2, 3
+    ),
+    "mix of mixes": lambda: first(
+        ms.interleave({"a": mix(), "b": source(7, 90)}, {"a": 1, "b": 1}, seed=2), epoch=3
+    ),
     # streams of streams, and the loader
     "everything": lambda: first(
         mix(stream=True).flat_map(parts).shuffle(9, buffer_size=40).repeat(2).skip(5), 0, 2, epoch=1
@@ -119,7 +145,9 @@ def main() -> None:
     found = {name: json.loads(json.dumps(order())) for name, order in ORDERS.items()}
     known = json.loads(FILE.read_text()) if FILE.exists() else {}
     changed = [name for name in found if known.get(name) != found[name]]
-    print(f"{FILE.name}: {len(changed)} of {len(found)} orders differ: {', '.join(changed) or 'none'}")
+    print(
+        f"{FILE.name}: {len(changed)} of {len(found)} orders differ: {', '.join(changed) or 'none'}"
+    )
     if "--write" in sys.argv[1:]:
         lines = [f"{json.dumps(name)}: {json.dumps(order)}" for name, order in found.items()]
         FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

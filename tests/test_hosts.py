@@ -23,7 +23,9 @@ def left_after(loader: ms.DataLoader, steps: int) -> list[Any]:
 
 def test_what_trainers_look_at() -> None:
     loader = ms.DataLoader(finite(), batch_size=4, num_workers=1, drop_last=True)
-    assert isinstance(loader, torch.utils.data.DataLoader) and isinstance(loader, StatefulDataLoader)
+    assert isinstance(loader, torch.utils.data.DataLoader) and isinstance(
+        loader, StatefulDataLoader
+    )
     assert isinstance(loader.dataset, IterableDataset)  # so that nobody puts a sampler for ranks in
     assert (loader.batch_size, loader.drop_last, loader.num_workers) == (4, True, 1)
     assert callable(loader.sampler.set_epoch) and loader.batch_sampler is None
@@ -34,7 +36,9 @@ def test_what_trainers_look_at() -> None:
 
 
 @pytest.mark.parametrize("begins", [0, 3])
-def test_a_trainer_that_leaves_epochs_early_gets_the_next_whatever_it_counts_from(begins: int) -> None:
+def test_a_trainer_that_leaves_epochs_early_gets_the_next_whatever_it_counts_from(
+    begins: int,
+) -> None:
     one = ms.DataLoader(finite(), batch_size=4)
     reference = [[batch.tolist() for batch in one] for _ in range(4)]
     loader = ms.DataLoader(finite(), batch_size=4)

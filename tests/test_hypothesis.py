@@ -1,7 +1,8 @@
 """Pipelines that nobody wrote: hypothesis builds them, cuts them anywhere, and resumes them up to five times.
 
-A pipeline is described by a plan (nested tuples, printed when a law breaks), so that it can be built again, with and
-without rows on which user code fails. `MIDSTREAM_EXAMPLES` multiplies the number of examples: 1 by default.
+A pipeline is described by a plan (nested tuples, printed when a law breaks), so that it can be
+built again, with and without rows on which user code fails. `MIDSTREAM_EXAMPLES` multiplies the
+number of examples: 1 by default.
 """
 
 from __future__ import annotations
@@ -46,8 +47,17 @@ def examples(count: int) -> Callable[..., Any]:
         max_examples=max(1, int(count * MANY)),
         deadline=None,
         print_blob=True,
-        phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],  # explaining takes minutes
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+        phases=[
+            Phase.explicit,
+            Phase.reuse,
+            Phase.generate,
+            Phase.shrink,
+        ],  # explaining takes minutes
+        suppress_health_check=[
+            HealthCheck.too_slow,
+            HealthCheck.data_too_large,
+            HealthCheck.filter_too_much,
+        ],
     )
 
 
@@ -104,7 +114,18 @@ def fails_on_fifth(sample: Any) -> Any:
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    fn.__name__: fn for fn in (is_odd, not_third, anything, copies, pairs, unbatch, with_noise, fails_on_fifth, plain)
+    fn.__name__: fn
+    for fn in (
+        is_odd,
+        not_third,
+        anything,
+        copies,
+        pairs,
+        unbatch,
+        with_noise,
+        fails_on_fifth,
+        plain,
+    )
 }
 STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
 STREAM_VERBS = ("filter", "flat_map", "buffered", "refill")
@@ -130,7 +151,9 @@ def build(plan: Plan, bomb: frozenset[int] = frozenset()) -> Dataset:
         children, weights, seed, strategy = args
         names = [chr(ord("a") + index) for index in range(len(children))]
         parts = {name: build(child, bomb) for name, child in zip(names, children)}
-        return ms.interleave(parts, dict(zip(names, weights)), seed=seed, stopping_strategy=strategy)
+        return ms.interleave(
+            parts, dict(zip(names, weights)), seed=seed, stopping_strategy=strategy
+        )
     if verb == "concatenate":
         return ms.concatenate([build(child, bomb) for child in args[0]])
     source, *rest = args
@@ -196,7 +219,11 @@ def content(plan: Plan) -> Counter[int] | None:
     if verb == "batch":
         return None if plan[3] else below
     if verb == "repeat":
-        return None if plan[2] is None else Counter({key: count * plan[2] for key, count in below.items()})
+        return (
+            None
+            if plan[2] is None
+            else Counter({key: count * plan[2] for key, count in below.items()})
+        )
     if verb == "flat_map" and plan[2] in ("pairs", "unbatch"):
         return below + below if plan[2] == "pairs" else below
     if verb in ("take", "skip") or batched(plan[1]):
@@ -205,11 +232,15 @@ def content(plan: Plan) -> Counter[int] | None:
         return Counter({key: count for key, count in below.items() if FUNCTIONS[plan[2]](key)})
     if verb == "flat_map":
         return Counter({key: count * (key % 4) for key, count in below.items() if key % 4})
-    return Counter({key: count for key, count in below.items() if key % 5 != 2})  # skip_errors, refill
+    return Counter(
+        {key: count for key, count in below.items() if key % 5 != 2}
+    )  # skip_errors, refill
 
 
 def firm(plan: Plan) -> tuple[bool, bool]:
-    """Whether a failed row moves nothing else; and whether it takes the very place its sample would have had."""
+    """Whether a failed row moves nothing else; and whether it takes the very place its sample would
+    have had.
+    """
     verb = plan[0]
     if verb == "source":
         return True, True
@@ -234,7 +265,10 @@ def regrouped(plan: Plan) -> bool:
     """Whether a failed row changes the order of the others: a batch of a stream goes on with the next row, so the batches
     that are given twice are other ones."""
     return any(
-        node[0] == "flat_map" and node[2] == "pairs" and batched(node[1]) and not build(node[1]).random_access
+        node[0] == "flat_map"
+        and node[2] == "pairs"
+        and batched(node[1])
+        and not build(node[1]).random_access
         for node in nodes(plan)
     )
 
@@ -249,7 +283,11 @@ class Trees:
         self.draw, self.shards, self.sources = draw, shards, 0
 
     def tree(self, depth: int) -> tuple[Plan, Dataset]:
-        shape = self.draw(st.sampled_from(["interleave", "interleave", "concatenate", "source"])) if depth else "source"
+        shape = (
+            self.draw(st.sampled_from(["interleave", "interleave", "concatenate", "source"]))
+            if depth
+            else "source"
+        )
         if shape == "source":
             plan = self._source()
         else:
@@ -263,7 +301,13 @@ class Trees:
                 if not any(weights):
                     weights = (1, *weights[1:])
                 strategy = self.draw(st.sampled_from(STRATEGIES))
-                plan = ("interleave", tuple(part[0] for part in parts), weights, self._seed(), strategy)
+                plan = (
+                    "interleave",
+                    tuple(part[0] for part in parts),
+                    weights,
+                    self._seed(),
+                    strategy,
+                )
         return self.verbs(plan, build(plan), self.draw(st.sampled_from([1, 0, 2])))
 
     def verbs(self, plan: Plan, ds: Dataset, count: int) -> tuple[Plan, Dataset]:
@@ -289,7 +333,8 @@ class Trees:
         if not verbs:
             verbs = ("map", "take", "skip", "batch", *("buffered", "filter", "flat_map") * 2)
             verbs += ("shuffle",) * 2 * (ds.random_access and not ds.node.infinite)
-            # Over an endless input only what lets something pass in every lane: the others may read for ever.
+            # Over an endless input only what lets something pass in every lane: the others may read
+            # for ever.
             verbs += () if ds.node.infinite else ("repeat", "repeat", "skip_errors", "refill")
         elif ds.node.infinite:
             verbs = tuple(verb for verb in verbs if verb not in ("refill", "skip_errors"))
@@ -304,12 +349,18 @@ class Trees:
             args = (self.draw(st.sampled_from(["plain", "with_noise"])),)
         elif verb == "filter":
             args = (
-                self.draw(st.sampled_from(["anything"] if ds.node.infinite else ["anything", "is_odd", "not_third"])),
+                self.draw(
+                    st.sampled_from(
+                        ["anything"] if ds.node.infinite else ["anything", "is_odd", "not_third"]
+                    )
+                ),
             )
         elif verb == "flat_map":
             args = (
                 self.draw(
-                    st.sampled_from(["pairs", "unbatch"] if ds.node.infinite else ["pairs", "unbatch", "copies"])
+                    st.sampled_from(
+                        ["pairs", "unbatch"] if ds.node.infinite else ["pairs", "unbatch", "copies"]
+                    )
                 ),
             )
         elif verb == "repeat":
@@ -327,7 +378,9 @@ class Trees:
 
 
 def passes(plan: Plan) -> int:
-    """By how much the passes of an epoch are multiplied on the way to a source, at most; see `require_passes`."""
+    """By how much the passes of an epoch are multiplied on the way to a source, at most; see
+    `require_passes`.
+    """
     below = max(map(passes, children(plan)), default=1)
     if plan[0] == "repeat":
         return below * (plan[2] or 1 << 20)
@@ -336,7 +389,9 @@ def passes(plan: Plan) -> int:
 
 @st.composite
 def plans(draw: Any, shards: bool = True, stream: bool = True) -> Plan:
-    """A pipeline of at least three nodes above its sources; with ``stream`` at least one of them only a stream node."""
+    """A pipeline of at least three nodes above its sources; with ``stream`` at least one of them
+    only a stream node.
+    """
     trees = Trees(draw, shards)
     plan, ds = trees.tree(draw(st.sampled_from([1, 2, 0])))
     plan, ds = trees.verbs(plan, ds, draw(st.integers(1, 4)))
@@ -354,11 +409,15 @@ def plans(draw: Any, shards: bool = True, stream: bool = True) -> Plan:
     return plan
 
 
-lanes = st.integers(1, 5).flatmap(lambda count: st.tuples(st.integers(0, count - 1), st.just(count)))
+lanes = st.integers(1, 5).flatmap(
+    lambda count: st.tuples(st.integers(0, count - 1), st.just(count))
+)
 cuts = st.lists(st.integers(0, 15), min_size=1, max_size=5)
 epochs = st.sampled_from([0, 0, 1, 2])
 bombs = st.frozensets(
-    st.builds(lambda k, row: BASE * k + row, st.integers(0, 2), st.integers(0, 39)), min_size=1, max_size=6
+    st.builds(lambda k, row: BASE * k + row, st.integers(0, 2), st.integers(0, 39)),
+    min_size=1,
+    max_size=6,
 )
 
 
@@ -382,7 +441,9 @@ def step(run: SingleLaneIterator) -> tuple[Any, ...] | None:
 
 
 def read(run: SingleLaneIterator, limit: int) -> tuple[list[Any], list[Any]]:
-    """Events, and the state before each and after the last; the last event is None when the run ended."""
+    """Events, and the state before each and after the last; the last event is None when the run
+    ended.
+    """
     found, states = [], [through_json(run.state_dict())]
     while len(found) < limit and (not found or found[-1] is not None):
         found.append(step(run))
@@ -440,7 +501,9 @@ def test_any_pipeline_resumes_between_errors_without_meeting_them_again(
 
 @examples(100)
 @given(plans(), lanes, bombs)
-@example(("flat_map", ("batch", ("source", "stride", 0, 40), 2, False), "pairs"), (0, 1), frozenset({0}))
+@example(
+    ("flat_map", ("batch", ("source", "stride", 0, 40), 2, False), "pairs"), (0, 1), frozenset({0})
+)
 def test_errors_lose_nothing_but_the_samples_that_failed(
     plan: Plan, lane: tuple[int, int], bomb: frozenset[int]
 ) -> None:
@@ -462,14 +525,19 @@ def flatten(run: SingleLaneIterator) -> tuple[list[int], bool]:
     return [value for sample in samples(events) for value in identify(sample)], events[-1] is None
 
 
-def deliveries(ds: Dataset, lane: tuple[int, int], epoch: int) -> Iterator[tuple[Any, list[ms.Origin]]]:
+def deliveries(
+    ds: Dataset, lane: tuple[int, int], epoch: int
+) -> Iterator[tuple[Any, list[ms.Origin]]]:
     """Samples with their origins."""
     place = bind(ds.node)
     delivery = LaneOutput(place, Lane(*lane, 1, Ledger()), int(epoch_key(epoch)[0]), epoch)
     while True:
         try:
             sample, origins = delivery.next()
-        except (StopIteration, ms.SourceError):  # the second: an endless repeat of which nothing is left
+        except (
+            StopIteration,
+            ms.SourceError,
+        ):  # the second: an endless repeat of which nothing is left
             return
         assert not isinstance(sample, SampleFailure)
         yield sample, [place.origin(origin) for origin in as_origin_array(origins).tolist()]
@@ -484,7 +552,8 @@ def test_lanes_together_are_an_epoch_and_no_origin_comes_twice(plan: Plan, num_l
     numbers = {name: k for k, name in enumerate_sources(plan)}
     seen: set[ms.Origin] = set()
     found: Counter[int] = Counter()
-    # What flat_map makes of a batch has the origins of the whole batch, or one each where their numbers agree.
+    # What flat_map makes of a batch has the origins of the whole batch, or one each where their
+    # numbers agree.
     exact = not any(node[0] == "flat_map" and batched(node) for node in nodes(plan))
     limit = 200 if ds.node.infinite else 3000
     complete = True
@@ -514,7 +583,10 @@ def enumerate_sources(plan: Plan) -> list[tuple[int, str]]:
             yield plan[2], "/".join(prefix) or "data"
         elif plan[0] in ("interleave", "concatenate"):
             for index, child in enumerate(plan[1]):
-                yield from walk(child, (*prefix, chr(ord("a") + index) if plan[0] == "interleave" else str(index)))
+                yield from walk(
+                    child,
+                    (*prefix, chr(ord("a") + index) if plan[0] == "interleave" else str(index)),
+                )
         else:
             yield from walk(plan[1], prefix)
 
@@ -524,7 +596,9 @@ def enumerate_sources(plan: Plan) -> list[tuple[int, str]]:
 @examples(100)
 @given(plans(stream=False), lanes, epochs)
 def test_the_two_faces_agree(plan: Plan, lane: tuple[int, int], epoch: int) -> None:
-    """A random-access pipeline read as a stream is its rows, lane by lane; a filter that drops nothing changes nothing."""
+    """A random-access pipeline read as a stream is its rows, lane by lane; a filter that drops
+    nothing changes nothing.
+    """
     ds = build(plan)
     assume(ds.random_access)
     length = ds.node.length()
@@ -571,7 +645,9 @@ class Setting:
 @st.composite
 def loader_settings(draw: Any) -> Setting:
     return Setting(
-        draw(st.sampled_from([1, 2, 3, 4, 6, 12])), draw(st.sampled_from([None, 1, 2, 3, 5])), draw(st.booleans())
+        draw(st.sampled_from([1, 2, 3, 4, 6, 12])),
+        draw(st.sampled_from([None, 1, 2, 3, 5])),
+        draw(st.booleans()),
     )
 
 
@@ -630,7 +706,9 @@ def check_loader_chain(make: Callable[[], ms.DataLoader], pieces: list[int]) -> 
         for _ in range(min(count, len(expected) - at)):
             assert reading.step() == expected[at], f"event {at}"
             at += 1
-            assert through_json(reading.loader.state_dict()) == states[at], f"state after event {at - 1}"
+            assert through_json(reading.loader.state_dict()) == states[at], (
+                f"state after event {at - 1}"
+            )
         if at == len(expected) < LIMIT:
             assert reading.step() is None
         state = through_json(reading.loader.state_dict())
@@ -662,11 +740,15 @@ def test_any_loader_resumes_between_errors_without_meeting_them_again(
 
 
 def check_ranks(
-    make: Callable[[int, int], ms.DataLoader], legs: list[tuple[int, int]], whole: list[Any], ordered: int
+    make: Callable[[int, int], ms.DataLoader],
+    legs: list[tuple[int, int]],
+    whole: list[Any],
+    ordered: int,
 ) -> None:
     """Legs of (ranks, steps), each on the merged state of the one before: one epoch, every batch once.
 
-    The first ``ordered`` batches come in the order of one rank: every step of R ranks makes the next R of them.
+    The first ``ordered`` batches come in the order of one rank: every step of R ranks makes the
+    next R of them.
     """
     state: Any = None
     found: list[Any] = []
@@ -683,11 +765,15 @@ def check_ranks(
         except ValueError as error:
             assert "cannot be served" in str(error)
             assume(False)
-        while steps > 0 or len({loader.epoch for loader in loaders}) > 1:  # a rank that is done waits for the others
+        while (
+            steps > 0 or len({loader.epoch for loader in loaders}) > 1
+        ):  # a rank that is done waits for the others
             batches = [take_step(loader, iterator) for loader, iterator in zip(loaders, iterators)]
             made = [batch for batch in batches if batch is not None]
             if len(found) + world_size <= ordered:
-                assert sorted(map(repr, made)) == sorted(map(repr, whole[len(found) : len(found) + world_size]))
+                assert sorted(map(repr, made)) == sorted(
+                    map(repr, whole[len(found) : len(found) + world_size])
+                )
             found.extend(made)
             steps -= 1
         done = loaders[0].epoch == 1
@@ -697,7 +783,9 @@ def check_ranks(
 
 
 def batches_in_step(loader: ms.DataLoader, num_lanes: int) -> int:
-    """How many batches of an epoch come before the first lane has drained: those whose order ranks keep."""
+    """How many batches of an epoch come before the first lane has drained: those whose order ranks
+    keep.
+    """
     pipeline = loader._pipeline
     if pipeline.random_access:
         return len(pipeline)
@@ -712,7 +800,9 @@ def batches_in_step(loader: ms.DataLoader, num_lanes: int) -> int:
 @given(
     plans(stream=False),
     loader_settings(),
-    st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 5]), st.integers(0, 4)), min_size=1, max_size=4),
+    st.lists(
+        st.tuples(st.sampled_from([1, 2, 3, 4, 5]), st.integers(0, 4)), min_size=1, max_size=4
+    ),
 )
 def test_any_epoch_is_exactly_once_over_changing_ranks(
     plan: Plan, setting: Setting, legs: list[tuple[int, int]]
@@ -730,7 +820,11 @@ def test_any_epoch_is_exactly_once_over_changing_ranks(
     except Dry:
         assume(False)
     if ds.random_access and len(one) != len(whole):
-        assume(False)  # a batch was lost whole to skipped errors: ranks then stand at different batches at one step
+        assume(
+            False
+        )  # a batch was lost whole to skipped errors: ranks then stand at different batches at one step
     even = ds.random_access or all(setting.num_lanes % world_size == 0 for world_size, _ in legs)
     ordered = batches_in_step(one, setting.num_lanes) if even else 0
-    check_ranks(lambda rank, world_size: setting.loader(build(plan), rank, world_size), legs, whole, ordered)
+    check_ranks(
+        lambda rank, world_size: setting.loader(build(plan), rank, world_size), legs, whole, ordered
+    )

@@ -64,21 +64,36 @@ def test_odd_lines_are_read_as_json_reads_them(number: int) -> None:
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.integers(-(1 << 70), 1 << 70) | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-(1 << 70), 1 << 70)
+    | st.floats()
+    | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
 
 @settings(max_examples=200, deadline=None)
 @given(values, st.booleans(), st.sampled_from([None, 1]))
-def test_any_value_is_read_as_json_reads_it(value: Any, ascii_only: bool, indent: int | None) -> None:
-    line = json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
+def test_any_value_is_read_as_json_reads_it(
+    value: Any, ascii_only: bool, indent: int | None
+) -> None:
+    line = json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode(
+        "utf-8", "surrogatepass"
+    )
     assert result(line) == expected(line)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from([*b'{}[]",:0123456789.eE+-\\ud8nultrfasNI \t\n\xc3\xa9\xff']), max_size=24).map(bytes))
+@given(
+    st.lists(
+        st.sampled_from([*b'{}[]",:0123456789.eE+-\\ud8nultrfasNI \t\n\xc3\xa9\xff']), max_size=24
+    ).map(bytes)
+)
 @example(b"[-0]")
 @example(b'{"a":1,"a":2}')
 def test_any_bytes_are_read_as_json_reads_them(line: bytes) -> None:
@@ -86,7 +101,9 @@ def test_any_bytes_are_read_as_json_reads_them(line: bytes) -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_a_file_is_the_same_with_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+def test_a_file_is_the_same_with_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
     if not fast:
         monkeypatch.setattr(jsonl, "_orjson", None)
     path = tmp_path / "a.jsonl"

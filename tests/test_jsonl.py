@@ -1,4 +1,6 @@
-"""read_json: rows by a byte index, streams of compressed and remote files, and lines that are no JSON."""
+"""read_json: rows by a byte index, streams of compressed and remote files, and lines that are no
+JSON.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ from midstream.sources.jsonl import JsonSource
 
 def lines(ids: Any) -> bytes:
     return b"".join(
-        json.dumps({"id": i, "text": "naïve 🦜" * (i % 3)}, ensure_ascii=False).encode() + b"\n" for i in ids
+        json.dumps({"id": i, "text": "naïve 🦜" * (i % 3)}, ensure_ascii=False).encode() + b"\n"
+        for i in ids
     )
 
 
@@ -65,7 +68,11 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files searched for newlines so far."""
     names: list[str] = []
     find = jsonl._find_rows
-    monkeypatch.setattr(json_lines, "_find_rows", lambda found: names.append(Path(found.file.path).name) or find(found))
+    monkeypatch.setattr(
+        json_lines,
+        "_find_rows",
+        lambda found: names.append(Path(found.file.path).name) or find(found),
+    )
     return names
 
 
@@ -88,7 +95,10 @@ def test_rows_are_read_in_any_order_over_several_files(folder: Path) -> None:
     assert repr(ds).partition("  # ")[0] == "data: read_json(21 rows in 3 files)"
     order = [20, 0, 7, 6, 13, 14, 0]
     assert ds.rows(order) == [json.loads(lines([i])) for i in order]
-    assert ids(ms.read_json([folder / "2.jsonl", str(folder / "0.jsonl")])) == [*range(14, 21), *range(7)]
+    assert ids(ms.read_json([folder / "2.jsonl", str(folder / "0.jsonl")])) == [
+        *range(14, 21),
+        *range(7),
+    ]
     assert ids(ms.read_json(f"file://{folder}/1.jsonl")) == list(range(7, 14))
     assert sorted(ids(ds.shuffle(3))) == list(range(21)) != ids(ds.shuffle(3))
 
@@ -171,7 +181,9 @@ def test_open_files_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_an_index_is_made_once_and_found_on_disk_afterwards(folder: Path, cache: Path, searched: list[str]) -> None:
+def test_an_index_is_made_once_and_found_on_disk_afterwards(
+    folder: Path, cache: Path, searched: list[str]
+) -> None:
     pattern = f"{folder}/*.jsonl"
     assert ids(ms.read_json(pattern)) == list(range(21))
     assert searched == ["0.jsonl", "1.jsonl", "2.jsonl"]
@@ -191,7 +203,9 @@ def test_an_index_is_made_once_and_found_on_disk_afterwards(folder: Path, cache:
     assert len(set(now) & set(kept)) == 2
 
 
-def test_an_index_that_is_damaged_is_made_again(folder: Path, cache: Path, searched: list[str]) -> None:
+def test_an_index_that_is_damaged_is_made_again(
+    folder: Path, cache: Path, searched: list[str]
+) -> None:
     assert len(ms.read_json(folder / "0.jsonl")) == 7
     (path,) = cache.iterdir()
     good = path.read_bytes()
@@ -226,7 +240,9 @@ def test_the_cache_is_below_home_unless_told_and_small_files_need_none(
     assert len(list((folder / "home" / ".cache" / "midstream").iterdir())) == 1
 
 
-def test_a_pickle_is_small_and_holds_no_index(folder: Path, cache: Path, searched: list[str]) -> None:
+def test_a_pickle_is_small_and_holds_no_index(
+    folder: Path, cache: Path, searched: list[str]
+) -> None:
     (folder / "0.jsonl").write_bytes(b"1\n" * 50_000)
     ds = ms.read_json(folder / "0.jsonl")
     assert sum(ds) == 50_000
@@ -268,7 +284,9 @@ def every(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("every")
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("num_lanes", [1, 2])
-def test_a_compressed_stream_resumes_at_every_row(tmp_path: Path, suffix: str, num_lanes: int) -> None:
+def test_a_compressed_stream_resumes_at_every_row(
+    tmp_path: Path, suffix: str, num_lanes: int
+) -> None:
     for number in range(3):
         data = lines(range(number * 7, number * 7 + 7)).replace(b"}\n{", b"}\n \r\n{")
         compress(tmp_path / f"{number}.jsonl{suffix}", data)
@@ -280,7 +298,9 @@ def test_a_compressed_stream_resumes_at_every_row(tmp_path: Path, suffix: str, n
         for sample in whole:
             order.append(sample["id"])
             states.append(json.dumps(whole.state_dict()))
-        assert order == [i for number in range(lane, 3, num_lanes) for i in range(number * 7, number * 7 + 7)]
+        assert order == [
+            i for number in range(lane, 3, num_lanes) for i in range(number * 7, number * 7 + 7)
+        ]
         assert max(map(len, states)) < 300
         for step, state in enumerate(states):
             resumed = SingleLaneIterator(ms.read_json(pattern).node, lane, num_lanes, 0)
@@ -293,7 +313,9 @@ def test_iter_of_a_stream_resumes_at_every_row(tmp_path: Path) -> None:
     compress(tmp_path / "0.jsonl.gz", lines(range(5)))
     compress(tmp_path / "1.jsonl.zst", lines(range(5, 9)))
     (tmp_path / "2.jsonl").write_bytes(lines(range(9, 11)))
-    ds = ms.read_json([tmp_path / "0.jsonl.gz", tmp_path / "1.jsonl.zst", tmp_path / "2.jsonl"], name="mixed")
+    ds = ms.read_json(
+        [tmp_path / "0.jsonl.gz", tmp_path / "1.jsonl.zst", tmp_path / "2.jsonl"], name="mixed"
+    )
     assert not ds.random_access
     assert repr(ds).partition("  # ")[0] == "mixed: read_json(3 files)"
     for step in range(12):
@@ -333,11 +355,15 @@ def test_a_remote_file_is_a_stream_that_seeks(tmp_path: Path) -> None:
 
 
 def test_files_of_several_compressed_parts_are_read_to_the_end(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines(range(3))) + gzip.compress(lines(range(3, 6))))
+    (tmp_path / "x.jsonl.gz").write_bytes(
+        gzip.compress(lines(range(3))) + gzip.compress(lines(range(3, 6)))
+    )
     assert ids(ms.read_json(tmp_path / "x.jsonl.gz")) == list(range(6))
 
 
-def test_lanes_of_a_stream_are_at_most_its_files_and_the_error_says_ways_out(tmp_path: Path) -> None:
+def test_lanes_of_a_stream_are_at_most_its_files_and_the_error_says_ways_out(
+    tmp_path: Path,
+) -> None:
     for number in range(2):
         compress(tmp_path / f"{number}.jsonl.gz", lines(range(number, 4, 2)))
     ds = ms.read_json(f"{tmp_path}/*.jsonl.gz", name="web")
@@ -353,9 +379,13 @@ def test_lanes_of_a_stream_are_at_most_its_files_and_the_error_says_ways_out(tmp
     assert isinstance(plain, JsonSource)
 
 
-def test_a_stream_cut_short_loses_nothing_before_the_cut_and_does_not_end_quietly(tmp_path: Path) -> None:
+def test_a_stream_cut_short_loses_nothing_before_the_cut_and_does_not_end_quietly(
+    tmp_path: Path,
+) -> None:
     rng = np.random.default_rng(0)
-    data = b"".join(b'{"id": %d, "x": "%s"}\n' % (i, rng.bytes(40_000).hex().encode()) for i in range(60))
+    data = b"".join(
+        b'{"id": %d, "x": "%s"}\n' % (i, rng.bytes(40_000).hex().encode()) for i in range(60)
+    )
     path = compress(tmp_path / "x.jsonl.gz", data)
     path.write_bytes(path.read_bytes()[:-1_000_000])
     samples, found = iter(ms.read_json(path)), []
@@ -400,7 +430,9 @@ def test_a_stream_shorter_than_the_checkpoint_is_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_a_malformed_line_is_one_lost_sample_that_names_file_and_line(tmp_path: Path, suffix: str) -> None:
+def test_a_malformed_line_is_one_lost_sample_that_names_file_and_line(
+    tmp_path: Path, suffix: str
+) -> None:
     data = b'{"id": 0}\n\n{"id": 1\n{"id": 2}\n{"id": "\xff"}\n{"id": 4}\nnonsense\n'
     path = tmp_path / f"x.jsonl{suffix}"
     if suffix:
@@ -420,7 +452,9 @@ def test_a_malformed_line_is_one_lost_sample_that_names_file_and_line(tmp_path: 
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_restore_around_a_malformed_line_meets_it_at_most_once(tmp_path: Path, suffix: str) -> None:
+def test_a_restore_around_a_malformed_line_meets_it_at_most_once(
+    tmp_path: Path, suffix: str
+) -> None:
     path = tmp_path / f"x.jsonl{suffix}"
     data = b'{"id": 0}\n{"id": 1}\n[\n{"id": 3}\n]\n'
     compress(path, data) if suffix else path.write_bytes(data)
@@ -445,7 +479,9 @@ def test_a_restore_around_a_malformed_line_meets_it_at_most_once(tmp_path: Path,
         assert len(errors) == events[step:].count("lost")
 
 
-def test_far_into_a_file_a_malformed_line_is_named_by_its_byte(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_far_into_a_file_a_malformed_line_is_named_by_its_byte(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(json_lines, "_COUNTED_TO", 10)
     (folder / "0.jsonl").write_bytes(b'{"id": 100000}\nx\n')
     with pytest.raises(ms.SampleError, match=r"0\.jsonl, the line at byte 15 is not JSON"):
@@ -453,7 +489,9 @@ def test_far_into_a_file_a_malformed_line_is_named_by_its_byte(folder: Path, mon
 
 
 @pytest.mark.parametrize("opened", [False, True])
-def test_a_file_that_changed_since_its_index_was_made_is_refused(folder: Path, opened: bool) -> None:
+def test_a_file_that_changed_since_its_index_was_made_is_refused(
+    folder: Path, opened: bool
+) -> None:
     path = folder / "1.jsonl"
     whole = path.read_bytes()
     stat = os.stat(path)
@@ -477,7 +515,9 @@ def test_a_file_that_changed_since_its_index_was_made_is_refused(folder: Path, o
         ds = ds if opened else pickle.loads(pickle.dumps(ds))
         change()
         assert ids(ds.rows([6, 14])) == [6, 14] if opened else True
-        with pytest.raises(ms.SourceError, match=r"1\.jsonl has changed since .* Make the dataset again"):
+        with pytest.raises(
+            ms.SourceError, match=r"1\.jsonl has changed since .* Make the dataset again"
+        ):
             ds.rows([6, 8])
         path.write_bytes(whole)
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))

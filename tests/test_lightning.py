@@ -1,4 +1,6 @@
-"""Lightning's Trainer and Fabric: cut at every step and epoch end, in handlers and after errors, one rank and several."""
+"""Lightning's Trainer and Fabric: cut at every step and epoch end, in handlers and after errors,
+one rank and several.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,19 @@ from torchrun import ledgers, torchrun
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Lightning's own, of torch and Python
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning"
+    ),  # Lightning's own, of torch and Python
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
     pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`.*ModelCheckpoint:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:Be aware that when using `ckpt_path`.*ModelCheckpoint:UserWarning"
+    ),
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
-    pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:You are using the `dataloader_iter` step flavor:UserWarning"
+    ),
     pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory.*:UserWarning"),
@@ -43,7 +51,9 @@ pytestmark = [
 class Net(LightningModule):  # type: ignore[misc]
     """Learns nothing much, and notes what it was shown and its losses."""
 
-    def __init__(self, *, estimate: bool = False, in_step: Callable[[int], Any] = lambda step: None) -> None:
+    def __init__(
+        self, *, estimate: bool = False, in_step: Callable[[int], Any] = lambda step: None
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layer = torch.nn.Linear(1, 1)
@@ -52,7 +62,11 @@ class Net(LightningModule):  # type: ignore[misc]
         self.estimate, self.in_step = estimate, in_step
 
     def training_step(self, batch: Any) -> Any:
-        ids = {name: part.tolist() for name, part in batch.items()} if isinstance(batch, dict) else batch.tolist()
+        ids = (
+            {name: part.tolist() for name, part in batch.items()}
+            if isinstance(batch, dict)
+            else batch.tolist()
+        )
         self.seen.append(ids)
         self.in_step(len(self.seen))
         x = next(iter(batch.values())) if isinstance(batch, dict) else batch
@@ -71,7 +85,12 @@ def sized() -> ms.Dataset:
 
 
 def unsized() -> ms.Dataset:
-    return ms.from_dataset(range(60), name="web").filter(lambda x: x % 4).shuffle(4, buffer_size=96).batch(4)
+    return (
+        ms.from_dataset(range(60), name="web")
+        .filter(lambda x: x % 4)
+        .shuffle(4, buffer_size=96)
+        .batch(4)
+    )
 
 
 def endless() -> ms.Dataset:
@@ -99,7 +118,10 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[*([ResumeCallback()] if guided else []), *callbacks],
-        **{"enable_checkpointing": any(isinstance(part, ModelCheckpoint) for part in callbacks), **options},
+        **{
+            "enable_checkpointing": any(isinstance(part, ModelCheckpoint) for part in callbacks),
+            **options,
+        },
     )
     trainer.fit(net, loader, ckpt_path=resume)
     return net
@@ -107,11 +129,16 @@ def fit(
 
 def every_step(folder: Path, **options: Any) -> ModelCheckpoint:
     options = {"every_n_train_steps": 1, **options}
-    return ModelCheckpoint(folder, filename="{step}", auto_insert_metric_name=False, save_top_k=-1, **options)
+    return ModelCheckpoint(
+        folder, filename="{step}", auto_insert_metric_name=False, save_top_k=-1, **options
+    )
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    return {int(path.stem): path for path in sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem))}
+    return {
+        int(path.stem): path
+        for path in sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem))
+    }
 
 
 LIMITS: dict[str, dict[str, Any]] = {
@@ -122,9 +149,16 @@ LIMITS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("name", PIPELINES)
-def test_resumed_after_any_step_it_is_shown_what_an_uninterrupted_run_is(name: str, limit: str, tmp_path: Path) -> None:
+def test_resumed_after_any_step_it_is_shown_what_an_uninterrupted_run_is(
+    name: str, limit: str, tmp_path: Path
+) -> None:
     options = LIMITS[limit] if name != "endless" else {**LIMITS[limit], "limit_train_batches": 7}
-    whole = fit(tmp_path, ms.DataLoader(PIPELINES[name]()), callbacks=(every_step(tmp_path / "all"),), **options)
+    whole = fit(
+        tmp_path,
+        ms.DataLoader(PIPELINES[name]()),
+        callbacks=(every_step(tmp_path / "all"),),
+        **options,
+    )
     found = checkpoints(tmp_path / "all")
     assert list(found) == list(range(1, len(whole.seen) + 1)) and len(found) > 20
     for step, path in found.items():
@@ -141,11 +175,16 @@ def test_with_workers_and_resumed_again_and_again(name: str, tmp_path: Path) -> 
     done, path = 0, None
     for number, (workers, steps) in enumerate([(2, 5), (0, 1), (2, 6), (1, 2), (2, 40)]):
         callbacks = (every_step(tmp_path / str(number)),)
-        loader = ms.DataLoader(PIPELINES[name](), num_workers=workers, persistent_workers=workers > 1)
+        loader = ms.DataLoader(
+            PIPELINES[name](), num_workers=workers, persistent_workers=workers > 1
+        )
         stop = Stop(steps)
         net = fit(tmp_path, loader, resume=path, callbacks=(*callbacks, stop), **options)
         loader.close()
-        assert net.seen == whole.seen[done : done + steps] and net.losses == whole.losses[done : done + steps]
+        assert (
+            net.seen == whole.seen[done : done + steps]
+            and net.losses == whole.losses[done : done + steps]
+        )
         done += len(net.seen)
         path = checkpoints(tmp_path / str(number))[done] if net.seen else path
     assert done == len(whole.seen)
@@ -167,21 +206,44 @@ class Stop(Callback):  # type: ignore[misc]
 def test_from_the_end_of_an_epoch_the_next_one_is_whole(name: str, tmp_path: Path) -> None:
     for kind, options in LIMITS.items():
         folder = tmp_path / kind
-        saver = every_step(folder, every_n_train_steps=None, every_n_epochs=1, save_on_train_epoch_end=True)
+        saver = every_step(
+            folder, every_n_train_steps=None, every_n_epochs=1, save_on_train_epoch_end=True
+        )
         whole = fit(tmp_path, ms.DataLoader(PIPELINES[name]()), callbacks=(saver,), **options)
         found = checkpoints(folder)
         assert len(found) >= 2
         for step, path in found.items():
-            assert fit(tmp_path, ms.DataLoader(PIPELINES[name]()), resume=path, **options).seen == whole.seen[step:]
+            assert (
+                fit(tmp_path, ms.DataLoader(PIPELINES[name]()), resume=path, **options).seen
+                == whole.seen[step:]
+            )
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_schedule_that_asks_for_the_number_of_steps_costs_nothing(name: str, tmp_path: Path) -> None:
-    options = {"max_epochs": 2, "max_steps": 40, "limit_train_batches": 7 if name == "endless" else 1.0}
+def test_a_schedule_that_asks_for_the_number_of_steps_costs_nothing(
+    name: str, tmp_path: Path
+) -> None:
+    options = {
+        "max_epochs": 2,
+        "max_steps": 40,
+        "limit_train_batches": 7 if name == "endless" else 1.0,
+    }
     saver = every_step(tmp_path / "all", every_n_train_steps=3)
-    whole = fit(tmp_path, ms.DataLoader(PIPELINES[name]()), callbacks=(saver,), net=Net(estimate=True), **options)
+    whole = fit(
+        tmp_path,
+        ms.DataLoader(PIPELINES[name]()),
+        callbacks=(saver,),
+        net=Net(estimate=True),
+        **options,
+    )
     for step, path in checkpoints(tmp_path / "all").items():
-        net = fit(tmp_path, ms.DataLoader(PIPELINES[name]()), resume=path, net=Net(estimate=True), **options)
+        net = fit(
+            tmp_path,
+            ms.DataLoader(PIPELINES[name]()),
+            resume=path,
+            net=Net(estimate=True),
+            **options,
+        )
         assert net.seen == whole.seen[step:]
 
 
@@ -191,12 +253,20 @@ def _fail(step: int) -> None:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_checkpoint_of_an_error_has_the_batch_that_was_not_trained(name: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_error_has_the_batch_that_was_not_trained(
+    name: str, tmp_path: Path
+) -> None:
     options = {"max_epochs": 2, "limit_train_batches": 7 if name == "endless" else 1.0}
     whole = fit(tmp_path, ms.DataLoader(PIPELINES[name]()), **options)
     saver = ModelCheckpoint(tmp_path / "all", every_n_epochs=100, save_on_exception=True)
     with pytest.raises(OSError, match="the step fails"):
-        fit(tmp_path, ms.DataLoader(PIPELINES[name]()), callbacks=(saver,), net=Net(in_step=_fail), **options)
+        fit(
+            tmp_path,
+            ms.DataLoader(PIPELINES[name]()),
+            callbacks=(saver,),
+            net=Net(in_step=_fail),
+            **options,
+        )
     (path,) = (tmp_path / "all").glob("*.ckpt")
     net = fit(tmp_path, ms.DataLoader(PIPELINES[name]()), resume=path, **options)
     assert net.seen == whole.seen[8:] and net.losses == whole.losses[8:]
@@ -216,12 +286,21 @@ def _slurm_signals(step: int) -> None:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_slurm_requeues_in_the_middle_of_a_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_requeues_in_the_middle_of_a_step(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _scontrol(tmp_path)
     options = {"max_epochs": 2, "limit_train_batches": 7 if name == "endless" else 1.0}
     whole = fit(tmp_path, ms.DataLoader(PIPELINES[name]()), **options)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    for key, value in {"JOB_ID": 1, "NTASKS": 1, "JOB_NAME": "train", "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+    for key, value in {
+        "JOB_ID": 1,
+        "NTASKS": 1,
+        "JOB_NAME": "train",
+        "PROCID": 0,
+        "LOCALID": 0,
+        "NODEID": 0,
+    }.items():
         monkeypatch.setenv(f"SLURM_{key}", str(value))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
@@ -244,7 +323,11 @@ class Reads(Net):
 def test_a_training_step_that_reads_by_itself(name: str, tmp_path: Path) -> None:
     options = {"max_epochs": 2}
     whole = fit(
-        tmp_path, ms.DataLoader(PIPELINES[name]()), callbacks=(every_step(tmp_path / "all"),), net=Reads(), **options
+        tmp_path,
+        ms.DataLoader(PIPELINES[name]()),
+        callbacks=(every_step(tmp_path / "all"),),
+        net=Reads(),
+        **options,
     )
     for step, path in checkpoints(tmp_path / "all").items():
         net = fit(tmp_path, ms.DataLoader(PIPELINES[name]()), resume=path, net=Reads(), **options)
@@ -277,7 +360,9 @@ def test_two_loaders_in_one(pair: str, mode: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_epochs": 3}
     if pair == "endless":
         options["limit_train_batches"] = 9
-    whole = fit(tmp_path, loaders(), callbacks=(every_step(tmp_path / "all"),), net=Pair(), **options)
+    whole = fit(
+        tmp_path, loaders(), callbacks=(every_step(tmp_path / "all"),), net=Pair(), **options
+    )
     found = checkpoints(tmp_path / "all")
     assert len(found) >= 15
     for step, path in found.items():
@@ -289,26 +374,37 @@ class Pair(Net):
     """Batches of a ``CombinedLoader``, of which one may be None."""
 
     def training_step(self, batch: Any) -> Any:
-        return Net.training_step(self, {name: part for name, part in batch.items() if part is not None})
+        return Net.training_step(
+            self, {name: part for name, part in batch.items() if part is not None}
+        )
 
 
 def test_an_epoch_that_ends_early_is_over(tmp_path: Path) -> None:
     options = {"max_epochs": 3, "limit_train_batches": 5}
-    whole = fit(tmp_path, ms.DataLoader(sized()), callbacks=(every_step(tmp_path / "all"),), **options)
+    whole = fit(
+        tmp_path, ms.DataLoader(sized()), callbacks=(every_step(tmp_path / "all"),), **options
+    )
     loader = ms.DataLoader(sized())
     for epoch in range(3):
         loader.set_epoch(epoch)
         first = [batch.tolist() for _, batch in zip(range(5), loader)]
         assert whole.seen[5 * epoch : 5 * epoch + 5] == first
     for step, path in checkpoints(tmp_path / "all").items():
-        assert fit(tmp_path, ms.DataLoader(sized()), resume=path, **options).seen == whole.seen[step:]
+        assert (
+            fit(tmp_path, ms.DataLoader(sized()), resume=path, **options).seen == whole.seen[step:]
+        )
     unguided = fit(tmp_path, ms.DataLoader(sized()), guided=False, **options)
     assert unguided.seen == whole.seen
 
 
 @pytest.mark.parametrize("name", ["sized", "unsized"])
 def test_accumulated_gradients_and_validation_change_nothing(name: str, tmp_path: Path) -> None:
-    options = {"max_epochs": 2, "accumulate_grad_batches": 2, "val_check_interval": 4, "num_sanity_val_steps": 1}
+    options = {
+        "max_epochs": 2,
+        "accumulate_grad_batches": 2,
+        "val_check_interval": 4,
+        "num_sanity_val_steps": 1,
+    }
     saver = every_step(tmp_path / "all", every_n_train_steps=2)
 
     def loaders() -> Any:
@@ -318,7 +414,9 @@ def test_accumulated_gradients_and_validation_change_nothing(name: str, tmp_path
     whole = fit(tmp_path, loaders(), callbacks=(saver,), net=Validated(), **options)
     assert whole.seen == plain.seen
     for path in checkpoints(tmp_path / "all").values():
-        progress = torch.load(path, weights_only=False)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress = torch.load(path, weights_only=False)["loops"]["fit_loop"][
+            "epoch_loop.batch_progress"
+        ]
         net = fit(tmp_path, loaders(), resume=path, net=Validated(), **options)
         assert net.seen == whole.seen[progress["total"]["processed"] :]
         assert net.losses == whole.losses[progress["total"]["processed"] :]
@@ -335,7 +433,11 @@ class Validated(Net):
 def test_without_the_callback_lightning_warns_of_nothing_and_we_do(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="ResumeCallback") as found:
         whole = fit(
-            tmp_path, ms.DataLoader(unsized()), callbacks=(every_step(tmp_path / "all"),), guided=False, max_epochs=1
+            tmp_path,
+            ms.DataLoader(unsized()),
+            callbacks=(every_step(tmp_path / "all"),),
+            guided=False,
+            max_epochs=1,
         )
     assert (
         sum("ResumeCallback" in str(warning.message) for warning in found) == 1
@@ -347,11 +449,19 @@ def test_without_the_callback_lightning_warns_of_nothing_and_we_do(tmp_path: Pat
     guided = tmp_path / "guided"
     fit(tmp_path, ms.DataLoader(unsized()), callbacks=(every_step(guided),), max_epochs=1)
     with pytest.warns(UserWarning, match="ResumeCallback"):  # Lightning's: a callback is missing
-        fit(tmp_path, ms.DataLoader(unsized()), resume=checkpoints(guided)[5], guided=False, max_epochs=1)
+        fit(
+            tmp_path,
+            ms.DataLoader(unsized()),
+            resume=checkpoints(guided)[5],
+            guided=False,
+            max_epochs=1,
+        )
 
 
 @pytest.mark.parametrize("name", ["sized", "unsized"])
-def test_fabric_saves_and_loads_it_and_its_count_of_epochs_does_not_matter(name: str, tmp_path: Path) -> None:
+def test_fabric_saves_and_loads_it_and_its_count_of_epochs_does_not_matter(
+    name: str, tmp_path: Path
+) -> None:
     one = ms.DataLoader(PIPELINES[name]())
     reference = [[batch.tolist() for batch in one] for _ in range(4)]
 
@@ -369,7 +479,9 @@ def test_fabric_saves_and_loads_it_and_its_count_of_epochs_does_not_matter(name:
                 fabric.save(tmp_path / "b.ckpt", {"loader": ms.WholeRun(wrapped)})
     for file in ("a.ckpt", "b.ckpt"):
         fabric, loader, wrapped = start()
-        fabric.load(tmp_path / file, {"loader": wrapped if file == "a.ckpt" else ms.WholeRun(wrapped)})
+        fabric.load(
+            tmp_path / file, {"loader": wrapped if file == "a.ckpt" else ms.WholeRun(wrapped)}
+        )
         found = [[batch.tolist() for batch in wrapped] for _ in range(loader.epoch, 4)]
         assert found == [reference[1][5:], *reference[2:]]
     # An epoch that is left early is over, as Fabric tells the sampler.
@@ -395,7 +507,9 @@ class Kill(Callback):  # type: ignore[misc]
 
 
 def across() -> ms.Dataset:
-    return ms.from_dataset(range(386), name="web").filter(lambda x: x % 9).batch(4)  # 48 lanes of two batches and a bit
+    return (
+        ms.from_dataset(range(386), name="web").filter(lambda x: x % 9).batch(4)
+    )  # 48 lanes of two batches and a bit
 
 
 def across_sized() -> ms.Dataset:
@@ -410,7 +524,11 @@ def _across(folder: str, name: str, attempt: str, death: str, resume: str) -> No
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     saver = ModelCheckpoint(
-        Path(folder, attempt), filename="{step}", auto_insert_metric_name=False, save_top_k=-1, every_n_train_steps=5
+        Path(folder, attempt),
+        filename="{step}",
+        auto_insert_metric_name=False,
+        save_top_k=-1,
+        every_n_train_steps=5,
     )
     killer = Kill(f"{folder}/{attempt}-{rank}", int(death) if rank == 0 else -1)
     loader = ms.DataLoader(ACROSS[name](), num_workers=1, sync_end=name == "unsized", lanes=48)
@@ -450,7 +568,9 @@ def test_killed_on_two_ranks_it_goes_on_on_one_and_on_three(name: str, tmp_path:
         assert after[:27] == first[20:47]
         seen = Counter(x for ids in [*first[:20], *after] for x in ids)
         rest = Counter(x for ids in first + second for x in ids) - seen
-        assert max(seen.values()) == 2 and sum(rest.values()) < 16  # what some rank had left when another ended
+        assert (
+            max(seen.values()) == 2 and sum(rest.values()) < 16
+        )  # what some rank had left when another ended
 
 
 def _slurm_signals_and_kills(step: int) -> None:
@@ -464,14 +584,22 @@ ENDS: dict[str, Any] = {"error": _fail, "requeue": _slurm_signals_and_kills, "":
 
 
 def _ended(folder: str, name: str, attempt: str, end: str, root: str, resume: str) -> None:
-    """What torchrun starts, as srun would: twelve steps, unless all ranks come to the same end in one of them."""
+    """What torchrun starts, as srun would: twelve steps, unless all ranks come to the same end in
+    one of them.
+    """
     torch.set_num_threads(1)
     rank = os.environ["RANK"]
     if root:
         del os.environ["TORCHELASTIC_RUN_ID"]  # Lightning would take torchrun for its host
         os.environ["PATH"] = os.pathsep.join([folder, os.environ["PATH"]])
         ranks = os.environ["WORLD_SIZE"]
-        slurm = {"JOB_ID": "1", "NTASKS": ranks, "NTASKS_PER_NODE": ranks, "JOB_NAME": "train", "NODEID": "0"}
+        slurm = {
+            "JOB_ID": "1",
+            "NTASKS": ranks,
+            "NTASKS_PER_NODE": ranks,
+            "JOB_NAME": "train",
+            "NODEID": "0",
+        }
         for key, value in {**slurm, "PROCID": rank, "LOCALID": rank}.items():
             os.environ[f"SLURM_{key}"] = value
     saver = ModelCheckpoint(Path(folder, attempt), every_n_epochs=100, save_on_exception=True)
@@ -494,7 +622,9 @@ def _ended(folder: str, name: str, attempt: str, end: str, root: str, resume: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("end", "name"), list(zip(["error", "requeue"], ACROSS, strict=True)))
-def test_two_ranks_that_come_to_the_same_end_go_on_as_if_nothing_had_been(end: str, name: str, tmp_path: Path) -> None:
+def test_two_ranks_that_come_to_the_same_end_go_on_as_if_nothing_had_been(
+    end: str, name: str, tmp_path: Path
+) -> None:
     def run(attempt: str, end: str = "", root: str = "", resume: str = "") -> list[list[Any]]:
         torchrun(__file__, 2, "ended", tmp_path, name, attempt, end, root, resume, dies=end != "")
         return ledgers(tmp_path, attempt, 2)
@@ -543,7 +673,11 @@ def _fabric(folder: str, name: str, attempt: str, death: str, resume: str) -> No
                 fabric.save(f"{folder}/{attempt}-{step}.ckpt", {**state, "step": step})
             if step == 16:
                 break
-    del model, optimizer, state  # before what they talk through: torch hangs now and then when they go after it
+    del (
+        model,
+        optimizer,
+        state,
+    )  # before what they talk through: torch hangs now and then when they go after it
     torch.distributed.destroy_process_group()
 
 
@@ -560,11 +694,15 @@ def test_fabric_killed_on_two_ranks_goes_on_on_two_and_on_three(name: str, tmp_p
     killed = run("killed", 2, death=14)
     newest = str(tmp_path / "killed-10.ckpt")
     rest = run("rest", 2, resume=newest)
-    assert [killed[rank][:10] + rest[rank] for rank in range(2)] == whole  # the losses too, bit for bit
+    assert [
+        killed[rank][:10] + rest[rank] for rank in range(2)
+    ] == whole  # the losses too, bit for bit
     three = run("three", 3, resume=newest)
     assert [[line[0] for line in rank] for rank in three] == [[11, 12, 13, 14, 15, 16]] * 3
     first = 20 % 3  # the rank that makes the next batch
-    assert [line[1] for step in zip(*three[first:], *three[:first]) for line in step] == reference[20:38]
+    assert [line[1] for step in zip(*three[first:], *three[:first]) for line in step] == reference[
+        20:38
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The laws of the loader: the order belongs to the data, and any number of workers goes on where another stopped."""
+"""The laws of the loader: the order belongs to the data, and any number of workers goes on where
+another stopped.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,11 @@ def loader(ds: Dataset, workers: int = 0, **options: Any) -> ms.DataLoader:
         options.setdefault("batch_size", 4)
         if "collate_fn" not in options:
             options["collate_fn"] = list
-    if workers and options.get("multiprocessing_context") is None and options.get("worker_type") != "thread":
+    if (
+        workers
+        and options.get("multiprocessing_context") is None
+        and options.get("worker_type") != "thread"
+    ):
         options["multiprocessing_context"] = "fork"
     return ms.DataLoader(ds, num_workers=workers, lanes=LANES, **options)
 
@@ -46,7 +52,9 @@ def whole(ds: Dataset, workers: int = 0, **options: Any) -> list[Any]:
 
 
 def chain(ds: Dataset, pieces: list[tuple[int, int | None]], **options: Any) -> list[Any]:
-    """Batches of a run cut into pieces of (workers, batches), each resumed from the state of the one before."""
+    """Batches of a run cut into pieces of (workers, batches), each resumed from the state of the
+    one before.
+    """
     found: list[Any] = []
     state = None
     for workers, count in pieces:
@@ -78,7 +86,9 @@ def test_batches_are_the_same_for_any_number_of_workers(row: str) -> None:
 @pytest.mark.parametrize("row", FIVE)
 @pytest.mark.parametrize("workers", [1, 3, 4])
 @pytest.mark.parametrize("persistent", [False, True])
-def test_batches_are_the_same_for_more_workers_and_persistence(row: str, workers: int, persistent: bool) -> None:
+def test_batches_are_the_same_for_more_workers_and_persistence(
+    row: str, workers: int, persistent: bool
+) -> None:
     ds = build(row)
     assert whole(ds, workers, persistent_workers=persistent) == whole(ds)
 
@@ -135,7 +145,9 @@ def test_cut_anywhere_and_resumed_with_one_to_four_workers(row: str) -> None:
     assert chain(ds, [(1, step), (3, step), (4, 1), (2, step), (3, 2), (1, None)]) == expected
 
 
-@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (1, False), (2, False), (1, True), (2, True)], ids=str)
+@pytest.mark.parametrize(
+    ("workers", "persistent"), [(0, False), (1, False), (2, False), (1, True), (2, True)], ids=str
+)
 @pytest.mark.parametrize("row", ["interleave", "interleave streams"])
 def test_three_epochs_with_a_save_at_every_step(row: str, workers: int, persistent: bool) -> None:
     ds = build(row)
@@ -149,7 +161,9 @@ def test_three_epochs_with_a_save_at_every_step(row: str, workers: int, persiste
         for batch in made:
             epochs[-1].append(plain(batch))
             states.append((epoch, len(epochs[-1]), json.loads(json.dumps(made.state_dict()))))
-        states.append((epoch, len(epochs[-1]), json.loads(json.dumps(made.state_dict()))))  # after StopIteration
+        states.append(
+            (epoch, len(epochs[-1]), json.loads(json.dumps(made.state_dict())))
+        )  # after StopIteration
     made.close()
     assert epochs[0] != epochs[1]
     assert [whole(ds, workers)] == epochs[:1]
@@ -274,7 +288,11 @@ def test_progress_and_trace_count_what_was_delivered(row: str, workers: int) -> 
         found = identify(plain(batch))
         origins = made.trace()
         # A document that pack cut counts once.
-        delivered.update(value // BASE for value, origin in zip(found, origins) if not (case.cuts and origin.part))
+        delivered.update(
+            value // BASE
+            for value, origin in zip(found, origins)
+            if not (case.cuts and origin.part)
+        )
         assert len(origins) == len(found)
         if "gz" not in row and row not in ("hub stream", "iterable"):
             assert [BASE * case.sources[origin.source] + origin.row for origin in origins] == found
@@ -340,7 +358,9 @@ def test_the_main_process_own_dataset_is_untouched(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("row", ["interleave", "interleave streams", "buffered shuffle", "batch stream", "everything"])
+@pytest.mark.parametrize(
+    "row", ["interleave", "interleave streams", "buffered shuffle", "batch stream", "everything"]
+)
 def test_a_bare_stateful_dataloader_resumes(row: str, workers: int) -> None:
     options: dict[str, Any] = {"num_workers": workers, "batch_size": None}
     made = StatefulDataLoader(build(row), **options)
@@ -373,7 +393,10 @@ def test_a_bare_stateful_dataloader_on_other_workers_is_refused_by_name() -> Non
 def test_ranks_together_make_the_same_global_order(row: str, world_size: int) -> None:
     ds = build(row)
     expected = whole(ds, remainder="uneven")
-    ranks = [loader(ds, rank=rank, world_size=world_size, remainder="uneven") for rank in range(world_size)]
+    ranks = [
+        loader(ds, rank=rank, world_size=world_size, remainder="uneven")
+        for rank in range(world_size)
+    ]
     iterators = [iter(made) for made in ranks]
     found = []
     live = list(range(world_size))
@@ -386,9 +409,13 @@ def test_ranks_together_make_the_same_global_order(row: str, world_size: int) ->
     if ds.random_access:
         assert found == expected
     else:
-        assert sorted(map(json.dumps, found)) == sorted(map(json.dumps, expected))  # lanes drain at different times
+        assert sorted(map(json.dumps, found)) == sorted(
+            map(json.dumps, expected)
+        )  # lanes drain at different times
         prefix = (
-            next(i for i, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]) if found != expected else None
+            next(i for i, pair in enumerate(zip(found, expected)) if pair[0] != pair[1])
+            if found != expected
+            else None
         )
         assert prefix is None or prefix > world_size
 
@@ -428,9 +455,14 @@ def test_drop_gives_every_rank_as_many_batches() -> None:
 
 def test_fewer_batches_than_ranks_is_refused_by_name() -> None:
     ds = ms.from_dataset(range(8), name="small")
-    for options in ({"rank": 0, "world_size": 4}, {"rank": 3, "world_size": 4, "remainder": "uneven"}):
+    for options in (
+        {"rank": 0, "world_size": 4},
+        {"rank": 3, "world_size": 4, "remainder": "uneven"},
+    ):
         made = ms.DataLoader(ds, batch_size=4, **options)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=r"2 batches in all.*small: from_dataset\(range, 8 rows\)"):
+        with pytest.raises(
+            ValueError, match=r"2 batches in all.*small: from_dataset\(range, 8 rows\)"
+        ):
             iter(made)
 
 
@@ -480,7 +512,9 @@ def test_map_style_data_gives_torch_batches() -> None:
         assert a["name"] == b["name"]
 
 
-@pytest.mark.parametrize("options", [{}, {"num_workers": 1, "multiprocessing_context": "fork"}, {"prefetch_factor": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_workers": 1, "multiprocessing_context": "fork"}, {"prefetch_factor": 2}]
+)
 def test_reading_draws_nothing_from_the_generator_of_torch(options: dict[str, Any]) -> None:
     before = torch.get_rng_state()
     made = ms.DataLoader(numbers(0, 8), batch_size=4, **options)
@@ -512,7 +546,9 @@ def test_shuffle_takes_the_seed_of_torch_and_the_checkpoint_keeps_it() -> None:
     batches = [batch["x"].tolist() for _, batch in zip(range(3), made)]
     assert torch.get_rng_state().equal(before)
     state = made.state_dict()
-    rest = [batch["x"].tolist() for batch in iter(ms.DataLoader(Squares(), batch_size=3, shuffle=True))][3:]
+    rest = [
+        batch["x"].tolist() for batch in iter(ms.DataLoader(Squares(), batch_size=3, shuffle=True))
+    ][3:]
     torch.manual_seed(6)
     resumed = ms.DataLoader(Squares(), batch_size=3, shuffle=True)
     resumed.load_state_dict(state)
@@ -523,18 +559,24 @@ def test_shuffle_takes_the_seed_of_torch_and_the_checkpoint_keeps_it() -> None:
 def test_a_loader_rebuilt_from_its_attributes_yields_the_same_batches() -> None:
     import inspect
 
-    names = [name for name in inspect.signature(ms.DataLoader.__init__).parameters if name != "self"]
+    names = [
+        name for name in inspect.signature(ms.DataLoader.__init__).parameters if name != "self"
+    ]
     makers = [
         lambda: ms.DataLoader(Squares(), batch_size=3, shuffle=True, drop_last=True, lanes=24),
         lambda: ms.DataLoader(numbers(0, 40).shuffle(3), batch_size=8, collate_fn=list),
-        lambda: ms.DataLoader(numbers(0, 40).shuffle(3).batch(5), num_workers=2, remainder="uneven"),
+        lambda: ms.DataLoader(
+            numbers(0, 40).shuffle(3).batch(5), num_workers=2, remainder="uneven"
+        ),
         lambda: ms.DataLoader(numbers(0, 40).filter(bool), batch_size=None),
         lambda: ms.DataLoader([1, 2, 3], sampler=[2, 0, 1], batch_size=2),
     ]
     for make in makers:
         made = make()
         attributes = {name: getattr(made, name) for name in names}
-        if attributes["batch_sampler"] is not None:  # torch makes one of batch_size, and takes either
+        if (
+            attributes["batch_sampler"] is not None
+        ):  # torch makes one of batch_size, and takes either
             attributes["batch_sampler"] = None
         again = ms.DataLoader(**attributes)
         assert [plain(batch) for batch in again] == [plain(batch) for batch in made]
@@ -667,17 +709,27 @@ def test_what_drop_last_leaves_out_is_counted(workers: int) -> None:
 
 @pytest.mark.parametrize(("count", "size"), [(100, 100_000), (10_000, 10)])
 def test_a_full_buffer_of_any_samples_leaves_the_state_small(count: int, size: int) -> None:
-    """Three sources, the buffer full, lanes 1 and 12: at most 1 KB a lane and 64 bytes for each source."""
+    """Three sources, the buffer full, lanes 1 and 12: at most 1 KB a lane and 64 bytes for each
+    source.
+    """
     parts = {name: ms.from_dataset(range(3 * count)).shuffle(1) for name in "abc"}
-    ds = ms.interleave(parts).map(lambda row: {"id": row, "data": bytes(size)}).filter(lambda row: True)
+    ds = (
+        ms.interleave(parts)
+        .map(lambda row: {"id": row, "data": bytes(size)})
+        .filter(lambda row: True)
+    )
     for lanes in (1, 12):
-        made = ms.DataLoader(ds.shuffle(2, buffer_size=count), batch_size=4, lanes=lanes, collate_fn=list)
+        made = ms.DataLoader(
+            ds.shuffle(2, buffer_size=count), batch_size=4, lanes=lanes, collate_fn=list
+        )
         iterator = iter(made)
         for _ in range(12):
             next(iterator)
         state = made.state_dict()
         assert max(map(len, state["lanes"].values())) <= 1024 + 3 * 64
-        resumed = ms.DataLoader(ds.shuffle(2, buffer_size=count), batch_size=4, lanes=lanes, collate_fn=list)
+        resumed = ms.DataLoader(
+            ds.shuffle(2, buffer_size=count), batch_size=4, lanes=lanes, collate_fn=list
+        )
         resumed.load_state_dict(state)
         assert [row["id"] for row in next(iter(resumed))] == [row["id"] for row in next(iterator)]
 

@@ -45,16 +45,30 @@ def sources(folder: Path) -> dict[str, ms.Dataset]:
         "iterable": ms.from_iterable(lambda: iter(rows), name="s"),
         "shards": ms.from_iterable(lambda shard: iter(rows[shard::4]), name="s", num_shards=4),
         "stride": ms.from_iterable(lambda: iter(rows), name="s", split="stride"),
-        "hub": ms.from_dataset(datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=5), name="s"),
+        "hub": ms.from_dataset(
+            datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=5), name="s"
+        ),
     }
 
 
-KINDS = ["sequence", "arrow", "parquet", "jsonl", "jsonl stream", "iterable", "shards", "stride", "hub"]
+KINDS = [
+    "sequence",
+    "arrow",
+    "parquet",
+    "jsonl",
+    "jsonl stream",
+    "iterable",
+    "shards",
+    "stride",
+    "hub",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_row_fetches_what_a_source_holds_behind_every_origin(kind: str, workers: int, tmp_path: Path) -> None:
+def test_row_fetches_what_a_source_holds_behind_every_origin(
+    kind: str, workers: int, tmp_path: Path
+) -> None:
     ds = sources(tmp_path)[kind].map(lambda row: row).filter(lambda row: row["id"] % 7)
     workers = min(workers, 1) if kind == "iterable" else workers  # of one shard
     loader = ms.DataLoader(ds, 4, num_workers=workers, collate_fn=list)
@@ -89,7 +103,10 @@ def test_row_of_a_row_that_cannot_be_read_is_its_error() -> None:
 
 
 def pipelines() -> dict[str, ms.Dataset]:
-    web, code = ms.from_dataset(range(90), name="web"), ms.from_dataset(range(1000, 1060), name="code")
+    web, code = (
+        ms.from_dataset(range(90), name="web"),
+        ms.from_dataset(range(1000, 1060), name="code"),
+    )
     mix = ms.interleave({"web": web.shuffle(1), "code": code.shuffle(1)}, {"web": 2, "code": 1})
     return {
         "random": mix.map(lambda x: x + 1),
@@ -102,7 +119,9 @@ def pipelines() -> dict[str, ms.Dataset]:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_replay_makes_the_batches_that_followed_a_checkpoint(name: str, ranks: int) -> None:
     ds = pipelines()[name]
-    loaders = [ms.DataLoader(ds, 4, collate_fn=list, rank=rank, world_size=ranks) for rank in range(ranks)]
+    loaders = [
+        ms.DataLoader(ds, 4, collate_fn=list, rank=rank, world_size=ranks) for rank in range(ranks)
+    ]
     iterators = [iter(loader) for loader in loaders]
     for _ in range(4):
         [next(iterator) for iterator in iterators]
@@ -122,7 +141,9 @@ def test_replay_makes_the_batches_that_followed_a_checkpoint(name: str, ranks: i
             assert list(again.trace()) == traces[len(found) - 1]
         assert found == followed
     for rank in range(ranks):
-        mine = list(ms.replay(ds, states, 3, batch_size=4, collate_fn=list, rank=rank, world_size=ranks))
+        mine = list(
+            ms.replay(ds, states, 3, batch_size=4, collate_fn=list, rank=rank, world_size=ranks)
+        )
         assert mine == followed[rank::ranks]
     assert [loader.state_dict() for loader in loaders] == before
 
@@ -171,7 +192,11 @@ def skipping(folder: str, kind: str) -> ms.Dataset:
         return ds.filter(lambda x: bad(x) >= 0, on_error="skip", quarantine=folder)
     if kind == "flat_map":
         return ds.flat_map(lambda x: [bad(x)], on_error="skip", quarantine=folder)
-    return ds.map(bad, on_error="skip", quarantine=folder).filter(lambda x: True).shuffle(1, buffer_size=60)
+    return (
+        ds.map(bad, on_error="skip", quarantine=folder)
+        .filter(lambda x: True)
+        .shuffle(1, buffer_size=60)
+    )
 
 
 @pytest.mark.parametrize("kind", ["map", "refill", "filter", "flat_map", "behind a buffer"])
@@ -203,9 +228,16 @@ def test_the_quarantine_holds_each_skipped_sample_once_however_often_the_run_was
         assert one.origin is not None and ds.row(one.origin) == one.origin.row
         assert one.error_type == "ValueError" and one.message == f"bad {one.origin.row}"
         assert "in bad" in one.traceback and one.preview == str(one.origin.row)
-        assert one.node.split("/")[-1].split("#")[0] in ("map", "filter", "flat_map") and "@" in one.function
-    lines = [line for file in Path(folder).glob("*.jsonl") for line in file.read_text().splitlines()]
-    if not workers and kind == "map":  # nothing was read ahead of a checkpoint, so nothing was written twice
+        assert (
+            one.node.split("/")[-1].split("#")[0] in ("map", "filter", "flat_map")
+            and "@" in one.function
+        )
+    lines = [
+        line for file in Path(folder).glob("*.jsonl") for line in file.read_text().splitlines()
+    ]
+    if (
+        not workers and kind == "map"
+    ):  # nothing was read ahead of a checkpoint, so nothing was written twice
         assert len(lines) == 20
 
 
@@ -246,7 +278,9 @@ def test_previews_are_short_whatever_the_sample(tmp_path: Path) -> None:
             raise RuntimeError("no")
 
     rows = [{"text": "x" * 10**6, "ids": np.arange(10**5)}, ["y"] * 10**5, Nasty()]
-    ds = ms.from_dataset(rows, name="n").map(lambda x: 1 // 0, on_error="skip", quarantine=str(tmp_path))
+    ds = ms.from_dataset(rows, name="n").map(
+        lambda x: 1 // 0, on_error="skip", quarantine=str(tmp_path)
+    )
     list(ds)
     previews = [one.preview for one in ms.read_quarantine(tmp_path)]
     assert len(previews) == 3 and all(len(preview) <= 2000 for preview in previews)
@@ -287,8 +321,14 @@ def test_a_quarantine_goes_with_skip() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.booleans(), min_size=1, max_size=120), st.integers(1, 40), st.sampled_from([0.02, 0.1, 0.25, 0.5]))
-def test_a_rate_is_over_where_a_window_has_too_many(fails: list[bool], window: int, rate: float) -> None:
+@given(
+    st.lists(st.booleans(), min_size=1, max_size=120),
+    st.integers(1, 40),
+    st.sampled_from([0.02, 0.1, 0.25, 0.5]),
+)
+def test_a_rate_is_over_where_a_window_has_too_many(
+    fails: list[bool], window: int, rate: float
+) -> None:
     def fn(x: int) -> int:
         return 1 // 0 if fails[x] else x
 
@@ -298,7 +338,9 @@ def test_a_rate_is_over_where_a_window_has_too_many(fails: list[bool], window: i
         if fails[end] and sum(fails[max(0, end + 1 - window) : end + 1]) > most:
             expected = end
             break
-    ds = ms.from_dataset(range(len(fails))).map(fn, on_error="skip", max_errors=ms.ErrorRate(rate, window))
+    ds = ms.from_dataset(range(len(fails))).map(
+        fn, on_error="skip", max_errors=ms.ErrorRate(rate, window)
+    )
     found = []
     raised = False
     try:
@@ -332,7 +374,9 @@ def test_a_rate_is_checked() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_window_begins_anew_at_a_resume(workers: int) -> None:
-    ds = ms.from_dataset(range(400), name="n").map(bad, on_error="skip", max_errors=ms.ErrorRate(0.15, 100))
+    ds = ms.from_dataset(range(400), name="n").map(
+        bad, on_error="skip", max_errors=ms.ErrorRate(0.15, 100)
+    )
     loader = ms.DataLoader(ds, 10, num_workers=workers, collate_fn=list)
     iterator = iter(loader)
     kept = [x for _ in range(20) for x in next(iterator)]

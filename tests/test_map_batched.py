@@ -50,7 +50,10 @@ def test_the_function_sees_the_columns_of_a_group_and_what_it_returns_replaces_t
 
     ds = rows(5).map(fn, batched=True, batch_size=3)
     assert list(ds) == [{"double": 2 * row} for row in range(5)]
-    assert seen == [{"id": [0, 1, 2], "text": ["", "x", "xx"]}, {"id": [3, 4], "text": ["xxx", "xxxx"]}]
+    assert seen == [
+        {"id": [0, 1, 2], "text": ["", "x", "xx"]},
+        {"id": [3, 4], "text": ["xxx", "xxxx"]},
+    ]
     assert not ds.random_access
 
 
@@ -97,14 +100,18 @@ def test_what_it_may_not_return_loses_the_group(returned: Any, error: str, words
 
 
 def test_samples_of_other_keys_in_a_group_are_told() -> None:
-    ds = ms.from_dataset([{"a": 1}, {"b": 1}, {"a": 2}, {"a": 3}]).map(keep, batched=True, batch_size=2)
+    ds = ms.from_dataset([{"a": 1}, {"b": 1}, {"a": 2}, {"a": 3}]).map(
+        keep, batched=True, batch_size=2
+    )
     found, errors = drain(iter(ds))
     assert found == [{"a": 2}, {"a": 3}]
     assert "expected ['a'], found ['b'] in sample 1" in str(errors[0])
 
 
 def test_samples_that_are_no_dicts_come_as_a_list() -> None:
-    assert list(ms.from_dataset(range(5)).map(lambda batch: batch[::-1], batched=True, batch_size=2)) == [1, 0, 3, 2, 4]
+    assert list(
+        ms.from_dataset(range(5)).map(lambda batch: batch[::-1], batched=True, batch_size=2)
+    ) == [1, 0, 3, 2, 4]
 
 
 def test_skip_counts_a_group_and_max_errors_holds() -> None:
@@ -114,12 +121,18 @@ def test_skip_counts_a_group_and_max_errors_holds() -> None:
         return batch
 
     loader = ms.DataLoader(
-        ms.from_dataset(range(12)).map(fn, batched=True, batch_size=2, on_error="skip"), batch_size=1, lanes=1
+        ms.from_dataset(range(12)).map(fn, batched=True, batch_size=2, on_error="skip"),
+        batch_size=1,
+        lanes=1,
     )
     assert [int(batch) for batch in loader] == [2, 3, 6, 7, 10, 11]
     assert sum(loader.progress().unattributed.values()) == 3
     with pytest.raises(ms.TooManyErrors, match="max_errors=1"):
-        list(ms.from_dataset(range(12)).map(fn, batched=True, batch_size=2, on_error="skip", max_errors=1))
+        list(
+            ms.from_dataset(range(12)).map(
+                fn, batched=True, batch_size=2, on_error="skip", max_errors=1
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -128,7 +141,10 @@ def test_skip_counts_a_group_and_max_errors_holds() -> None:
         (lambda: rows(3).map(keep, batched=True, batch_size=0), "batch_size"),
         (lambda: rows(3).map(keep, batched=True, batch_size=1 << 20), "batch_size is below"),
         (lambda: rows(3).map(keep, batched=True, with_rng=True), "no generator per sample"),
-        (lambda: rows(3).map(keep, batched=True, max_errors=3), "max_errors counts skipped samples"),
+        (
+            lambda: rows(3).map(keep, batched=True, max_errors=3),
+            "max_errors counts skipped samples",
+        ),
         (lambda: rows(3).map(keep, batched=True, on_error="ignore"), "on_error"),  # type: ignore[arg-type]
     ],
 )
@@ -157,7 +173,11 @@ def test_origins_are_one_by_one_or_numbered_parts_of_all() -> None:
         [[1, 0]],
         *([[2, part], [3, part]] for part in range(3)),
     ]
-    twice = ms.from_dataset(range(1)).flat_map(lambda x: [x, x]).map(lambda b: [*b, 9], batched=True, batch_size=2)
+    twice = (
+        ms.from_dataset(range(1))
+        .flat_map(lambda x: [x, x])
+        .map(lambda b: [*b, 9], batched=True, batch_size=2)
+    )
     assert origins(twice) == [[[0, part], [0, parts + part]] for part in range(3)]
 
 
@@ -232,5 +252,7 @@ def test_cut_anywhere_it_goes_on_identically(
         assert resumed.state_dict() == state
         again, later = events(resumed)
         assert again == found[step:]
-        if upstream != "buffer":  # whose safe point, at the end of its input, depends on when it was asked for
+        if (
+            upstream != "buffer"
+        ):  # whose safe point, at the end of its input, depends on when it was asked for
             assert later == states[step:]

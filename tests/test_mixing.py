@@ -1,4 +1,6 @@
-"""Schedules, mixing by tokens, and weights that change while a run goes on: exact at every cut, on any topology."""
+"""Schedules, mixing by tokens, and weights that change while a run goes on: exact at every cut, on
+any topology.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,13 @@ def tokens(row: int) -> int:
 
 
 def mixed(kind: str, weights: Any = None, rows: int = 240, **options: Any) -> Dataset:
-    """A mix of two sources, named "mix", by positions ("rows"), as a stream, by tokens, or below other nodes."""
-    parts: dict[str, Dataset] = {"web": source(0, rows).shuffle(1), "code": source(1, rows).shuffle(2)}
+    """A mix of two sources, named "mix", by positions ("rows"), as a stream, by tokens, or below
+    other nodes.
+    """
+    parts: dict[str, Dataset] = {
+        "web": source(0, rows).shuffle(1),
+        "code": source(1, rows).shuffle(2),
+    }
     if kind != "rows":
         parts = {name: part.filter(keep) for name, part in parts.items()}
     by = {"weights_by": tokens} if kind in ("tokens", "buffered") else {}
@@ -80,7 +87,9 @@ mixes = st.integers(1, 4).flatmap(
 )
 
 
-def step_by_step(ds: Dataset, lengths: list[int], lane: int | None = None, share: Any = int) -> list[tuple[int, int]]:
+def step_by_step(
+    ds: Dataset, lengths: list[int], lane: int | None = None, share: Any = int
+) -> list[tuple[int, int]]:
     """What a mix gives by its definition: dataset and row, counted over its passes."""
     mix = ds.node
     assert isinstance(mix, Interleave)
@@ -116,10 +125,14 @@ def step_by_step(ds: Dataset, lengths: list[int], lane: int | None = None, share
             return out
 
 
-def _make(lengths: list[int], steps: list[tuple[int, list[int]]], strategy: Any, seed: int, stream: bool) -> Dataset:
+def _make(
+    lengths: list[int], steps: list[tuple[int, list[int]]], strategy: Any, seed: int, stream: bool
+) -> Dataset:
     names = [f"s{c}" for c in range(len(lengths))]
     borders = [0, *itertools.accumulate(length for length, _ in steps[:-1])]
-    plan = ms.schedule([(border, dict(zip(names, weights))) for border, (_, weights) in zip(borders, steps)])
+    plan = ms.schedule(
+        [(border, dict(zip(names, weights))) for border, (_, weights) in zip(borders, steps)]
+    )
     parts: dict[str, Dataset] = {
         name: ms.from_dataset([100 * c + row for row in range(length)], name=name)
         for c, (name, length) in enumerate(zip(names, lengths))
@@ -132,7 +145,9 @@ def _make(lengths: list[int], steps: list[tuple[int, list[int]]], strategy: Any,
 
 @settings(max_examples=250, deadline=None)
 @given(mixes, st.sampled_from(STRATEGIES), st.integers(0, 20))
-def test_a_schedule_by_position_is_its_reading_step_by_step(made: Any, strategy: Any, seed: int) -> None:
+def test_a_schedule_by_position_is_its_reading_step_by_step(
+    made: Any, strategy: Any, seed: int
+) -> None:
     lengths, steps = made
     mix = _make(lengths, steps, strategy, seed, stream=False)
     if strategy == "all_exhausted" and any(
@@ -158,9 +173,15 @@ def test_a_schedule_of_streams_is_its_reading_step_by_step_in_every_lane(
     lengths, steps = made
     mix = _make(lengths, steps, "all_exhausted_without_replacement", seed, stream=True)
     index, lanes = lane
-    own = [[100 * c + row for row in range(index, length, lanes)] for c, length in enumerate(lengths)]
-    expected = step_by_step(mix, list(map(len, own)), index, lambda border: border // lanes + (index < border % lanes))
-    assert list(SingleLaneIterator(mix.node, index, lanes, 0)) == [own[c][row] for c, row in expected]
+    own = [
+        [100 * c + row for row in range(index, length, lanes)] for c, length in enumerate(lengths)
+    ]
+    expected = step_by_step(
+        mix, list(map(len, own)), index, lambda border: border // lanes + (index < border % lanes)
+    )
+    assert list(SingleLaneIterator(mix.node, index, lanes, 0)) == [
+        own[c][row] for c, row in expected
+    ]
 
 
 @settings(max_examples=150, deadline=None)
@@ -174,8 +195,13 @@ def test_by_tokens_the_source_furthest_behind_comes_next(
     sizes: list[list[int]], weights: list[int], seed: int, lane: int
 ) -> None:
     names = [f"s{c}" for c in range(len(sizes))]
-    parts = {name: ms.from_dataset([(c, size) for size in sizes[c]], name=name) for c, name in enumerate(names)}
-    mix = ms.interleave(parts, dict(zip(names, weights)), seed=seed, weights_by=lambda sample: sample[1])
+    parts = {
+        name: ms.from_dataset([(c, size) for size in sizes[c]], name=name)
+        for c, name in enumerate(names)
+    }
+    mix = ms.interleave(
+        parts, dict(zip(names, weights)), seed=seed, weights_by=lambda sample: sample[1]
+    )
     given, total = np.zeros(len(sizes)), sum(weights[: len(sizes)])
     shares = np.array(weights[: len(sizes)]) / total
     longest = [max(size) for size in sizes]
@@ -186,7 +212,9 @@ def test_by_tokens_the_source_furthest_behind_comes_next(
         given[c] += size
         assert (given - shares * given.sum() <= np.array(longest) + 1e-6).all()
     left = Counter(c for c, _ in found)
-    assert any(left[c] == len(size) for c, size in enumerate(sizes))  # it ended because one had run out
+    assert any(
+        left[c] == len(size) for c, size in enumerate(sizes)
+    )  # it ended because one had run out
 
 
 # -- tokens ---------------------------------------------------------------------------------------------------------------
@@ -194,10 +222,14 @@ def test_by_tokens_the_source_furthest_behind_comes_next(
 
 @pytest.mark.parametrize("lanes", [4])
 def test_short_and_long_documents_are_mixed_by_tokens(lanes: int) -> None:
-    """1:1 between documents of 50 and of 5,000 tokens, nine of ten of one dropped by its own filter."""
+    """1:1 between documents of 50 and of 5,000 tokens, nine of ten of one dropped by its own
+    filter.
+    """
     short = ms.from_dataset(range(60_000), name="short").filter(lambda row: row // 4 % 10 == 0)
     long = ms.from_dataset(range(100_000, 100_080), name="long")
-    mix = ms.interleave({"short": short, "long": long}, weights_by=lambda row: 5000 if row >= 100_000 else 50)
+    mix = ms.interleave(
+        {"short": short, "long": long}, weights_by=lambda row: 5000 if row >= 100_000 else 50
+    )
     runs = [SingleLaneIterator(mix.node, lane, lanes, 0) for lane in range(lanes)]
     total = np.zeros(2)
     given = np.zeros((lanes, 2))
@@ -219,7 +251,9 @@ def test_short_and_long_documents_are_mixed_by_tokens(lanes: int) -> None:
 def test_what_cannot_be_counted_is_one_failed_sample() -> None:
     parts = {"web": ms.from_dataset([3, -1, 2, 5]), "code": ms.from_dataset([1, 1, 1, 1, 1, 1])}
     run = SingleLaneIterator(
-        ms.interleave(parts, weights_by=lambda row: row, stopping_strategy="all_exhausted_without_replacement").node,
+        ms.interleave(
+            parts, weights_by=lambda row: row, stopping_strategy="all_exhausted_without_replacement"
+        ).node,
         0,
         1,
         0,
@@ -251,14 +285,20 @@ PLAN = [(0, {"web": 7, "code": 3}), (100, {"web": 1, "code": 1}), (190, {"web": 
 def cluster(pipeline: Dataset, ranks: int, workers: int, state: Any = None) -> Cluster:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Cluster(pipeline, ranks, workers, state, lanes=None if state else 12, remainder="uneven")
+        return Cluster(
+            pipeline, ranks, workers, state, lanes=None if state else 12, remainder="uneven"
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_schedule_crossing_its_border_in_a_batch_resumes_around_it(kind: str) -> None:
-    """100 is in the middle of batch 33 (and of a lane's batch, on streams): before, on and after it, other topologies."""
+    """100 is in the middle of batch 33 (and of a lane's batch, on streams): before, on and after
+    it, other topologies.
+    """
     by_tokens = kind in ("tokens", "buffered")
-    plan = ms.schedule([(20 * border if by_tokens else border, weights) for border, weights in PLAN])
+    plan = ms.schedule(
+        [(20 * border if by_tokens else border, weights) for border, weights in PLAN]
+    )
     pipeline = mixed(kind, plan)
     whole = cluster(pipeline, 1, 0)
     whole.run()
@@ -274,14 +314,20 @@ def test_a_schedule_crossing_its_border_in_a_batch_resumes_around_it(kind: str) 
         assert len(found) == 2 * step + 17
         assert found == reference[: len(found)], f"resumed after step {step}"
     if kind == "rows":
-        shares = [sum(row < 10_000 for row in flat(reference)[a:b]) for a, b in ((0, 100), (100, 190))]
+        shares = [
+            sum(row < 10_000 for row in flat(reference)[a:b]) for a, b in ((0, 100), (100, 190))
+        ]
         assert shares == [70, 45]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["rows", "tokens"])
-def test_a_schedule_resumes_with_real_workers_at_every_batch_around_its_border(kind: str, workers: int) -> None:
-    pipeline = mixed(kind, ms.schedule([(0, {"web": 7, "code": 3}), (23, {"web": 1, "code": 9})]), rows=40)
+def test_a_schedule_resumes_with_real_workers_at_every_batch_around_its_border(
+    kind: str, workers: int
+) -> None:
+    pipeline = mixed(
+        kind, ms.schedule([(0, {"web": 7, "code": 3}), (23, {"web": 1, "code": 9})]), rows=40
+    )
     reference = drain(ms.DataLoader(pipeline, lanes=4))
     loader = ms.DataLoader(pipeline, lanes=4, num_workers=workers)
     states = [loader.state_dict(), *(loader.state_dict() for _ in loader)]
@@ -294,7 +340,9 @@ def test_a_schedule_resumes_with_real_workers_at_every_batch_around_its_border(k
 # -- weights that change on the way ----------------------------------------------------------------------------------------
 
 EDITS = st.lists(
-    st.tuples(st.integers(0, 6), st.sampled_from([(1, 1), (1, 9), (0, 1), (3, 2)])), min_size=1, max_size=3
+    st.tuples(st.integers(0, 6), st.sampled_from([(1, 1), (1, 9), (0, 1), (3, 2)])),
+    min_size=1,
+    max_size=3,
 )
 
 
@@ -306,16 +354,25 @@ EDITS = st.lists(
     phases=[Phase.explicit, Phase.generate],
 )
 @given(edits=EDITS, data=st.data())
-def test_set_weights_is_exact_on_any_chain_of_topologies(kind: str, edits: Any, data: st.DataObject) -> None:
+def test_set_weights_is_exact_on_any_chain_of_topologies(
+    kind: str, edits: Any, data: st.DataObject
+) -> None:
     scheduled = data.draw(st.booleans(), "scheduled")
     # So many rows that no lane drains: the order is promised until one does.
-    weights = ms.schedule([(0, {"web": 7, "code": 3}), (40, {"web": 1, "code": 1})]) if scheduled else None
+    weights = (
+        ms.schedule([(0, {"web": 7, "code": 3}), (40, {"web": 1, "code": 1})])
+        if scheduled
+        else None
+    )
     pipeline = mixed(kind, weights, rows=1200)
     done: list[Any] = []
     script: list[tuple[int, dict[str, int]]] = []
     state: Any = None
     for steps, shares in edits:
-        ranks, workers = data.draw(st.sampled_from([1, 2, 3, 4]), "ranks"), data.draw(st.integers(0, 2), "workers")
+        ranks, workers = (
+            data.draw(st.sampled_from([1, 2, 3, 4]), "ranks"),
+            data.draw(st.integers(0, 2), "workers"),
+        )
         part = cluster(pipeline, ranks, workers, state)
         part.run(steps)
         script.append((ranks * steps, dict(zip(("web", "code"), shares))))
@@ -343,7 +400,9 @@ def test_set_weights_is_exact_on_any_chain_of_topologies(kind: str, edits: Any, 
     assert done == reference.sequence
     assert len(set(flat(done))) == len(flat(done))
     merged = ms.merge_states(state)
-    changes = [entry["weights"] for entry in ms.weights_history(merged) if entry["by"] == "set_weights"]
+    changes = [
+        entry["weights"] for entry in ms.weights_history(merged) if entry["by"] == "set_weights"
+    ]
     assert changes == [new for _, new in script if new]
     share = ms.asked_shares(merged)["web"]
     asked = changes[-1]["web"] / sum(changes[-1].values()) * (0.75 if kind == "nested" else 1)
@@ -351,7 +410,9 @@ def test_set_weights_is_exact_on_any_chain_of_topologies(kind: str, edits: Any, 
 
 
 def _run(part: Cluster, steps: int) -> None:
-    """So many steps; iterators that were told of other weights start their readers anew, without processes."""
+    """So many steps; iterators that were told of other weights start their readers anew, without
+    processes.
+    """
     from simulate import simulated_workers
 
     with simulated_workers():
@@ -385,25 +446,48 @@ def test_set_weights_in_a_loop_changes_the_next_batch_and_the_epochs_after(
     everything = sorted(flat(before))
     assert [sorted(flat(batches)) for batches in epochs] == [everything] * 3
     again = ms.DataLoader(
-        mixed(kind, {"web": 0.2, "code": 1}, rows=60, stopping_strategy="all_exhausted_without_replacement"), lanes=4
+        mixed(
+            kind,
+            {"web": 0.2, "code": 1},
+            rows=60,
+            stopping_strategy="all_exhausted_without_replacement",
+        ),
+        lanes=4,
     )
     again.set_epoch(1)
     later = drain(again)
     if kind == "rows":
         assert epochs[1] == later
-    assert sum(row < 10_000 for row in flat(epochs[1])[:30]) < sum(row < 10_000 for row in flat(before)[:30])
+    assert sum(row < 10_000 for row in flat(epochs[1])[:30]) < sum(
+        row < 10_000 for row in flat(before)[:30]
+    )
     resumed = ms.DataLoader(pipeline, num_workers=1)
-    for epoch, step, state in [states[4], states[5], states[8], states[9], states[len(epochs[0]) + 2]]:
+    for epoch, step, state in [
+        states[4],
+        states[5],
+        states[8],
+        states[9],
+        states[len(epochs[0]) + 2],
+    ]:
         resumed.load_state_dict(state)
-        known = 9 if epoch == 0 and step < 9 else None  # then weights were set that this state does not know
-        assert list(itertools.islice(iter(resumed), known and known - step)) == epochs[epoch][step:known]
+        known = (
+            9 if epoch == 0 and step < 9 else None
+        )  # then weights were set that this state does not know
+        assert (
+            list(itertools.islice(iter(resumed), known and known - step))
+            == epochs[epoch][step:known]
+        )
     assert drain(resumed) == epochs[2]
 
 
 @pytest.mark.parametrize("kind", ["rows", "buffered"])
 def test_set_weights_with_threads_and_workers_started_early(kind: str) -> None:
     found = []
-    options: list[dict[str, Any]] = [{}, {"prefetch_factor": 4}, {"num_workers": 2, "worker_type": "thread"}]
+    options: list[dict[str, Any]] = [
+        {},
+        {"prefetch_factor": 4},
+        {"num_workers": 2, "worker_type": "thread"},
+    ]
     for option in options:
         loader = ms.DataLoader(mixed(kind), lanes=4, **option)
         loader.start()
@@ -507,7 +591,12 @@ def test_a_damaged_history_is_refused() -> None:
     loader = ms.DataLoader(mixed("rows"))
     loader.set_weights("mix", {"web": 1, "code": 1})
     state = loader.state_dict()
-    for edits in (state["edits"][:-1], "[1]", '[{"mix":"mix"}]', state["edits"].replace('"web"', '"wet"')):
+    for edits in (
+        state["edits"][:-1],
+        "[1]",
+        '[{"mix":"mix"}]',
+        state["edits"].replace('"web"', '"wet"'),
+    ):
         with pytest.raises(ms.CheckpointError, match="edits"):
             ms.DataLoader(mixed("rows")).load_state_dict({**state, "edits": edits})
 
@@ -544,10 +633,14 @@ def test_a_load_with_other_weights_is_recorded_and_may_be_followed_by_more(kind:
     if kind == "rows":
         whole = flat(cluster(mixed(kind), 1, 0).loaders[0])
         for low in (0, 10_000):
-            own, expected = ([row for row in rows if low <= row < low + 10_000] for rows in (seen, whole))
+            own, expected = (
+                [row for row in rows if low <= row < low + 10_000] for rows in (seen, whole)
+            )
             assert own[: len(expected)] == expected[: len(own)]
     middle = flat(second.sequence[:6])
-    assert kind == "tokens" or abs(sum(row < 10_000 for row in middle) - 9) <= (1 if kind == "rows" else 6)
+    assert kind == "tokens" or abs(sum(row < 10_000 for row in middle) - 9) <= (
+        1 if kind == "rows" else 6
+    )
 
 
 def test_a_load_with_another_schedule_counts_its_borders_from_the_start_of_the_epoch() -> None:
@@ -572,10 +665,14 @@ def breaks(row: int) -> int:
 
 
 def counts_nothing(kind: str) -> Dataset:
-    """Web fails, is filtered or counts 0, in all its rows or (code's first pass apart) after a while; code is 12 rows."""
+    """Web fails, is filtered or counts 0, in all its rows or (code's first pass apart) after a
+    while; code is 12 rows.
+    """
     web = source(0, 7).shuffle(1).filter(lambda row: kind != "filtered")
     if kind in ("failing", "failing by position"):
-        web = (source(0, 7) if kind == "failing by position" else web).map(breaks, on_error="skip", max_errors=99)
+        web = (source(0, 7) if kind == "failing by position" else web).map(
+            breaks, on_error="skip", max_errors=99
+        )
     by = breaks if kind == "uncountable" else lambda row: 0
     mix = ms.interleave(
         {"web": web, "code": source(1, 12).filter(lambda row: True)},
@@ -627,7 +724,9 @@ def test_what_can_never_be_counted_fails_once_each_and_the_mix_ends() -> None:
     "weights", [[2, 1], [2], [], (0.7, 0.3), np.array([2, 1]), 2, "web", [("web", 2), ("code", 1)]]
 )
 def test_weights_without_names_are_refused_for_what_they_are(weights: Any) -> None:
-    with pytest.raises(TypeError, match=r"interleave takes weights by name.*\{'web': 1, 'code': 1\}.*found "):
+    with pytest.raises(
+        TypeError, match=r"interleave takes weights by name.*\{'web': 1, 'code': 1\}.*found "
+    ):
         ms.interleave({"web": source(0, 9), "code": source(1, 9)}, weights)
     with pytest.raises(TypeError, match="interleave takes datasets by name.*found list"):
         ms.interleave([source(0, 9), source(1, 9)], weights)  # type: ignore[arg-type]
@@ -643,19 +742,26 @@ def test_weights_of_other_names_are_told_whatever_the_names_are() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_passes_nested_too_deep_are_refused_before_anything_is_read(stream: bool) -> None:
-    """They are numbered in 64 bits: one more factor, and it was an epoch in the middle of a run that could not be read."""
+    """They are numbered in 64 bits: one more factor, and it was an epoch in the middle of a run
+    that could not be read.
+    """
 
     def part(k: int) -> Dataset:
         data = source(k, 3 + k)
         return data.filter(lambda row: True) if stream else data
 
     two = ms.interleave({"web": part(0), "code": part(1)}, stopping_strategy="all_exhausted")
-    inner = ms.interleave({"inner": two, "math": part(2)}, stopping_strategy="all_exhausted", name="outer")
+    inner = ms.interleave(
+        {"inner": two, "math": part(2)}, stopping_strategy="all_exhausted", name="outer"
+    )
     for pipeline in (inner.repeat(2).repeat(), inner.repeat(1 << 7)):
         if stream:
             path = "repeat > outer > inner/interleave: endless passes"
             with pytest.raises(
-                ValueError, match=path.replace("repeat >", "repeat#2 > repeat >") if pipeline.node.infinite else path
+                ValueError,
+                match=path.replace("repeat >", "repeat#2 > repeat >")
+                if pipeline.node.infinite
+                else path,
             ):
                 ms.DataLoader(pipeline, batch_size=2, lanes=1)
         else:  # by position it is known how many passes there are
@@ -669,7 +775,9 @@ def test_passes_nested_too_deep_are_refused_before_anything_is_read(stream: bool
 
 
 def test_weights_set_when_a_rank_has_ended_are_one_change_for_all() -> None:
-    """That rank tells the next epoch, the others this one: after any step the checkpoint is whole, and goes on exactly."""
+    """That rank tells the next epoch, the others this one: after any step the checkpoint is whole,
+    and goes on exactly.
+    """
     pipeline = ms.interleave(
         {
             "web": source(0, 30).filter(lambda row: row % 4 != 1 or row < 8),
@@ -698,7 +806,9 @@ def test_weights_set_when_a_rank_has_ended_are_one_change_for_all() -> None:
             assert (told["epoch"], told["step"]) == (0, step)
             later = ranks(1 if order > 0 else 2, state)
             later.run()
-            assert Counter(flat([*begun.sequence, *later.sequence])) == Counter(flat(whole.sequence))
+            assert Counter(flat([*begun.sequence, *later.sequence])) == Counter(
+                flat(whole.sequence)
+            )
             assert later.states()[0]["epoch"] == 1 or order < 0
 
 
@@ -711,9 +821,15 @@ def _planned(phases: Any, strategy: Any) -> Dataset:
 
 
 def _one_after_the_other(mix: Dataset, part: str, batched: bool) -> Any:
-    """The mix between two others, batch by batch across their borders or each in batches of its own."""
+    """The mix between two others, batch by batch across their borders or each in batches of its
+    own.
+    """
     part_ = {"mix": mix, "map": mix.map(int), "take": mix.take(9), "skip": mix.skip(4)}[part]
-    parts = [ms.from_dataset(range(-7, 0), name="before"), part_, ms.from_dataset(range(90_000, 90_011), name="after")]
+    parts = [
+        ms.from_dataset(range(-7, 0), name="before"),
+        part_,
+        ms.from_dataset(range(90_000, 90_011), name="after"),
+    ]
     if batched:
         return ms.DataLoader(ms.concatenate([each.batch(2, collate_fn=tuple) for each in parts]))
     return ms.DataLoader(ms.concatenate(parts), batch_size=3, collate_fn=tuple)
@@ -724,7 +840,11 @@ def _one_after_the_other(mix: Dataset, part: str, batched: bool) -> Any:
     st.sampled_from(["mix", "map", "take", "skip"]),
     st.booleans(),
     st.sampled_from(STRATEGIES),
-    st.lists(st.tuples(st.integers(0, 14), st.sampled_from([(1, 1), (1, 9), (5, 0)])), min_size=1, max_size=3),
+    st.lists(
+        st.tuples(st.integers(0, 14), st.sampled_from([(1, 1), (1, 9), (5, 0)])),
+        min_size=1,
+        max_size=3,
+    ),
 )
 def test_below_concatenate_weights_change_as_a_schedule_says(
     part: str, batched: bool, strategy: Any, changes: list[tuple[int, tuple[int, int]]]
@@ -758,13 +878,18 @@ def test_below_concatenate_weights_change_as_a_schedule_says(
 def test_max_epochs_end_the_mix_or_share_the_weight() -> None:
     parts = {"web": source(0, 20).shuffle(1), "code": source(1, 30), "math": source(2, 50)}
     for stream in (False, True):
-        made = {name: part.filter(lambda row: True) if stream else part for name, part in parts.items()}
+        made = {
+            name: part.filter(lambda row: True) if stream else part for name, part in parts.items()
+        }
         stop = list(ms.interleave(made, {"web": 2, "code": 1, "math": 1}, max_epochs={"web": 2}))
         assert sorted(row for row in stop if row < 10_000) == sorted([*range(20), *range(20)])
         assert stop[:10] != stop[20:30]
         share = list(
             ms.interleave(
-                made, {"web": 2, "code": 1, "math": 1}, max_epochs={"web": 1, "code": 2, "math": 1}, then="share"
+                made,
+                {"web": 2, "code": 1, "math": 1},
+                max_epochs={"web": 1, "code": 2, "math": 1},
+                then="share",
             )
         )
         assert Counter(row // 10_000 for row in share) == {0: 20, 1: 60, 2: 50}
@@ -779,7 +904,9 @@ def test_max_epochs_end_the_mix_or_share_the_weight() -> None:
 def test_a_lane_without_rows_of_what_ends_the_mix_ends() -> None:
     for by in (None, tokens):
         mix = ms.interleave(
-            {"web": source(0, 5).filter(keep), "code": source(1, 30).filter(keep)}, max_epochs={"web": 2}, weights_by=by
+            {"web": source(0, 5).filter(keep), "code": source(1, 30).filter(keep)},
+            max_epochs={"web": 2},
+            weights_by=by,
         )
         found = Counter(flat(ms.DataLoader(mix, batch_size=3, lanes=12, collate_fn=tuple)))
         assert all(found[row] == 2 for row in range(5) if keep(row))
@@ -827,7 +954,9 @@ def test_states_of_a_hundred_sources_stay_within_their_bound(by: Any) -> None:
     weights = {name: 1 + index for index, name in enumerate(names)}
     plan = ms.schedule([(0, weights), (5000, dict.fromkeys(names, 1))])
     parts: dict[str, Dataset] = {
-        name: ms.from_dataset(range(10_000 * index, 10_000 * index + 5000), name=name).shuffle(index)
+        name: ms.from_dataset(range(10_000 * index, 10_000 * index + 5000), name=name).shuffle(
+            index
+        )
         for index, name in enumerate(names)
     }
     if by is None:
@@ -845,11 +974,17 @@ def test_states_of_a_hundred_sources_stay_within_their_bound(by: Any) -> None:
 
 
 def _orders() -> dict[str, Any]:
-    plan = ms.schedule([(0, {"web": 6, "code": 3, "math": 1}), (40, {"web": 1, "code": 1, "math": 1})])
-    parts: dict[str, Dataset] = {name: source(k, 60 * (k + 1)).shuffle(1) for k, name in enumerate(NAMES)}
+    plan = ms.schedule(
+        [(0, {"web": 6, "code": 3, "math": 1}), (40, {"web": 1, "code": 1, "math": 1})]
+    )
+    parts: dict[str, Dataset] = {
+        name: source(k, 60 * (k + 1)).shuffle(1) for k, name in enumerate(NAMES)
+    }
     streams: dict[str, Dataset] = {name: part.filter(keep) for name, part in parts.items()}
     edited = ms.DataLoader(ms.interleave(parts, plan, name="mix"), batch_size=4, collate_fn=list)
-    lanes = ms.DataLoader(ms.interleave(streams, plan, name="mix"), batch_size=4, collate_fn=list, lanes=2)
+    lanes = ms.DataLoader(
+        ms.interleave(streams, plan, name="mix"), batch_size=4, collate_fn=list, lanes=2
+    )
 
     def first(ds: Dataset, lane: int = 0, lanes: int = 1) -> list[Any]:
         return list(itertools.islice(SingleLaneIterator(ds.node, lane, lanes, 0), 80))
@@ -867,9 +1002,15 @@ def _orders() -> dict[str, Any]:
     return {
         "schedule": first(ms.interleave(parts, plan, seed=1)),
         "schedule of streams, lane 1 of 2": first(ms.interleave(streams, plan, seed=1), 1, 2),
-        "by tokens": first(ms.interleave(parts, {"web": 5, "code": 3, "math": 1}, weights_by=tokens)),
-        "by tokens with a schedule, lane 2 of 3": first(ms.interleave(streams, plan, weights_by=tokens, seed=2), 2, 3),
-        "max_epochs": first(ms.interleave(parts, max_epochs={"web": 1, "code": 1, "math": 1}, then="share")),
+        "by tokens": first(
+            ms.interleave(parts, {"web": 5, "code": 3, "math": 1}, weights_by=tokens)
+        ),
+        "by tokens with a schedule, lane 2 of 3": first(
+            ms.interleave(streams, plan, weights_by=tokens, seed=2), 2, 3
+        ),
+        "max_epochs": first(
+            ms.interleave(parts, max_epochs={"web": 1, "code": 1, "math": 1}, then="share")
+        ),
         "set_weights": after(edited),
         "set_weights on streams": after(lanes),
     }
@@ -880,4 +1021,8 @@ def test_the_orders_are_those_that_were_released() -> None:
 
 
 if __name__ == "__main__" and "--write" in sys.argv:
-    GOLDEN.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in _orders().items()) + "\n}\n")
+    GOLDEN.write_text(
+        "{\n"
+        + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in _orders().items())
+        + "\n}\n"
+    )

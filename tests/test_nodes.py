@@ -1,4 +1,6 @@
-"""Nodes: what each refuses, how trees are named and shown, what user code may do, and how batches are made."""
+"""Nodes: what each refuses, how trees are named and shown, what user code may do, and how batches
+are made.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def loader(ds: Dataset, workers: int = 0, **options: Any) -> ms.DataLoader:
     if ds.batch_rows is None:
         options.setdefault("batch_size", 4)
         options.setdefault("collate_fn", list)
-    return ms.DataLoader(ds, num_workers=workers, multiprocessing_context="fork" if workers else None, **options)
+    return ms.DataLoader(
+        ds, num_workers=workers, multiprocessing_context="fork" if workers else None, **options
+    )
 
 
 def drain(iterator: Iterator[Any], limit: int = 1000) -> list[Any]:
@@ -65,16 +69,36 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("shuffle text", lambda: A.shuffle("x"), TypeError, "shuffle: seed is an integer; found 'x'"),  # type: ignore[arg-type]
     ("shuffle float", lambda: A.shuffle(1.5), TypeError, "seed is an integer; found 1.5"),  # type: ignore[arg-type]
     ("shuffle bool", lambda: A.shuffle(True), TypeError, "seed is an integer; found True"),
-    ("shuffle buffer 0", lambda: A.shuffle(1, buffer_size=0), ValueError, "buffer_size is at least 1; found 0"),
-    ("shuffle buffer text", lambda: A.shuffle(buffer_size="8"), TypeError, "buffer_size is an integer"),  # type: ignore[arg-type]
-    ("shuffle window 0", lambda: A.shuffle(1, window_blocks=0), ValueError, "window_blocks is at least 1; found 0"),
+    (
+        "shuffle buffer 0",
+        lambda: A.shuffle(1, buffer_size=0),
+        ValueError,
+        "buffer_size is at least 1; found 0",
+    ),
+    (
+        "shuffle buffer text",
+        lambda: A.shuffle(buffer_size="8"),
+        TypeError,
+        "buffer_size is an integer",
+    ),  # type: ignore[arg-type]
+    (
+        "shuffle window 0",
+        lambda: A.shuffle(1, window_blocks=0),
+        ValueError,
+        "window_blocks is at least 1; found 0",
+    ),
     (
         "shuffle stream",
         lambda: stream().shuffle(1),
         TypeError,
         r"needs random access(.|\n)*\.shuffle\(seed, buffer_size=10_000\)(.|\n)*filter",
     ),
-    ("shuffle endless", lambda: A.repeat().shuffle(1), ValueError, r"Shuffle before \.repeat\(\)(.|\n)*repeat"),
+    (
+        "shuffle endless",
+        lambda: A.repeat().shuffle(1),
+        ValueError,
+        r"Shuffle before \.repeat\(\)(.|\n)*repeat",
+    ),
     ("map None", lambda: A.map(None), TypeError, "map takes a callable; found NoneType"),  # type: ignore[arg-type]
     ("map seed", lambda: A.map(str, seed="s"), TypeError, "map: seed is an integer"),  # type: ignore[arg-type]
     (
@@ -84,7 +108,12 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         "on_error is one of 'raise', 'skip', 'refill'; found 'ignore'",
     ),
     ("map max_errors", lambda: A.map(str, max_errors=3), ValueError, 'goes with on_error="skip"'),
-    ("map max -1", lambda: A.map(str, on_error="skip", max_errors=-1), ValueError, "max_errors is at least 0"),
+    (
+        "map max -1",
+        lambda: A.map(str, on_error="skip", max_errors=-1),
+        ValueError,
+        "max_errors is at least 0",
+    ),
     ("filter number", lambda: A.filter(3), TypeError, "filter takes a callable; found int"),  # type: ignore[arg-type]
     (
         "filter refill",
@@ -92,12 +121,27 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "on_error is one of 'raise', 'skip'; found 'refill'",
     ),
-    ("filter max_errors", lambda: A.filter(bool, max_errors=3), ValueError, 'goes with on_error="skip"'),
+    (
+        "filter max_errors",
+        lambda: A.filter(bool, max_errors=3),
+        ValueError,
+        'goes with on_error="skip"',
+    ),
     ("flat_map list", lambda: A.flat_map([1]), TypeError, "flat_map takes a callable; found list"),  # type: ignore[arg-type]
-    ("flat_map max_errors", lambda: A.flat_map(str, max_errors=3), ValueError, 'goes with on_error="skip"'),
+    (
+        "flat_map max_errors",
+        lambda: A.flat_map(str, max_errors=3),
+        ValueError,
+        'goes with on_error="skip"',
+    ),
     ("repeat 0", lambda: A.repeat(0), ValueError, "num_epochs is at least 1; found 0"),
     ("repeat text", lambda: A.repeat("2"), TypeError, "num_epochs is an integer; found '2'"),  # type: ignore[arg-type]
-    ("repeat endless", lambda: A.repeat().repeat(2), ValueError, "never gets to a second pass(.|\n)*a: from_dataset"),
+    (
+        "repeat endless",
+        lambda: A.repeat().repeat(2),
+        ValueError,
+        "never gets to a second pass(.|\n)*a: from_dataset",
+    ),
     ("take -1", lambda: A.take(-1), ValueError, "take: n is at least 0; found -1"),
     ("take float", lambda: A.take(2.5), TypeError, "take: n is an integer; found 2.5"),  # type: ignore[arg-type]
     ("take bool", lambda: A.take(True), TypeError, "take: n is an integer; found True"),
@@ -106,8 +150,18 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("batch 0", lambda: A.batch(0), ValueError, "batch_size is at least 1; found 0"),
     ("batch float", lambda: A.batch(2.0), TypeError, "batch_size is an integer; found 2.0"),  # type: ignore[arg-type]
     ("batch collate", lambda: A.batch(2, collate_fn="x"), TypeError, "collate_fn takes a callable"),  # type: ignore[arg-type]
-    ("concatenate none", lambda: ms.concatenate([]), ValueError, "at least one dataset; found none"),
-    ("concatenate lists", lambda: ms.concatenate([[1]]), TypeError, r"found list(.|\n)*midstream\.from_dataset"),  # type: ignore[list-item]
+    (
+        "concatenate none",
+        lambda: ms.concatenate([]),
+        ValueError,
+        "at least one dataset; found none",
+    ),
+    (
+        "concatenate lists",
+        lambda: ms.concatenate([[1]]),
+        TypeError,
+        r"found list(.|\n)*midstream\.from_dataset",
+    ),  # type: ignore[list-item]
     ("concatenate one", lambda: ms.concatenate(A), TypeError, r"concatenate(.|\n)*(list|\[)"),  # type: ignore[arg-type]
     ("concatenate number", lambda: ms.concatenate(3), TypeError, "concatenate"),  # type: ignore[arg-type]
     (
@@ -116,11 +170,26 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "dataset 0(.|\n)*what follows is never read",
     ),
-    ("interleave list", lambda: ms.interleave([A, B]), TypeError, r"interleave\(\{'web': web, 'code': code\}\)"),  # type: ignore[arg-type]
+    (
+        "interleave list",
+        lambda: ms.interleave([A, B]),
+        TypeError,
+        r"interleave\(\{'web': web, 'code': code\}\)",
+    ),  # type: ignore[arg-type]
     ("interleave none", lambda: ms.interleave({}), ValueError, "at least one dataset"),
-    ("interleave raw", lambda: ms.interleave({"a": [1]}), TypeError, r"interleave 'a'(.|\n)*midstream\.from_dataset"),  # type: ignore[dict-item]
+    (
+        "interleave raw",
+        lambda: ms.interleave({"a": [1]}),
+        TypeError,
+        r"interleave 'a'(.|\n)*midstream\.from_dataset",
+    ),  # type: ignore[dict-item]
     ("interleave number as name", lambda: ms.interleave({1: A}), ValueError, "name is a string"),  # type: ignore[dict-item]
-    ("interleave path as name", lambda: ms.interleave({"a/c": A}), ValueError, "without '/' and '|'; found 'a/c'"),
+    (
+        "interleave path as name",
+        lambda: ms.interleave({"a/c": A}),
+        ValueError,
+        "without '/' and '|'; found 'a/c'",
+    ),
     ("interleave empty name", lambda: ms.interleave({"": A}), ValueError, "found ''"),
     (
         "interleave other names",
@@ -128,19 +197,54 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         ValueError,
         r"expected \['a', 'b'\], found \['a', 'c'\]",
     ),
-    ("interleave negative", lambda: ms.interleave(TWO, {"a": -1, "b": 1}), ValueError, "weight of 'a' .* found -1"),
-    ("interleave nan", lambda: ms.interleave(TWO, {"a": float("nan"), "b": 1}), ValueError, "finite number"),
-    ("interleave inf", lambda: ms.interleave(TWO, {"a": float("inf"), "b": 1}), ValueError, "finite number"),
-    ("interleave text", lambda: ms.interleave(TWO, {"a": "x", "b": 1}), (TypeError, ValueError), "weight of 'a'"),  # type: ignore[dict-item,list-item]
-    ("interleave no weight", lambda: ms.interleave(TWO, {"a": None, "b": 1}), (TypeError, ValueError), "weight of 'a'"),  # type: ignore[dict-item,list-item]
-    ("interleave all 0", lambda: ms.interleave(TWO, {"a": 0, "b": 0}), ValueError, "at least one weight is above 0"),
+    (
+        "interleave negative",
+        lambda: ms.interleave(TWO, {"a": -1, "b": 1}),
+        ValueError,
+        "weight of 'a' .* found -1",
+    ),
+    (
+        "interleave nan",
+        lambda: ms.interleave(TWO, {"a": float("nan"), "b": 1}),
+        ValueError,
+        "finite number",
+    ),
+    (
+        "interleave inf",
+        lambda: ms.interleave(TWO, {"a": float("inf"), "b": 1}),
+        ValueError,
+        "finite number",
+    ),
+    (
+        "interleave text",
+        lambda: ms.interleave(TWO, {"a": "x", "b": 1}),
+        (TypeError, ValueError),
+        "weight of 'a'",
+    ),  # type: ignore[dict-item,list-item]
+    (
+        "interleave no weight",
+        lambda: ms.interleave(TWO, {"a": None, "b": 1}),
+        (TypeError, ValueError),
+        "weight of 'a'",
+    ),  # type: ignore[dict-item,list-item]
+    (
+        "interleave all 0",
+        lambda: ms.interleave(TWO, {"a": 0, "b": 0}),
+        ValueError,
+        "at least one weight is above 0",
+    ),
     (
         "interleave tiny",
         lambda: ms.interleave(TWO, {"a": 1e-9, "b": 1}),
         ValueError,
         "'a'(.|\n)*Give it 0 to leave it out",
     ),
-    ("interleave seed", lambda: ms.interleave(TWO, seed="x"), TypeError, "interleave: seed is an integer"),  # type: ignore[arg-type]
+    (
+        "interleave seed",
+        lambda: ms.interleave(TWO, seed="x"),
+        TypeError,
+        "interleave: seed is an integer",
+    ),  # type: ignore[arg-type]
     (
         "interleave strategy",
         lambda: ms.interleave(TWO, stopping_strategy="last"),  # type: ignore[arg-type]
@@ -155,7 +259,12 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "'none' has no rows(.|\n)*weight 0",
     ),
-    ("rows of a stream", lambda: stream().rows([0]), TypeError, "only a random-access pipeline has rows"),
+    (
+        "rows of a stream",
+        lambda: stream().rows([0]),
+        TypeError,
+        "only a random-access pipeline has rows",
+    ),
     ("rows too far", lambda: A.rows([0, 6]), IndexError, r"in \[0, 6\); found 0 to 6"),
     ("rows negative", lambda: A.rows([-1]), IndexError, r"in \[0, 6\); found -1"),
     ("len of a stream", lambda: len(stream()), TypeError, "known only by reading it(.|\n)*filter"),
@@ -167,8 +276,12 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "error", "match"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
-def test_wrong_arguments_are_refused_at_construction(make: Callable[[], Any], error: Any, match: str) -> None:
+@pytest.mark.parametrize(
+    ("make", "error", "match"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG]
+)
+def test_wrong_arguments_are_refused_at_construction(
+    make: Callable[[], Any], error: Any, match: str
+) -> None:
     with pytest.raises(error, match=match):
         make()
 
@@ -200,7 +313,14 @@ def test_one_name_for_two_sources_is_refused_with_both_places() -> None:
 
 
 def test_integers_of_numpy_are_integers() -> None:
-    ds = numbers(20).shuffle(np.int64(3)).take(np.int64(12)).skip(np.int32(2)).repeat(np.int64(2)).batch(np.int16(5))
+    ds = (
+        numbers(20)
+        .shuffle(np.int64(3))
+        .take(np.int64(12))
+        .skip(np.int32(2))
+        .repeat(np.int64(2))
+        .batch(np.int16(5))
+    )
     plain = numbers(20).shuffle(3).take(12).skip(2).repeat(2).batch(5)
     assert [batch.tolist() for batch in ds] == [batch.tolist() for batch in plain]
     assert ds == plain
@@ -211,9 +331,15 @@ def test_integers_of_numpy_are_integers() -> None:
 
 
 def tree() -> Dataset:
-    inner = ms.interleave({"news": numbers(5), "books": numbers(4).filter(bool)}, {"news": 2, "books": 1}, name="text")
+    inner = ms.interleave(
+        {"news": numbers(5), "books": numbers(4).filter(bool)}, {"news": 2, "books": 1}, name="text"
+    )
     mixed = ms.interleave({"inner": inner.map(str), "code": numbers(6, "git").shuffle(2)}, seed=7)
-    return ms.concatenate([mixed, numbers(3, "tail")]).shuffle(1, buffer_size=8).batch(2, drop_last=True)
+    return (
+        ms.concatenate([mixed, numbers(3, "tail")])
+        .shuffle(1, buffer_size=8)
+        .batch(2, drop_last=True)
+    )
 
 
 def test_the_repr_is_the_tree() -> None:
@@ -235,7 +361,14 @@ def test_the_repr_is_the_tree() -> None:
     again = "stream, a resume reads again at most 9/lanes + 1 inputs of a lane"
     assert [access for _, access in lines] == [
         *("stream", again, "stream", "stream", "stream", "stream"),
-        *("random access, 5", "stream", "random access, 4", "random access, 6", "random access, 6", "random access, 3"),
+        *(
+            "random access, 5",
+            "stream",
+            "random access, 4",
+            "random access, 6",
+            "random access, 6",
+            "random access, 3",
+        ),
     ]
 
 
@@ -256,7 +389,9 @@ def test_paths_are_the_names_chosen_on_the_way_down() -> None:
         "1/from_dataset",
     ]
     assert place.names == ["git", "0/inner/books", "0/inner/news", "tail"]
-    assert [at.path for at in bind(numbers().map(str).map(str).shuffle(1).map(str).node).walk()] == [
+    assert [
+        at.path for at in bind(numbers().map(str).map(str).shuffle(1).map(str).node).walk()
+    ] == [
         "map#3",
         "shuffle",
         "map#2",
@@ -282,7 +417,10 @@ def test_two_shuffles_of_one_seed_differ_by_their_place() -> None:
 
 
 def test_the_html_tree_is_nested_and_escaped() -> None:
-    ds = ms.interleave({"<b>&'": numbers(3), "plain": numbers(4).map(lambda x: x).repeat()}, {"<b>&'": 1, "plain": 0.5})
+    ds = ms.interleave(
+        {"<b>&'": numbers(3), "plain": numbers(4).map(lambda x: x).repeat()},
+        {"<b>&'": 1, "plain": 0.5},
+    )
     html = ds._repr_html_()
     assert "<b>&'" not in html.replace("<b>&lt;b&gt;&amp;&#x27;</b>", "")
     assert "&lt;b&gt;&amp;&#x27;" in html
@@ -290,7 +428,10 @@ def test_the_html_tree_is_nested_and_escaped() -> None:
     assert "<lambda>" not in html
     assert html.count("<details") == html.count("</details>") == 3
     assert html.count("<div") == html.count("</div>")
-    order = [html.index(part) for part in ("interleave(", "&lt;b&gt;&amp;&#x27;</b>: from_dataset", "repeat(", "map(")]
+    order = [
+        html.index(part)
+        for part in ("interleave(", "&lt;b&gt;&amp;&#x27;</b>: from_dataset", "repeat(", "map(")
+    ]
     assert order == sorted(order)
     assert "random access, endless" in html
     assert "random access, 3" in html
@@ -320,7 +461,9 @@ def fail_at(*bad: int) -> Callable[[int], int]:
 
 
 @pytest.mark.parametrize("source", [numbers, stream])
-def test_map_that_returns_none_is_an_error_that_names_filter(source: Callable[[int], Dataset]) -> None:
+def test_map_that_returns_none_is_an_error_that_names_filter(
+    source: Callable[[int], Dataset],
+) -> None:
     found = drain(iter(source(8).map(none_at_5)))
     assert [x for x in found if not isinstance(x, ms.SampleError)] == [0, 1, 2, 3, 4, 6, 7]
     assert found[5].error_type == "TypeError"
@@ -340,7 +483,9 @@ STOPS: dict[str, Callable[[Dataset], Dataset]] = {
 
 @pytest.mark.parametrize("node", STOPS)
 @pytest.mark.parametrize("source", [numbers, stream])
-def test_stop_iteration_out_of_user_code_is_an_error_and_no_end(source: Callable[[int], Dataset], node: str) -> None:
+def test_stop_iteration_out_of_user_code_is_an_error_and_no_end(
+    source: Callable[[int], Dataset], node: str
+) -> None:
     found = drain(iter(STOPS[node](source(8))))
     assert [x for x in found if not isinstance(x, ms.SampleError)] == [0, 1, 2, 3, 4, 6, 7]
     assert isinstance(found[5], ms.SampleError)
@@ -349,15 +494,23 @@ def test_stop_iteration_out_of_user_code_is_an_error_and_no_end(source: Callable
 
 
 @pytest.mark.parametrize("source", [numbers, stream])
-def test_stop_iteration_out_of_collate_is_an_error_and_no_end(source: Callable[[int], Dataset]) -> None:
+def test_stop_iteration_out_of_collate_is_an_error_and_no_end(
+    source: Callable[[int], Dataset],
+) -> None:
     found = drain(iter(source(12).batch(3, collate_fn=lambda batch: [stop_at_5(x) for x in batch])))
-    assert [x for x in found if not isinstance(x, ms.SampleError)] == [[0, 1, 2], [6, 7, 8], [9, 10, 11]]
+    assert [x for x in found if not isinstance(x, ms.SampleError)] == [
+        [0, 1, 2],
+        [6, 7, 8],
+        [9, 10, 11],
+    ]
     assert "StopIteration" in str(found[1])
     assert found[1].origin is None
 
 
 @pytest.mark.parametrize("source", [numbers, stream])
-def test_a_collate_function_that_returns_none_loses_its_batch(source: Callable[[int], Dataset]) -> None:
+def test_a_collate_function_that_returns_none_loses_its_batch(
+    source: Callable[[int], Dataset],
+) -> None:
     found = drain(iter(source(9).batch(3, collate_fn=lambda batch: None if 3 in batch else batch)))
     assert [x for x in found if not isinstance(x, ms.SampleError)] == [[0, 1, 2], [6, 7, 8]]
     assert "returned None" in found[1].original_message
@@ -373,13 +526,17 @@ def test_a_collate_function_that_returns_none_loses_its_batch(source: Callable[[
         (lambda x: {"a": 1}, "found dict"),
     ],
 )
-def test_flat_map_that_returns_no_iterable_of_samples_is_an_error(wrong: Callable[[int], Any], match: str) -> None:
+def test_flat_map_that_returns_no_iterable_of_samples_is_an_error(
+    wrong: Callable[[int], Any], match: str
+) -> None:
     found = drain(iter(numbers(4).flat_map(lambda x: wrong(x) if x == 2 else [x])))
     assert [x for x in found if not isinstance(x, ms.SampleError)] == [0, 1, 3]
     assert f"the function returns an iterable of samples; {match}" in found[2].original_message
 
 
-@pytest.mark.parametrize("many", [lambda x: (x, x), lambda x: iter([x, x]), lambda x: np.array([x, x])])
+@pytest.mark.parametrize(
+    "many", [lambda x: (x, x), lambda x: iter([x, x]), lambda x: np.array([x, x])]
+)
 def test_flat_map_takes_any_iterable(many: Callable[[int], Any]) -> None:
     assert list(numbers(3).flat_map(many)) == [0, 0, 1, 1, 2, 2]
 
@@ -470,11 +627,18 @@ def test_a_batch_of_which_all_failed_vanishes_and_is_counted(workers: int) -> No
 def test_refill_keeps_batches_full_and_counts(workers: int) -> None:
     ds = numbers(18).map(fail_at(1, 5, 6), on_error="refill")
     assert not ds.random_access
-    assert list(ds.batch(4, collate_fn=list)) == [[0, 2, 3, 4], [7, 8, 9, 10], [11, 12, 13, 14], [15, 16, 17]]
+    assert list(ds.batch(4, collate_fn=list)) == [
+        [0, 2, 3, 4],
+        [7, 8, 9, 10],
+        [11, 12, 13, 14],
+        [15, 16, 17],
+    ]
     made = loader(ds, workers, lanes=2)
     batches = list(made)
     assert [len(batch) for batch in batches] in ([4, 4, 4, 3], [4, 4, 4, 2, 1])
-    assert sorted(x for batch in batches for x in batch) == [x for x in range(18) if x not in (1, 5, 6)]
+    assert sorted(x for batch in batches for x in batch) == [
+        x for x in range(18) if x not in (1, 5, 6)
+    ]
     assert made.progress().sources["data"].failures == {"ValueError": 3}
     made.close()
 
@@ -546,7 +710,9 @@ def test_too_many_errors_end_the_loader_again_and_again(mode: str, workers: int)
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mode", MODES)
-def test_the_state_after_too_many_errors_is_that_of_the_last_batch_handed_out(mode: str, workers: int) -> None:
+def test_the_state_after_too_many_errors_is_that_of_the_last_batch_handed_out(
+    mode: str, workers: int
+) -> None:
     made = loader(limited(mode, 2), workers, lanes=2)
     found, _ = until_too_many(iter(made))
     state = json.loads(json.dumps(made.state_dict()))
@@ -602,7 +768,9 @@ def test_a_filter_that_lets_almost_nothing_pass_is_told_once() -> None:
     assert found == list(range(0, 4000, 300))
     assert len(texts) == 1
     assert "filter: only 4 of 1,000 samples passed rare @ " in texts[0]
-    assert told(lambda: list(numbers(4000).filter(rare).repeat(2)))[1] == texts  # not again in the second pass
+    assert (
+        told(lambda: list(numbers(4000).filter(rare).repeat(2)))[1] == texts
+    )  # not again in the second pass
     assert told(lambda: list(numbers(4000).filter(lambda x: x % 90 == 0)))[1] == []
     assert told(lambda: list(numbers(900).filter(rare)))[1] == []
 
@@ -625,7 +793,10 @@ def test_a_loader_tells_of_the_filter_once_for_all_lanes_workers_and_epochs(work
 
 def test_a_warning_turned_into_an_error_loses_nothing() -> None:
     ds = numbers(4000).filter(rare)
-    for make in (lambda: iter(ds), lambda: iter(loader(ds, lanes=1, batch_size=None, collate_fn=None))):
+    for make in (
+        lambda: iter(ds),
+        lambda: iter(loader(ds, lanes=1, batch_size=None, collate_fn=None)),
+    ):
         found, warned, iterator = [], 0, make()
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)
@@ -640,14 +811,18 @@ def test_a_warning_turned_into_an_error_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize("workers", [None, 0, 2])
-def test_an_endless_search_is_a_source_error(workers: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_search_is_a_source_error(
+    workers: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if workers is not None:
         monkeypatch.setattr("midstream.nodes.filter._GIVE_UP", 5000)
     ds = numbers(50).repeat().filter(lambda x: x > 50)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         made = None if workers is None else loader(ds, workers, lanes=2)
-        with pytest.raises(ms.SourceError, match=r"filter: (100|5),000 samples in a row(.|\n)*before \.repeat\(\)"):
+        with pytest.raises(
+            ms.SourceError, match=r"filter: (100|5),000 samples in a row(.|\n)*before \.repeat\(\)"
+        ):
             next(iter(ds) if made is None else iter(made))
         if made is not None:
             made.close()
@@ -658,7 +833,15 @@ def test_an_endless_search_is_a_source_error(workers: int | None, monkeypatch: p
 
 def augment(x: int) -> dict[str, Any]:
     """As torchvision does it: draws from whatever is global."""
-    return {"id": x, "noise": [torch.rand(2).tolist(), np.random.rand(), random.random(), int(torch.randint(9, (1,)))]}
+    return {
+        "id": x,
+        "noise": [
+            torch.rand(2).tolist(),
+            np.random.rand(),
+            random.random(),
+            int(torch.randint(9, (1,))),
+        ],
+    }
 
 
 def noisy(x: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -678,7 +861,9 @@ RANDOM: dict[str, Callable[[Dataset], Dataset]] = {
 
 @pytest.mark.parametrize("kind", RANDOM)
 @pytest.mark.parametrize("source", [numbers, stream])
-def test_random_augmentation_depends_on_the_sample_alone(kind: str, source: Callable[[int], Dataset]) -> None:
+def test_random_augmentation_depends_on_the_sample_alone(
+    kind: str, source: Callable[[int], Dataset]
+) -> None:
     """Not on lanes, workers, ranks, order of reading or a resume."""
     ds = RANDOM[kind](source(48))
     expected = {sample["id"]: sample["noise"] for sample in ds}
@@ -716,7 +901,9 @@ def test_random_augmentation_differs_by_seed_epoch_pass_and_place(kind: str) -> 
     assert passes[:5] == list(ds)
     assert [s["id"] for s in passes[5:]] == [s["id"] for s in passes[:5]]
     assert all(a["noise"] != b["noise"] for a, b in zip(passes[:5], passes[5:]))
-    assert list(RANDOM[kind](numbers(5).map(lambda x: x))) != list(ds)  # map#2 is another place than map
+    assert list(RANDOM[kind](numbers(5).map(lambda x: x))) != list(
+        ds
+    )  # map#2 is another place than map
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -778,8 +965,16 @@ GRID: dict[str, list[Any]] = {
     "bytes": [b"a", b"bc"],
     "numpy text": [np.str_("a"), np.str_("b")],
     **{f"array {dtype}": [array(dtype, 2, 3), array(dtype, 2, 3, start=1)] for dtype in DTYPES},
-    **{f"0-d array {dtype}": [array(dtype), array(dtype, start=1)] for dtype in DTYPES if dtype != "uint64"},
-    **{f"scalar {dtype}": [np.dtype(dtype).type(0), np.dtype(dtype).type(1)] for dtype in DTYPES if dtype != "uint64"},
+    **{
+        f"0-d array {dtype}": [array(dtype), array(dtype, start=1)]
+        for dtype in DTYPES
+        if dtype != "uint64"
+    },
+    **{
+        f"scalar {dtype}": [np.dtype(dtype).type(0), np.dtype(dtype).type(1)]
+        for dtype in DTYPES
+        if dtype != "uint64"
+    },
     "mixed dtypes int": [array("int32", 2), array("int64", 2)],
     "mixed dtypes int and float": [array("int32", 2), array("float32", 2)],
     "mixed dtypes float": [array("float32", 2), array("float64", 2)],
@@ -817,7 +1012,9 @@ def same(found: Any, expected: Any) -> bool:
     if isinstance(expected, torch.Tensor):
         return found.dtype == expected.dtype and torch.equal(found, expected)
     if isinstance(expected, collections.abc.Mapping):
-        return list(found) == list(expected) and all(same(found[key], expected[key]) for key in expected)
+        return list(found) == list(expected) and all(
+            same(found[key], expected[key]) for key in expected
+        )
     if isinstance(expected, (list, tuple)):
         return len(found) == len(expected) and all(map(same, found, expected))
     return bool(found == expected)
@@ -841,23 +1038,41 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
         r"sample\['x'\](.|\n)*\(2,\), \(3,\)(.|\n)*pad",
     ),
     "ragged lists": ([[1], [1, 2]], r"differ in shape(.|\n)*\(1,\), \(2,\)(.|\n)*midstream\.pad"),
-    "ragged tensors": ([torch.ones(2), torch.ones(3)], r"differ in shape(.|\n)*\(2,\), \(3,\)(.|\n)*midstream\.pad"),
-    "ragged in a tuple": ([(array("int8", 2), 1), (array("int8", 3), 1)], r"differ in shape(.|\n)*\(2,\), \(3,\)"),
+    "ragged tensors": (
+        [torch.ones(2), torch.ones(3)],
+        r"differ in shape(.|\n)*\(2,\), \(3,\)(.|\n)*midstream\.pad",
+    ),
+    "ragged in a tuple": (
+        [(array("int8", 2), 1), (array("int8", 3), 1)],
+        r"differ in shape(.|\n)*\(2,\), \(3,\)",
+    ),
     "ragged in a list in a dict": (
         [{"x": [array("int8", 2)]}, {"x": [array("int8", 3)]}],
         r"\['x'\](.|\n)*\(2,\), \(3,\)",
     ),
-    "ragged in a namedtuple": ([Pair(array("int8", 2), 1), Pair(array("int8", 3), 1)], r"\(2,\), \(3,\)"),
+    "ragged in a namedtuple": (
+        [Pair(array("int8", 2), 1), Pair(array("int8", 3), 1)],
+        r"\(2,\), \(3,\)",
+    ),
     "dimensions": ([array("int32", 2, 3), array("int32", 6)], r"\(2, 3\), \(6,\)"),
     "None": ([None, None], "is None"),
-    "None in the first": ([{"x": None}, {"x": 1}], r"sample\['x'\] is None(.|\n)*[Ff]ill or filter"),
+    "None in the first": (
+        [{"x": None}, {"x": 1}],
+        r"sample\['x'\] is None(.|\n)*[Ff]ill or filter",
+    ),
     "None in the second": ([{"x": 1}, {"x": None}], r"sample\['x'\] is None"),
     "None for an array": ([{"x": array("int8", 2)}, {"x": None}], r"sample\['x'\] is None"),
     "None for a tensor": ([{"x": torch.ones(2)}, {"x": None}], r"sample\['x'\] is None"),
     "None for a dict": ([{"x": {"y": 1}}, {"x": None}], r"sample\['x'\]"),
     "None in a tuple": ([(1, None), (2, None)], "is None"),
-    "missing key": ([{"a": 1, "b": 2}, {"a": 1}], r"different keys(.|\n)*'b'(.|\n)*\.map before \.batch"),
-    "missing key of another type": ([{"a": 1, 2: 2}, {"a": 1}], r"different keys(.|\n)*\.map before \.batch"),
+    "missing key": (
+        [{"a": 1, "b": 2}, {"a": 1}],
+        r"different keys(.|\n)*'b'(.|\n)*\.map before \.batch",
+    ),
+    "missing key of another type": (
+        [{"a": 1, 2: 2}, {"a": 1}],
+        r"different keys(.|\n)*\.map before \.batch",
+    ),
     "missing nested key": ([{"m": {"a": 1}}, {"m": {}}], r"different keys(.|\n)*'m'"),
     "dates": ([array("int64", 1).view("M8[s]")] * 2, "datetime64"),
     "objects": ([object(), object()], "collate_fn"),
@@ -877,7 +1092,9 @@ def test_collate_names_the_place_and_the_way_out(kind: str) -> None:
             list(ds)
 
 
-@pytest.mark.parametrize("kind", ["dates", "objects", "object arrays", "sets", "None in a tuple", "None for an array"])
+@pytest.mark.parametrize(
+    "kind", ["dates", "objects", "object arrays", "sets", "None in a tuple", "None for an array"]
+)
 def test_what_does_not_differ_in_shape_is_not_said_to(kind: str) -> None:
     with pytest.raises(ValueError) as caught:
         ms.collate(REFUSED[kind][0])
@@ -894,7 +1111,9 @@ def test_pad_works_where_collate_refuses() -> None:
 
 
 def views() -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"ids": [[row, row + 1] for row in range(8)], "y": list(range(8))})
+    return datasets.Dataset.from_dict(
+        {"ids": [[row, row + 1] for row in range(8)], "y": list(range(8))}
+    )
 
 
 @pytest.mark.parametrize(
@@ -911,8 +1130,12 @@ def views() -> datasets.Dataset:
     ids=["dict", "array", "tuple", "list", "namedtuple", "nested", "ordered dict"],
 )
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_collate_takes_read_only_views_at_any_depth(shape: Callable[[Any], Any], batch_size: int) -> None:
-    """Without a warning (which is an error here), and what is written into a batch does not reach the data."""
+def test_collate_takes_read_only_views_at_any_depth(
+    shape: Callable[[Any], Any], batch_size: int
+) -> None:
+    """Without a warning (which is an error here), and what is written into a batch does not reach
+    the data.
+    """
     ds = ms.from_dataset(views()).map(shape)
     expected = [plain(batch) for batch in ds.batch(batch_size)]
     for batch in ds.batch(batch_size):
@@ -954,11 +1177,19 @@ def scribble(batch: Any) -> None:
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_batch_owns_its_memory(make: Callable[[], Any], collate_fn: Any, batch_size: int) -> None:
     data = make()
-    before = plain([data[row] for row in range(6)]) if not isinstance(data, np.ndarray) else data.tolist()
+    before = (
+        plain([data[row] for row in range(6)])
+        if not isinstance(data, np.ndarray)
+        else data.tolist()
+    )
     text = repr(before)
     for batch in ms.from_dataset(data).batch(batch_size, collate_fn=collate_fn):
         scribble(batch)
-    after = plain([data[row] for row in range(6)]) if not isinstance(data, np.ndarray) else data.tolist()
+    after = (
+        plain([data[row] for row in range(6)])
+        if not isinstance(data, np.ndarray)
+        else data.tolist()
+    )
     assert repr(after) == text
 
 
@@ -966,7 +1197,13 @@ def test_a_batch_owns_its_memory(make: Callable[[], Any], collate_fn: Any, batch
 
 
 def test_pad_fills_up_to_the_longest_and_tells_lengths() -> None:
-    batch = ms.pad([{"x": [1, 2, 3], "s": "ab", "n": 1}, {"x": [], "s": "c", "n": 2}, {"x": [4], "s": "", "n": 3}])
+    batch = ms.pad(
+        [
+            {"x": [1, 2, 3], "s": "ab", "n": 1},
+            {"x": [], "s": "c", "n": 2},
+            {"x": [4], "s": "", "n": 3},
+        ]
+    )
     assert list(batch) == ["x", "x_lengths", "s", "n"]
     assert batch["x"].tolist() == [[1, 2, 3], [0, 0, 0], [4, 0, 0]]
     assert batch["x_lengths"].tolist() == [3, 0, 1]
@@ -986,7 +1223,10 @@ def test_pad_goes_on_to_a_multiple(multiple: int, length: int) -> None:
 
 
 def test_pad_fills_with_a_value_for_all_or_by_name() -> None:
-    samples = [{"ids": [1, 2], "labels": [3, 4], "mask": [1]}, {"ids": [1], "labels": [3], "mask": [1, 1]}]
+    samples = [
+        {"ids": [1, 2], "labels": [3, 4], "mask": [1]},
+        {"ids": [1], "labels": [3], "mask": [1, 1]},
+    ]
     for value, filled in ((7, [7, 7, 7]), ({"labels": -100, "mask": 9}, [0, -100, 9])):
         batch = ms.pad(samples, value=value)
         assert [batch["ids"][1, 1], batch["labels"][1, 1], batch["mask"][0, 1]] == filled
@@ -1012,7 +1252,12 @@ def test_pad_takes_tensors_of_any_dtype(dtype: torch.dtype) -> None:
 
 def test_pad_takes_sequences_of_more_dimensions() -> None:
     batch = ms.pad(
-        [{"x": array("float32", 2, 3)}, {"x": array("float32", 4, 3)}, {"x": array("float32", 0, 3)}], value=-1
+        [
+            {"x": array("float32", 2, 3)},
+            {"x": array("float32", 4, 3)},
+            {"x": array("float32", 0, 3)},
+        ],
+        value=-1,
     )
     assert batch["x"].shape == (3, 4, 3)
     assert batch["x"].dtype == torch.float32
@@ -1041,7 +1286,10 @@ def test_pad_refuses_what_differs_beyond_the_first_dimension(column: list[Any]) 
 def test_pad_takes_lists_of_any_numbers() -> None:
     assert ms.pad([{"x": [1.5]}, {"x": [1, 2]}])["x"].tolist() == [[1.5, 0], [1, 2]]
     assert ms.pad([{"x": [True]}, {"x": [True, True]}])["x"].dtype == torch.bool
-    assert ms.pad([{"x": [np.int64(1)]}, {"x": [np.int64(1), np.int64(2)]}])["x"].tolist() == [[1, 0], [1, 2]]
+    assert ms.pad([{"x": [np.int64(1)]}, {"x": [np.int64(1), np.int64(2)]}])["x"].tolist() == [
+        [1, 0],
+        [1, 2],
+    ]
     assert ms.pad([{"x": (1,)}, {"x": [2, 3]}])["x"].tolist() == [[1, 0], [2, 3]]
 
 
@@ -1056,7 +1304,9 @@ def test_pad_takes_lists_of_any_numbers() -> None:
     ],
     ids=["None", "missing key", "tuples", "text", "numbers"],
 )
-def test_pad_refuses_what_is_no_sequence_of_numbers_in_its_own_words(samples: list[Any], match: str) -> None:
+def test_pad_refuses_what_is_no_sequence_of_numbers_in_its_own_words(
+    samples: list[Any], match: str
+) -> None:
     with pytest.raises((ValueError, TypeError), match=match) as caught:
         ms.pad(samples)
     assert "inhomogeneous" not in str(caught.value)
@@ -1087,11 +1337,18 @@ def test_pad_with_a_value_that_the_dtype_cannot_hold_is_an_error() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pad_in_a_pipeline_reads_views_and_travels(workers: int) -> None:
     rows = {"ids": [list(range(row % 4)) for row in range(12)], "y": list(range(12))}
-    ds = ms.from_dataset(datasets.Dataset.from_dict(rows)).batch(3, collate_fn=ms.pad(multiple=4, value={"ids": -1}))
+    ds = ms.from_dataset(datasets.Dataset.from_dict(rows)).batch(
+        3, collate_fn=ms.pad(multiple=4, value={"ids": -1})
+    )
     made = loader(ds, workers)
     batches = list(made)
     made.close()
     assert [batch["ids"].shape for batch in batches] == [(3, 4)] * 4
-    assert [batch["ids_lengths"].tolist() for batch in batches] == [[0, 1, 2], [3, 0, 1], [2, 3, 0], [1, 2, 3]]
+    assert [batch["ids_lengths"].tolist() for batch in batches] == [
+        [0, 1, 2],
+        [3, 0, 1],
+        [2, 3, 0],
+        [1, 2, 3],
+    ]
     assert batches[1]["ids"].tolist() == [[0, 1, 2, -1], [-1] * 4, [0, -1, -1, -1]]
     assert batches[3]["ids"].dtype == torch.int64

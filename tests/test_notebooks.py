@@ -21,7 +21,10 @@ pytestmark = [
 
 def text_of(cell: Any) -> list[str]:
     """What a cell printed, without what varies from machine to machine."""
-    outputs = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.get("outputs", [])]
+    outputs = [
+        output.get("text") or output.get("data", {}).get("text/plain", "")
+        for output in cell.get("outputs", [])
+    ]
     return [re.sub(r"0x[0-9a-f]+|/\S+:\d+", "", text) for text in outputs]
 
 
@@ -35,6 +38,10 @@ def test_notebook_runs_and_prints_what_is_committed(path: Path) -> None:
     fresh = nbformat.read(path, as_version=4)
     NotebookClient(fresh, timeout=180, kernel_name="python3").execute()
     for number, (old, new) in enumerate(zip(committed.cells, fresh.cells, strict=True)):
-        assert text_of(new) == text_of(old), f"cell {number}: run the notebook again and commit its outputs"
-        if new.cell_type == "code" and new.source.rstrip().endswith(("samples", "loader.progress()")):
+        assert text_of(new) == text_of(old), (
+            f"cell {number}: run the notebook again and commit its outputs"
+        )
+        if new.cell_type == "code" and new.source.rstrip().endswith(
+            ("samples", "loader.progress()")
+        ):
             assert any("text/html" in output.get("data", {}) for output in new.outputs)

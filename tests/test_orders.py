@@ -1,7 +1,8 @@
 """Orders: frozen for ever, uniform where they claim to be, and close to the asked shares after every prefix.
 
-An order, once released, never changes within a format version: the values under golden/ are a promise to everyone who has a
-checkpoint. ``python tests/test_orders.py`` writes them anew, which is a new format version.
+An order, once released, never changes within a format version: the values under golden/ are a
+promise to everyone who has a checkpoint. ``python tests/test_orders.py`` writes them anew, which is
+a new format version.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream.common.randomness import draw, fold, fold_array, generator, mix, mix_array, pass_key, permute, uniform32
+from midstream.common.randomness import (
+    draw,
+    fold,
+    fold_array,
+    generator,
+    mix,
+    mix_array,
+    pass_key,
+    permute,
+    uniform32,
+)
 from midstream.pipeline.single_lane import SingleLaneIterator
 
 GOLDEN = Path(__file__).parent / "golden" / "format-1.json"
@@ -26,14 +37,20 @@ def key(value: int) -> Any:
     return np.array([value], dtype=np.uint64)
 
 
-def lane(ds: ms.Dataset, index: int = 0, count: int = 1, epoch: int = 0, first: int = 64) -> list[int]:
-    return [int(sample) for _, sample in zip(range(first), SingleLaneIterator(ds.node, index, count, epoch))]
+def lane(
+    ds: ms.Dataset, index: int = 0, count: int = 1, epoch: int = 0, first: int = 64
+) -> list[int]:
+    return [
+        int(sample)
+        for _, sample in zip(range(first), SingleLaneIterator(ds.node, index, count, epoch))
+    ]
 
 
 def orders() -> dict[str, Any]:
     numbers = ms.from_dataset(range(5000))
     mixed = {
-        name: ms.from_dataset(range(start, start + 1000)) for name, start in (("a", 0), ("b", 10_000), ("c", 20_000))
+        name: ms.from_dataset(range(start, start + 1000))
+        for name, start in (("a", 0), ("b", 10_000), ("c", 20_000))
     }
     weights = {"a": 7, "b": 2, "c": 1}
     streams = {name: part.filter(lambda x: True) for name, part in mixed.items()}
@@ -51,10 +68,13 @@ def orders() -> dict[str, Any]:
         "buffered shuffle": lane(numbers.shuffle(3, buffer_size=48)),
         "buffered shuffle, lane 5 of 48": lane(numbers.shuffle(3, buffer_size=960), 5, 48),
         "interleave": lane(ms.interleave(mixed, weights, seed=1)),
-        "interleave, large block": lane(ms.interleave(mixed, {"a": 0.123456789, "b": 0.5, "c": 0.3}, seed=1)),
+        "interleave, large block": lane(
+            ms.interleave(mixed, {"a": 0.123456789, "b": 0.5, "c": 0.3}, seed=1)
+        ),
         "interleave of streams, lane 1 of 3": lane(ms.interleave(streams, weights, seed=1), 1, 3),
         "map with rng": [
-            round(x, 12) for x in ms.from_dataset(range(8)).map(lambda x, rng: rng.random(), with_rng=True)
+            round(x, 12)
+            for x in ms.from_dataset(range(8)).map(lambda x, rng: rng.random(), with_rng=True)
         ],
     }
 
@@ -87,15 +107,25 @@ def test_pass_zero_keeps_its_key() -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 3000), st.integers(-(2**63), 2**64), st.integers(0, 2**64 - 1))
 def test_a_permutation_meets_every_row_once(length: int, seed: int, pass_: int) -> None:
-    assert sorted(permute(np.arange(length), length, seed, key(pass_)).tolist()) == list(range(length))
+    assert sorted(permute(np.arange(length), length, seed, key(pass_)).tolist()) == list(
+        range(length)
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from([5, 200, 257, 1000, 10**9]), st.lists(st.integers(0, 4), min_size=2, max_size=40), st.randoms())
-def test_passes_in_one_call_are_those_of_calls_of_their_own(length: int, passes: list[int], rng: Any) -> None:
+@given(
+    st.sampled_from([5, 200, 257, 1000, 10**9]),
+    st.lists(st.integers(0, 4), min_size=2, max_size=40),
+    st.randoms(),
+)
+def test_passes_in_one_call_are_those_of_calls_of_their_own(
+    length: int, passes: list[int], rng: Any
+) -> None:
     positions = np.array([rng.randrange(length) for _ in passes])
     together = permute(positions, length, 7, np.array(passes, dtype=np.uint64))
-    assert together.tolist() == [int(permute(positions[i : i + 1], length, 7, key(p))[0]) for i, p in enumerate(passes)]
+    assert together.tolist() == [
+        int(permute(positions[i : i + 1], length, 7, key(p))[0]) for i, p in enumerate(passes)
+    ]
 
 
 def sigmas(counts: Any, expected: float, freedom: int) -> float:
@@ -152,7 +182,12 @@ def test_seeds_epochs_and_places_have_unrelated_orders(length: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 400), st.integers(1, 120), st.integers(0, 1000), st.sampled_from([(0, 1), (1, 3)]))
+@given(
+    st.integers(1, 400),
+    st.integers(1, 120),
+    st.integers(0, 1000),
+    st.sampled_from([(0, 1), (1, 3)]),
+)
 def test_buffered_shuffle_moves_no_sample_further_than_its_buffer(
     length: int, buffer_size: int, seed: int, place: tuple[int, int]
 ) -> None:
@@ -167,9 +202,9 @@ def test_buffered_shuffle_moves_no_sample_further_than_its_buffer(
 
 
 def test_buffered_shuffle_shuffles() -> None:
-    moved = np.array(lane(ms.from_dataset(range(20_000)).shuffle(1, buffer_size=1000), first=20_000)) - np.arange(
-        20_000
-    )
+    moved = np.array(
+        lane(ms.from_dataset(range(20_000)).shuffle(1, buffer_size=1000), first=20_000)
+    ) - np.arange(20_000)
     inside = moved[2000:-2000]
     assert abs(inside.mean()) < 30
     assert 280 < inside.std() < 298  # 1000 times the deviation of a uniform number: 1000 / sqrt(12)
@@ -224,10 +259,17 @@ def test_shares_hold_for_any_small_weights(weights: list[int], seed: int) -> Non
     ),
     st.integers(0, 50),
 )
-def test_stopping_strategies_are_what_a_step_by_step_reading_gives(inputs: list[tuple[int, int]], seed: int) -> None:
-    parts = {f"s{i}": ms.from_dataset([100 * i + row for row in range(n)]) for i, (n, _) in enumerate(inputs)}
+def test_stopping_strategies_are_what_a_step_by_step_reading_gives(
+    inputs: list[tuple[int, int]], seed: int
+) -> None:
+    parts = {
+        f"s{i}": ms.from_dataset([100 * i + row for row in range(n)])
+        for i, (n, _) in enumerate(inputs)
+    }
     weights = {f"s{i}": w for i, (_, w) in enumerate(inputs)}
-    endless = ms.interleave({name: part.repeat() for name, part in parts.items()}, weights, seed=seed)
+    endless = ms.interleave(
+        {name: part.repeat() for name, part in parts.items()}, weights, seed=seed
+    )
     picks = [row // 100 for row in lane(endless, first=30 * sum(n for n, _ in inputs) + 400)]
     live = [i for i, (_, weight) in enumerate(inputs) if weight]
 
@@ -256,7 +298,9 @@ def test_the_order_of_a_dict_changes_nothing() -> None:
     parts = {name: ms.from_dataset([f"{name}{row}" for row in range(50)]) for name in "abc"}
     weights = {"a": 1, "b": 1, "c": 4889}
     other = {name: parts[name] for name in "cab"}
-    assert list(ms.interleave(parts, weights)) == list(ms.interleave(other, {name: weights[name] for name in "bca"}))
+    assert list(ms.interleave(parts, weights)) == list(
+        ms.interleave(other, {name: weights[name] for name in "bca"})
+    )
     assert ms.interleave(parts, weights) == ms.interleave(other, weights)
 
 

@@ -1,4 +1,6 @@
-"""pack: rows against a packer that goes token by token, resume at every row, what is counted, what is refused."""
+"""pack: rows against a packer that goes token by token, resume at every row, what is counted, what
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,26 @@ from midstream.nodes.pack.rows import IGNORED
 from midstream.pipeline.single_lane import SingleLaneIterator
 
 SEQ = 8
-HARD = [0, 1, SEQ - 1, SEQ, SEQ + 1, 10 * SEQ, 3, 0, 0, SEQ, SEQ - 1, 2 * SEQ, 1, 1, 5, 2, 10 * SEQ + 3, 0]
+HARD = [
+    0,
+    1,
+    SEQ - 1,
+    SEQ,
+    SEQ + 1,
+    10 * SEQ,
+    3,
+    0,
+    0,
+    SEQ,
+    SEQ - 1,
+    2 * SEQ,
+    1,
+    1,
+    5,
+    2,
+    10 * SEQ + 3,
+    0,
+]
 """Lengths of documents."""
 
 
@@ -67,7 +88,9 @@ def test_a_row_has_what_attention_and_the_loss_need() -> None:
         {"input_ids": [11, 12, 13], "m": [0, 1, 1], "w": [0.5, 1.0, 2.0], "t": [7, 7, 8]},
         {"input_ids": [21], "m": [True], "w": [4.0], "t": [9]},
     ]
-    (row,) = ms.from_dataset(docs).pack(8, columns=["w", "t"], mask="m", separator=[1, 2], pad_id=99)
+    (row,) = ms.from_dataset(docs).pack(
+        8, columns=["w", "t"], mask="m", separator=[1, 2], pad_id=99
+    )
     assert plain(row) == {
         "input_ids": [11, 12, 13, 1, 2, 21, 1, 2],
         "labels": [-100, 12, 13, 1, 2, -100, 1, 2],
@@ -85,7 +108,9 @@ def test_a_row_has_what_attention_and_the_loss_need() -> None:
 
 
 def test_dtypes_are_those_of_embeddings_losses_and_kernels() -> None:
-    docs = [{"input_ids": np.array([1, 2], dtype=np.uint16), "w": np.array([1, 2], dtype=np.float64)}]
+    docs = [
+        {"input_ids": np.array([1, 2], dtype=np.uint16), "w": np.array([1, 2], dtype=np.float64)}
+    ]
     (row,) = ms.from_dataset(docs).pack(4, columns=["w"])
     assert {key: str(value.dtype) for key, value in row.items()} == {
         "input_ids": "int64",
@@ -104,7 +129,9 @@ def test_samples_may_be_bare_and_of_any_kind() -> None:
         [torch.tensor([1, 2]), torch.tensor([3, 4])],
         [{"ids": (1, 2)}, {"ids": [3, 4]}],
     ):
-        assert [row["input_ids"].tolist() for row in ms.from_dataset(docs).pack(4, key="ids")] == expected
+        assert [
+            row["input_ids"].tolist() for row in ms.from_dataset(docs).pack(4, key="ids")
+        ] == expected
 
 
 def test_rows_do_not_share_memory_with_the_data_or_each_other() -> None:
@@ -116,7 +143,9 @@ def test_rows_do_not_share_memory_with_the_data_or_each_other() -> None:
                 array[:] = -1
             assert all(
                 not np.shares_memory(a, b)
-                for a, b in itertools.combinations([*arrays, *(doc["input_ids"] for doc in docs)], 2)
+                for a, b in itertools.combinations(
+                    [*arrays, *(doc["input_ids"] for doc in docs)], 2
+                )
             )
     assert docs[0]["input_ids"].tolist() == list(range(8))
 
@@ -126,7 +155,9 @@ def test_batches_fill_seq_lens_up_with_zeros(size: int) -> None:
     ds = source([3, 1, 4, 2, 2, 2, 2, 8]).pack(8)
     for batch, rows in zip(ds.batch(size), grouped(run(ds), size)):
         most = max(len(row["seq_lens"]) for row in rows)
-        assert batch["seq_lens"].tolist() == [row["seq_lens"] + [0] * (most - len(row["seq_lens"])) for row in rows]
+        assert batch["seq_lens"].tolist() == [
+            row["seq_lens"] + [0] * (most - len(row["seq_lens"])) for row in rows
+        ]
         assert batch["seq_lens"].dtype == torch.int32
         assert batch["input_ids"].shape == (len(rows), 8)
 
@@ -185,7 +216,9 @@ def reference_concat(docs: list[list[int]], last: str) -> list[dict[str, Any]]:
     return rows
 
 
-def reference_fit(docs_by_input: list[list[int]], window: int, min_fill: float, last: str) -> list[dict[str, Any]]:
+def reference_fit(
+    docs_by_input: list[list[int]], window: int, min_fill: float, last: str
+) -> list[dict[str, Any]]:
     """Windows of inputs; best fit decreasing by looking at every row for every piece."""
     rows: list[dict[str, Any]] = []
     waited: list[list[int]] = []
@@ -214,7 +247,10 @@ def reference_fit(docs_by_input: list[list[int]], window: int, min_fill: float, 
             made.pop(fill.index(min(fill)))
         elif not ended:
             waiting = [
-                i for row, full in zip(made, fill) if full < min_fill * SEQ and min(row) >= len(waited) for i in row
+                i
+                for row, full in zip(made, fill)
+                if full < min_fill * SEQ and min(row) >= len(waited)
+                for i in row
             ]
             made = [row for row in made if not set(row) & set(waiting)]
         rows.extend(reference_row([parts[i] for i in row]) for row in made)
@@ -236,7 +272,9 @@ def cut_and_go_on(ds: Dataset, cuts: list[int]) -> list[Any]:
     return found
 
 
-some_lengths = st.lists(st.integers(0, SEQ + 2) | st.sampled_from([SEQ, 3 * SEQ, 4 * SEQ + 1]), max_size=40)
+some_lengths = st.lists(
+    st.integers(0, SEQ + 2) | st.sampled_from([SEQ, 3 * SEQ, 4 * SEQ + 1]), max_size=40
+)
 some_cuts = st.lists(st.integers(0, 5), max_size=6)
 some_overflow = st.sampled_from(["split", "truncate", "drop"])
 some_separator = st.sampled_from([[], [900], [900, 901]])
@@ -264,10 +302,22 @@ def test_concat_is_what_going_token_by_token_makes(
     some_cuts,
 )
 def test_fit_is_what_trying_every_row_makes(
-    lengths: list[int], overflow: Any, separator: list[int], last: Any, window: int, min_fill: float, cuts: list[int]
+    lengths: list[int],
+    overflow: Any,
+    separator: list[int],
+    last: Any,
+    window: int,
+    min_fill: float,
+    cuts: list[int],
 ) -> None:
     ds = source(lengths).pack(
-        SEQ, mode="fit", overflow=overflow, separator=separator, last=last, window=window, min_fill=min_fill
+        SEQ,
+        mode="fit",
+        overflow=overflow,
+        separator=separator,
+        last=last,
+        window=window,
+        min_fill=min_fill,
     )
     by_input = []
     for row, size in enumerate(lengths):
@@ -312,7 +362,9 @@ def test_waiting_rows_save_padding_and_the_padding_is_told() -> None:
     lengths = np.random.default_rng(1).integers(1, SEQ, 600).tolist()
     waste = {}
     for min_fill in (0.0, 1.0):
-        loader = ms.DataLoader(source(lengths).pack(SEQ, mode="fit", window=10, min_fill=min_fill), 4, lanes=1)
+        loader = ms.DataLoader(
+            source(lengths).pack(SEQ, mode="fit", window=10, min_fill=min_fill), 4, lanes=1
+        )
         batches = list(loader)
         slots = sum(batch["input_ids"].numel() for batch in batches)
         progress = loader.progress()
@@ -337,7 +389,9 @@ def test_waiting_rows_save_padding_and_the_padding_is_told() -> None:
     ],
     ids=str,
 )
-def test_saved_at_every_pack_no_token_is_lost_or_repeated(options: dict[str, Any], workers: int) -> None:
+def test_saved_at_every_pack_no_token_is_lost_or_repeated(
+    options: dict[str, Any], workers: int
+) -> None:
     ds = two(**options)
 
     def loader(num_workers: int) -> ms.DataLoader:
@@ -353,7 +407,10 @@ def test_saved_at_every_pack_no_token_is_lost_or_repeated(options: dict[str, Any
         assert sum(origin.tokens for origin in made.trace()) == len(tokens([batch]))
         if "separator" not in options:
             found = ms.progress(states[-1]).sources
-            assert {name: found[name].tokens for name in found} == {"web": counted[0], "code": counted[1]}
+            assert {name: found[name].tokens for name in found} == {
+                "web": counted[0],
+                "code": counted[1],
+            }
     made.close()
     stream = tokens(batches)
     own = [token for token in stream if token != 900]
@@ -405,7 +462,9 @@ def test_data_that_changed_is_a_diverged_replay(options: dict[str, Any]) -> None
 
 
 def test_failures_and_empty_documents_before_a_row_are_not_read_again() -> None:
-    ds = ms.from_dataset([*documents(0, [0] * 500), {"input_ids": "bad"}, *documents(0, [3, 9])]).pack(SEQ)
+    ds = ms.from_dataset(
+        [*documents(0, [0] * 500), {"input_ids": "bad"}, *documents(0, [3, 9])]
+    ).pack(SEQ)
     whole = SingleLaneIterator(ds.node, 0, 1, 0)
     with pytest.raises(ms.SampleError):
         next(whole)
@@ -419,7 +478,11 @@ def test_fit_holds_no_views_of_chunks() -> None:
     views = [{"input_ids": doc["input_ids"][:]} for doc in docs]
     iterator = iter(ms.from_dataset(views).pack(SEQ, mode="fit", window=5, min_fill=0.0))
     next(iterator)
-    held = [columns[0] for group in iterator._delivery.iterator.held.values() for columns, _, _, _ in group]
+    held = [
+        columns[0]
+        for group in iterator._delivery.iterator.held.values()
+        for columns, _, _, _ in group
+    ]
     assert len(held) == 5
     assert not any(np.shares_memory(a, doc["input_ids"]) for a in held for doc in docs)
 
@@ -434,8 +497,12 @@ def test_documents_too_long_and_empty_are_counted() -> None:
         "truncate": ({"tokens dropped": 13, "truncated": 2}, 2, 28),
         "drop": ({"tokens dropped": 29}, 4, 12),
     }
-    for mode, (overflow, (counts, dropped, delivered)) in itertools.product(("concat", "fit"), expected.items()):
-        loader = ms.DataLoader(source(lengths, name="docs").pack(SEQ, mode=mode, overflow=overflow), 2, lanes=1)  # type: ignore[arg-type]
+    for mode, (overflow, (counts, dropped, delivered)) in itertools.product(
+        ("concat", "fit"), expected.items()
+    ):
+        loader = ms.DataLoader(
+            source(lengths, name="docs").pack(SEQ, mode=mode, overflow=overflow), 2, lanes=1
+        )  # type: ignore[arg-type]
         rows = list(loader)
         found = loader.progress().sources["docs"]
         assert (found.counts, found.dropped, found.tokens) == (counts, dropped, delivered)
@@ -451,7 +518,9 @@ def test_the_last_row_is_padded_or_dropped_and_counted() -> None:
         ds = source([8, 6, 5], name="docs")
         padded = run(ds.pack(SEQ, mode=mode))  # type: ignore[arg-type]
         loader = ms.DataLoader(ds.pack(SEQ, mode=mode, last="drop"), 1, lanes=1)  # type: ignore[arg-type]
-        assert [plain(batch)["input_ids"][0] for batch in loader] == [row["input_ids"] for row in padded[:-1]]
+        assert [plain(batch)["input_ids"][0] for batch in loader] == [
+            row["input_ids"] for row in padded[:-1]
+        ]
         found = loader.progress().sources["docs"]
         lost = {"concat": 3, "fit": 5}[mode]
         assert (found.tokens, found.counts) == (19 - lost, {"tokens dropped": lost})
@@ -470,7 +539,9 @@ def test_trace_names_documents_pieces_and_tokens() -> None:
 
 
 def test_origins_of_documents_that_are_made_of_several_rows() -> None:
-    ds = ms.from_dataset([[1, 2], [3], [4, 5, 6]], name="docs").batch(2, collate_fn=lambda docs: sum(docs, []))
+    ds = ms.from_dataset([[1, 2], [3], [4, 5, 6]], name="docs").batch(
+        2, collate_fn=lambda docs: sum(docs, [])
+    )
     loader = ms.DataLoader(ds.pack(4), 1, lanes=1)
     found = [[tuple(origin) for origin in loader.trace()] for _ in loader]
     assert found == [
@@ -514,11 +585,17 @@ GOOD = {"input_ids": [1, 2, 3], "mask": [1, 1, 1]}
         ({"input_ids": [[1, 2], [3, 4]]}, {}, r"found an array of int64 and shape \(2, 2\)"),
         ({"input_ids": [0.5, 1.0]}, {}, "found an array of float64"),
         ({"input_ids": [[1], [2, 3]]}, {}, "inhomogeneous"),
-        ({"input_ids": [1] * 7}, {"overflow": "error"}, 'has 7 tokens, and a row has 6; overflow="split"'),
+        (
+            {"input_ids": [1] * 7},
+            {"overflow": "error"},
+            'has 7 tokens, and a row has 6; overflow="split"',
+        ),
         ([1, 2], {"columns": ["mask"]}, "are of a dict; found a sample that is list"),
     ],
 )
-def test_an_unusable_document_is_one_lost_sample(mode: Any, bad: Any, options: dict[str, Any], message: str) -> None:
+def test_an_unusable_document_is_one_lost_sample(
+    mode: Any, bad: Any, options: dict[str, Any], message: str
+) -> None:
     docs = [GOOD, GOOD, bad, GOOD, GOOD]
     ds = ms.from_dataset(docs, name="docs").pack(6, mode=mode, **options)
     whole = SingleLaneIterator(ds.node, 0, 1, 0)
@@ -567,7 +644,9 @@ def test_wrong_arguments_are_refused_at_construction(options: dict[str, Any], me
         source([1]).pack(**{"seq_len": SEQ, **options})
 
 
-def test_an_endless_input_of_which_nothing_is_left_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_input_of_which_nothing_is_left_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("midstream.nodes.pack.documents._GIVE_UP", 100)
     for options in ({}, {"mode": "fit"}):
         with pytest.raises(ms.SourceError, match="100 documents in a row"):
@@ -595,7 +674,8 @@ def test_options_are_part_of_the_fingerprint() -> None:
     assert len({ds.fingerprint for ds in made}) == len(made)
     assert source([1]).pack(SEQ, mode="fit", window=256) == source([1]).pack(SEQ, mode="fit")
     assert (
-        repr(made[4]).splitlines()[0].partition("  # ")[0].rstrip() == "pack(seq_len=8, mode='concat', separator=[1])"
+        repr(made[4]).splitlines()[0].partition("  # ")[0].rstrip()
+        == "pack(seq_len=8, mode='concat', separator=[1])"
     )
 
 
@@ -632,9 +712,9 @@ def test_attention_over_a_packed_batch_is_attention_over_each_document() -> None
     assert bounds[-1] == batch["input_ids"].numel()
     assert mask.max_seqlen == max(b - a for a, b in zip(bounds, bounds[1:]))
     alone = [
-        torch.nn.functional.scaled_dot_product_attention(*(x[a:b].transpose(0, 1)[None] for x in flat), is_causal=True)[
-            0
-        ].transpose(0, 1)
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x[a:b].transpose(0, 1)[None] for x in flat), is_causal=True
+        )[0].transpose(0, 1)
         for a, b in zip(bounds, bounds[1:])
     ]
     expected = torch.cat(alone).reshape(shape[0], SEQ, 2, 4).transpose(1, 2)

@@ -42,11 +42,15 @@ def write(path: Path | str, ids: range, group: int = GROUP, **columns: Any) -> N
 
 
 def make_files(folder: Path, num_files: int = 3, rows: int = 12) -> Path:
-    """num_files files of ``rows`` rows in groups of 5, 5 and 2; ids count through the files in the order of their names."""
+    """num_files files of ``rows`` rows in groups of 5, 5 and 2; ids count through the files in the
+    order of their names.
+    """
     for number in range(num_files):
         ids = range(number * rows, (number + 1) * rows)
         write(
-            folder / f"part-{number}.parquet", ids, tokens=pa.array([np.arange(i, i + 4, dtype=np.int32) for i in ids])
+            folder / f"part-{number}.parquet",
+            ids,
+            tokens=pa.array([np.arange(i, i + 4, dtype=np.int32) for i in ids]),
         )
     return folder
 
@@ -60,7 +64,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the row groups decoded so far."""
     numbers: list[int] = []
     decode = parquet._decode
-    monkeypatch.setattr(row_groups, "_decode", lambda *which: numbers.append(which[-1]) or decode(*which))
+    monkeypatch.setattr(
+        row_groups, "_decode", lambda *which: numbers.append(which[-1]) or decode(*which)
+    )
     return numbers
 
 
@@ -109,7 +115,10 @@ def test_values_come_back_as_written_in_any_order(tmp_path: Path) -> None:
     order = [6, 0, 3, 3, 1, 5, 2, 4, 0]
     expected = table.to_pylist()
     for row, sample in zip(order, ds.rows(order)):
-        plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in sample.items()}
+        plain = {
+            key: value.tolist() if isinstance(value, np.ndarray) else value
+            for key, value in sample.items()
+        }
         assert plain == expected[row]
     sample = ds.rows([0])[0]
     assert sample["list"].dtype == np.int16
@@ -165,9 +174,9 @@ def test_fsspec_urls_and_their_patterns_are_read(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     make_files(tmp_path)
     memory.put(f"{tmp_path}/part-*.parquet", "/midstream-parquet/")
-    assert ids(ms.read_parquet("memory://midstream-parquet/*.parquet").shuffle(3, window_blocks=1).take(36)) == ids(
-        ms.read_parquet(f"{tmp_path}/*.parquet").shuffle(3, window_blocks=1)
-    )
+    assert ids(
+        ms.read_parquet("memory://midstream-parquet/*.parquet").shuffle(3, window_blocks=1).take(36)
+    ) == ids(ms.read_parquet(f"{tmp_path}/*.parquet").shuffle(3, window_blocks=1))
     one = ms.read_parquet("memory://midstream-parquet/part-1.parquet")
     assert ids(one) == list(range(12, 24))
     with pytest.raises(FileNotFoundError, match="memory://midstream-parquet/none"):
@@ -175,7 +184,9 @@ def test_fsspec_urls_and_their_patterns_are_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         len(ms.read_parquet("memory://midstream-parquet/none.parquet"))
     memory.rm("/midstream-parquet", recursive=True)
-    with pytest.raises(ms.SourceError, match=r"memory://midstream-parquet/part-1\.parquet, row group 0"):
+    with pytest.raises(
+        ms.SourceError, match=r"memory://midstream-parquet/part-1\.parquet, row group 0"
+    ):
         pickle.loads(pickle.dumps(one)).rows([0])
 
 
@@ -184,7 +195,9 @@ def test_fsspec_urls_and_their_patterns_are_read(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_description_opens_nothing_and_its_length_decodes_nothing(tmp_path: Path, decoded: list[int]) -> None:
+def test_a_description_opens_nothing_and_its_length_decodes_nothing(
+    tmp_path: Path, decoded: list[int]
+) -> None:
     ds = ms.read_parquet(f"{tmp_path}/*.parquet").shuffle(1).map(dict).batch(2)
     make_files(tmp_path)
     assert len(ds) == 18
@@ -193,7 +206,9 @@ def test_a_description_opens_nothing_and_its_length_decodes_nothing(tmp_path: Pa
     assert decoded == []
 
 
-def test_rows_decode_only_the_groups_they_lie_in_each_once(tmp_path: Path, decoded: list[int]) -> None:
+def test_rows_decode_only_the_groups_they_lie_in_each_once(
+    tmp_path: Path, decoded: list[int]
+) -> None:
     ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
     assert ids(ds.rows([35, 4, 0, 34, 12, 4])) == [35, 4, 0, 34, 12, 4]
     assert sorted(decoded) == [0, 3, 8]
@@ -220,7 +235,9 @@ def test_a_window_shuffle_visits_every_row_once_and_few_groups_at_a_time(
     assert len(decoded) == 40  # once each, though only a window fits
 
 
-def test_decoded_groups_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoded_groups_are_bounded_in_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = f"{make_files(tmp_path, 4, 50)}/*.parquet"
     probe = ms.read_parquet(path)
     probe.rows([0])
@@ -260,7 +277,9 @@ def test_one_request_over_many_groups_pins_no_more_than_the_cache(
     ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
     order = np.random.default_rng(1).permutation(36)
     samples = ds.rows(order)
-    assert [sample["tokens"].tolist() for sample in samples] == [list(range(i, i + 4)) for i in order]
+    assert [sample["tokens"].tolist() for sample in samples] == [
+        list(range(i, i + 4)) for i in order
+    ]
     views = {sample["id"] for sample in samples if sample["tokens"].base is not None}
     assert len(ds.node._handle().store.kept) == 1
     assert views <= {34, 35}  # the last group read
@@ -314,7 +333,9 @@ def test_a_pickle_is_small_holds_nothing_open_and_spares_the_footers(
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_forked_child_reads_right_after_its_parent_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forked_child_reads_right_after_its_parent_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(row_groups, "CACHE_BYTES", 0)
     ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
     assert ids(ds.rows([0, 20])) == [0, 20]
@@ -343,14 +364,20 @@ def test_a_shuffled_read_resumes_at_every_row(tmp_path: Path) -> None:
         assert ids(resumed) == order[step:]
 
 
-def test_a_checkpoint_loads_after_the_data_moved_but_not_with_other_row_groups(tmp_path: Path) -> None:
+def test_a_checkpoint_loads_after_the_data_moved_but_not_with_other_row_groups(
+    tmp_path: Path,
+) -> None:
     here, there, other = tmp_path / "here", tmp_path / "there", tmp_path / "other"
     here.mkdir()
     make_files(here)
     shutil.copytree(here, there)
     other.mkdir()
     for number in range(3):
-        pq.write_table(pq.read_table(here / f"part-{number}.parquet"), other / f"{number}.parquet", row_group_size=4)
+        pq.write_table(
+            pq.read_table(here / f"part-{number}.parquet"),
+            other / f"{number}.parquet",
+            row_group_size=4,
+        )
     ds = ms.read_parquet(f"{here}/*.parquet")
     assert ms.read_parquet(f"{there}/*.parquet") == ds
     assert ms.read_parquet(f"{other}/*.parquet") != ds  # its shuffle would be another
@@ -382,7 +409,10 @@ def test_wrong_arguments_are_refused_at_construction() -> None:
 
 
 def test_what_matches_nothing_is_not_found_on_first_use(tmp_path: Path) -> None:
-    for path, text in ((f"{tmp_path}/*.parquet", "no file matches the pattern"), (tmp_path / "x", "there is no file")):
+    for path, text in (
+        (f"{tmp_path}/*.parquet", "no file matches the pattern"),
+        (tmp_path / "x", "there is no file"),
+    ):
         ds = ms.read_parquet(path)
         assert isinstance(ds, ParquetSource)
         for use in (len, repr, list):
@@ -402,7 +432,13 @@ def test_files_with_other_columns_are_refused_by_name(tmp_path: Path) -> None:
     pattern = f"{tmp_path}/*.parquet"
     with pytest.raises(ValueError, match="differ") as caught:
         len(ms.read_parquet(pattern))
-    for part in ("0.parquet", "1.parquet", "'a': string in the first, absent", "'b': absent", "columns=['id']"):
+    for part in (
+        "0.parquet",
+        "1.parquet",
+        "'a': string in the first, absent",
+        "'b': absent",
+        "columns=['id']",
+    ):
         assert part in str(caught.value)
     assert ids(ms.read_parquet(pattern, columns=["id"])) == [0, 1, 2, 0, 1, 2]
     with pytest.raises(ValueError, match=r"0\.parquet has no column 'c'\. It has: id, a"):
@@ -423,7 +459,14 @@ def test_a_damaged_footer_names_the_file(tmp_path: Path) -> None:
 def test_a_damaged_or_vanished_or_replaced_file_names_file_and_row_group(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     table = pa.table({"id": range(10)})
-    pq.write_table(table, path, row_group_size=5, write_page_checksum=True, compression="none", use_dictionary=False)
+    pq.write_table(
+        table,
+        path,
+        row_group_size=5,
+        write_page_checksum=True,
+        compression="none",
+        use_dictionary=False,
+    )
     whole = path.read_bytes()
     ds = ms.read_parquet(path)
     assert len(ds) == 10
@@ -436,7 +479,9 @@ def test_a_damaged_or_vanished_or_replaced_file_names_file_and_row_group(tmp_pat
     with pytest.raises(ms.SourceError, match=r"row group 0 has 10 rows, and had 5"):
         pickle.loads(pickle.dumps(ds)).rows([0])
     path.unlink()
-    with pytest.raises(ms.SourceError, match=r"x\.parquet, row group 0 cannot be read: FileNotFoundError"):
+    with pytest.raises(
+        ms.SourceError, match=r"x\.parquet, row group 0 cannot be read: FileNotFoundError"
+    ):
         pickle.loads(pickle.dumps(ds)).rows([0])
 
 
@@ -514,7 +559,9 @@ def pipelines(path: str) -> dict[str, ms.Dataset]:
     def source(name: str | None = None) -> ms.Dataset:
         return ms.read_parquet(path, name=name)
 
-    mixed = ms.interleave({"a": source(), "b": source().shuffle(2, window_blocks=3).map(dict)}, {"a": 3, "b": 1})
+    mixed = ms.interleave(
+        {"a": source(), "b": source().shuffle(2, window_blocks=3).map(dict)}, {"a": 3, "b": 1}
+    )
     joined = ms.concatenate([source("x").skip(3), source("y").shuffle(1, window_blocks=2)])
     return {
         "in order": source(),
@@ -539,7 +586,9 @@ def test_samples_and_states_are_the_same_with_and_without(
     path = f"{make_files(tmp_path)}/*.parquet"
     probe = ms.read_parquet(path)
     probe.rows([0])
-    monkeypatch.setattr(row_groups, "CACHE_BYTES", groups_kept * probe.node._handle().store.num_bytes)
+    monkeypatch.setattr(
+        row_groups, "CACHE_BYTES", groups_kept * probe.node._handle().store.num_bytes
+    )
 
     def read(worth: float) -> list[tuple[str, Any]]:
         monkeypatch.setattr(ahead, "WORTH_S", worth)
@@ -563,7 +612,9 @@ def test_samples_and_states_are_the_same_with_and_without(
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_what_is_foretold_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_what_is_foretold_is_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     node = pipelines(f"{make_files(tmp_path)}/*.parquet")[name].node
     while not node.random_access:
         node = next(iter(node.inputs().values()))
@@ -577,7 +628,11 @@ def test_what_is_foretold_is_what_is_read(tmp_path: Path, monkeypatch: pytest.Mo
             read.append((id(self), positions.tolist())) or rows(self, at, positions, *more)
         ),
     )
-    monkeypatch.setattr(ParquetSource, "_foretell", lambda self, positions: told.append((id(self), positions.tolist())))
+    monkeypatch.setattr(
+        ParquetSource,
+        "_foretell",
+        lambda self, positions: told.append((id(self), positions.tolist())),
+    )
     place, positions = bind(node), np.arange(node.length())
     for where in (positions, positions[::3], positions[-1:]):
         place.rows(where, epoch_key(1), np.ones(1, dtype=np.int64))
@@ -586,7 +641,9 @@ def test_what_is_foretold_is_what_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(told) >= 3
 
 
-def test_the_next_groups_are_read_in_the_thread_each_once(tmp_path: Path, decoding: Decoding) -> None:
+def test_the_next_groups_are_read_in_the_thread_each_once(
+    tmp_path: Path, decoding: Decoding
+) -> None:
     ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
     whole = iter(ds)
     assert next(whole)["id"] == 0
@@ -598,7 +655,9 @@ def test_the_next_groups_are_read_in_the_thread_each_once(tmp_path: Path, decodi
     assert decoding.by == [(0, False), *((number, True) for number in range(1, 9))]
 
 
-def test_the_thread_helps_with_what_is_asked_for_at_once(tmp_path: Path, decoding: Decoding) -> None:
+def test_the_thread_helps_with_what_is_asked_for_at_once(
+    tmp_path: Path, decoding: Decoding
+) -> None:
     ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
     assert ids(ds.rows(range(36))) == list(range(36))
     settle(ds)
@@ -606,7 +665,9 @@ def test_the_thread_helps_with_what_is_asked_for_at_once(tmp_path: Path, decodin
     assert 8 in decoding.ahead  # from the end
 
 
-def test_a_group_that_is_being_read_is_waited_for_not_read_again(tmp_path: Path, decoding: Decoding) -> None:
+def test_a_group_that_is_being_read_is_waited_for_not_read_again(
+    tmp_path: Path, decoding: Decoding
+) -> None:
     ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
     decoding.gate.clear()
     ds.rows([0])
@@ -629,7 +690,11 @@ def test_a_group_that_is_being_read_is_waited_for_not_read_again(tmp_path: Path,
 
 @pytest.mark.parametrize(("cost", "expected"), [(0.019, []), (0.021, [1, 2])])
 def test_it_starts_only_where_a_read_takes_long(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoding: Decoding, cost: float, expected: list[int]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    decoding: Decoding,
+    cost: float,
+    expected: list[int],
 ) -> None:
     monkeypatch.setattr(ahead, "WORTH_S", 0.02)
     monkeypatch.setattr(ahead, "_timed", lambda read, number: (*read(number), cost))
@@ -658,7 +723,11 @@ def test_what_is_read_ahead_takes_two_groups_more_than_the_cache_at_most(
     def decode(index: Any, files: Any, number: int) -> Any:
         nonlocal most
         with store.changed:
-            assert store.num_bytes == sum(each for _, each in store.kept.values()) == size * len(store.kept)
+            assert (
+                store.num_bytes
+                == sum(each for _, each in store.kept.values())
+                == size * len(store.kept)
+            )
             assert store.waiting_bytes == size * len(store.waiting)
             assert len(store.reading) <= 2  # one by whoever asks, one by the thread
             most = max(most, len(store.kept) + len(store.waiting) + len(store.reading))
@@ -673,7 +742,9 @@ def test_what_is_read_ahead_takes_two_groups_more_than_the_cache_at_most(
     assert most <= max(1, groups_kept) + 2
 
 
-def test_a_shuffle_has_its_next_window_at_hand_where_there_is_room(tmp_path: Path, decoding: Decoding) -> None:
+def test_a_shuffle_has_its_next_window_at_hand_where_there_is_room(
+    tmp_path: Path, decoding: Decoding
+) -> None:
     for number in range(8):
         write(tmp_path / f"{number}.parquet", range(number * 20, number * 20 + 20))
     ds = ms.read_parquet(f"{tmp_path}/*.parquet").shuffle(1, window_blocks=4)
@@ -681,7 +752,9 @@ def test_a_shuffle_has_its_next_window_at_hand_where_there_is_room(tmp_path: Pat
     for sample in ds:
         settle(ds)
         order.append(sample["id"])
-    assert len({number for number, by_thread in decoding.by if not by_thread}) <= 4  # of the first window
+    assert (
+        len({number for number, by_thread in decoding.by if not by_thread}) <= 4
+    )  # of the first window
     assert sorted(number for number, _ in decoding.by) == list(range(32))
     assert order == ids(ms.read_parquet(f"{tmp_path}/*.parquet").shuffle(1, window_blocks=4))
 
@@ -716,8 +789,12 @@ def test_an_interrupt_between_two_steps_of_a_read_leaves_nothing_to_wait_for(lea
     assert not again.is_alive()
 
 
-def store_of(limit: int) -> tuple[ahead.Ahead[int], Callable[..., None], Callable[[], tuple[list[int], list[int]]]]:
-    """A store of numbers, each of size 1; what gets them; what waits for the thread and tells what is there."""
+def store_of(
+    limit: int,
+) -> tuple[ahead.Ahead[int], Callable[..., None], Callable[[], tuple[list[int], list[int]]]]:
+    """A store of numbers, each of size 1; what gets them; what waits for the thread and tells what
+    is there.
+    """
     store: ahead.Ahead[int] = ahead.Ahead(lambda number: (number, 1), lambda: limit)
 
     def get(*numbers: int) -> None:
@@ -733,7 +810,9 @@ def store_of(limit: int) -> tuple[ahead.Ahead[int], Callable[..., None], Callabl
     return store, get, wait
 
 
-def test_what_is_idle_makes_room_and_what_is_in_use_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_idle_makes_room_and_what_is_in_use_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(ahead, "WORTH_S", 0.0)
     store, get, wait = store_of(2)
     get(0, 1)
@@ -806,7 +885,9 @@ def test_an_error_comes_with_the_sample_that_needs_the_group_as_without(
     assert f"{victim // 2}.parquet, row group {victim % 2} cannot be read" in plain[2]
 
 
-def test_an_error_in_a_group_that_nobody_asks_for_is_no_error(tmp_path: Path, decoding: Decoding) -> None:
+def test_an_error_in_a_group_that_nobody_asks_for_is_no_error(
+    tmp_path: Path, decoding: Decoding
+) -> None:
     write(tmp_path / "0.parquet", range(20))
     ds = ms.read_parquet(tmp_path / "0.parquet")
     len(ds)
@@ -835,13 +916,18 @@ def test_what_could_be_read_at_the_second_try_is_read(tmp_path: Path, decoding: 
     assert ids(rows) == list(range(1, 10))
 
 
-def test_an_error_while_a_larger_chunk_is_tried_does_not_end_in_no_chunk_at_all(tmp_path: Path) -> None:
+def test_an_error_while_a_larger_chunk_is_tried_does_not_end_in_no_chunk_at_all(
+    tmp_path: Path,
+) -> None:
     write(tmp_path / "0.parquet", range(10))
     ds = ms.read_parquet(tmp_path / "0.parquet")
     len(ds)
     spoil(tmp_path / "0.parquet", 1)
     cursor = Cursor(bind(ds.node), Lane(0, 1, 1, Ledger()), 0, 0)
-    cursor.chunk, cursor.tried = 8, 1e-12  # as after a chunk was doubled, which will turn out not to pay
+    cursor.chunk, cursor.tried = (
+        8,
+        1e-12,
+    )  # as after a chunk was doubled, which will turn out not to pay
     assert [next(cursor)[0]["id"] for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(ms.SourceError, match="row group 1 cannot be read"):
         next(cursor)
@@ -852,7 +938,9 @@ def test_an_error_while_a_larger_chunk_is_tried_does_not_end_in_no_chunk_at_all(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_child_forked_while_the_thread_reads_reads_by_itself(tmp_path: Path, decoding: Decoding) -> None:
+def test_a_child_forked_while_the_thread_reads_reads_by_itself(
+    tmp_path: Path, decoding: Decoding
+) -> None:
     ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
     context = multiprocessing.get_context("fork")
     for _ in range(3):
@@ -913,13 +1001,20 @@ def test_threads_that_read_one_source_disturb_each_other_in_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["main", "thread", "process"])
-def test_loaders_of_every_kind_make_the_same_batches(tmp_path: Path, decoding: Decoding, kind: str) -> None:
+def test_loaders_of_every_kind_make_the_same_batches(
+    tmp_path: Path, decoding: Decoding, kind: str
+) -> None:
     ds = ms.read_parquet(f"{make_files(tmp_path, 4)}/*.parquet").shuffle(3, window_blocks=3)
-    expected = [batch["id"].tolist() for batch in ms.DataLoader(ds.map(dict), batch_size=4, collate_fn=ms.pad)]
+    expected = [
+        batch["id"].tolist()
+        for batch in ms.DataLoader(ds.map(dict), batch_size=4, collate_fn=ms.pad)
+    ]
     options: dict[str, Any] = {"num_workers": 0}
     if kind != "main":
         options = {"num_workers": 2, "worker_type": kind}
-    loader = ms.DataLoader(pickle.loads(pickle.dumps(ds)).map(dict), batch_size=4, collate_fn=ms.pad, **options)
+    loader = ms.DataLoader(
+        pickle.loads(pickle.dumps(ds)).map(dict), batch_size=4, collate_fn=ms.pad, **options
+    )
     assert [batch["id"].tolist() for batch in loader] == expected
     loader.close()
 
@@ -940,7 +1035,9 @@ def test_the_thread_ends_when_the_dataset_goes(tmp_path: Path, decoding: Decodin
     assert decoding.ahead == [1]  # no further one
 
 
-def test_a_thread_is_there_only_while_there_is_something_to_read(tmp_path: Path, decoding: Decoding) -> None:
+def test_a_thread_is_there_only_while_there_is_something_to_read(
+    tmp_path: Path, decoding: Decoding
+) -> None:
     ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
     assert ids(ds) == list(range(36))
     settle(ds)

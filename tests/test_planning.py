@@ -13,14 +13,22 @@ import midstream as ms
 from midstream.checkpoint.read import parse
 from midstream.checkpoint.write import to_state
 from midstream.dataset import Dataset
-from midstream.distributed.topology import Topology, batches_of_rank, choose_lanes, first_batch, slots
+from midstream.distributed.topology import (
+    Topology,
+    batches_of_rank,
+    choose_lanes,
+    first_batch,
+    slots,
+)
 
 RANKS, WORKERS, SAMPLES, BATCH = 10_000, 8, 10**12, 8
 BATCHES = SAMPLES // BATCH
 
 
 def _pipeline() -> ms.Dataset:
-    return ms.from_dataset(range(SAMPLES), name="all").shuffle(seed=7).batch(BATCH, collate_fn=tuple)
+    return (
+        ms.from_dataset(range(SAMPLES), name="all").shuffle(seed=7).batch(BATCH, collate_fn=tuple)
+    )
 
 
 @pytest.mark.parametrize("start", [0, 1, 123_456_789, BATCHES - 12_345])
@@ -49,13 +57,17 @@ def test_every_lane_is_in_one_slot_and_workers_are_balanced() -> None:
     assert lanes % RANKS == 0 and lanes % math.lcm(48, RANKS) == 0 and lanes >= RANKS * WORKERS
     for rank in range(0, RANKS, 997):
         mine = [slots(Topology(rank, RANKS, WORKERS), lanes, worker) for worker in range(WORKERS)]
-        assert sorted(lane for worker in mine for lane in worker if lane >= 0) == list(range(rank, lanes, RANKS))
+        assert sorted(lane for worker in mine for lane in worker if lane >= 0) == list(
+            range(rank, lanes, RANKS)
+        )
         assert len({len(worker) for worker in mine}) == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1, 4321, 9999])
 @pytest.mark.parametrize("start", [0, 77, BATCHES - 5 * RANKS - 5])
-def test_any_rank_goes_on_anywhere_with_the_right_rows_and_a_small_state(rank: int, start: int) -> None:
+def test_any_rank_goes_on_anywhere_with_the_right_rows_and_a_small_state(
+    rank: int, start: int
+) -> None:
     pipeline = _pipeline()
     loader = ms.DataLoader(pipeline, rank=rank, world_size=RANKS)
     state = loader.state_dict()
@@ -72,4 +84,7 @@ def test_any_rank_goes_on_anywhere_with_the_right_rows_and_a_small_state(rank: i
     saved = loader.state_dict()
     assert (saved["batches"], saved["steps_done"]) == (start + 3 * RANKS, start // RANKS + 3)
     del saved["spec"]
-    assert len(json.dumps({**saved, "lanes": [lane for lane in saved["lanes"].values() if lane]})) < 400
+    assert (
+        len(json.dumps({**saved, "lanes": [lane for lane in saved["lanes"].values() if lane]}))
+        < 400
+    )

@@ -1,4 +1,6 @@
-"""Bugs planted one by one in a copy of the package: each must turn a named test red, or that test proves nothing."""
+"""Bugs planted one by one in a copy of the package: each must turn a named test red, or that test
+proves nothing.
+"""
 
 from __future__ import annotations
 
@@ -231,7 +233,12 @@ def test_a_checkpoint_after_an_error_in_a_batch_goes_on_with_the_rest_of_it() ->
         return row
 
     def make(workers: int) -> ms.DataLoader:
-        return ms.DataLoader(ms.from_dataset(range(12)).map(fails), batch_size=4, collate_fn=list, num_workers=workers)
+        return ms.DataLoader(
+            ms.from_dataset(range(12)).map(fails),
+            batch_size=4,
+            collate_fn=list,
+            num_workers=workers,
+        )
 
     made = make(0)
     iterator = iter(made)
@@ -251,7 +258,9 @@ def test_a_checkpoint_after_an_error_in_a_batch_goes_on_with_the_rest_of_it() ->
 def test_the_second_epoch_after_a_load_is_whole() -> None:
     import midstream as ms
 
-    made = ms.DataLoader(ms.from_dataset(range(40)).shuffle(1), batch_size=4, num_workers=2, persistent_workers=True)
+    made = ms.DataLoader(
+        ms.from_dataset(range(40)).shuffle(1), batch_size=4, num_workers=2, persistent_workers=True
+    )
     iterator = iter(made)
     for _ in range(5):
         next(iterator)
@@ -265,7 +274,9 @@ def test_the_second_epoch_after_a_load_is_whole() -> None:
 def test_a_drained_lane_stays_drained() -> None:
     import midstream as ms
 
-    ds = ms.from_dataset(range(30)).filter(lambda row: row < 6 or row // 2 % 3 != 0)  # lane 0 has one batch
+    ds = ms.from_dataset(range(30)).filter(
+        lambda row: row < 6 or row // 2 % 3 != 0
+    )  # lane 0 has one batch
     made = ms.DataLoader(ds, batch_size=2, lanes=3, collate_fn=list)
     whole = list(made)
     for cut in range(len(whole)):
@@ -285,7 +296,9 @@ def test_a_drained_lane_stays_drained() -> None:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("planted")
     for name in ("src", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
 
@@ -294,8 +307,17 @@ def run(folder: Path, file: str, expression: str) -> tuple[int, str]:
     """Exit status and output of those tests, on the copy."""
     out = folder / "out"
     out.write_text("")
-    modules = "torch", "torchdata.stateful_dataloader", "datasets", "pyarrow.parquet", "hypothesis", "pytest"
-    options = shlex.split("-m pytest -xq -p no:cacheprovider -o addopts= -W ignore::pytest.PytestAssertRewriteWarning")
+    modules = (
+        "torch",
+        "torchdata.stateful_dataloader",
+        "datasets",
+        "pyarrow.parquet",
+        "hypothesis",
+        "pytest",
+    )
+    options = shlex.split(
+        "-m pytest -xq -p no:cacheprovider -o addopts= -W ignore::pytest.PytestAssertRewriteWarning"
+    )
     command = [*options, f"tests/{file}", "-k", expression]
     imported = nursery(*modules, path=str(folder / "src"))
     (status,) = imported.run(command, [{}], out, timeout=400, out=str(out), cwd=str(folder))
@@ -303,7 +325,9 @@ def run(folder: Path, file: str, expression: str) -> tuple[int, str]:
 
 
 def test_the_copy_is_what_is_tested(copy: Path) -> None:
-    (copy / "tests" / "test_where.py").write_text("def test(): import midstream; assert not midstream.__file__")
+    (copy / "tests" / "test_where.py").write_text(
+        "def test(): import midstream; assert not midstream.__file__"
+    )
     status, printed = run(copy, "test_where.py", "test")
     assert status == 1 and str(copy / "src" / "midstream" / "__init__.py") in printed
 
@@ -330,7 +354,11 @@ def test_without_a_bug_the_named_tests_are_green_there(copy: Path) -> None:
     """Some of them, to see that the copy alone turns nothing red: the suite itself runs all."""
     for file, expression in [
         BUGS[name].test
-        for name in ("a live list in a state", "a replay counts twice", "documents that wait are forgotten")
+        for name in (
+            "a live list in a state",
+            "a replay counts twice",
+            "documents that wait are forgotten",
+        )
     ]:
         status, printed = run(copy, file, expression)
         assert status == 0, printed[-3000:]

@@ -1,4 +1,6 @@
-"""Preemption: workers that signals do not kill, ranks that stop together, and a dead worker told with what it had in hand."""
+"""Preemption: workers that signals do not kill, ranks that stop together, and a dead worker told
+with what it had in hand.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,15 @@ class Program:
         script = folder / "program.py"
         script.write_text(textwrap.dedent(HEAD) + textwrap.dedent(body))
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-W", "ignore:This DataLoader", str(script), *arguments],
+            [
+                sys.executable,
+                "-W",
+                "error",
+                "-W",
+                "ignore:This DataLoader",
+                str(script),
+                *arguments,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -150,7 +160,9 @@ def whole(epochs: int) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_workers_survive_signals_to_all_processes_and_the_order_stays(program: Any, method: str) -> None:
+def test_workers_survive_signals_to_all_processes_and_the_order_stays(
+    program: Any, method: str
+) -> None:
     running = program(SIGNALLED, method)
     assert running.hear() == ["ready"]
     running.signal_all()
@@ -227,7 +239,9 @@ EXIT = """
 @pytest.mark.slow
 @pytest.mark.parametrize("persistent", ["persistent", "fresh"])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_interpreter_exits_at_once_while_an_iterator_lives(program: Any, method: str, persistent: str) -> None:
+def test_the_interpreter_exits_at_once_while_an_iterator_lives(
+    program: Any, method: str, persistent: str
+) -> None:
     running = program(EXIT, method, persistent)
     (workers,) = running.hear()
     running.signal_all([signal.SIGTERM])
@@ -300,7 +314,9 @@ HANDLERS = """
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_programs_started_in_a_worker_hear_signals_and_the_parent_is_as_it_was(program: Any, method: str) -> None:
+def test_programs_started_in_a_worker_hear_signals_and_the_parent_is_as_it_was(
+    program: Any, method: str
+) -> None:
     said, errors, status = program(HANDLERS, method).end()
     assert (status, errors) == (0, "")
     assert said[0] == [[-signal.SIGTERM, [], True, True]] * 16
@@ -392,11 +408,18 @@ RANKS = """
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("every", "group"), [(1, "none"), (7, "own")])
-def test_a_signal_at_any_time_to_one_rank_stops_all_at_the_same_step(program: Any, every: int, group: str) -> None:
+def test_a_signal_at_any_time_to_one_rank_stops_all_at_the_same_step(
+    program: Any, every: int, group: str
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    where = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     ranks = [program(RANKS, "", str(every), group, RANK=str(rank), **where) for rank in range(2)]
     assert [rank.hear() for rank in ranks] == [["ready"]] * 2
     time.sleep(random.random() / 10)  # anywhere in a step
@@ -481,7 +504,9 @@ WITH_OTHERS = ["map", "source", "shuffle", "interleave", "collate", "collate of 
 
 def names_row(text: str, row: int) -> bool:
     """Whether the error names that row of 'web': alone, in a list, or in a range."""
-    found = re.search(r"(?:row|rows|rows (between)) (\d+(?:, \d+)*)(?: (to|and) (\d+))? of 'web' \(pass 0\)", text)
+    found = re.search(
+        r"(?:row|rows|rows (between)) (\d+(?:, \d+)*)(?: (to|and) (\d+))? of 'web' \(pass 0\)", text
+    )
     assert found is not None, text
     some = [int(number) for number in found[2].split(", ")]
     return row in (range(some[0], int(found[4]) + 1) if found[4] else some)
@@ -504,7 +529,9 @@ def test_a_dead_worker_is_told_with_the_rows_it_had_in_hand(
     assert (errors, status) == ("", 0)
     assert [name for name, _ in said] == names
     for name, text in said:
-        assert re.match(r"worker [01] \(pid \d+\) was killed by SIGKILL while working on (\d+ )?rows? ", text), text
+        assert re.match(
+            r"worker [01] \(pid \d+\) was killed by SIGKILL while working on (\d+ )?rows? ", text
+        ), text
         assert names_row(text, 150), (name, text)
         if name in ROW_ALONE:
             assert " working on row 150 of 'web' (pass 0)." in text, (name, text)
@@ -526,7 +553,10 @@ def test_the_table_says_what_is_in_hand() -> None:
     assert describe_trail(table, names) == "1,025 rows between 0 and 1,024 of 'a' (pass 0)"
     origins[-1, :2] = 1, 4
     trail.rows(origins)
-    assert describe_trail(table, names) == "1,025 rows between 0 and 1,024 of 'a' and 'b' (passes 0 to 4)"
+    assert (
+        describe_trail(table, names)
+        == "1,025 rows between 0 and 1,024 of 'a' and 'b' (passes 0 to 4)"
+    )
     trail.rows(origins[[9, 5, 7]])
     assert describe_trail(table, names) == "rows 5, 7, 9 of 'a' (pass 0)"
     trail.rows(origins[::100])
@@ -555,7 +585,9 @@ def test_shared_memory_is_given_back() -> None:
     def maps() -> int:
         return Path("/proc/self/maps").read_text().count("torch_")
 
-    loader = ms.DataLoader(ms.from_dataset(range(8)).batch(4), num_workers=1, multiprocessing_context="fork")
+    loader = ms.DataLoader(
+        ms.from_dataset(range(8)).batch(4), num_workers=1, multiprocessing_context="fork"
+    )
     list(loader)
     before = maps()
     for _ in range(5):

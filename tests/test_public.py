@@ -109,7 +109,8 @@ LAYERS = [
     "__main__",
 ]
 
-# The only imports against that order, and only inside functions: the fluent verbs, and how things look in a notebook.
+# The only imports against that order, and only inside functions: the fluent verbs, and how things
+# look in a notebook.
 LATE: set[tuple[str, str]] = set()
 
 
@@ -118,7 +119,11 @@ LATE: set[tuple[str, str]] = set()
 
 def test_the_public_names_are_these() -> None:
     assert sorted(ms.__all__) == PUBLIC
-    there = {name for name, value in vars(ms).items() if not name.startswith("_") and not isinstance(value, ModuleType)}
+    there = {
+        name
+        for name, value in vars(ms).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
     assert there == set(PUBLIC)
 
 
@@ -146,9 +151,13 @@ def public_methods(owner: type) -> Iterator[str]:
             yield name
 
 
-@pytest.mark.parametrize("owner", [ms.Dataset, ms.DataLoader, ms.Progress], ids=lambda owner: owner.__name__)
+@pytest.mark.parametrize(
+    "owner", [ms.Dataset, ms.DataLoader, ms.Progress], ids=lambda owner: owner.__name__
+)
 def test_every_public_method_has_a_docstring(owner: type) -> None:
-    assert [name for name in public_methods(owner) if not inspect.getdoc(getattr(owner, name))] == []
+    assert [
+        name for name in public_methods(owner) if not inspect.getdoc(getattr(owner, name))
+    ] == []
 
 
 VERBS = ["batch", "filter", "flat_map", "map", "pack", "repeat", "shuffle", "skip", "take"]
@@ -220,7 +229,17 @@ def test_nothing_happens_at_import(imported: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["typer", "rich", "matplotlib", "IPython", "datasets", "pytest", "midstream.cli", "midstream.display"]
+    "module",
+    [
+        "typer",
+        "rich",
+        "matplotlib",
+        "IPython",
+        "datasets",
+        "pytest",
+        "midstream.cli",
+        "midstream.display",
+    ],
 )
 def test_importing_midstream_does_not_import(module: str, imported: dict[str, Any]) -> None:
     assert module not in imported["modules"]
@@ -254,12 +273,20 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
                 assert child.level == 0, f"{path}: a relative import"
                 assert child.module is not None
                 for alias in child.names:
-                    submodule = PACKAGE.parent.joinpath(*child.module.split("."), f"{alias.name}.py")
-                    yield (f"{child.module}.{alias.name}" if submodule.is_file() else child.module), late
+                    submodule = PACKAGE.parent.joinpath(
+                        *child.module.split("."), f"{alias.name}.py"
+                    )
+                    yield (
+                        (f"{child.module}.{alias.name}" if submodule.is_file() else child.module),
+                        late,
+                    )
             elif not (
                 isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
             ):  # names for types run nothing
-                yield from visit(child, late or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+                yield from visit(
+                    child,
+                    late or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)),
+                )
 
     yield from visit(ast.parse(path.read_text(encoding="utf-8")), False)
 
@@ -267,13 +294,17 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_file_imports_only_from_files_above_it(path: Path) -> None:
     here = layer(module_of(path))
-    assert here in LAYERS, f"{path.name} has no place in the layers: add it to DESIGN.md section 7 and to LAYERS here"
+    assert here in LAYERS, (
+        f"{path.name} has no place in the layers: add it to DESIGN.md section 7 and to LAYERS here"
+    )
     wrong = []
     for name, late in imports(path):
         if name.split(".")[0] != "midstream":
             continue
         there = layer(name)
-        below = LAYERS.index(there) > LAYERS.index(here) or (there == here and "." not in module_of(path))
+        below = LAYERS.index(there) > LAYERS.index(here) or (
+            there == here and "." not in module_of(path)
+        )
         if below and not (late and (here, there) in LATE):
             wrong.append(f"{here} imports {name}{' inside a function' if late else ''}")
     assert wrong == []
@@ -282,7 +313,9 @@ def test_a_file_imports_only_from_files_above_it(path: Path) -> None:
 @pytest.mark.parametrize("folder", ["nodes", "sources"])
 def test_files_of_one_folder_do_not_import_each_other_in_a_circle(folder: str) -> None:
     graph = {
-        module_of(path): {name for name, _ in imports(path) if name.startswith(f"midstream.{folder}.")}
+        module_of(path): {
+            name for name, _ in imports(path) if name.startswith(f"midstream.{folder}.")
+        }
         for path in FILES
         if layer(module_of(path)) == folder and path.stem != "__init__"
     }
@@ -293,12 +326,24 @@ def test_files_of_one_folder_do_not_import_each_other_in_a_circle(folder: str) -
 
 
 def test_only_the_loader_knows_torchdata() -> None:
-    users = {module_of(path) for path in FILES for name, _ in imports(path) if name.split(".")[0] == "torchdata"}
+    users = {
+        module_of(path)
+        for path in FILES
+        for name, _ in imports(path)
+        if name.split(".")[0] == "torchdata"
+    }
     assert users == {"midstream.loader"}
 
 
 def test_optional_packages_are_imported_where_they_are_used() -> None:
     for path in FILES:
         for name, late in imports(path):
-            if name.split(".")[0] in ("typer", "rich", "matplotlib", "IPython", "datasets", "pandas"):
+            if name.split(".")[0] in (
+                "typer",
+                "rich",
+                "matplotlib",
+                "IPython",
+                "datasets",
+                "pandas",
+            ):
                 assert late, f"{path.name} imports {name} at import"

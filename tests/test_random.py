@@ -17,7 +17,17 @@ from hypothesis import assume, example, given, note, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream.common.randomness import draw, fold, fold_array, generator, mix, mix_array, pass_key, permute, uniform32
+from midstream.common.randomness import (
+    draw,
+    fold,
+    fold_array,
+    generator,
+    mix,
+    mix_array,
+    pass_key,
+    permute,
+    uniform32,
+)
 from midstream.dataset import Dataset
 from midstream.nodes.mix.interleave import Interleave, quotas
 from midstream.pipeline.node import bind
@@ -36,15 +46,21 @@ def anything(row: Any) -> bool:
     return True
 
 
-def lane(ds: Dataset, index: int = 0, count: int = 1, epoch: int = 0, first: int | None = None) -> list[int]:
+def lane(
+    ds: Dataset, index: int = 0, count: int = 1, epoch: int = 0, first: int | None = None
+) -> list[int]:
     return list(itertools.islice(SingleLaneIterator(ds.node, index, count, epoch), first))
 
 
 def chi_square(counts: Any) -> float:
-    """How far counts that should be equal are from it, in standard deviations of the chi-square statistic."""
+    """How far counts that should be equal are from it, in standard deviations of the chi-square
+    statistic.
+    """
     counts = np.asarray(counts, dtype=float)
     freedom = counts.size - 1
-    return float((((counts - counts.mean()) ** 2).sum() / counts.mean() - freedom) / np.sqrt(2 * freedom))
+    return float(
+        (((counts - counts.mean()) ** 2).sum() / counts.mean() - freedom) / np.sqrt(2 * freedom)
+    )
 
 
 # -- draws ---------------------------------------------------------------------------------------------------------------
@@ -76,7 +92,10 @@ def test_a_draw_does_not_depend_on_where_the_call_begins(seed: int, start: int, 
 
 def test_every_bit_of_a_draw_is_a_fair_coin_and_neighbours_are_unrelated() -> None:
     count = 1 << 15
-    for stream in (draw(1, 0, count), np.array([fold(seed, 3) for seed in range(count)], dtype=np.uint64)):
+    for stream in (
+        draw(1, 0, count),
+        np.array([fold(seed, 3) for seed in range(count)], dtype=np.uint64),
+    ):
         bits = (stream[:, None] >> np.arange(64, dtype=np.uint64)[None, :]) & np.uint64(1)
         limit = 5 * np.sqrt(count) / 2
         assert (np.abs(bits.sum(axis=0) - count / 2) < limit).all()
@@ -113,11 +132,15 @@ def test_a_permutation_of_any_small_length_meets_every_row_once() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 2**62), st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**64 - 1), st.randoms())
+@given(
+    st.integers(1, 2**62), st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**64 - 1), st.randoms()
+)
 def test_positions_of_a_permutation_of_any_length_stay_inside_and_apart(
     length: int, seed: int, number: int, rng: Any
 ) -> None:
-    positions = np.array(sorted({0, length - 1, *(rng.randrange(length) for _ in range(200))}), dtype=np.int64)
+    positions = np.array(
+        sorted({0, length - 1, *(rng.randrange(length) for _ in range(200))}), dtype=np.int64
+    )
     found = permute(positions, length, seed, key(number))
     assert found.min() >= 0
     assert found.max() < length
@@ -126,8 +149,12 @@ def test_positions_of_a_permutation_of_any_length_stay_inside_and_apart(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 700), st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4), st.randoms())
-def test_mixed_keys_in_one_call_are_the_calls_of_their_own(length: int, keys: list[int], rng: Any) -> None:
+@given(
+    st.integers(1, 700), st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4), st.randoms()
+)
+def test_mixed_keys_in_one_call_are_the_calls_of_their_own(
+    length: int, keys: list[int], rng: Any
+) -> None:
     each = [permute(np.arange(length), length, 3, key(value)) for value in keys]
     positions = np.array([rng.randrange(length) for _ in range(100)])
     which = np.array([rng.randrange(len(keys)) for _ in range(100)])
@@ -138,7 +165,8 @@ def test_mixed_keys_in_one_call_are_the_calls_of_their_own(length: int, keys: li
 def test_all_permutations_of_few_rows_are_equally_likely() -> None:
     for length, rounds in ((3, 6000), (4, 12_000), (5, 24_000)):
         counts = Counter(
-            tuple(permute(np.arange(length), length, fold(seed), key(0)).tolist()) for seed in range(rounds)
+            tuple(permute(np.arange(length), length, fold(seed), key(0)).tolist())
+            for seed in range(rounds)
         )
         whole = list(itertools.permutations(range(length)))
         assert abs(chi_square([counts[order] for order in whole])) < 5
@@ -146,7 +174,9 @@ def test_all_permutations_of_few_rows_are_equally_likely() -> None:
 
 @pytest.mark.parametrize("length", [5, 10, 64, 100, 1000])
 def test_seeds_and_epochs_as_users_choose_them_give_uniform_orders(length: int) -> None:
-    """Seeds 0, 1, 2, ... and epochs 0, 1, 2, ...: where rows 0 and 1 come from, how far apart, and from seed to seed."""
+    """Seeds 0, 1, 2, ... and epochs 0, 1, 2, ...: where rows 0 and 1 come from, how far apart, and
+    from seed to seed.
+    """
     source = ms.from_dataset(range(length))
     rounds = 2000
     of_seeds = np.array([source.shuffle(seed).rows([0, 1]) for seed in range(rounds)])
@@ -185,7 +215,9 @@ sizes_of_blocks = st.lists(st.integers(1, 9), min_size=1, max_size=30)
 
 @settings(max_examples=100, deadline=None)
 @given(sizes_of_blocks, st.integers(1, 6), st.integers(0, 50), st.integers(0, 2))
-def test_a_window_mixes_whole_blocks_and_no_others(sizes: list[int], window: int, seed: int, epoch: int) -> None:
+def test_a_window_mixes_whole_blocks_and_no_others(
+    sizes: list[int], window: int, seed: int, epoch: int
+) -> None:
     order = lane(blocks(sizes).shuffle(seed, window_blocks=window), epoch=epoch)
     assert sorted(order) == list(range(sum(sizes)))
     block_of = np.repeat(np.arange(len(sizes)), sizes)
@@ -199,7 +231,9 @@ def test_a_window_mixes_whole_blocks_and_no_others(sizes: list[int], window: int
                 found.append(block)
             inside += 1
         rows = sum(sizes[block] for block in found)
-        assert Counter(block_of[order[at : at + rows]].tolist()) == {block: sizes[block] for block in found}
+        assert Counter(block_of[order[at : at + rows]].tolist()) == {
+            block: sizes[block] for block in found
+        }
         seen += found
         at += rows
     assert sorted(seen) == list(range(len(sizes)))
@@ -207,7 +241,9 @@ def test_a_window_mixes_whole_blocks_and_no_others(sizes: list[int], window: int
 
 @settings(max_examples=60, deadline=None)
 @given(sizes_of_blocks, st.integers(1, 4), st.integers(0, 5), st.randoms())
-def test_a_window_shuffle_is_random_access(sizes: list[int], window: int, passes: int, rng: Any) -> None:
+def test_a_window_shuffle_is_random_access(
+    sizes: list[int], window: int, passes: int, rng: Any
+) -> None:
     ds = blocks(sizes).shuffle(1, window_blocks=window).repeat(passes + 1)
     order = lane(ds)
     positions = [rng.randrange(len(order)) for _ in range(50)]
@@ -216,7 +252,9 @@ def test_a_window_shuffle_is_random_access(sizes: list[int], window: int, passes
 
 @settings(max_examples=60, deadline=None)
 @given(sizes_of_blocks, sizes_of_blocks, st.integers(0, 40), st.integers(0, 60))
-def test_blocks_of_parts_are_shuffled_in_windows_too(a: list[int], b: list[int], skipped: int, taken: int) -> None:
+def test_blocks_of_parts_are_shuffled_in_windows_too(
+    a: list[int], b: list[int], skipped: int, taken: int
+) -> None:
     parts = ms.concatenate([blocks(a, 0, "a"), blocks(b, 1000, "b")]).skip(skipped).take(taken)
     order = [*range(sum(a)), *range(1000, 1000 + sum(b))][skipped:][:taken]
     assert sorted(lane(parts.shuffle(3, window_blocks=2))) == order
@@ -251,7 +289,12 @@ def test_no_window_and_windows_over_everything_are_full_permutations() -> None:
 def test_windows_differ_between_epochs_seeds_and_places() -> None:
     source = blocks([5] * 40)
     two = source.shuffle(1, window_blocks=4)
-    orders = [lane(two), lane(two, epoch=1), lane(source.shuffle(2, window_blocks=4)), lane(two.map(abs).shuffle(1))]
+    orders = [
+        lane(two),
+        lane(two, epoch=1),
+        lane(source.shuffle(2, window_blocks=4)),
+        lane(two.map(abs).shuffle(1)),
+    ]
     for one, other in itertools.combinations(orders, 2):
         assert sum(a == b for a, b in zip(one, other)) < 10
 
@@ -270,7 +313,9 @@ def test_windows_differ_between_epochs_seeds_and_places() -> None:
 def test_buffered_shuffle_is_the_order_of_its_keys(
     length: int, buffer_size: int, seed: int, place: tuple[int, int], epoch: int
 ) -> None:
-    """Sample i has the key i + b u(i): the output is the inputs in key order, and moves by at most b - 1 either way."""
+    """Sample i has the key i + b u(i): the output is the inputs in key order, and moves by at most
+    b - 1 either way.
+    """
     source = ms.from_dataset(range(length)).filter(anything)
     ds = source.shuffle(seed, buffer_size=buffer_size)
     before, after = lane(source, *place, epoch), lane(ds, *place, epoch)
@@ -295,7 +340,9 @@ def test_buffered_shuffle_holds_back_no_more_than_its_buffer(buffer_size: int) -
             read += 1
             yield row
 
-    run = SingleLaneIterator(ms.from_iterable(rows).shuffle(1, buffer_size=buffer_size).node, 0, 1, 0)
+    run = SingleLaneIterator(
+        ms.from_iterable(rows).shuffle(1, buffer_size=buffer_size).node, 0, 1, 0
+    )
     most = 0
     for given_out, _ in enumerate(run, start=1):
         most = max(most, read - given_out)
@@ -338,7 +385,9 @@ def endless(weights: list[int], seed: int, stream: bool) -> Dataset:
     for number in range(len(weights)):
         part = ms.from_dataset([number]).repeat()
         parts[f"s{number}"] = part.filter(anything) if stream else part
-    return ms.interleave(parts, {f"s{number}": weight for number, weight in enumerate(weights)}, seed=seed)
+    return ms.interleave(
+        parts, {f"s{number}": weight for number, weight in enumerate(weights)}, seed=seed
+    )
 
 
 some_weights = st.lists(st.integers(0, 40), min_size=1, max_size=7).filter(any)
@@ -357,7 +406,9 @@ def test_shares_hold_after_every_prefix_in_every_lane(
 @settings(max_examples=40, deadline=None)
 @given(some_weights, st.integers(0, 1000), st.integers(0, 10**9))
 def test_shares_hold_over_a_run_read_anywhere(weights: list[int], seed: int, start: int) -> None:
-    """Random access far into the run gives the picks of the blocks there: every whole block has its exact quotas."""
+    """Random access far into the run gives the picks of the blocks there: every whole block has its
+    exact quotas.
+    """
     ds = endless(weights, seed, stream=False)
     mix = ds.node
     assert isinstance(mix, Interleave)
@@ -370,7 +421,9 @@ def test_shares_hold_over_a_run_read_anywhere(weights: list[int], seed: int, sta
 
 
 @settings(max_examples=100, deadline=None)
-@example([384.0, 384.0, 0.0078125], 1.0)  # 0.67 of a pick per block: the largest remainders are those of the others
+@example(
+    [384.0, 384.0, 0.0078125], 1.0
+)  # 0.67 of a pick per block: the largest remainders are those of the others
 @given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=6), st.floats(1e-9, 1e9))
 def test_quotas_are_the_weights_whatever_their_scale(weights: list[float], scale: float) -> None:
     named = {f"s{number}": weight for number, weight in enumerate(weights)}
@@ -383,7 +436,9 @@ def test_quotas_are_the_weights_whatever_their_scale(weights: list[float], scale
     exact = np.array(weights) / np.sum(weights) * block
     assert (np.abs(np.array(found) - exact) < 1 + 1e-6).all()
     scaled, again = quotas({name: weight * scale for name, weight in named.items()})
-    assert (np.abs(np.array(scaled) / again - np.array(found) / block) <= 2 / min(block, again) + 1e-12).all()
+    assert (
+        np.abs(np.array(scaled) / again - np.array(found) / block) <= 2 / min(block, again) + 1e-12
+    ).all()
 
 
 def test_every_pattern_of_the_pool_is_used_equally_and_lanes_choose_for_themselves() -> None:
@@ -398,7 +453,9 @@ def test_every_pattern_of_the_pool_is_used_equally_and_lanes_choose_for_themselv
         assert abs(np.corrcoef(one[:-1], one[1:])[0, 1]) < 5 / np.sqrt(len(numbers))
     for one, other in itertools.combinations(chosen, 2):
         assert abs((one == other).sum() - 1000) < 5 * np.sqrt(1000)
-    assert len(np.unique(picks.pattern, axis=0)) > 4  # one of ten picks is the small source's: ten are possible
+    assert (
+        len(np.unique(picks.pattern, axis=0)) > 4
+    )  # one of ten picks is the small source's: ten are possible
 
 
 # -- stopping, against a reading step by step ----------------------------------------------------------------------------
@@ -407,7 +464,9 @@ def test_every_pattern_of_the_pool_is_used_equally_and_lanes_choose_for_themselv
 class Mix:
     """A mix by its definition: a choice sequence, and children that are read in turn."""
 
-    def __init__(self, ds: Interleave, children: list[Callable[[int], Iterator[int]]], lane: int | None) -> None:
+    def __init__(
+        self, ds: Interleave, children: list[Callable[[int], Iterator[int]]], lane: int | None
+    ) -> None:
         self.strategy, self.children = ds.stopping_strategy, children
         picks = mix.picks()
         self.used = [number for number, quota in enumerate(picks.quotas.tolist()) if quota]
@@ -421,7 +480,9 @@ class Mix:
 
 
 def random_access_mix(ds: Interleave, lengths: list[int | None]) -> Iterator[tuple[int, int]]:
-    """(child, row counted over its passes) in order. Ends with the sample that decides the strategy."""
+    """(child, row counted over its passes) in order. Ends with the sample that decides the
+    strategy.
+    """
     mix = Mix(ds, [], None)
     taken = dict.fromkeys(mix.used, 0)
 
@@ -442,7 +503,11 @@ def random_access_mix(ds: Interleave, lengths: list[int | None]) -> Iterator[tup
 
 
 inputs = st.lists(
-    st.tuples(st.integers(0, 30), st.sampled_from([1, 2, 0, 7, 3]), st.sampled_from([False, False, False, True])),
+    st.tuples(
+        st.integers(0, 30),
+        st.sampled_from([1, 2, 0, 7, 3]),
+        st.sampled_from([False, False, False, True]),
+    ),
     min_size=1,
     max_size=4,
 ).filter(lambda parts: any(weight for _, weight, _ in parts))
@@ -471,12 +536,15 @@ def test_a_random_access_mix_is_its_reading_step_by_step(
         return
     limit = 400
     expected = [
-        1000 * child + row % parts[child][0] for child, row in itertools.islice(random_access_mix(mix, lengths), limit)
+        1000 * child + row % parts[child][0]
+        for child, row in itertools.islice(random_access_mix(mix, lengths), limit)
     ]
     found = ds.rows(range(limit if ds.node.length() is None else min(limit, len(ds))))
     assert found == expected
     forever = [length is None for length, (_, weight, _) in zip(lengths, parts) if weight]
-    assert (ds.node.length() is None) == (all(forever) if strategy == "first_exhausted" else any(forever))
+    assert (ds.node.length() is None) == (
+        all(forever) if strategy == "first_exhausted" else any(forever)
+    )
     assert lane(ds, first=limit) == expected
     backwards = ds.rows(range(len(expected) - 1, -1, -1))
     assert backwards == expected[::-1]
@@ -485,8 +553,9 @@ def test_a_random_access_mix_is_its_reading_step_by_step(
 def stream_mix(ds: Interleave, rows: list[list[list[int]]], lane_index: int) -> Iterator[int]:
     """The rule for streams, in one lane; ``rows[child][pass]`` are its rows, the last pass standing for all after it.
 
-    It ends where it would pick from a child that has run out (first) or when all have (all). A child without any row in
-    the lane is passed over and does not count, from the moment it is picked on: only reading tells.
+    It ends where it would pick from a child that has run out (first) or when all have (all). A
+    child without any row in the lane is passed over and does not count, from the moment it is
+    picked on: only reading tells.
     """
     mix = Mix(ds, [], lane_index)
     full = list(mix.used)
@@ -514,9 +583,9 @@ def stream_mix(ds: Interleave, rows: list[list[list[int]]], lane_index: int) -> 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 40), st.sampled_from([1, 2, 0, 7, 3])), min_size=1, max_size=4).filter(
-        lambda parts: any(weight for _, weight in parts)
-    ),
+    st.lists(
+        st.tuples(st.integers(0, 40), st.sampled_from([1, 2, 0, 7, 3])), min_size=1, max_size=4
+    ).filter(lambda parts: any(weight for _, weight in parts)),
     st.sampled_from(STRATEGIES),
     st.integers(0, 20),
     st.integers(1, 4),
@@ -526,7 +595,9 @@ def test_a_mix_of_streams_is_its_reading_step_by_step_in_every_lane(
     parts: list[tuple[int, int]], strategy: Any, seed: int, lanes: int
 ) -> None:
     made: dict[str, Dataset] = {
-        f"s{number}": ms.from_dataset([1000 * number + row for row in range(count)]).filter(anything)
+        f"s{number}": ms.from_dataset([1000 * number + row for row in range(count)]).filter(
+            anything
+        )
         for number, (count, _) in enumerate(parts)
     }
     weights = {f"s{number}": weight for number, (_, weight) in enumerate(parts)}
@@ -542,7 +613,10 @@ def test_a_mix_of_streams_is_its_reading_step_by_step_in_every_lane(
         together.update(found)
     if strategy == "all_exhausted_without_replacement":
         assert together == Counter(
-            1000 * number + row for number, (count, weight) in enumerate(parts) if weight for row in range(count)
+            1000 * number + row
+            for number, (count, weight) in enumerate(parts)
+            if weight
+            for row in range(count)
         )
 
 
@@ -563,37 +637,52 @@ def test_a_mix_of_mixes_is_its_reading_step_by_step(
         for number, (name, count) in enumerate(zip("abc", (a, b, c)))
     }
     inner = ms.interleave(
-        {"a": sources["a"], "b": sources["b"]}, {"a": 2, "b": 1}, seed=seed, stopping_strategy=inner_strategy
+        {"a": sources["a"], "b": sources["b"]},
+        {"a": 2, "b": 1},
+        seed=seed,
+        stopping_strategy=inner_strategy,
     )
     outer = ms.interleave(
-        {"in": inner, "c": sources["c"]}, {"in": 3, "c": 2}, seed=seed, stopping_strategy=outer_strategy
+        {"in": inner, "c": sources["c"]},
+        {"in": 3, "c": 2},
+        seed=seed,
+        stopping_strategy=outer_strategy,
     )
     assert isinstance(inner.node, Interleave)
     assert isinstance(outer.node, Interleave)
-    below = [1000 * child + row % (a, b)[child] for child, row in random_access_mix(inner.node, [a, b])]
+    below = [
+        1000 * child + row % (a, b)[child] for child, row in random_access_mix(inner.node, [a, b])
+    ]
     children = [below, [2000 + row for row in range(c)]]
     expected = [
         children[child][row % len(children[child])]
         for child, row in random_access_mix(outer.node, list(map(len, children)))
     ]
-    # An inner mix that starts over goes on with its own children's later passes: they are in one order, so nothing changes.
+    # An inner mix that starts over goes on with its own children's later passes: they are in one
+    # order, so nothing changes.
     assert outer.rows(range(len(outer))) == expected
 
 
 @settings(max_examples=60, deadline=None)
 @given(some_weights, st.integers(0, 50), st.randoms())
-def test_names_decide_and_not_the_order_of_the_dict(weights: list[int], seed: int, rng: Any) -> None:
+def test_names_decide_and_not_the_order_of_the_dict(
+    weights: list[int], seed: int, rng: Any
+) -> None:
     names = [f"s{number}" for number in range(len(weights))]
     parts = {name: ms.from_dataset([f"{name} {row}" for row in range(20)]) for name in names}
     weighed = dict(zip(names, weights))
     one = ms.interleave(parts, weighed, seed=seed)
     rng.shuffle(names)
-    other = ms.interleave({name: parts[name] for name in names}, {name: weighed[name] for name in names}, seed=seed)
+    other = ms.interleave(
+        {name: parts[name] for name in names}, {name: weighed[name] for name in names}, seed=seed
+    )
     assert one == other
     assert one.rows(range(len(one))) == other.rows(range(len(other)))
     streams = [
         ms.interleave(
-            {name: parts[name].filter(anything) for name in order}, {name: weighed[name] for name in order}, seed=seed
+            {name: parts[name].filter(anything) for name in order},
+            {name: weighed[name] for name in order},
+            seed=seed,
         )
         for order in (sorted(names), names)
     ]
@@ -607,5 +696,8 @@ def test_few_positions_are_permuted_as_many_are(length: int) -> None:
         keys = np.array([key], dtype=np.uint64)
         whole = permute(positions, length, seed, keys)
         for size in (1, 3, 8):
-            parts = [permute(positions[at : at + size], length, seed, keys) for at in range(0, len(positions), size)]
+            parts = [
+                permute(positions[at : at + size], length, seed, keys)
+                for at in range(0, len(positions), size)
+            ]
             assert np.concatenate(parts).tolist() == whole.tolist()

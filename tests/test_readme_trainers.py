@@ -1,4 +1,6 @@
-"""The README's programs for trainers: each is killed, started again, and shown what an uninterrupted run is."""
+"""The README's programs for trainers: each is killed, started again, and shown what an
+uninterrupted run is.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ import midstream as ms
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SECTION = README.split("## In your trainer")[1].split("\n## ")[0]
 PROGRAMS = dict(
-    zip(("lightning", "accelerate", "transformers"), re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL))
+    zip(
+        ("lightning", "accelerate", "transformers"),
+        re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL),
+    )
 )
 
 # Notes what the layer is shown, and dies in the middle of step DIE.
@@ -55,14 +60,23 @@ def test_the_program_is_killed_and_goes_on(name: str, tmp_path: Path) -> None:
     lines = []
     for death, status in ((13, -signal.SIGKILL), (0, 0)):
         ledger = tmp_path / f"ledger-{death}"
-        environment = {**os.environ, "DIE": str(death), "LEDGER": str(ledger), "CUDA_VISIBLE_DEVICES": ""}
+        environment = {
+            **os.environ,
+            "DIE": str(death),
+            "LEDGER": str(ledger),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         command = [sys.executable, "-W", "ignore", "-c", AROUND]
-        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+        ran = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+        )
         assert ran.returncode == status, ran.stderr[-3000:]
         lines.append([json.loads(line) for line in ledger.read_text().splitlines()])
     first, rest = lines
-    loader = ms.DataLoader(ms.from_dataset(torch.arange(100)[:, None]).shuffle(seed=1), batch_size=4)
+    loader = ms.DataLoader(
+        ms.from_dataset(torch.arange(100)[:, None]).shuffle(seed=1), batch_size=4
+    )
     reference = [batch.flatten().tolist() for _ in range(2) for batch in loader]
     assert first == reference[:12]
     assert rest == reference[10:]

@@ -1,4 +1,6 @@
-"""Sources: the rows are what is stored, in order, each once, wherever the run is cut and whoever reads."""
+"""Sources: the rows are what is stored, in order, each once, wherever the run is cut and whoever
+reads.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def drain(iterator: Iterator[Any], limit: int = 1000) -> list[Any]:
 
 
 def check_resume(make: Callable[[], Dataset], lane: tuple[int, int] = (0, 1)) -> list[Any]:
-    """Cut after every sample, in chains of 1, 2, 3 and 7, each state saved again right after its load."""
+    """Cut after every sample, in chains of 1, 2, 3 and 7, each state saved again right after its
+    load.
+    """
     whole = SingleLaneIterator(make().node, *lane, 0)
     samples, states = [], [json.loads(json.dumps(whole.state_dict()))]
     for sample in whole:
@@ -141,7 +145,10 @@ LISTS: dict[str, tuple[pa.Array, Any]] = {
     "list int32": (column(pa.list_(pa.int32()), lambda i: list(range(i % 5))), np.int32),
     "list uint8": (column(pa.list_(pa.uint8()), lambda i: list(range(i))), np.uint8),
     "list uint64": (column(pa.list_(pa.uint64()), lambda i: [2**64 - 1] * (i % 3)), np.uint64),
-    "list float16": (column(pa.list_(pa.float16()), lambda i: [np.float16(i)] * (i % 2)), np.float16),
+    "list float16": (
+        column(pa.list_(pa.float16()), lambda i: [np.float16(i)] * (i % 2)),
+        np.float16,
+    ),
     "list float32": (column(pa.list_(pa.float32()), lambda i: [i / 8] * (i % 4)), np.float32),
     "large_list int64": (column(pa.large_list(pa.int64()), lambda i: [i] * (i % 6)), np.int64),
     "fixed list float64": (column(pa.list_(pa.float64(), 3), lambda i: [i, i / 2, -i]), np.float64),
@@ -160,7 +167,9 @@ OTHERS: dict[str, pa.Array] = {
         pa.struct({"a": pa.int8(), "b": pa.struct({"c": pa.list_(pa.int32()), "d": pa.string()})}),
         lambda i: {"a": i, "b": {"c": list(range(i % 3)), "d": f"deep {i}"}},
     ),
-    "list of struct": column(pa.list_(pa.struct({"k": pa.int64()})), lambda i: [{"k": i}] * (i % 3)),
+    "list of struct": column(
+        pa.list_(pa.struct({"k": pa.int64()})), lambda i: [{"k": i}] * (i % 3)
+    ),
 }
 COLUMNS: dict[str, pa.Array] = {
     **NUMBERS,
@@ -194,7 +203,9 @@ WIDE = {**COLUMNS, **{f"{name} null": with_nulls(array) for name, array in COLUM
 
 
 @pytest.fixture(scope="module", params=["memory", "mapped"])
-def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> datasets.Dataset:
+def wide(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> datasets.Dataset:
     """Every type, with and without None, in memory and on disk."""
     data = dataset(WIDE)
     if request.param == "memory":
@@ -228,7 +239,11 @@ def differs(found: Any, expected: Any) -> bool:
 def check_rows(data: datasets.Dataset, ds: Dataset) -> None:
     """Read forward and in jumps, and compare value by value with ``data[i]``."""
     expected = [data[row] for row in range(len(data))]
-    for order in (range(len(data)), np.random.default_rng(1).permutation(len(data)), [0] * len(data)):
+    for order in (
+        range(len(data)),
+        np.random.default_rng(1).permutation(len(data)),
+        [0] * len(data),
+    ):
         found = ds.rows(np.asarray(order))
         wrong = [
             f"row {row}, {name!r}: {sample[name]!r} is not {expected[row][name]!r}"
@@ -252,8 +267,12 @@ VIEWS: dict[str, Callable[[datasets.Dataset], datasets.Dataset]] = {
     "train_test_split": lambda d: d.train_test_split(0.4, seed=1)["test"],
     "shard": lambda d: d.shard(3, 1, contiguous=True),
     "every third": lambda d: d.shard(3, 1, contiguous=False),
-    "concatenated": lambda d: datasets.concatenate_datasets([d.select(range(7)), d, d.select(range(20, 24))]),
-    "concatenated with a shuffled one": lambda d: datasets.concatenate_datasets([d.shuffle(seed=1), d]),
+    "concatenated": lambda d: datasets.concatenate_datasets(
+        [d.select(range(7)), d, d.select(range(20, 24))]
+    ),
+    "concatenated with a shuffled one": lambda d: datasets.concatenate_datasets(
+        [d.shuffle(seed=1), d]
+    ),
     "columns selected": lambda d: d.select_columns(["struct", "int8", "list int32 null"]),
     "one column": lambda d: d.select_columns(["list float32"]),
     "columns removed": lambda d: d.remove_columns(["int8", "string", "dictionary"]),
@@ -268,7 +287,9 @@ def test_rows_equal_hugging_face_python_rows(wide: datasets.Dataset, view: str) 
 
 
 @pytest.mark.parametrize("view", ["whole", "shuffled", "range", "concatenated"])
-def test_numeric_lists_keep_their_dtype_and_numbers_are_python(wide: datasets.Dataset, view: str) -> None:
+def test_numeric_lists_keep_their_dtype_and_numbers_are_python(
+    wide: datasets.Dataset, view: str
+) -> None:
     for sample in ms.from_dataset(VIEWS[view](wide)):
         for name, (_, dtype) in LISTS.items():
             assert isinstance(sample[name], np.ndarray), name
@@ -280,9 +301,13 @@ def test_numeric_lists_keep_their_dtype_and_numbers_are_python(wide: datasets.Da
 
 @pytest.mark.parametrize("view", ["whole", "shuffled", "range", "concatenated"])
 @pytest.mark.parametrize("name", LISTS)
-def test_numeric_lists_are_read_only_views_of_what_is_stored(wide: datasets.Dataset, name: str, view: str) -> None:
+def test_numeric_lists_are_read_only_views_of_what_is_stored(
+    wide: datasets.Dataset, name: str, view: str
+) -> None:
     data = VIEWS[view](wide)
-    stored = [chunk.values.to_numpy() for chunk in data.data.table.column(name).chunks if len(chunk)]
+    stored = [
+        chunk.values.to_numpy() for chunk in data.data.table.column(name).chunks if len(chunk)
+    ]
     for sample in ms.from_dataset(data):
         array = sample[name]
         assert not array.flags.writeable
@@ -302,7 +327,9 @@ def test_every_type_reads_from_slices_of_one_array_and_from_many_chunks(name: st
 
 @pytest.mark.parametrize("name", COLUMNS)
 def test_nothing_but_none_reads_as_none(name: str) -> None:
-    array = pa.nulls(5, WIDE[name].type) if name != "dictionary" else pa.array([None] * 5, pa.string())
+    array = (
+        pa.nulls(5, WIDE[name].type) if name != "dictionary" else pa.array([None] * 5, pa.string())
+    )
     data = datasets.Dataset(InMemoryTable(pa.table({"x": array})))
     assert ms.from_dataset(data).rows(range(5)) == [{"x": None}] * 5
 
@@ -313,12 +340,18 @@ def test_a_column_of_the_null_type_reads_as_none() -> None:
 
 
 def test_a_null_inside_a_list_is_none() -> None:
-    for rows in ([[1, None], [2], [], None], [[0.5, None, 1.5], [None]], [[[1, None], None], [[2]]]):
+    for rows in (
+        [[1, None], [2], [], None],
+        [[0.5, None, 1.5], [None]],
+        [[[1, None], None], [[2]]],
+    ):
         data = datasets.Dataset.from_dict({"x": rows})
         check_rows(data, ms.from_dataset(data))
 
 
-@pytest.mark.parametrize("rows", [[[1, 2], [3, None], [4]], [[1, None], [2, 3]], [[5, 6], [7, 8], [None, 9]]], ids=str)
+@pytest.mark.parametrize(
+    "rows", [[[1, 2], [3, None], [4]], [[1, None], [2, 3]], [[5, 6], [7, 8], [None, 9]]], ids=str
+)
 def test_a_null_in_one_list_leaves_the_others_numpy(rows: list[list[int | None]]) -> None:
     data = datasets.Dataset.from_dict({"x": rows})
     for row, sample in zip(rows, ms.from_dataset(data)):
@@ -326,12 +359,16 @@ def test_a_null_in_one_list_leaves_the_others_numpy(rows: list[list[int | None]]
             assert isinstance(sample["x"], np.ndarray)
             assert sample["x"].dtype == np.int64
     good = [index for index, row in enumerate(rows) if None not in row]
-    for sample in ms.from_dataset(data.select(range(good[0], good[0] + 1))):  # the null is not even in the slice
+    for sample in ms.from_dataset(
+        data.select(range(good[0], good[0] + 1))
+    ):  # the null is not even in the slice
         assert isinstance(sample["x"], np.ndarray)
 
 
 def test_a_none_among_fixed_size_lists_leaves_the_others_numpy() -> None:
-    data = datasets.Dataset(InMemoryTable(pa.table({"x": pa.array([[1, 2], None, [3, 4]], pa.list_(pa.int32(), 2))})))
+    data = datasets.Dataset(
+        InMemoryTable(pa.table({"x": pa.array([[1, 2], None, [3, 4]], pa.list_(pa.int32(), 2))}))
+    )
     first, none, last = ms.from_dataset(data).rows([0, 1, 2])
     assert none["x"] is None
     for sample, expected in ((first, [1, 2]), (last, [3, 4])):
@@ -341,7 +378,9 @@ def test_a_none_among_fixed_size_lists_leaves_the_others_numpy() -> None:
 
 
 def test_an_empty_list_has_the_stored_dtype() -> None:
-    data = datasets.Dataset(InMemoryTable(pa.table({"x": pa.array([[], [], []], pa.list_(pa.int16()))})))
+    data = datasets.Dataset(
+        InMemoryTable(pa.table({"x": pa.array([[], [], []], pa.list_(pa.int16()))}))
+    )
     for sample in ms.from_dataset(data):
         assert sample["x"].dtype == np.int16
         assert sample["x"].shape == (0,)
@@ -352,7 +391,9 @@ def test_many_record_batches_read_like_one(tmp_path: Path) -> None:
         return {"id": row, "tokens": list(range(row % 7)), "text": f"row {row}"}
 
     one = datasets.Dataset.from_list([to_row(row) for row in range(100)])
-    many = one.map(lambda row: row, writer_batch_size=3, cache_file_name=str(tmp_path / "many.arrow"))
+    many = one.map(
+        lambda row: row, writer_batch_size=3, cache_file_name=str(tmp_path / "many.arrow")
+    )
     assert len(many.data.table.column("tokens").chunks) > 30
     check_rows(many, ms.from_dataset(many))
     check_rows(many.shuffle(seed=1), ms.from_dataset(many.shuffle(seed=1)))
@@ -415,11 +456,22 @@ def tokens() -> datasets.Dataset:
         lambda d: d.with_format(None, columns=["s"]),
         lambda d: d.with_transform(lambda batch: {"y": [value * 10 for value in batch["id"]]}),
     ],
-    ids=["numpy", "torch", "torch one column", "numpy and the rest", "python one column", "transform"],
+    ids=[
+        "numpy",
+        "torch",
+        "torch one column",
+        "numpy and the rest",
+        "python one column",
+        "transform",
+    ],
 )
-def test_a_dataset_with_its_own_format_keeps_it(with_format: Callable[[Any], Any], shuffled: bool) -> None:
+def test_a_dataset_with_its_own_format_keeps_it(
+    with_format: Callable[[Any], Any], shuffled: bool
+) -> None:
     data = with_format(tokens().shuffle(seed=2) if shuffled else tokens())
-    for found, expected in zip(ms.from_dataset(data), [data[row] for row in range(12)], strict=True):
+    for found, expected in zip(
+        ms.from_dataset(data), [data[row] for row in range(12)], strict=True
+    ):
         assert list(found) == list(expected)
         for name, value in expected.items():
             assert type(found[name]) is type(value)
@@ -449,9 +501,13 @@ def test_a_transform_that_raises_loses_one_row_and_names_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [lambda ids: [i for i in ids if i != 7], lambda ids: ids + ids[:1]], ids=["fewer", "more"]
+    "change",
+    [lambda ids: [i for i in ids if i != 7], lambda ids: ids + ids[:1]],
+    ids=["fewer", "more"],
 )
-def test_a_transform_that_changes_the_number_of_rows_is_an_error_that_says_so(change: Callable[[Any], Any]) -> None:
+def test_a_transform_that_changes_the_number_of_rows_is_an_error_that_says_so(
+    change: Callable[[Any], Any],
+) -> None:
     data = tokens().with_transform(lambda batch: {"id": change(batch["id"])})
     with pytest.raises((ValueError, ms.SampleError, ms.SourceError), match="rows"):
         list(ms.from_dataset(data))
@@ -464,13 +520,20 @@ def picture(value: int) -> bytes:
 
 
 def pictures(**options: Any) -> datasets.Dataset:
-    rows = {"image": [{"bytes": picture(i), "path": None} for i in range(9)], "label": list(range(9))}
-    features = datasets.Features({"image": datasets.Image(**options), "label": datasets.ClassLabel(num_classes=9)})
+    rows = {
+        "image": [{"bytes": picture(i), "path": None} for i in range(9)],
+        "label": list(range(9)),
+    }
+    features = datasets.Features(
+        {"image": datasets.Image(**options), "label": datasets.ClassLabel(num_classes=9)}
+    )
     return datasets.Dataset.from_dict(rows, features=features)
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_images_are_decoded_several_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, shuffled: bool) -> None:
+def test_images_are_decoded_several_rows_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, shuffled: bool
+) -> None:
     data = pictures().shuffle(seed=1) if shuffled else pictures()
     expected = [(np.asarray(row["image"]).tolist(), row["label"]) for row in data]
     asked: list[list[int]] = []
@@ -484,7 +547,9 @@ def test_images_are_decoded_several_rows_at_a_time(monkeypatch: pytest.MonkeyPat
     found = ms.from_dataset(data).rows(range(9))
     assert [(np.asarray(row["image"]).tolist(), row["label"]) for row in found] == expected
     assert asked == [list(range(9))]
-    batches = list(ms.from_dataset(data).map(lambda row: {**row, "image": np.array(row["image"])}).batch(4))
+    batches = list(
+        ms.from_dataset(data).map(lambda row: {**row, "image": np.array(row["image"])}).batch(4)
+    )
     assert batches[0]["image"].shape == (4, 3, 4, 3)
     assert batches[0]["image"].dtype == torch.uint8
 
@@ -495,9 +560,13 @@ def test_images_that_stay_encoded_are_read_from_the_table() -> None:
 
 def test_a_broken_image_loses_one_row_and_names_it() -> None:
     rows = [{"bytes": b"no picture" if i == 4 else picture(i), "path": None} for i in range(9)]
-    data = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
+    data = datasets.Dataset.from_dict(
+        {"image": rows}, features=datasets.Features({"image": datasets.Image()})
+    )
     found = drain(iter(ms.from_dataset(data)))
-    assert [index for index, sample in enumerate(found) if isinstance(sample, ms.SampleError)] == [4]
+    assert [index for index, sample in enumerate(found) if isinstance(sample, ms.SampleError)] == [
+        4
+    ]
     assert found[4].origin == ms.Origin("data", 0, 4)
     assert "UnidentifiedImageError" in found[4].error_type
     assert len(found) == 9
@@ -505,12 +574,17 @@ def test_a_broken_image_loses_one_row_and_names_it() -> None:
 
 def test_array_features_and_class_labels_equal_hugging_face() -> None:
     features = datasets.Features(
-        {"grid": datasets.Array2D((2, 3), "float32"), "label": datasets.ClassLabel(names=["no", "yes"])}
+        {
+            "grid": datasets.Array2D((2, 3), "float32"),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+        }
     )
     data = datasets.Dataset.from_dict(
         {"grid": [[[i, 1, 2], [3, 4, 5]] for i in range(6)], "label": [0, 1] * 3}, features=features
     )
-    assert [plain(sample) for sample in ms.from_dataset(data)] == [plain(data[row]) for row in range(6)]
+    assert [plain(sample) for sample in ms.from_dataset(data)] == [
+        plain(data[row]) for row in range(6)
+    ]
 
 
 # -- sequences and map-style datasets -----------------------------------------------------------------------------------
@@ -518,14 +592,25 @@ def test_array_features_and_class_labels_equal_hugging_face() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [[3, 1, 2], (3, 1, 2), range(5, 9), np.arange(4) * 2, np.eye(3), list("abc"), "abc", collections.deque([1, 2])],
+    [
+        [3, 1, 2],
+        (3, 1, 2),
+        range(5, 9),
+        np.arange(4) * 2,
+        np.eye(3),
+        list("abc"),
+        "abc",
+        collections.deque([1, 2]),
+    ],
     ids=lambda data: f"{type(data).__name__}",
 )
 def test_a_sequence_yields_its_elements(data: Any) -> None:
     ds = ms.from_dataset(data)
     assert len(ds) == len(data)
     assert plain(list(ds)) == plain([data[row] for row in range(len(data))])
-    assert plain(ds.rows([2, 0] if len(data) > 2 else [1, 0])) == plain([data[2 if len(data) > 2 else 1], data[0]])
+    assert plain(ds.rows([2, 0] if len(data) > 2 else [1, 0])) == plain(
+        [data[2 if len(data) > 2 else 1], data[0]]
+    )
     assert check_resume(lambda: ms.from_dataset(data)) == plain(list(data))
 
 
@@ -595,13 +680,17 @@ def test_getitems_is_asked_for_many_rows_at_once() -> None:
 
 
 @pytest.mark.parametrize("found", [[], [1]])
-def test_getitems_that_returns_another_number_of_rows_is_an_error_that_counts_them(found: list[int]) -> None:
+def test_getitems_that_returns_another_number_of_rows_is_an_error_that_counts_them(
+    found: list[int],
+) -> None:
     class Short(OneByOne):
         def __getitems__(self, index: list[int]) -> list[int]:
             return found
 
     ds = ms.from_dataset(Short())
-    with pytest.raises(ValueError, match=f"Short returned {len(found)} rows where 3 were asked for"):
+    with pytest.raises(
+        ValueError, match=f"Short returned {len(found)} rows where 3 were asked for"
+    ):
         ds.rows([0, 1, 2])
 
 
@@ -615,23 +704,35 @@ class SizedStream(Stream):
         return 3
 
 
-SPLITS = {"train": datasets.Dataset.from_dict({"x": [1]}), "test": datasets.Dataset.from_dict({"x": [2]})}
+SPLITS = {
+    "train": datasets.Dataset.from_dict({"x": [1]}),
+    "test": datasets.Dataset.from_dict({"x": [2]}),
+}
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "dict": (lambda: {"a": [1]}, "rows by number; found dict"),
     "set": (lambda: {1, 2}, "rows by number; found set"),
     "frozenset": (lambda: frozenset({1}), "rows by number; found frozenset"),
-    "dict of another kind": (lambda: collections.UserDict({0: 1}), "rows by number; found UserDict"),
+    "dict of another kind": (
+        lambda: collections.UserDict({0: 1}),
+        "rows by number; found UserDict",
+    ),
     "generator": (lambda: (x for x in range(3)), r"from_iterable\(lambda: \.\.\., name=\.\.\.\)"),
     "iterator": (lambda: iter([1]), r"from_iterable\("),
     "map object": (lambda: map(str, [1]), r"from_iterable\("),
-    "DatasetDict": (lambda: datasets.DatasetDict(SPLITS), r"dict of splits; choose one, like data\['train'\]"),
+    "DatasetDict": (
+        lambda: datasets.DatasetDict(SPLITS),
+        r"dict of splits; choose one, like data\['train'\]",
+    ),
     "IterableDatasetDict": (
         lambda: datasets.IterableDatasetDict({"test": SPLITS["test"].to_iterable_dataset()}),
         r"choose one, like data\['test'\]",
     ),
     "None": (lambda: None, "found NoneType"),
     "number": (lambda: 3, "found int"),
-    "midstream": (lambda: ms.from_dataset([1], name="me"), "already is a midstream dataset(.|\n)*me: from_dataset"),
+    "midstream": (
+        lambda: ms.from_dataset([1], name="me"),
+        "already is a midstream dataset(.|\n)*me: from_dataset",
+    ),
     "torch stream": (Stream, r"from_iterable\("),
     "torch stream with a length": (SizedStream, r"from_iterable\("),
     "pyarrow table": (lambda: pa.table({"a": [1, 2]}), "Dataset"),
@@ -702,7 +803,9 @@ def test_an_iterable_is_made_afresh_for_every_pass() -> None:
 @pytest.mark.parametrize("lane", [(0, 1), (1, 3), (3, 4), (4, 5)])
 def test_shard_i_feeds_lane_i_modulo_the_lanes(lane: tuple[int, int]) -> None:
     expected = [row for shard in range(lane[0], 4, lane[1]) for row in shard_rows(shard)]
-    assert check_resume(lambda: ms.from_iterable(shard_rows, name="s", num_shards=4), lane) == expected
+    assert (
+        check_resume(lambda: ms.from_iterable(shard_rows, name="s", num_shards=4), lane) == expected
+    )
 
 
 @pytest.mark.parametrize("num_lanes", [1, 2, 3, 7])
@@ -747,9 +850,15 @@ def test_a_generator_that_raises_is_dead_and_said_to_be(split: Any) -> None:
     state = json.loads(json.dumps(run.state_dict()))
     resumed = SingleLaneIterator(make().node, 0, 1, 0)
     resumed.load_state_dict(state)
-    for stream in (run, run, resumed, resumed):  # again and again: never the next shard as if nothing had been lost
+    for stream in (
+        run,
+        run,
+        resumed,
+        resumed,
+    ):  # again and again: never the next shard as if nothing had been lost
         with pytest.raises(
-            ms.SourceError, match="shard 0 raised at row 4(.|\n)*every row after it is lost(.|\n)*in .map"
+            ms.SourceError,
+            match="shard 0 raised at row 4(.|\n)*every row after it is lost(.|\n)*in .map",
         ):
             next(stream)
 
@@ -770,7 +879,9 @@ def test_a_generator_that_raises_at_once_is_dead_and_said_to_be() -> None:
 @pytest.mark.parametrize("bad", [0, 4, 8])
 def test_an_iterator_that_goes_on_after_raising_loses_one_sample(split: Any, bad: int) -> None:
     def make() -> Dataset:
-        return ms.from_iterable(lambda shard: GoesOn(shard, bad), name="log", num_shards=2, split=split)
+        return ms.from_iterable(
+            lambda shard: GoesOn(shard, bad), name="log", num_shards=2, split=split
+        )
 
     whole = SingleLaneIterator(make().node, 0, 1, 0)
     found: list[Any] = []
@@ -784,14 +895,18 @@ def test_an_iterator_that_goes_on_after_raising_loses_one_sample(split: Any, bad
             found.append(error.origin)
         states.append(json.loads(json.dumps(whole.state_dict())))
     expected: list[Any] = [100 * shard + row for shard in (0, 1) for row in range(10)]
-    expected[bad], expected[10 + bad] = ms.Origin("log", 0, 2 * bad), ms.Origin("log", 0, 2 * bad + 1)
+    expected[bad], expected[10 + bad] = (
+        ms.Origin("log", 0, 2 * bad),
+        ms.Origin("log", 0, 2 * bad + 1),
+    )
     assert found == expected
     for step, state in enumerate(states):
         resumed = SingleLaneIterator(make().node, 0, 1, 0)
         resumed.load_state_dict(state)
-        assert [sample.origin if isinstance(sample, ms.SampleError) else sample for sample in drain(resumed)] == found[
-            step:
-        ]
+        assert [
+            sample.origin if isinstance(sample, ms.SampleError) else sample
+            for sample in drain(resumed)
+        ] == found[step:]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -818,7 +933,9 @@ def test_a_shard_that_cannot_be_opened_is_a_source_error_with_the_cause() -> Non
     def make() -> list[int]:
         raise FileNotFoundError("gone.csv")
 
-    with pytest.raises(ms.SourceError, match=r"shard 0 cannot be opened: FileNotFoundError: gone\.csv") as caught:
+    with pytest.raises(
+        ms.SourceError, match=r"shard 0 cannot be opened: FileNotFoundError: gone\.csv"
+    ) as caught:
         next(iter(ms.from_iterable(make, name="files")))
     assert isinstance(caught.value.__cause__, FileNotFoundError)
     with pytest.raises(ms.SourceError, match="cannot be opened: TypeError"):
@@ -842,7 +959,10 @@ def test_data_that_became_shorter_is_a_replay_that_diverged() -> None:
     [
         ({"make_iterable": [1, 2]}, TypeError, "from_iterable takes a callable; found list"),
         pytest.param(
-            {"make_iterable": (x for x in "ab")}, TypeError, "takes a callable; found generator", id="generator"
+            {"make_iterable": (x for x in "ab")},
+            TypeError,
+            "takes a callable; found generator",
+            id="generator",
         ),
         ({"num_shards": 0}, ValueError, "num_shards is at least 1; found 0"),
         ({"num_shards": 2.0}, TypeError, "num_shards is an integer; found 2.0"),
@@ -854,7 +974,9 @@ def test_data_that_became_shorter_is_a_replay_that_diverged() -> None:
     ],
     ids=str,
 )
-def test_wrong_arguments_of_from_iterable_are_refused(options: Any, error: type[Exception], match: str) -> None:
+def test_wrong_arguments_of_from_iterable_are_refused(
+    options: Any, error: type[Exception], match: str
+) -> None:
     with pytest.raises(error, match=match):
         ms.from_iterable(**{"make_iterable": lambda: [1], "name": "x", **options})
 
@@ -863,7 +985,9 @@ def test_wrong_arguments_of_from_iterable_are_refused(options: Any, error: type[
 
 
 def stream(n: int = 32, shards: int = 4, start: int = 0) -> datasets.IterableDataset:
-    return datasets.Dataset.from_dict({"id": list(range(start, start + n))}).to_iterable_dataset(num_shards=shards)
+    return datasets.Dataset.from_dict({"id": list(range(start, start + n))}).to_iterable_dataset(
+        num_shards=shards
+    )
 
 
 def from_shards(shards: list[int]) -> Iterator[dict[str, int]]:
@@ -880,9 +1004,13 @@ HUB: dict[str, Callable[[], datasets.IterableDataset]] = {
     "arrow": stream,
     "arrow, one shard": lambda: stream(20, 1),
     "arrow, uneven shards": lambda: stream(23, 5),
-    "generator": lambda: datasets.IterableDataset.from_generator(from_shards, gen_kwargs={"shards": [0, 1, 2, 3]}),
+    "generator": lambda: datasets.IterableDataset.from_generator(
+        from_shards, gen_kwargs={"shards": [0, 1, 2, 3]}
+    ),
     "map": lambda: stream().map(lambda row: {"id": row["id"] * 10}),
-    "map of batches": lambda: stream().map(lambda b: {"id": [-v for v in b["id"]]}, batched=True, batch_size=3),
+    "map of batches": lambda: stream().map(
+        lambda b: {"id": [-v for v in b["id"]]}, batched=True, batch_size=3
+    ),
     "map to other numbers of rows": lambda: stream().map(twice, batched=True, batch_size=3),
     "filter": lambda: stream().filter(lambda row: row["id"] % 3 != 0),
     "filter of the generator": lambda: HUB["generator"]().filter(lambda row: row["id"] % 2 == 0),
@@ -895,10 +1023,15 @@ HUB: dict[str, Callable[[], datasets.IterableDataset]] = {
     "batch": lambda: stream().batch(3),
     "interleaved": lambda: datasets.interleave_datasets([stream(), stream(20, 4, 100)]),
     "interleaved by chance": lambda: datasets.interleave_datasets(
-        [stream(), stream(20, 4, 100).filter(lambda row: row["id"] % 4 != 0)], probabilities=[0.6, 0.4], seed=3
+        [stream(), stream(20, 4, 100).filter(lambda row: row["id"] % 4 != 0)],
+        probabilities=[0.6, 0.4],
+        seed=3,
     ),
     "interleaved until all are exhausted": lambda: datasets.interleave_datasets(
-        [stream(20, 2), stream(10, 2, 100)], probabilities=[0.5, 0.5], seed=1, stopping_strategy="all_exhausted"
+        [stream(20, 2), stream(10, 2, 100)],
+        probabilities=[0.5, 0.5],
+        seed=1,
+        stopping_strategy="all_exhausted",
     ),
     "concatenated": lambda: datasets.concatenate_datasets([stream(20, 2), stream(12, 3, 100)]),
 }
@@ -906,15 +1039,21 @@ HUB: dict[str, Callable[[], datasets.IterableDataset]] = {
 
 def shard_by_shard(data: datasets.IterableDataset) -> list[list[Any]]:
     count = data.num_shards
-    return [[plain(row) for row in data.shard(count, index, contiguous=False)] for index in range(count)]
+    return [
+        [plain(row) for row in data.shard(count, index, contiguous=False)] for index in range(count)
+    ]
 
 
 @pytest.mark.parametrize("kind", HUB)
-@pytest.mark.parametrize(("lane", "every"), [((0, 1), 4), ((1, 3), 256)], ids=["whole, own states", "lane 1 of 3"])
+@pytest.mark.parametrize(
+    ("lane", "every"), [((0, 1), 4), ((1, 3), 256)], ids=["whole, own states", "lane 1 of 3"]
+)
 def test_a_hub_stream_yields_its_shards_and_resumes_at_every_row(
     kind: str, lane: tuple[int, int], every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_HubShards, "every", every)  # its own states come into play within a few rows
+    monkeypatch.setattr(
+        _HubShards, "every", every
+    )  # its own states come into play within a few rows
     data = HUB[kind]()
     expected = [row for rows in shard_by_shard(data)[lane[0] :: lane[1]] for row in rows]
     assert check_resume(lambda: ms.from_dataset(data), lane) == expected
@@ -948,20 +1087,31 @@ def test_a_long_shard_resumes_from_the_streams_own_state() -> None:
         lambda: stream().shuffle(seed=1).map(lambda row: row).filter(bool).take(5),
         lambda: HUB["generator"]().shuffle(seed=1).with_format("numpy"),
         lambda: datasets.interleave_datasets([stream(), stream().shuffle(seed=1)]),
-        lambda: datasets.concatenate_datasets([stream().map(lambda row: row), stream().shuffle(seed=1)]),
+        lambda: datasets.concatenate_datasets(
+            [stream().map(lambda row: row), stream().shuffle(seed=1)]
+        ),
     ],
     ids=["arrow", "shards only", "below", "generator", "interleaved", "concatenated"],
 )
-def test_a_shuffled_hub_stream_is_refused_with_the_reason_and_the_alternative(shuffled: Callable[[], Any]) -> None:
+def test_a_shuffled_hub_stream_is_refused_with_the_reason_and_the_alternative(
+    shuffled: Callable[[], Any],
+) -> None:
     with pytest.raises(
-        ValueError, match=r"loses and repeats rows(.|\n)*from_dataset\(data\)\.shuffle\(seed, buffer_size="
+        ValueError,
+        match=r"loses and repeats rows(.|\n)*from_dataset\(data\)\.shuffle\(seed, buffer_size=",
     ):
         ms.from_dataset(shuffled())
 
 
 def test_a_table_shuffled_before_it_became_a_stream_is_taken() -> None:
-    data = datasets.Dataset.from_dict({"id": list(range(30))}).shuffle(seed=1).to_iterable_dataset(num_shards=3)
-    assert check_resume(lambda: ms.from_dataset(data)) == [row for rows in shard_by_shard(data) for row in rows]
+    data = (
+        datasets.Dataset.from_dict({"id": list(range(30))})
+        .shuffle(seed=1)
+        .to_iterable_dataset(num_shards=3)
+    )
+    assert check_resume(lambda: ms.from_dataset(data)) == [
+        row for rows in shard_by_shard(data) for row in rows
+    ]
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -972,7 +1122,8 @@ def test_a_hub_stream_split_by_node_is_refused(shards: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["arrow", "generator", "map of batches", "filter", "skip", "interleaved", "concatenated"]
+    "kind",
+    ["arrow", "generator", "map of batches", "filter", "skip", "interleaved", "concatenated"],
 )
 def test_workers_read_every_row_of_a_hub_stream_once(kind: str) -> None:
     """Inside a torch worker a Hugging Face stream would shard itself once more."""
@@ -985,7 +1136,9 @@ def test_workers_read_every_row_of_a_hub_stream_once(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["arrow", "interleaved by chance"])
-def test_a_hub_stream_resumes_with_other_workers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_stream_resumes_with_other_workers(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_HubShards, "every", 4)
     ds = ms.from_dataset(HUB[kind]())
     expected = all_batches(ds, batch_size=3)
@@ -1023,13 +1176,19 @@ def open_hub_generators() -> int:
     [
         lambda ds: SingleLaneIterator(ds.node, 0, 1, 0),
         lambda ds: iter(ds),
-        lambda ds: iter(ds.map(lambda row: row).filter(bool).shuffle(1, buffer_size=4).batch(2, collate_fn=list)),
+        lambda ds: iter(
+            ds.map(lambda row: row).filter(bool).shuffle(1, buffer_size=4).batch(2, collate_fn=list)
+        ),
         lambda ds: iter(loader(ds)),
     ],
     ids=["run", "iter", "pipeline", "loader"],
 )
-def test_a_dropped_iterator_closes_its_hub_stream_at_once(run: Callable[[Dataset], Any], resumed: bool) -> None:
-    """Not when garbage is collected: that may be in a thread of the stream, which would wait for itself for ever."""
+def test_a_dropped_iterator_closes_its_hub_stream_at_once(
+    run: Callable[[Dataset], Any], resumed: bool
+) -> None:
+    """Not when garbage is collected: that may be in a thread of the stream, which would wait for
+    itself for ever.
+    """
     ds = ms.from_dataset(datasets.interleave_datasets([stream(), stream()]))
     gc.collect()
     gc.disable()
@@ -1056,7 +1215,9 @@ def test_shards_and_columns_of_a_hub_stream_are_told() -> None:
     )
     with pytest.raises(TypeError, match="known only by reading"):
         len(ms.from_dataset(stream()))
-    with pytest.raises(ValueError, match=r"'web' is an IterableDataset of 4 shards(.|\n)*num_shards=n"):
+    with pytest.raises(
+        ValueError, match=r"'web' is an IterableDataset of 4 shards(.|\n)*num_shards=n"
+    ):
         iter(loader(ms.from_dataset(stream(), name="web"), lanes=5))
 
 
@@ -1081,14 +1242,20 @@ def test_a_row_that_raises_in_a_hub_stream_is_told_and_the_rest_is_not_lost_in_s
 @pytest.fixture
 def mapped(tmp_path: Path) -> datasets.Dataset:
     data = datasets.Dataset.from_dict(
-        {"id": list(range(5000)), "tokens": [list(range(row % 9)) for row in range(5000)], "text": ["word" * 9] * 5000}
+        {
+            "id": list(range(5000)),
+            "tokens": [list(range(row % 9)) for row in range(5000)],
+            "text": ["word" * 9] * 5000,
+        }
     )
     data.save_to_disk(str(tmp_path / "data"))
     return datasets.load_from_disk(str(tmp_path / "data"))
 
 
 @pytest.mark.parametrize("view", ["whole", "range", "shuffled"])
-def test_a_memory_mapped_dataset_pickles_as_a_path_and_reopens(mapped: datasets.Dataset, view: str) -> None:
+def test_a_memory_mapped_dataset_pickles_as_a_path_and_reopens(
+    mapped: datasets.Dataset, view: str
+) -> None:
     data = VIEWS[view](mapped)
     ds = ms.from_dataset(data)
     expected = [plain(sample) for sample in ds.rows(range(min(len(data), 200)))]
@@ -1096,7 +1263,9 @@ def test_a_memory_mapped_dataset_pickles_as_a_path_and_reopens(mapped: datasets.
         pass
     text = pickle.dumps(ds)
     if view == "shuffled":
-        assert len(text) < 10_000 + 8 * len(data)  # in-memory indices; with a cache file they are a path too
+        assert len(text) < 10_000 + 8 * len(
+            data
+        )  # in-memory indices; with a cache file they are a path too
     else:
         assert len(text) < 10_000
     copy = pickle.loads(text)
@@ -1121,7 +1290,9 @@ def test_spawned_workers_read_what_the_main_process_reads(mapped: datasets.Datas
     ds = ms.interleave(
         {
             "mapped": ms.from_dataset(mapped.select(range(40))),
-            "shuffled": ms.from_dataset(mapped.select(range(100)).shuffle(seed=1).select(range(40))),
+            "shuffled": ms.from_dataset(
+                mapped.select(range(100)).shuffle(seed=1).select(range(40))
+            ),
             "memory": ms.from_dataset(datasets.Dataset.from_dict({"id": list(range(40))})),
             "torch": ms.from_dataset(mapped.select(range(40)).with_format("torch", columns=["id"])),
             "hub": ms.from_dataset(HUB["generator"]()),
@@ -1132,7 +1303,10 @@ def test_spawned_workers_read_what_the_main_process_reads(mapped: datasets.Datas
 
     def read(workers: int, method: str = "fork") -> list[Any]:
         made = loader(ds, workers, method)
-        found = [sample.origin if isinstance(sample, ms.SampleError) else plain(sample) for sample in drain(iter(made))]
+        found = [
+            sample.origin if isinstance(sample, ms.SampleError) else plain(sample)
+            for sample in drain(iter(made))
+        ]
         made.close()
         return found
 
@@ -1153,7 +1327,9 @@ def test_spawned_workers_read_what_the_main_process_reads(mapped: datasets.Datas
     ],
 )
 def test_a_name_that_is_no_text_is_refused_where_it_is_given(make: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"text that UTF-8 can write; found '.*bad\\udc80'.*lone surrogate") as told:
+    with pytest.raises(
+        ValueError, match=r"text that UTF-8 can write; found '.*bad\\udc80'.*lone surrogate"
+    ) as told:
         make("bad\udc80", tmp_path)
     assert not isinstance(told.value, UnicodeError)
 
@@ -1162,7 +1338,9 @@ def test_a_name_that_is_no_text_is_refused_where_it_is_given(make: Any, tmp_path
 def test_a_file_whose_name_is_no_text_is_named_when_it_is_found(
     read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = str(tmp_path / "bad\udc80")  # as Linux lists a name in another encoding; other systems refuse to make one
+    found = str(
+        tmp_path / "bad\udc80"
+    )  # as Linux lists a name in another encoding; other systems refuse to make one
     monkeypatch.setattr("midstream.sources.files.glob.glob", lambda *_, **__: [found])
     monkeypatch.setattr("midstream.sources.files.os.path.isfile", lambda path: True)
     with pytest.raises(ValueError, match=r"the name of a file is text.*bad\\udc80'"):
@@ -1172,13 +1350,22 @@ def test_a_file_whose_name_is_no_text_is_named_when_it_is_found(
 # -- tables in many pieces -------------------------------------------------------------------------------------------------
 
 PIECES = st.sampled_from(
-    [pa.list_(pa.int32()), pa.large_list(pa.float64()), pa.list_(pa.int8(), 2), pa.int16(), pa.float32(), pa.bool_()]
+    [
+        pa.list_(pa.int32()),
+        pa.large_list(pa.float64()),
+        pa.list_(pa.int8(), 2),
+        pa.int16(),
+        pa.float32(),
+        pa.bool_(),
+    ]
 )
 
 
 @st.composite
 def pieces(draw: Any) -> pa.ChunkedArray:
-    """A column in pieces that lie anywhere in memory, in any order, cut, empty, some of them with nulls."""
+    """A column in pieces that lie anywhere in memory, in any order, cut, empty, some of them with
+    nulls.
+    """
     kind = draw(PIECES)
     inner = getattr(kind, "value_type", kind)
     number = st.booleans() if inner == pa.bool_() else st.integers(0, 9)
@@ -1190,10 +1377,18 @@ def pieces(draw: Any) -> pa.ChunkedArray:
         value = number if inner is kind else st.lists(number, max_size=4)
     nulls = draw(st.integers(0, 3)) == 0
     chunks = []
-    for rows in draw(st.lists(st.lists(st.none() | value if nulls else value, max_size=6), min_size=1, max_size=7)):
+    for rows in draw(
+        st.lists(
+            st.lists(st.none() | value if nulls else value, max_size=6), min_size=1, max_size=7
+        )
+    ):
         whole = pa.array(rows, kind)
         start = draw(st.integers(0, len(rows)))
-        chunks.append(whole.slice(start, draw(st.integers(0, len(rows) - start))) if draw(st.booleans()) else whole)
+        chunks.append(
+            whole.slice(start, draw(st.integers(0, len(rows) - start)))
+            if draw(st.booleans())
+            else whole
+        )
     chunks = draw(st.permutations(chunks))
     if draw(st.booleans()):  # one after the other, as a file has them
         whole = pa.table({"x": pa.chunked_array(chunks, kind)})
@@ -1210,7 +1405,9 @@ def test_a_column_in_pieces_gives_its_values(column: pa.ChunkedArray, data: Any)
     for _ in range(4):  # pieces are looked up when one of their rows is first asked for
         rows = data.draw(st.lists(st.integers(0, len(expected) - 1), min_size=1, max_size=12))
         found = reader.columns(np.array(rows)).columns[0]
-        values = [value.tolist() if isinstance(value, np.ndarray) else value for value in found.values]
+        values = [
+            value.tolist() if isinstance(value, np.ndarray) else value for value in found.values
+        ]
         assert values == [expected[row] for row in rows]
         if found.dtype is not None:
             assert found.lengths.tolist() == [len(value) for value in values]
@@ -1218,7 +1415,9 @@ def test_a_column_in_pieces_gives_its_values(column: pa.ChunkedArray, data: Any)
 
 
 def test_a_view_keeps_the_memory_it_looks_into(tmp_path: Path) -> None:
-    datasets.Dataset.from_dict({"x": [[number] * 50 for number in range(300)]}).save_to_disk(tmp_path)
+    datasets.Dataset.from_dict({"x": [[number] * 50 for number in range(300)]}).save_to_disk(
+        tmp_path
+    )
     batches = pa.memory_map(str(next(tmp_path.glob("*.arrow"))))
     table = pa.ipc.open_stream(batches).read_all()
     table = pa.concat_tables([table.slice(start, 100) for start in (0, 100, 200)])
@@ -1227,13 +1426,17 @@ def test_a_view_keeps_the_memory_it_looks_into(tmp_path: Path) -> None:
     gc.collect()
     assert [view.tolist() for view in views] == [[5] * 50, [150] * 50, [299] * 50]
     assert all(
-        pickle.loads(pickle.dumps(view)).tolist() == view.tolist() and len(pickle.dumps(view)) < 700 for view in views
+        pickle.loads(pickle.dumps(view)).tolist() == view.tolist() and len(pickle.dumps(view)) < 700
+        for view in views
     )
 
 
 def test_threads_that_open_a_column_at_once_read_its_values() -> None:
     column = pa.chunked_array(
-        [pa.array([[number] * 3 for number in range(start, start + 5)]) for start in range(0, 200, 5)]
+        [
+            pa.array([[number] * 3 for number in range(start, start + 5)])
+            for start in range(0, 200, 5)
+        ]
     )
     numbers = pa.chunked_array([pa.array(range(start, start + 5)) for start in range(0, 200, 5)])
     table = pa.ipc.open_stream(_stream(pa.table({"x": column, "n": numbers}))).read_all()
@@ -1243,9 +1446,14 @@ def test_threads_that_open_a_column_at_once_read_its_values() -> None:
         with ThreadPoolExecutor(6) as pool:
             for seed in range(150):
                 reader = TableReader(table)
-                orders = [np.random.default_rng((seed, number)).permutation(200)[:20] for number in range(6)]
+                orders = [
+                    np.random.default_rng((seed, number)).permutation(200)[:20]
+                    for number in range(6)
+                ]
                 for order, found in zip(orders, pool.map(reader.columns, orders)):
-                    assert [view.tolist() for view in found.columns[0].values] == [[row] * 3 for row in order]
+                    assert [view.tolist() for view in found.columns[0].values] == [
+                        [row] * 3 for row in order
+                    ]
                     assert found.columns[1].values == order.tolist()
     finally:
         sys.setswitchinterval(interval)

@@ -1,4 +1,6 @@
-"""The way past a loss spike: batches passed over and samples left out, exact on any topology and under resumes."""
+"""The way past a loss spike: batches passed over and samples left out, exact on any topology and
+under resumes.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def pipeline(kind: str) -> Dataset:
 
 
 def ordered(kind: str, expected: list[Any]) -> int:
-    """So many batches come in one order on every topology: all, and on streams those before the first lane ends."""
+    """So many batches come in one order on every topology: all, and on streams those before the
+    first lane ends.
+    """
     return 36 if kind in ("stream", "buffered") else len(expected)
 
 
@@ -60,7 +64,12 @@ def whole(kind: str, epochs: int = 1) -> list[list[tuple[int, ...]]]:
     return [list(loader) for _ in range(epochs)]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.generate,))
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate,),
+)
 @given(st.data())
 def test_what_is_skipped_is_what_would_have_come(data: Any) -> None:
     kind = data.draw(st.sampled_from(KINDS))
@@ -96,7 +105,12 @@ def test_what_is_skipped_is_what_would_have_come(data: Any) -> None:
             return
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.generate,))
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate,),
+)
 @given(st.data())
 def test_what_is_excluded_leaves_its_place_and_nothing_else_moves(data: Any) -> None:
     kind = data.draw(st.sampled_from(KINDS))
@@ -114,7 +128,8 @@ def test_what_is_excluded_leaves_its_place_and_nothing_else_moves(data: Any) -> 
         cluster = Cluster(pipeline(kind), ranks, workers, state, lanes=12)
         for _ in range(data.draw(st.integers(1, 2))):
             chosen = data.draw(st.lists(st.sampled_from(origins), max_size=8))
-            # One of each batch at least stays: a batch of which nothing is left does not come at all.
+            # One of each batch at least stays: a batch of which nothing is left does not come at
+            # all.
             more = []
             for origin in chosen:
                 tried = out | set(more) | {origin}
@@ -127,7 +142,13 @@ def test_what_is_excluded_leaves_its_place_and_nothing_else_moves(data: Any) -> 
                 steps = data.draw(st.integers(0, min((ordered(kind, expected) - done) // ranks, 6)))
                 cluster.run(steps)
             for number in range(done, done + steps * ranks):
-                got.append(tuple(row for row, each in zip(expected[number], traces[number]) if each not in out))
+                got.append(
+                    tuple(
+                        row
+                        for row, each in zip(expected[number], traces[number])
+                        if each not in out
+                    )
+                )
                 met |= out & set(traces[number])
             done += steps * ranks
         assert cluster.sequence == got[len(got) - len(cluster.sequence) :]
@@ -150,7 +171,9 @@ READERS = (
 
 @pytest.mark.parametrize("kind", ["rows", "stream"])
 @pytest.mark.parametrize("options", READERS, ids=str)
-def test_a_loop_goes_on_after_skip_and_exclude_into_the_next_epoch(kind: str, options: dict[str, Any]) -> None:
+def test_a_loop_goes_on_after_skip_and_exclude_into_the_next_epoch(
+    kind: str, options: dict[str, Any]
+) -> None:
     first, second = whole(kind, 2)
     again = ms.DataLoader(pipeline(kind), lanes=12)
     traces = [list(again.trace()) for _ in again]
@@ -193,8 +216,12 @@ def place(loader: Any) -> Any:
     return {**state, "lanes": leaves, "excluded": ""}
 
 
-def three_epochs(make: Callable[[], Any], at: int = -1, act: Any = None) -> tuple[list[Any], list[Any]]:
-    """The batches of a rank's first three epochs, and where it stood after each; ``act(loader)`` after number ``at``."""
+def three_epochs(
+    make: Callable[[], Any], at: int = -1, act: Any = None
+) -> tuple[list[Any], list[Any]]:
+    """The batches of a rank's first three epochs, and where it stood after each; ``act(loader)``
+    after number ``at``.
+    """
     loader, got = make(), []
     places = [place(loader)]
     if at == 0:
@@ -216,14 +243,22 @@ BEFORE = {
 
 
 @pytest.mark.parametrize("before", BEFORE)
-@pytest.mark.parametrize(("ranks", "remainder"), [(1, "drop"), (2, "drop"), (2, "pad"), (2, "uneven")])
+@pytest.mark.parametrize(
+    ("ranks", "remainder"), [(1, "drop"), (2, "drop"), (2, "pad"), (2, "uneven")]
+)
 @pytest.mark.parametrize("kind", ["rows", "buffered"])
-def test_skip_crosses_the_end_of_an_epoch_from_any_batch(kind: str, ranks: int, remainder: Any, before: str) -> None:
-    """On each rank of a loop, its last batches included: what comes and every place is as if nothing had been skipped."""
+def test_skip_crosses_the_end_of_an_epoch_from_any_batch(
+    kind: str, ranks: int, remainder: Any, before: str
+) -> None:
+    """On each rank of a loop, its last batches included: what comes and every place is as if
+    nothing had been skipped.
+    """
     for rank in range(ranks):
 
         def make(rank: int = rank) -> Any:
-            return ms.DataLoader(short(kind), rank=rank, world_size=ranks, lanes=4, remainder=remainder)
+            return ms.DataLoader(
+                short(kind), rank=rank, world_size=ranks, lanes=4, remainder=remainder
+            )
 
         expected, places = three_epochs(make)
         for at in range(len(expected) // 2):
@@ -259,17 +294,23 @@ class Agreed:
 @pytest.mark.parametrize("before", ["", "exclude"])
 @pytest.mark.parametrize("kind", ["rows", "buffered"])
 def test_skip_crosses_an_end_that_the_ranks_agree_on(kind: str, before: str) -> None:
-    """``sync_end``: what the lanes of a rank have left when another is through comes first in its next epoch."""
+    """``sync_end``: what the lanes of a rank have left when another is through comes first in its
+    next epoch.
+    """
 
     def both(at: int = -1, act: Any = None) -> list[tuple[list[Any], list[Any]]]:
-        group = SimpleNamespace(values=[0, 0], barrier=threading.Barrier(2, timeout=60), own=threading.local())
+        group = SimpleNamespace(
+            values=[0, 0], barrier=threading.Barrier(2, timeout=60), own=threading.local()
+        )
 
         def one(rank: int) -> tuple[list[Any], list[Any]]:
             group.own.rank = rank
             options = {"rank": rank, "world_size": 2, "lanes": 4, "sync_end": group}
             try:
                 return three_epochs(
-                    lambda: ms.DataLoader(short(kind), **options), at, act and (lambda loader: act(rank, loader))
+                    lambda: ms.DataLoader(short(kind), **options),
+                    at,
+                    act and (lambda loader: act(rank, loader)),
                 )
             except BaseException:
                 group.barrier.abort()
@@ -280,7 +321,11 @@ def test_skip_crosses_an_end_that_the_ranks_agree_on(kind: str, before: str) -> 
 
     with mock.patch("midstream.loader.loader.Agreement", Agreed):
         whole = both()
-        assert len(whole[0][0]) == len(whole[1][0]) < len(three_epochs(lambda: ms.DataLoader(short(kind), lanes=4))[0])
+        assert (
+            len(whole[0][0])
+            == len(whole[1][0])
+            < len(three_epochs(lambda: ms.DataLoader(short(kind), lanes=4))[0])
+        )
         for at in range(len(whole[0][0]) // 2 + 1):
             for jump in (1, 2, 4):
 
@@ -304,7 +349,9 @@ def test_skip_goes_on_where_a_loop_was_left() -> None:
 
 
 def test_an_epoch_passed_over_counts_and_packed_tokens_are_no_tokens_delivered() -> None:
-    documents = ms.from_dataset([{"input_ids": list(range(1 + row % 7))} for row in range(90)], name="docs")
+    documents = ms.from_dataset(
+        [{"input_ids": list(range(1 + row % 7))} for row in range(90)], name="docs"
+    )
     loader = ms.DataLoader(documents.pack(8), batch_size=2, lanes=6)
     batches = iter(loader)
     tokens = sum(origin.tokens for _ in zip(range(3), batches) for origin in loader.trace())
@@ -317,10 +364,14 @@ def test_an_epoch_passed_over_counts_and_packed_tokens_are_no_tokens_delivered()
     for _ in batches:
         pass
     end = loader.progress()
-    assert end.tokens + end.sources["docs"].counts["tokens skipped"] == sum(1 + row % 7 for row in range(90))
+    assert end.tokens + end.sources["docs"].counts["tokens skipped"] == sum(
+        1 + row % 7 for row in range(90)
+    )
     padding, slots = end.unattributed["padding tokens"], sum(1 + row % 7 for row in range(90))
     assert end.packing_waste == padding / (padding + slots) == end.to_dict()["packing_waste"]
-    assert f"{end.packing_waste:.1%}" in str(end) and f"{end.packing_waste:.1%}" in end._repr_html_()
+    assert (
+        f"{end.packing_waste:.1%}" in str(end) and f"{end.packing_waste:.1%}" in end._repr_html_()
+    )
 
 
 def test_a_batch_without_any_sample_left_does_not_come() -> None:
@@ -332,7 +383,10 @@ def test_a_batch_without_any_sample_left_does_not_come() -> None:
 
 
 def test_without_batches_single_samples_are_left_out() -> None:
-    for data in (ms.from_dataset(range(6), name="n"), ms.from_dataset(range(6), name="n").filter(lambda row: True)):
+    for data in (
+        ms.from_dataset(range(6), name="n"),
+        ms.from_dataset(range(6), name="n").filter(lambda row: True),
+    ):
         loader = ms.DataLoader(data, batch_size=None, lanes=1)
         loader.exclude([("n", 0, 4), ("n", 1, 0)])
         assert list(loader) == [0, 1, 2, 3, 5]
@@ -366,13 +420,25 @@ def test_what_cannot_be_left_out_is_refused_and_changes_nothing() -> None:
     [
         (lambda batches: batches.shuffle(3, buffer_size=20), "shuffle"),
         (lambda batches: batches.flat_map(lambda batch: [batch]).map(tuple), "flat_map"),
-        (lambda batches: batches.map(lambda found: found, batched=True, batch_size=2), "map_batched"),
-        (lambda batches: ms.interleave({"x": batches.shuffle(3, buffer_size=20), "y": source(9)}), "x/shuffle"),
+        (
+            lambda batches: batches.map(lambda found: found, batched=True, batch_size=2),
+            "map_batched",
+        ),
+        (
+            lambda batches: ms.interleave(
+                {"x": batches.shuffle(3, buffer_size=20), "y": source(9)}
+            ),
+            "x/shuffle",
+        ),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_nothing_is_left_out_below_what_reads_batches_again(stream: bool, above: Any, name: str) -> None:
-    """The batches it holds would not be what they were: a resume would have to raise `ReplayDiverged`."""
+def test_nothing_is_left_out_below_what_reads_batches_again(
+    stream: bool, above: Any, name: str
+) -> None:
+    """The batches it holds would not be what they were: a resume would have to raise
+    `ReplayDiverged`.
+    """
     data = source(90).filter(lambda row: True) if stream else source(90)
     pipeline = above(data.batch(3, collate_fn=tuple))
     loader = ms.DataLoader(pipeline, batch_size=None, lanes=2)
@@ -397,7 +463,9 @@ def test_what_reads_nothing_again_may_stand_above_the_batches(above: str) -> Non
         "filter": data.filter(lambda batch: sum(batch) % 3 < 2),
         "take": data.take(14),
         "repeat": data.repeat(2),
-        "mix": ms.interleave({"x": data, "y": ms.from_dataset([(9,)] * 5, name="y")}, {"x": 2, "y": 1}),
+        "mix": ms.interleave(
+            {"x": data, "y": ms.from_dataset([(9,)] * 5, name="y")}, {"x": 2, "y": 1}
+        ),
     }[above]
     out = [("a60", 0, row) for row in range(0, 60, 7)]
     for at in range(0, 12, 3):
@@ -456,7 +524,10 @@ def test_asked_and_real_shares_stand_side_by_side() -> None:
     assert "75.0%" in str(loader.progress()) and "asked" in loader.progress()._repr_html_()
     tokens = ms.DataLoader(
         ms.interleave(
-            {k: ms.from_dataset([{"input_ids": [1] * size}] * 40, name=k) for k, size in (("x", 2), ("y", 6))}
+            {
+                k: ms.from_dataset([{"input_ids": [1] * size}] * 40, name=k)
+                for k, size in (("x", 2), ("y", 6))
+            }
         ).pack(8),
         batch_size=1,
         lanes=1,

@@ -77,7 +77,10 @@ def test_what_a_dead_attempt_left_is_no_part_of_another(tmp_path: Path) -> None:
     first.run(2)
     checkpoint.save(tmp_path, first.loaders[0], global_step=9)  # rank 1 dies before it saved
     second = Cluster(
-        _pipeline(), 2, 0, first.loaders[0].state_dict() and [loader.state_at(2) for loader in first.loaders]
+        _pipeline(),
+        2,
+        0,
+        first.loaders[0].state_dict() and [loader.state_at(2) for loader in first.loaders],
     )
     second.run(3)
     checkpoint.save(tmp_path, second.loaders[1], global_step=9)
@@ -107,7 +110,9 @@ def test_the_last_ones_are_kept(tmp_path: Path, keep: int) -> None:
     assert sorted(os.path.join(tmp_path, name) for name in os.listdir(tmp_path)) == paths[-keep:]
 
 
-def test_ranks_that_prune_at_once_do_not_mind_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_prune_at_once_do_not_mind_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another rank removes all of a checkpoint before each thing that this one does to it."""
     plain = {name: getattr(storage, name) for name in ("_sync",)}
     for turn in itertools.count():
@@ -127,10 +132,17 @@ def test_ranks_that_prune_at_once_do_not_mind_each_other(tmp_path: Path, monkeyp
                 shutil.rmtree(root / old)
             done += 1
 
-        for place, name in ((storage, "_sync"), (store.files, "rm_file"), (store.files, "rmdir"), (store.files, "ls")):
+        for place, name in (
+            (storage, "_sync"),
+            (store.files, "rm_file"),
+            (store.files, "rmdir"),
+            (store.files, "ls"),
+        ):
             call = plain.get(name) or getattr(type(place), name)
 
-            def instead(*given: Any, call: Any = call, bound: bool = name not in plain, **options: Any) -> Any:
+            def instead(
+                *given: Any, call: Any = call, bound: bool = name not in plain, **options: Any
+            ) -> Any:
                 meanwhile()
                 return call(store.files, *given, **options) if bound else call(*given, **options)
 
@@ -165,11 +177,24 @@ def test_the_state_of_an_earlier_step_is_saved(tmp_path: Path) -> None:
 # Killed at every system call
 # ---------------------------------------------------------------------------------------------------------------------
 
-_CALLS = ("open", "write", "fsync", "close", "replace", "rename", "mkdir", "remove", "unlink", "rmdir")
+_CALLS = (
+    "open",
+    "write",
+    "fsync",
+    "close",
+    "replace",
+    "rename",
+    "mkdir",
+    "remove",
+    "unlink",
+    "rmdir",
+)
 
 
 def _killed_at(number: int, work: Callable[[], Any]) -> bool:
-    """Run ``work`` in a forked process that is killed before its system call ``number``; whether it came to that."""
+    """Run ``work`` in a forked process that is killed before its system call ``number``; whether it
+    came to that.
+    """
     pid = os.fork()
     if pid == 0:
         count = 0
@@ -201,7 +226,9 @@ def _killed_at(number: int, work: Callable[[], Any]) -> bool:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("keep", [None, 1])
-def test_killed_at_every_system_call_a_save_is_there_or_not(tmp_path: Path, ranks: int, keep: int | None) -> None:
+def test_killed_at_every_system_call_a_save_is_there_or_not(
+    tmp_path: Path, ranks: int, keep: int | None
+) -> None:
     calls = 0
     for number in range(1000):
         root = tmp_path / str(number)
@@ -212,7 +239,9 @@ def test_killed_at_every_system_call_a_save_is_there_or_not(tmp_path: Path, rank
         others, last = cluster.loaders[1:], cluster.loaders[0]
         for loader in others:
             checkpoint.save(root, loader, keep=keep)
-        killed = _killed_at(number, lambda last=last, root=root: checkpoint.save(root, last, state="new", keep=keep))
+        killed = _killed_at(
+            number, lambda last=last, root=root: checkpoint.save(root, last, state="new", keep=keep)
+        )
         newest = checkpoint.latest(root)
         stands = _position(newest)
         assert newest is not None and stands in ((2, 5) if killed else (5,))
@@ -237,7 +266,9 @@ def test_killed_at_every_system_call_the_first_save_leaves_none_or_one(tmp_path:
         root = tmp_path / str(number)
         cluster = Cluster(_pipeline(), 1, 0)
         cluster.run(2)
-        killed = _killed_at(number, lambda root=root, cluster=cluster: checkpoint.save(root, cluster.loaders[0]))
+        killed = _killed_at(
+            number, lambda root=root, cluster=cluster: checkpoint.save(root, cluster.loaders[0])
+        )
         assert _position(checkpoint.latest(root)) in ((None, 2) if killed else (2,))
         if not killed:
             return
@@ -259,14 +290,20 @@ def _two(root: Path) -> tuple[str, str]:
 
 @pytest.mark.parametrize("which", ["rank-00000", "rank-00001", "state", "checkpoint.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing"])
-def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(tmp_path: Path, which: str, damage: str) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(
+    tmp_path: Path, which: str, damage: str
+) -> None:
     old, new = _two(tmp_path)
     (file,) = (path for path in Path(new).iterdir() if path.name.startswith(which))
     data = file.read_bytes()
     if damage == "missing":
         file.unlink()
     else:
-        file.write_bytes({"truncated": data[:-1], "empty": b"", "flipped": bytes([data[0] ^ 1]) + data[1:]}[damage])
+        file.write_bytes(
+            {"truncated": data[:-1], "empty": b"", "flipped": bytes([data[0] ^ 1]) + data[1:]}[
+                damage
+            ]
+        )
     loader = ms.DataLoader(_pipeline())
     before = loader.state_dict()
     with pytest.raises(ms.CheckpointError):
@@ -279,12 +316,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(tmp_path: Path,
 
 
 _json = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 2**70) | st.text(max_size=5) | st.just("../../secret-0.json"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 2**70)
+    | st.text(max_size=5)
+    | st.just("../../secret-0.json"),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(key=st.sampled_from(["midstream_checkpoint", "world_size", "files", None]), value=_json)
 def test_a_forged_marker_is_refused(tmp_path: Path, key: str | None, value: Any) -> None:
     root = tmp_path / "forged"
@@ -311,7 +356,10 @@ def test_a_damaged_number_of_ranks_takes_no_memory(tmp_path: Path, ranks: Any) -
     marker.write_text(json.dumps({**json.loads(marker.read_bytes()), "world_size": ranks}))
     tracemalloc.start()
     try:
-        with pytest.raises(ms.CheckpointError, match=rf"checkpoint.json is damaged: .* files of 2 of {ranks!r} ranks"):
+        with pytest.raises(
+            ms.CheckpointError,
+            match=rf"checkpoint.json is damaged: .* files of 2 of {ranks!r} ranks",
+        ):
             checkpoint.load(new)
         with pytest.warns(RuntimeWarning, match="Taking the one before"):
             assert checkpoint.latest(tmp_path) == old

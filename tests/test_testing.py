@@ -84,7 +84,9 @@ class FaultyIterator(core.Iterator):
         return sample, origins
 
     def _state(self) -> Any:
-        state: dict[str, Any] = {"source": self.before if self.fault == "repeats" else self.source.snapshot()}
+        state: dict[str, Any] = {
+            "source": self.before if self.fault == "repeats" else self.source.snapshot()
+        }
         if self.fault == "no plain state":
             state["count"] = np.int64(len(self.seen))
         if self.fault == "grows":
@@ -105,7 +107,12 @@ def faulty(fault: str, rows: int = 40) -> Dataset:
 
 
 def right() -> Dataset:
-    return ms.from_dataset(range(120)).shuffle(seed=1).filter(not_third).shuffle(seed=2, buffer_size=24)
+    return (
+        ms.from_dataset(range(120))
+        .shuffle(seed=1)
+        .filter(not_third)
+        .shuffle(seed=2, buffer_size=24)
+    )
 
 
 def not_third(row: int) -> bool:
@@ -130,7 +137,11 @@ def test_a_right_pipeline_passes_everywhere() -> None:
     assert found.samples == 160
     assert found.replayed_rows is not None
     assert 0 < found.state_bytes < 48 * 400
-    pairs = {(check.saved, check.resumed) for check in found.checks if check.resumed and "→" not in check.resumed}
+    pairs = {
+        (check.saved, check.resumed)
+        for check in found.checks
+        if check.resumed and "→" not in check.resumed
+    }
     assert len(pairs) == 16
 
 
@@ -155,14 +166,20 @@ def wrong_or_none(found: ResumeReport) -> Check | None:
 def test_batches_that_are_dropped_for_the_ranks_are_no_difference() -> None:
     def make(rank: int, world_size: int) -> ms.DataLoader:
         data = ms.from_dataset(range(27)).shuffle(seed=1)
-        return ms.DataLoader(data, batch_size=2, rank=rank, world_size=world_size)  # 14 batches on 3 ranks
+        return ms.DataLoader(
+            data, batch_size=2, rank=rank, world_size=world_size
+        )  # 14 batches on 3 ranks
 
     assert check_resume(make, workers=(0,), ranks=(1, 3), kill=False, seconds=None).exact
 
 
-def test_a_pipeline_that_goes_on_after_what_is_read_passes_on_ranks_whose_stops_do_not_meet_its_end() -> None:
+def test_a_pipeline_that_goes_on_after_what_is_read_passes_on_ranks_whose_stops_do_not_meet_its_end() -> (
+    None
+):
     few = ms.from_dataset(range(60), name="few").filter(lambda x: x % 3 == 0)
-    found = check_resume(ms.concatenate([few, ms.from_dataset(range(200), name="many")]), **{**HERE, "ranks": (2,)})
+    found = check_resume(
+        ms.concatenate([few, ms.from_dataset(range(200), name="many")]), **{**HERE, "ranks": (2,)}
+    )
     assert found.exact and not found.epochs, str(found)
 
 
@@ -179,9 +196,13 @@ def test_errors_are_met_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "lost", "repeated"), [("loses", ["data[12]"], []), ("repeats", [], ["data[3]"])], ids=["loses", "repeats"]
+    ("fault", "lost", "repeated"),
+    [("loses", ["data[12]"], []), ("repeats", [], ["data[3]"])],
+    ids=["loses", "repeats"],
 )
-def test_a_sample_that_is_lost_or_repeated_is_named(fault: str, lost: list[str], repeated: list[str]) -> None:
+def test_a_sample_that_is_lost_or_repeated_is_named(
+    fault: str, lost: list[str], repeated: list[str]
+) -> None:
     with pytest.raises(ResumeError) as raised:
         check_resume(faulty(fault), epochs=1, **HERE)
     found = raised.value.report
@@ -202,13 +223,17 @@ def test_a_parameter_says_how_many_are_lost_over_a_chain() -> None:
 
 @pytest.mark.slow
 def test_an_order_that_depends_on_workers_is_found() -> None:
-    found = check_resume(faulty("swaps in workers", 240), epochs=1, ranks=(1,), kill=False, seconds=10, raises=False)
+    found = check_resume(
+        faulty("swaps in workers", 240), epochs=1, ranks=(1,), kill=False, seconds=10, raises=False
+    )
     check = wrong(found, "the same order for all")
     assert check.difference is not None
     assert (check.difference.num_lost, check.difference.num_repeated) == (0, 0)
     assert "data[1]" in check.difference.found
     assert not wrong(found, "on other workers").passed
-    assert next(c for c in found.checks if c.name == "stopped at every batch" and c.saved == "1×0").passed
+    assert next(
+        c for c in found.checks if c.name == "stopped at every batch" and c.saved == "1×0"
+    ).passed
 
 
 def test_a_loader_that_ignores_the_state_is_found() -> None:
@@ -217,7 +242,9 @@ def test_a_loader_that_ignores_the_state_is_found() -> None:
             pass
 
     found = check_resume(
-        lambda: Ignores(ms.from_dataset(range(40)), batch_size=4, rank=0, world_size=1), raises=False, **HERE
+        lambda: Ignores(ms.from_dataset(range(40)), batch_size=4, rank=0, world_size=1),
+        raises=False,
+        **HERE,
     )
     check = wrong(found, "stopped at every batch")
     assert check.difference is not None
@@ -232,13 +259,17 @@ def test_a_state_that_comes_back_as_another_is_found() -> None:
             return {**state, "steps_done": 0} if self._loaded is not None else state
 
     found = check_resume(
-        lambda: Forgets(ms.from_dataset(range(40)), batch_size=4, rank=0, world_size=1), raises=False, **HERE
+        lambda: Forgets(ms.from_dataset(range(40)), batch_size=4, rank=0, world_size=1),
+        raises=False,
+        **HERE,
     )
     assert "the state is another" in wrong(found, "stopped again and again").text
 
 
 def test_draws_that_nobody_seeded_are_found() -> None:
-    found = check_resume(ms.from_dataset(range(40)).map(lambda row: random.random()), raises=False, **HERE)
+    found = check_resume(
+        ms.from_dataset(range(40)).map(lambda row: random.random()), raises=False, **HERE
+    )
     check = wrong(found, "saving changes nothing")
     assert check.difference is not None
     assert "data[0]" in check.difference.expected
@@ -253,7 +284,9 @@ def test_a_state_that_is_not_json_is_found() -> None:
             return {**super().state_dict(), "more": (1, 2)}
 
     found = check_resume(
-        lambda: Tuples(ms.from_dataset(range(40)), batch_size=4, rank=0, world_size=1), raises=False, **HERE
+        lambda: Tuples(ms.from_dataset(range(40)), batch_size=4, rank=0, world_size=1),
+        raises=False,
+        **HERE,
     )
     assert "not plain JSON" in wrong(found, "saving changes nothing").text
 
@@ -261,7 +294,9 @@ def test_a_state_that_is_not_json_is_found() -> None:
 @pytest.mark.slow
 def test_what_cannot_run_in_another_process_says_how_to_go_on() -> None:
     never = (row for row in ())
-    found = check_resume(lambda: (never, right())[1], workers=(0,), ranks=(1,), seconds=5, steps=8, raises=False)
+    found = check_resume(
+        lambda: (never, right())[1], workers=(0,), ranks=(1,), seconds=5, steps=8, raises=False
+    )
     check = wrong(found, "killed twice by SIGKILL")
     assert "kill=False" in check.text
 
@@ -281,7 +316,9 @@ class Foreign:
     def load_state_dict(self, state: dict[str, int]) -> None:
         if self.fault == "ignores":
             return
-        self.bound = state["at"] + {"loses": 1, "repeats": -1}.get(self.fault, 0) * (0 < state["at"] < self.rows)
+        self.bound = state["at"] + {"loses": 1, "repeats": -1}.get(self.fault, 0) * (
+            0 < state["at"] < self.rows
+        )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.bound >= self.rows:
@@ -304,7 +341,9 @@ def test_a_right_foreign_loader_passes_whichever_way_its_epochs_end() -> None:
     [("loses", ["{'id': 4}", "{'id': 5}"], []), ("repeats", [], ["{'id': 2}", "{'id': 3}"])],
     ids=["loses", "repeats"],
 )
-def test_a_foreign_loader_is_known_by_content(fault: str, lost: list[str], repeated: list[str]) -> None:
+def test_a_foreign_loader_is_known_by_content(
+    fault: str, lost: list[str], repeated: list[str]
+) -> None:
     found = check_resume(lambda: Foreign(fault), epochs=1, raises=False, **HERE)
     check = wrong(found, "stopped at every batch")
     assert check.difference is not None
@@ -312,7 +351,13 @@ def test_a_foreign_loader_is_known_by_content(fault: str, lost: list[str], repea
 
 
 def test_samples_are_named_by_a_key() -> None:
-    found = check_resume(lambda: Foreign("loses"), epochs=1, raises=False, key=lambda s: f"row {int(s['id'])}", **HERE)
+    found = check_resume(
+        lambda: Foreign("loses"),
+        epochs=1,
+        raises=False,
+        key=lambda s: f"row {int(s['id'])}",
+        **HERE,
+    )
     difference = wrong(found, "stopped at every batch").difference
     assert difference is not None
     assert difference.lost == ["row 4", "row 5"]
@@ -375,7 +420,10 @@ def test_another_number_of_workers_is_shown_and_does_not_count() -> None:
     assert all(not check.required and check.outcome == "refused" for check in others)
     assert "AssertionError" in others[0].text
     assert "[not promised]" in str(found)
-    assert [check.outcome for check in found.checks if check.name.startswith("killed")] == ["exact", "exact"]
+    assert [check.outcome for check in found.checks if check.name.startswith("killed")] == [
+        "exact",
+        "exact",
+    ]
 
 
 # -- arguments and report ------------------------------------------------------------------------------------------------
@@ -395,7 +443,9 @@ def test_what_cannot_be_checked_says_why(target: Any, message: str) -> None:
         check_resume(target, **HERE)
 
 
-@pytest.mark.parametrize("options", [{"workers": (-1,)}, {"ranks": (0,)}, {"ranks": ()}, {"steps": 0}, {"epochs": 0}])
+@pytest.mark.parametrize(
+    "options", [{"workers": (-1,)}, {"ranks": (0,)}, {"ranks": ()}, {"steps": 0}, {"epochs": 0}]
+)
 def test_wrong_arguments_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="at least"):
         check_resume(right, **{**HERE, **options})
@@ -458,10 +508,17 @@ def items(*batches: str, epoch: int = 0) -> list[Item]:
         (items("ab", "cd"), items("ab"), None, "differs"),
         (items("ab"), items("ab", "cd"), None, "differs"),
         (items("ab", "cd"), items("ab", "ab"), {0: 0}, "differs"),
-        (items("ab") + items("cd", epoch=1), items("cd") + items("ab", epoch=1), {0: 0, 1: 0}, "differs"),
+        (
+            items("ab") + items("cd", epoch=1),
+            items("cd") + items("ab", epoch=1),
+            {0: 0, 1: 0},
+            "differs",
+        ),
     ],
 )
-def test_comparing(expected: list[Item], found: list[Item], ordered: dict[int, int] | None, outcome: str) -> None:
+def test_comparing(
+    expected: list[Item], found: list[Item], ordered: dict[int, int] | None, outcome: str
+) -> None:
     assert report.compare((), expected, found, "here", over=True, ordered=ordered)[0] == outcome
 
 
@@ -516,14 +573,19 @@ def test_a_digest_is_of_the_content() -> None:
     assert [content.digest(value) for value in different()] == digests
     assert content.digest((1, 2)) == content.digest([1, 2])
     assert content.digest(torch.zeros(2, 3).t()) == content.digest(torch.zeros(3, 2))
-    assert content.digest(torch.ones(2, dtype=torch.bfloat16)) != content.digest(torch.ones(2, dtype=torch.float16))
+    assert content.digest(torch.ones(2, dtype=torch.bfloat16)) != content.digest(
+        torch.ones(2, dtype=torch.float16)
+    )
 
 
 @pytest.mark.parametrize(
     ("batch", "names"),
     [
         (torch.tensor([3, 4]), ["3", "4"]),
-        ({"id": torch.tensor([3, 4]), "text": ["a", "b"]}, ["{'id': 3, 'text': 'a'}", "{'id': 4, 'text': 'b'}"]),
+        (
+            {"id": torch.tensor([3, 4]), "text": ["a", "b"]},
+            ["{'id': 3, 'text': 'a'}", "{'id': 4, 'text': 'b'}"],
+        ),
         ([torch.tensor([3, 4]), torch.tensor([5, 6])], ["[3, 5]", "[4, 6]"]),
         (["x", "y"], ["'x'", "'y'"]),
         (7, ["7"]),
@@ -567,7 +629,9 @@ def test_a_broken_law_is_named(fault: str, law: str) -> None:
 
 
 def test_a_draw_from_a_global_generator_breaks_a_law() -> None:
-    broken = check_dataset(ms.from_dataset(range(20)).map(lambda row: row + 0 * torch.rand(()).item()), raises=False)
+    broken = check_dataset(
+        ms.from_dataset(range(20)).map(lambda row: row + 0 * torch.rand(()).item()), raises=False
+    )
     assert any("global generator of torch" in text for text in broken)
 
 
@@ -582,7 +646,9 @@ def test_rows_that_are_not_those_of_the_stream_break_a_law() -> None:
 
         def _rows(self, bound: Any, positions: Any, keys: Any, passes: Any) -> Any:
             rows = bound.input.rows(positions, keys, passes)
-            return core.Rows([(sample, i) for i, sample in enumerate(rows.samples)], rows.origins, rows.sizes)
+            return core.Rows(
+                [(sample, i) for i, sample in enumerate(rows.samples)], rows.origins, rows.sizes
+            )
 
     with pytest.raises(LawError, match="rows at"):
         laws.rows_are_the_stream(lambda: Dataset(Chunky(ms.from_dataset(range(30)).node)))
@@ -630,9 +696,26 @@ def test_wrong(check_resume):
 def test_the_plugin_checks_and_tells(full: bool, tmp_path: Path) -> None:
     (tmp_path / "test_mine.py").write_text(TESTS)
     options = ["--midstream-resume", "-k", "right"] if full else []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "pytest_midstream", "-p", "no:cacheprovider", *options, "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "pytest_midstream",
+        "-p",
+        "no:cacheprovider",
+        *options,
+        ".",
+    ]
     done = subprocess.run(
-        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+        command,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == (0 if full else 1), done.stdout + done.stderr
     assert "test_mine.py::test_right: EXACT" in done.stdout
@@ -654,5 +737,9 @@ def test_the_plugin_costs_other_peoples_tests_nothing() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_epoch_that_ends_right_behind_what_is_read_is_no_fault(stream: bool) -> None:
     """Two steps after the last stop are of the next epoch already, and nothing is known of either."""
-    data = ms.from_dataset(range(26)).filter(lambda row: True) if stream else ms.from_dataset(range(26))
+    data = (
+        ms.from_dataset(range(26)).filter(lambda row: True)
+        if stream
+        else ms.from_dataset(range(26))
+    )
     assert check_resume(data.batch(2), steps=12, workers=(0,), kill=False).exact

@@ -1,4 +1,6 @@
-"""The laws of reading in threads, of reading ahead without workers, and of workers that are started early."""
+"""The laws of reading in threads, of reading ahead without workers, and of workers that are started
+early.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:the loader was left after batch:
 
 
 def reading() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("midstream-reader")]
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name.startswith("midstream-reader")
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +98,9 @@ def test_epochs_break_and_restart(kind: str) -> None:
     for ds in (build("interleave"), build("interleave streams")):
         plainly, made = (
             loader(ds),
-            loader(ds, **THREADS[kind], **({"persistent_workers": True} if kind == "threads" else {})),
+            loader(
+                ds, **THREADS[kind], **({"persistent_workers": True} if kind == "threads" else {})
+            ),
         )
         epochs = [[plain(batch) for batch in plainly] for _ in range(3)]
         piece(made, 3)

@@ -1,4 +1,6 @@
-"""Ranks and workers come and go: every sample exactly once, in the same global order wherever that is promised."""
+"""Ranks and workers come and go: every sample exactly once, in the same global order wherever that
+is promised.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ def _mixed(rows: int = 600) -> ms.Dataset:
         "web": ms.from_dataset(range(rows), name="web").shuffle(1),
         "code": ms.from_dataset(range(10_000, 10_000 + rows // 2), name="code").shuffle(2),
     }
-    mix = ms.interleave(sources, weights={"web": 2, "code": 1}, stopping_strategy="all_exhausted_without_replacement")
+    mix = ms.interleave(
+        sources,
+        weights={"web": 2, "code": 1},
+        stopping_strategy="all_exhausted_without_replacement",
+    )
     return mix.map(lambda x: x).shuffle(3).batch(4, collate_fn=tuple)
 
 
@@ -41,7 +47,11 @@ def _streamed(rows: int = 700) -> ms.Dataset:
 
 def _uneven(rows: int = 500) -> ms.Dataset:
     """A stream whose lanes end at very different steps."""
-    return ms.from_dataset(range(rows), name="web").filter(lambda x: x % 48 > 30 or x > 300).batch(2, collate_fn=tuple)
+    return (
+        ms.from_dataset(range(rows), name="web")
+        .filter(lambda x: x % 48 > 30 or x > 300)
+        .batch(2, collate_fn=tuple)
+    )
 
 
 def _lossy(rows: int = 300) -> ms.Dataset:
@@ -52,7 +62,11 @@ def _lossy(rows: int = 300) -> ms.Dataset:
             raise ValueError(x)
         return x
 
-    return ms.from_dataset(range(rows), name="web").map(fail, on_error="skip").batch(2, collate_fn=tuple)
+    return (
+        ms.from_dataset(range(rows), name="web")
+        .map(fail, on_error="skip")
+        .batch(2, collate_fn=tuple)
+    )
 
 
 PIPELINES = {"mixed": _mixed, "streamed": _streamed, "uneven": _uneven, "lossy": _lossy}
@@ -65,11 +79,14 @@ def _reference(pipeline: ms.Dataset, lanes: int) -> list[Any]:
 
 
 def _in_step(pipeline: ms.Dataset, lanes: int) -> int:
-    """How many batches of an epoch come before the first lane has drained: a rank whose lane has goes on with its next one."""
+    """How many batches of an epoch come before the first lane has drained: a rank whose lane has
+    goes on with its next one.
+    """
     if pipeline.random_access:
         return len(pipeline)
     return min(
-        sum(1 for _ in SingleLaneIterator(pipeline.node, lane, lanes, 0)) * lanes + lane for lane in range(lanes)
+        sum(1 for _ in SingleLaneIterator(pipeline.node, lane, lanes, 0)) * lanes + lane
+        for lane in range(lanes)
     )
 
 
@@ -93,14 +110,18 @@ LEGS = st.lists(
     phases=[Phase.explicit, Phase.generate],
 )
 @given(lanes=st.sampled_from([12, 48]), legs=LEGS)
-# Lane 45 of "streamed" drains while every rank still has a batch in every step: the order ends there, not at a short step.
+# Lane 45 of "streamed" drains while every rank still has a batch in every step: the order ends
+# there, not at a short step.
 @example(lanes=48, legs=[(4, 0, 12, True), (12, 1, 8, True)])
-# Rank 2 of "lossy" loses all its batches: it is at its end before the others, also where it was so when it was loaded.
+# Rank 2 of "lossy" loses all its batches: it is at its end before the others, also where it was so
+# when it was loaded.
 @example(lanes=12, legs=[(1, 0, 0, False), (1, 0, 2, False), (4, 0, 1, False), (4, 0, 1, False)])
 def test_any_chain_of_topologies_delivers_every_sample_exactly_once(
     name: str, lanes: int, legs: list[tuple[int, int, int, bool]]
 ) -> None:
-    """Legs of (ranks, workers, steps, whether the states of the ranks are merged), and then one rank to the end."""
+    """Legs of (ranks, workers, steps, whether the states of the ranks are merged), and then one
+    rank to the end.
+    """
     pipeline = PIPELINES[name]()
     reference = _reference(pipeline, lanes)
     in_step = _in_step(pipeline, lanes)
@@ -126,11 +147,17 @@ def test_any_chain_of_topologies_delivers_every_sample_exactly_once(
         seen += cluster.sequence
         merged = cluster.states()[0]
     assert merged["epoch"] == 1
-    assert Counter(x for batch in seen for x in batch) == Counter(x for batch in reference for x in batch)
+    assert Counter(x for batch in seen for x in batch) == Counter(
+        x for batch in reference for x in batch
+    )
     told = ms.progress(merged)
     rows = {"mixed": 900, "streamed": 700, "uneven": 500, "lossy": 300}[name]
-    lost = sum(one.filtered + one.dropped + sum(one.failures.values()) for one in told.sources.values())
-    assert sum(one.samples for one in told.sources.values()) + lost == rows, "every row is delivered or counted as lost"
+    lost = sum(
+        one.filtered + one.dropped + sum(one.failures.values()) for one in told.sources.values()
+    )
+    assert sum(one.samples for one in told.sources.values()) + lost == rows, (
+        "every row is delivered or counted as lost"
+    )
     if name != "lossy":  # there ranks that lose whole batches stand at different batches
         assert seen[:promised] == reference[:promised]
 
@@ -175,7 +202,13 @@ def test_pad_fills_the_last_round_with_the_first_batches_and_marks_them() -> Non
     assert [len(loader) for loader in cluster.loaders] == [3] * 4
     merged = ms.merge_states(cluster.states())
     told = ms.progress(merged).sources["web"]
-    assert (merged["epoch"], told.samples, told.padded, told.dropped, told.epochs) == (1, 20, 4, 0, 1.0)
+    assert (merged["epoch"], told.samples, told.padded, told.dropped, told.epochs) == (
+        1,
+        20,
+        4,
+        0,
+        1.0,
+    )
 
 
 def test_pad_of_fewer_batches_than_ranks_serves_every_rank() -> None:
@@ -197,7 +230,9 @@ def test_uneven_ranks_merge_at_every_step_and_at_the_end(pulled: bool) -> None:
         assert (merged["epoch"], merged["batches"]) == ((1, 0) if steps == 3 else (0, 4 * steps))
         rest = Cluster(pipeline, 3, 0, cluster.states(), remainder="uneven")
         rest.run()
-        assert cluster.sequence + rest.sequence == (reference if steps < 3 else reference + reference)
+        assert cluster.sequence + rest.sequence == (
+            reference if steps < 3 else reference + reference
+        )
     assert [len(loader) for loader in cluster.loaders] == [3, 3, 2, 2]
 
 
@@ -238,7 +273,9 @@ def test_a_rank_that_lost_whole_batches_stays_in_step() -> None:
 def test_strict_order_refuses_ranks_that_do_not_divide_the_lanes() -> None:
     with pytest.raises(ValueError, match=r"48 lanes are dealt to 5 ranks.*1, 2, 3, 4, 6, 8"):
         Cluster(_streamed(), 5, 0, lanes=48, strict_order=True)
-    with pytest.warns(RuntimeWarning, match="every sample comes exactly once, but batches come in another order"):
+    with pytest.warns(
+        RuntimeWarning, match="every sample comes exactly once, but batches come in another order"
+    ):
         Cluster(_streamed(), 5, 0, lanes=48)
     Cluster(_streamed(), 6, 0, lanes=48, strict_order=True)
     Cluster(_mixed(), 5, 0, lanes=48, strict_order=True)
@@ -270,19 +307,25 @@ def test_random_access_goes_on_at_the_position_with_another_batch_size(cut: int)
     third.run()
     again.run()
     assert again.sequence == third.sequence
-    assert [x for batch in first.sequence + second.sequence + third.sequence for x in batch] == everything
+    assert [
+        x for batch in first.sequence + second.sequence + third.sequence for x in batch
+    ] == everything
     state = third.states()[0]
     assert (state["epoch"], state["rest"]) == (1, "")
     following = Cluster(rows.batch(5, collate_fn=tuple), 1, 0, state)
     following.run()
-    assert following.sequence == [tuple(rows.rows(range(at, at + 5), epoch=1)) for at in range(0, 200, 5)]
+    assert following.sequence == [
+        tuple(rows.rows(range(at, at + 5), epoch=1)) for at in range(0, 200, 5)
+    ]
 
 
 @pytest.mark.parametrize("stride", [False, True])
 @pytest.mark.parametrize("cut", [0, 1, 3, 9])
 def test_streams_stay_exactly_once_with_another_batch_size(cut: int, stride: bool) -> None:
     rows: ms.Dataset = (
-        ms.from_iterable(lambda: range(400), name="web", split="stride") if stride else ms.from_dataset(range(400))
+        ms.from_iterable(lambda: range(400), name="web", split="stride")
+        if stride
+        else ms.from_dataset(range(400))
     )
     rows = rows.filter(lambda x: x % 5).shuffle(1, buffer_size=60)
     first = Cluster(rows.batch(4, collate_fn=tuple), 2, 0, lanes=12)
@@ -297,12 +340,19 @@ def test_streams_stay_exactly_once_with_another_batch_size(cut: int, stride: boo
     assert sorted(seen) == [x for x in range(400) if x % 5]
 
 
-def _two(weights: dict[str, int], *, stream: bool = False, strategy: Any = "first_exhausted") -> ms.Dataset:
+def _two(
+    weights: dict[str, int], *, stream: bool = False, strategy: Any = "first_exhausted"
+) -> ms.Dataset:
     starts = {"web": 0, "code": 1000, "math": 2000}
-    sources = {name: ms.from_dataset(range(starts[name], starts[name] + 300), name=name).shuffle(1) for name in weights}
+    sources = {
+        name: ms.from_dataset(range(starts[name], starts[name] + 300), name=name).shuffle(1)
+        for name in weights
+    }
     if stream:
         sources = {name: source.filter(lambda x: x % 10) for name, source in sources.items()}
-    return ms.interleave(sources, weights=weights, stopping_strategy=strategy, name="mix").batch(3, collate_fn=tuple)
+    return ms.interleave(sources, weights=weights, stopping_strategy=strategy, name="mix").batch(
+        3, collate_fn=tuple
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -313,7 +363,9 @@ def test_strict_false_goes_on_with_other_weights_and_inputs(stream: bool, cut: i
     first = Cluster(before, 2, 0, lanes=12)
     first.run(cut)
     fresh = ms.DataLoader(after, rank=0, world_size=1)
-    with pytest.raises(ms.CheckpointError, match=r"(?s)weights of interleave.*web 7 → 1.*strict=False"):
+    with pytest.raises(
+        ms.CheckpointError, match=r"(?s)weights of interleave.*web 7 → 1.*strict=False"
+    ):
         fresh.load_state_dict(first.states())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -329,7 +381,9 @@ def test_strict_false_goes_on_with_other_weights_and_inputs(stream: bool, cut: i
     if not stream:
         math = [x for x in seen if x >= 2000]
         for part, pipeline, low in ((web, before, 0), (math, after, 2000)):
-            whole = [x for batch in _reference(pipeline, 12) for x in batch if low <= x < low + 1000]
+            whole = [
+                x for batch in _reference(pipeline, 12) for x in batch if low <= x < low + 1000
+            ]
             assert part[: len(whole)] == whole[: len(part)]
         assert len(web) == 300 or len(math) == 300
     half = [x for batch in second.sequence for x in batch]
@@ -337,12 +391,16 @@ def test_strict_false_goes_on_with_other_weights_and_inputs(stream: bool, cut: i
     told = ms.progress(then.states()[0])
     assert told.sources["web"].samples == len(web)
     removed = sum(1000 <= x < 2000 for x in seen)
-    assert sum(count for kind, count in told.unattributed.items() if kind == "removed code") == removed
+    assert (
+        sum(count for kind, count in told.unattributed.items() if kind == "removed code") == removed
+    )
 
 
 def test_differences_that_cannot_be_honoured_are_refused_with_the_reason() -> None:
     state = ms.DataLoader(_two({"web": 7, "code": 3})).state_dict()
-    shuffled = ms.DataLoader(_two({"web": 7, "code": 3}).inputs()[""].shuffle(1).batch(3, collate_fn=tuple))
+    shuffled = ms.DataLoader(
+        _two({"web": 7, "code": 3}).inputs()[""].shuffle(1).batch(3, collate_fn=tuple)
+    )
     with pytest.raises(ms.CheckpointError, match="input|root|shuffle"):
         shuffled.load_state_dict(state, strict=False)
     again = ms.DataLoader(_two({"web": 7, "code": 2}, strategy="all_exhausted"))
@@ -352,7 +410,9 @@ def test_differences_that_cannot_be_honoured_are_refused_with_the_reason() -> No
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_batches_lost_to_errors_at_the_end_of_an_epoch_are_not_counted_as_dropped_too(ranks: int) -> None:
+def test_batches_lost_to_errors_at_the_end_of_an_epoch_are_not_counted_as_dropped_too(
+    ranks: int,
+) -> None:
     def fail(x: int) -> int:
         if x >= 4:
             raise ValueError(x)
@@ -377,8 +437,12 @@ def _lost(rows: int, lost: set[int], drop_last: bool = True) -> ms.Dataset:
 
 @pytest.mark.parametrize("remainder", ["drop", "pad", "uneven"])
 @pytest.mark.parametrize("lost", [{0, 2, 4}, {2, 6}, {0, 3, 6, 7}, {4}])
-def test_what_an_epoch_leaves_out_is_counted_once_though_a_rank_ends_first(remainder: str, lost: set[int]) -> None:
-    """Saved after every step, the last ones of rank 0 included, and loaded on as many ranks and on others, twice."""
+def test_what_an_epoch_leaves_out_is_counted_once_though_a_rank_ends_first(
+    remainder: str, lost: set[int]
+) -> None:
+    """Saved after every step, the last ones of rank 0 included, and loaded on as many ranks and on
+    others, twice.
+    """
     options = {"lanes": 12, "remainder": remainder}
     for rows in (26, 29):
         whole = Cluster(_lost(rows, lost), 2, 0, **options)
@@ -388,7 +452,9 @@ def test_what_an_epoch_leaves_out_is_counted_once_though_a_rank_ends_first(remai
             for ranks in (2, 3, 1):
                 state = None
                 for steps in (cut, 0, 1, None):
-                    cluster = Cluster(_lost(rows, lost), 2 if state is None else ranks, 0, state, **options)
+                    cluster = Cluster(
+                        _lost(rows, lost), 2 if state is None else ranks, 0, state, **options
+                    )
                     if cluster.epoch:
                         break
                     cluster.run(steps)
@@ -396,7 +462,11 @@ def test_what_an_epoch_leaves_out_is_counted_once_though_a_rank_ends_first(remai
                 told = ms.progress(state).sources["web"]
                 if ranks == 2:
                     assert told == expected, (rows, cut)
-                assert told.samples + told.dropped + sum(told.failures.values()) == rows, (rows, cut, ranks)
+                assert told.samples + told.dropped + sum(told.failures.values()) == rows, (
+                    rows,
+                    cut,
+                    ranks,
+                )
                 assert told.dropped < 3 * (ranks if remainder == "drop" else 1)
     assert ms.merge_states(whole.states())["epoch"] == 1
     following = Cluster(_lost(rows, lost), 2, 0, ms.merge_states(whole.states()), **options)

@@ -35,7 +35,9 @@ values = st.one_of(
 
 
 def gathered(kind: str, parts: list[list[Any]]) -> Any:
-    """Totals of several parts, joined one after the other; every second time by way of a checkpoint."""
+    """Totals of several parts, joined one after the other; every second time by way of a
+    checkpoint.
+    """
     whole = totals_of(kind)
     for number, part in enumerate(parts):
         more = totals_of(kind)
@@ -73,7 +75,9 @@ def test_totals_do_not_depend_on_order_or_parts(numbers: list[Any], random: Any,
         told["max"],
     )
     error = abs(Fraction(told["sum"]) - sum(map(Fraction, numbers)))
-    assert error <= len(numbers) * Fraction(1, 2**96) + abs(Fraction(told["sum"])) * Fraction(1, 2**52)
+    assert error <= len(numbers) * Fraction(1, 2**96) + abs(Fraction(told["sum"])) * Fraction(
+        1, 2**52
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,7 +120,11 @@ def test_quantiles_are_near_and_totals_stay_small(draw: Any) -> None:
     assert len(totals.text()) <= MOST_BYTES
     assert len(large.text()) <= MOST_BYTES
     width = 2.0 ** (totals.level - 6)
-    for part, found in ((5, totals.summary()["p05"]), (50, totals.summary()["p50"]), (95, totals.summary()["p95"])):
+    for part, found in (
+        (5, totals.summary()["p05"]),
+        (50, totals.summary()["p50"]),
+        (95, totals.summary()["p95"]),
+    ):
         true = np.percentile(sample, part, method="lower")
         assert abs(found - true) <= abs(true) * width + 1e-300 or math.isclose(found, true), part
     wide = max(map(abs, sample)) / min(abs(value) for value in sample if value) > 2**40
@@ -190,12 +198,17 @@ def fails(row: Any) -> Any:
     return row
 
 
-METRICS: dict[str, Any] = {"size": ms.distribution(of_size), "id": of_id, "language": ms.count(language)}
+METRICS: dict[str, Any] = {
+    "size": ms.distribution(of_size),
+    "id": of_id,
+    "language": ms.count(language),
+}
 
 
 def pipeline(kind: str) -> Dataset:
     parts: dict[str, Dataset] = {
-        name: ms.from_dataset(rows(k, 90 + 30 * k), name=name).shuffle(k) for k, name in enumerate(NAMES)
+        name: ms.from_dataset(rows(k, 90 + 30 * k), name=name).shuffle(k)
+        for k, name in enumerate(NAMES)
     }
     if kind in ("stream", "buffered"):
         parts["web"] = parts["web"].filter(no_seventh)
@@ -217,7 +230,11 @@ KINDS = ("rows", "per source", "stream", "buffered", "failing")
 def counted(samples: list[Any]) -> dict[str, Any]:
     """What the metrics of some samples are, by source and over all."""
     told: dict[str, Any] = {}
-    for name, test in (("web", lambda row: row["id"] < 1000), ("code", lambda row: row["id"] >= 1000), ("all", bool)):
+    for name, test in (
+        ("web", lambda row: row["id"] < 1000),
+        ("code", lambda row: row["id"] >= 1000),
+        ("all", bool),
+    ):
         some = [row for row in samples if test(row)]
         if not some:
             continue
@@ -253,17 +270,25 @@ def test_totals_are_those_of_what_was_delivered_at_every_step(kind: str, workers
 def test_what_failed_before_is_not_looked_at() -> None:
     for stream in (False, True):
         ds = ms.from_dataset(rows(0, 66)).map(fails, on_error="skip")
-        ds = (ds.filter(bool) if stream else ds).track(number=lambda sample: 1, kind=ms.count(lambda sample: "a"))
+        ds = (ds.filter(bool) if stream else ds).track(
+            number=lambda sample: 1, kind=ms.count(lambda sample: "a")
+        )
         loader = ms.DataLoader(ds, batch_size=4, collate_fn=list)
         samples = [row for batch in loader for row in batch]
         assert len(samples) == 60
-        assert loader.progress().metrics["number"]["count"] == loader.progress().metrics["kind"]["a"] == 60
+        assert (
+            loader.progress().metrics["number"]["count"]
+            == loader.progress().metrics["kind"]["a"]
+            == 60
+        )
 
 
 def test_what_fails_further_on_counts_and_what_is_left_out_does_not() -> None:
     loader = ms.DataLoader(pipeline("failing"))
     samples = [row for batch in loader for row in batch]
-    failed = sum(source.failures.get("ValueError", 0) for source in loader.progress().sources.values())
+    failed = sum(
+        source.failures.get("ValueError", 0) for source in loader.progress().sources.values()
+    )
     assert failed > 5
     assert loader.progress().metrics["size"]["count"] == len(samples) + failed
     loader = ms.DataLoader(pipeline("rows"))
@@ -292,8 +317,12 @@ WHOLE = {
     "collate": lambda ds: ds.batch(4, collate_fn=fails_at_eights),
     "map": lambda ds: ds.batch(4, collate_fn=list).map(fails_at_eights),
     "map, skipped": lambda ds: ds.batch(4, collate_fn=list).map(fails_at_eights, on_error="skip"),
-    "batch of batches": lambda ds: ds.batch(4, collate_fn=fails_at_eights).batch(2, collate_fn=list),
-    "after a failed row": lambda ds: ds.map(fails, on_error="skip").batch(4, collate_fn=fails_at_eights),
+    "batch of batches": lambda ds: ds.batch(4, collate_fn=fails_at_eights).batch(
+        2, collate_fn=list
+    ),
+    "after a failed row": lambda ds: ds.map(fails, on_error="skip").batch(
+        4, collate_fn=fails_at_eights
+    ),
 }
 
 
@@ -301,7 +330,9 @@ WHOLE = {
 @pytest.mark.parametrize("stream", [False, True])
 def test_all_rows_of_a_batch_that_fails_count(kind: str, stream: bool) -> None:
     source = ms.from_dataset(rows(0, 40), name="web")
-    loader = ms.DataLoader(WHOLE[kind]((source.filter(bool) if stream else source).track(**METRICS)))
+    loader = ms.DataLoader(
+        WHOLE[kind]((source.filter(bool) if stream else source).track(**METRICS))
+    )
     iterator, failed = iter(loader), 0
     while True:
         try:
@@ -317,7 +348,9 @@ def test_all_rows_of_a_batch_that_fails_count(kind: str, stream: bool) -> None:
 @pytest.mark.parametrize("raised", [True, False])
 def test_errors_that_are_raised_count_once_over_resumes(raised: bool) -> None:
     def made() -> ms.DataLoader:
-        return ms.DataLoader(ms.from_dataset(rows(0, 66)).track(**METRICS).map(fails), batch_size=4, collate_fn=list)
+        return ms.DataLoader(
+            ms.from_dataset(rows(0, 66)).track(**METRICS).map(fails), batch_size=4, collate_fn=list
+        )
 
     loader = made()
     iterator = iter(loader)
@@ -402,13 +435,22 @@ def test_a_state_saved_before_loads_into_more_ranks_and_counts_nothing_twice() -
         assert told(ms.progress(again)) == told(ms.progress(state))
         cluster.run(1)
         again = ms.merge_states(cluster.states())
-        assert ms.progress(again).metrics["size"]["count"] == ms.progress(state).metrics["size"]["count"] + 4 * size
+        assert (
+            ms.progress(again).metrics["size"]["count"]
+            == ms.progress(state).metrics["size"]["count"] + 4 * size
+        )
 
 
 def test_other_weights_and_sources_keep_the_totals() -> None:
     def made(names: str, weights: dict[str, int]) -> ms.DataLoader:
-        parts = {name: ms.from_dataset(rows(k, 90), name=name) for k, name in enumerate("abc") if name in names}
-        return ms.DataLoader(ms.interleave(parts, weights).track(size=of_size), batch_size=4, collate_fn=list)
+        parts = {
+            name: ms.from_dataset(rows(k, 90), name=name)
+            for k, name in enumerate("abc")
+            if name in names
+        }
+        return ms.DataLoader(
+            ms.interleave(parts, weights).track(size=of_size), batch_size=4, collate_fn=list
+        )
 
     loader = made("ab", {"a": 1, "b": 1})
     for _ in zip(range(6), loader):
@@ -418,7 +460,9 @@ def test_other_weights_and_sources_keep_the_totals() -> None:
     other.load_state_dict(loader.state_dict(), strict=False)
     after = other.progress()
     assert after.sources["b"].metrics == before.sources["b"].metrics
-    assert after.metrics == before.metrics  # those of the source that is gone are in the whole still
+    assert (
+        after.metrics == before.metrics
+    )  # those of the source that is gone are in the whole still
     for _ in zip(range(3), other):
         pass
     assert other.progress().metrics["size"]["count"] == 36
@@ -448,7 +492,10 @@ def test_an_input_that_was_removed_counts_when_it_is_there_again(stream: bool) -
 
 
 def test_batches_that_only_fill_up_the_last_round_do_not_count() -> None:
-    ranks = [ms.DataLoader(pipeline("rows"), rank=rank, world_size=4, remainder="pad", lanes=12) for rank in range(4)]
+    ranks = [
+        ms.DataLoader(pipeline("rows"), rank=rank, world_size=4, remainder="pad", lanes=12)
+        for rank in range(4)
+    ]
     for loader in ranks:
         list(loader)
     merged = ms.merge_states([loader.state_dict() for loader in ranks])
@@ -465,15 +512,21 @@ def test_three_distributions_of_a_hundred_sources_stay_within_their_kilobyte() -
     rng = np.random.default_rng(1)
     parts = {
         f"s{k:02d}": ms.from_dataset(rng.lognormal(6, 2, 400), name=f"s{k:02d}").track(
-            a=ms.distribution(float), b=ms.distribution(lambda x: -x), c=ms.distribution(lambda x: x % 1)
+            a=ms.distribution(float),
+            b=ms.distribution(lambda x: -x),
+            c=ms.distribution(lambda x: x % 1),
         )
         for k in range(20)
     }
-    loader = ms.DataLoader(ms.interleave(parts, stopping_strategy="all_exhausted_without_replacement"), batch_size=32)
+    loader = ms.DataLoader(
+        ms.interleave(parts, stopping_strategy="all_exhausted_without_replacement"), batch_size=32
+    )
     for _ in loader:
         pass
     state = loader.state_dict()
-    tracked = [lane for lane in map(json.loads, filter(None, state["lanes"].values())) if "tracked" in lane]
+    tracked = [
+        lane for lane in map(json.loads, filter(None, state["lanes"].values())) if "tracked" in lane
+    ]
     assert len(tracked) == 1
     each = [
         len(json.dumps(totals, separators=(",", ":")))
@@ -488,7 +541,11 @@ def test_three_distributions_of_a_hundred_sources_stay_within_their_kilobyte() -
 
 def test_a_thousand_steps_back_the_totals_of_many_sources_take_little_memory() -> None:
     parts = {f"s{k}": ms.from_dataset(range(k, 4000, 3), name=f"s{k}") for k in range(8)}
-    mix = ms.interleave(parts).repeat().track(a=ms.distribution(float), b=ms.distribution(lambda x: -x * x))
+    mix = (
+        ms.interleave(parts)
+        .repeat()
+        .track(a=ms.distribution(float), b=ms.distribution(lambda x: -x * x))
+    )
     loader = ms.DataLoader(mix, batch_size=8, collate_fn=list)
     states = {}
     tracemalloc.start()
@@ -535,8 +592,17 @@ def test_what_cannot_be_tracked_is_refused() -> None:
 
 
 def test_numbers_of_numpy_and_torch_are_numbers() -> None:
-    for fn in (np.float32, np.int64, torch.tensor, bool, lambda x: np.array([x]), lambda x: torch.tensor(x) > 1):
-        loader = ms.DataLoader(ms.from_dataset(range(4)).track(x=fn, n=ms.count(lambda x: np.int64(x))), batch_size=4)
+    for fn in (
+        np.float32,
+        np.int64,
+        torch.tensor,
+        bool,
+        lambda x: np.array([x]),
+        lambda x: torch.tensor(x) > 1,
+    ):
+        loader = ms.DataLoader(
+            ms.from_dataset(range(4)).track(x=fn, n=ms.count(lambda x: np.int64(x))), batch_size=4
+        )
         next(iter(loader))
         assert loader.progress().metrics["x"]["count"] == 4
         assert loader.progress().metrics["n"] == {"0": 1, "1": 1, "2": 1, "3": 1}
@@ -576,7 +642,11 @@ def test_how_it_looks() -> None:
     loader = ms.DataLoader(pipeline("rows"), lanes=6)
     for _ in zip(range(10), loader):
         pass
-    text, page, flat = str(loader.progress()), loader.progress()._repr_html_(), loader.progress().to_dict()
+    text, page, flat = (
+        str(loader.progress()),
+        loader.progress()._repr_html_(),
+        loader.progress().to_dict(),
+    )
     assert "tracked:" in text
     assert "counted:" in text
     assert all(len(line) < 120 for line in text.splitlines())
@@ -614,6 +684,8 @@ class Language(str, enum.Enum):
 
 
 def test_a_category_of_an_enumeration_is_its_value() -> None:
-    loader = ms.DataLoader(ms.from_dataset(range(4)).track(of=ms.count(lambda _: Language.EN)), batch_size=4)
+    loader = ms.DataLoader(
+        ms.from_dataset(range(4)).track(of=ms.count(lambda _: Language.EN)), batch_size=4
+    )
     next(iter(loader))
     assert loader.progress().metrics["of"] == {"en": 4}

@@ -1,4 +1,6 @@
-"""Hugging Face's Trainer: resumed after any step, with accumulated gradients, after SIGTERM, killed on two ranks."""
+"""Hugging Face's Trainer: resumed after any step, with accumulated gradients, after SIGTERM, killed
+on two ranks.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,11 @@ def sized() -> ms.Dataset:
 
 def unsized() -> ms.Dataset:
     return (
-        ms.from_dataset(range(80), name="web").filter(lambda x: x % 4).shuffle(4, buffer_size=96).take(48).map(_sample)
+        ms.from_dataset(range(80), name="web")
+        .filter(lambda x: x % 4)
+        .shuffle(4, buffer_size=96)
+        .take(48)
+        .map(_sample)
     )
 
 
@@ -67,7 +73,13 @@ PIPELINES = {"sized": sized, "unsized": unsized}
 
 
 def train(
-    folder: Path, data: Any, *, resume: Any = None, net: Net | None = None, callbacks: Any = (), **options: Any
+    folder: Path,
+    data: Any,
+    *,
+    resume: Any = None,
+    net: Net | None = None,
+    callbacks: Any = (),
+    **options: Any,
 ) -> Any:
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -76,17 +88,27 @@ def train(
         disable_tqdm=True,
         use_cpu=True,
         seed=1,
-        **{"save_strategy": "steps", "save_steps": 1, "logging_steps": 1000, "learning_rate": 0.1, **options},
+        **{
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "logging_steps": 1000,
+            "learning_rate": 0.1,
+            **options,
+        },
     )
     net = net or Net()
-    trainer = ResumeTrainer(model=net, args=arguments, train_dataset=data, callbacks=list(callbacks))
+    trainer = ResumeTrainer(
+        model=net, args=arguments, train_dataset=data, callbacks=list(callbacks)
+    )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     net.steps = trainer.state.global_step  # type: ignore[assignment]
     return net
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    return dict(sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*")))
+    return dict(
+        sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*"))
+    )
 
 
 class Shown(TrainerCallback):  # type: ignore[misc]
@@ -108,14 +130,18 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_resumed_after_any_step_it_is_shown_what_an_uninterrupted_run_is(case: str, tmp_path: Path) -> None:
+def test_resumed_after_any_step_it_is_shown_what_an_uninterrupted_run_is(
+    case: str, tmp_path: Path
+) -> None:
     pipeline, options = PIPELINES[case.split(",")[0]], CASES[case]
     shown = Shown()
     whole = train(tmp_path / "whole", pipeline(), callbacks=[shown], **options)
     found = checkpoints(tmp_path / "whole")
     assert list(found) == list(range(1, whole.steps + 1))
     if options == CASES["sized, gradients of two"]:
-        assert whole.steps == 16 and len(whole.seen) == 30  # the last step of an epoch has one batch
+        assert (
+            whole.steps == 16 and len(whole.seen) == 30
+        )  # the last step of an epoch has one batch
     for step in [1, 2, 7, 8, 9, 11, 14, 15]:
         if step >= whole.steps:  # the Trainer itself takes one step too many there, with any data
             continue
@@ -179,12 +205,18 @@ def test_a_checkpoint_on_sigterm_has_the_step_that_was_not_trained(
     whole = train(tmp_path / "whole", sized(), **options)
     try:
         before = signal.getsignal(signal.SIGTERM)
-        train(tmp_path / "jit", sized(), net=Net(_terminated), enable_jit_checkpoint=True, **options)
+        train(
+            tmp_path / "jit", sized(), net=Net(_terminated), enable_jit_checkpoint=True, **options
+        )
     finally:
         signal.signal(signal.SIGTERM, before)
     ((step, path),) = checkpoints(tmp_path / "jit").items()
     net = train(tmp_path / "rest", sized(), resume=path, **options)
-    assert net.seen == whole.seen[2 * step :] and net.losses == whole.losses[2 * step :] and net.steps == 16
+    assert (
+        net.seen == whole.seen[2 * step :]
+        and net.losses == whole.losses[2 * step :]
+        and net.steps == 16
+    )
 
 
 def test_a_checkpoint_without_a_position_is_refused(tmp_path: Path) -> None:
@@ -195,7 +227,9 @@ def test_a_checkpoint_without_a_position_is_refused(tmp_path: Path) -> None:
         train(tmp_path, sized(), resume=path, max_steps=2)
 
 
-def test_plain_lists_are_shuffled_and_columns_the_model_does_not_take_are_left_out(tmp_path: Path) -> None:
+def test_plain_lists_are_shuffled_and_columns_the_model_does_not_take_are_left_out(
+    tmp_path: Path,
+) -> None:
     data = [_sample(number) for number in range(58)]
     whole = train(tmp_path / "whole", data, num_train_epochs=2)
     assert (
@@ -204,12 +238,16 @@ def test_plain_lists_are_shuffled_and_columns_the_model_does_not_take_are_left_o
         != [x for ids in whole.seen[:15] for x in ids]
     )
     assert whole.seen[:15] != whole.seen[15:]
-    rest = train(tmp_path / "rest", data, resume=checkpoints(tmp_path / "whole")[18], num_train_epochs=2)
+    rest = train(
+        tmp_path / "rest", data, resume=checkpoints(tmp_path / "whole")[18], num_train_epochs=2
+    )
     assert rest.seen == whole.seen[18:]
 
 
 def ranks_sized() -> ms.Dataset:
-    return ms.from_dataset(range(120), name="web").shuffle(3).map(_sample)  # 15 batches on each of two ranks
+    return (
+        ms.from_dataset(range(120), name="web").shuffle(3).map(_sample)
+    )  # 15 batches on each of two ranks
 
 
 def ranks_unsized() -> ms.Dataset:
@@ -226,7 +264,11 @@ def _ranks(folder: str, name: str, attempt: str, death: str, resume: str) -> Non
     """What torchrun starts; rank 0 dies at its ``death``-th batch, which is taken and not trained."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    net = Net(lambda seen: os.kill(os.getpid(), signal.SIGKILL) if rank == 0 and seen == int(death) else None)
+    net = Net(
+        lambda seen: (
+            os.kill(os.getpid(), signal.SIGKILL) if rank == 0 and seen == int(death) else None
+        )
+    )
     pipeline, options = RANKS[name]
     with open(f"{folder}/{attempt}-{rank}", "w") as ledger:
 
@@ -256,7 +298,9 @@ def test_killed_on_two_ranks_it_goes_on(name: str, tmp_path: Path) -> None:
         torchrun(__file__, ranks, tmp_path, name, attempt, death, resume, dies=death > 0)
         return ledgers(tmp_path, attempt, ranks)
 
-    one = ms.DataLoader(RANKS[name][0](), batch_size=4, collate_fn=lambda rows: [row["unused"] for row in rows])
+    one = ms.DataLoader(
+        RANKS[name][0](), batch_size=4, collate_fn=lambda rows: [row["unused"] for row in rows]
+    )
     reference = list(one) + list(one)
     whole = run("whole", 2)
     assert [ids for step in zip(*(rank[-1][0] for rank in whole)) for ids in step] == reference[
@@ -264,7 +308,9 @@ def test_killed_on_two_ranks_it_goes_on(name: str, tmp_path: Path) -> None:
     ]
     killed = run("killed", 2, death=21 if name == "sized" else 11)
     newest = tmp_path / "killed" / "checkpoint-9"
-    taken = 17 if name == "sized" else 9  # micro-batches of nine steps: an epoch of 15 and one step of two
+    taken = (
+        17 if name == "sized" else 9
+    )  # micro-batches of nine steps: an epoch of 15 and one step of two
     assert newest.is_dir() and [len(rank) for rank in killed] == [10, 10]
     rest = run("rest", 2, resume=str(newest))
     for rank in range(2):
@@ -276,7 +322,9 @@ def test_killed_on_two_ranks_it_goes_on(name: str, tmp_path: Path) -> None:
         printed = torchrun(__file__, 3, tmp_path, name, "three", 0, resume, dies=True)
         assert "was saved on 2 ranks, and there are 3" in printed and "Start 2 ranks; or" in printed
         return
-    three = run("three", 3, resume=resume)  # a step is a step: nothing is counted by the number of ranks
+    three = run(
+        "three", 3, resume=resume
+    )  # a step is a step: nothing is counted by the number of ranks
     assert [len(rank) for rank in three] == [3] * 3
     batches = [ids for step in zip(*(rank[-1][0] for rank in three)) for ids in step]
     assert batches == reference[18:27]

@@ -1,4 +1,6 @@
-"""The laws of the way from worker to main process: what arrives is what was made, nobody waits, and nothing is left behind."""
+"""The laws of the way from worker to main process: what arrives is what was made, nobody waits, and
+nothing is left behind.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,9 @@ leaves = st.one_of(
     st.text(max_size=5),
     st.binary(max_size=5),
     st.builds(
-        lambda size, kind: np.arange(size).astype(kind), st.integers(0, 6000), st.sampled_from(["i1", "f4", "f8"])
+        lambda size, kind: np.arange(size).astype(kind),
+        st.integers(0, 6000),
+        st.sampled_from(["i1", "f4", "f8"]),
     ),
     st.builds(
         lambda size, kind: torch.arange(size).to(kind),
@@ -235,9 +239,13 @@ def test_a_fork_of_the_main_process_gives_no_slot_back(worker: Arena) -> None:
     assert worker.used[0] == 0
 
 
-def test_a_pinned_parcel_gives_its_slot_back(worker: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pinned_parcel_gives_its_slot_back(
+    worker: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arrived = pickle.loads(pickle.dumps(pack([torch.ones(INLINE)])))
-    monkeypatch.setattr(transport.pin_memory, "pin_memory", lambda value: [each.clone() for each in value])
+    monkeypatch.setattr(
+        transport.pin_memory, "pin_memory", lambda value: [each.clone() for each in value]
+    )
     pinned = arrived.pin_memory()
     assert worker.used[0] == 0
     assert pinned.open()[0].equal(torch.ones(INLINE))
@@ -295,7 +303,9 @@ class Uneven:
 
 def uneven(workers: int, **options: Any) -> ms.DataLoader:
     return ms.DataLoader(
-        ms.from_dataset(range(240)).shuffle(1).batch(4, collate_fn=Uneven()), num_workers=workers, **options
+        ms.from_dataset(range(240)).shuffle(1).batch(4, collate_fn=Uneven()),
+        num_workers=workers,
+        **options,
     )
 
 
@@ -385,7 +395,9 @@ def test_a_worker_lets_go_of_the_memory_of_other_loaders() -> None:
     for batch in first:
         pass
     del batch
-    ds = ms.from_dataset(range(4)).map(lambda x: [os.readlink(f"/proc/self/fd/{fd}") for fd in held_files()])
+    ds = ms.from_dataset(range(4)).map(
+        lambda x: [os.readlink(f"/proc/self/fd/{fd}") for fd in held_files()]
+    )
     second = ms.DataLoader(ds, None, num_workers=1, multiprocessing_context="fork")
     found = list(second)[-1]
     own = sum("memfd:midstream" in name for name in found)
@@ -411,7 +423,9 @@ def test_a_batch_that_cannot_travel_is_an_error_that_says_so() -> None:
     iterator = iter(made)
     assert [next(iterator) for _ in range(4)] == [0, 1, 2, 3]
     state = made.state_dict()
-    with pytest.raises(ms.WorkerError, match=r"batch 4 \(generator\) cannot leave its worker process.*pickle"):
+    with pytest.raises(
+        ms.WorkerError, match=r"batch 4 \(generator\) cannot leave its worker process.*pickle"
+    ):
         next(iterator)
     assert made.state_dict() == state
     made.close()
@@ -432,7 +446,9 @@ def test_pipes_travel_as_multiprocessing_sends_them() -> None:
 
 def test_origins_do_not_hold_a_slot(worker: Arena) -> None:
     origins = np.arange(5 * INLINE).reshape(-1, 5)
-    packed = readers.send((3, -1, [readers.Out(readers.BATCH, torch.ones(INLINE), origins, True, "s", None)]))
+    packed = readers.send(
+        (3, -1, [readers.Out(readers.BATCH, torch.ones(INLINE), origins, True, "s", None)])
+    )
     assert isinstance(packed, Parcel)
     number, lane, (out,) = readers.deliver(pickle.loads(pickle.dumps(packed)))
     assert (number, lane, out.final, out.state) == (3, -1, True, "s")
@@ -569,13 +585,18 @@ def test_nothing_is_left_in_dev_shm_nor_any_process(method: str, end: str, tmp_p
     deadline = time.monotonic() + 60
     while any(os.path.exists(f"/proc/{pid}") for pid in pids[1:]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    left = [name for name in os.listdir("/dev/shm") if any(str(pid) in name.split("_") for pid in pids)]
+    left = [
+        name for name in os.listdir("/dev/shm") if any(str(pid) in name.split("_") for pid in pids)
+    ]
     assert left == []
     assert not [pid for pid in pids[1:] if holds_our_file(pid)]
 
 
 def holds_our_file(pid: int) -> bool:
     try:
-        return any("memfd:midstream" in os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
+        return any(
+            "memfd:midstream" in os.readlink(f"/proc/{pid}/fd/{fd}")
+            for fd in os.listdir(f"/proc/{pid}/fd")
+        )
     except OSError:
         return False

@@ -1,4 +1,6 @@
-"""A worker process that dies: told at once when a batch is asked for, never in between, and never waited for in vain."""
+"""A worker process that dies: told at once when a batch is asked for, never in between, and never
+waited for in vain.
+"""
 
 from __future__ import annotations
 
@@ -212,7 +214,9 @@ def test_all_of_it_goes_with_its_iterator() -> None:
     gc.disable()
     try:
         of = loader._iterator
-        held = [weakref.ref(x) for x in (of, of.wait, of._worker_result_queue._reader, of._workers[0])]
+        held = [
+            weakref.ref(x) for x in (of, of.wait, of._worker_result_queue._reader, of._workers[0])
+        ]
         del of
         loader.close()
         del batches, loader
@@ -251,7 +255,9 @@ ENDED = """
 """
 
 
-def test_a_worker_that_had_sent_all_may_die_and_the_epoch_is_whole_and_so_is_the_next(tmp_path: Path) -> None:
+def test_a_worker_that_had_sent_all_may_die_and_the_epoch_is_whole_and_so_is_the_next(
+    tmp_path: Path,
+) -> None:
     """Also while another takes its time in the middle of a batch."""
     ((first, second, whole),) = run(tmp_path, ENDED)
     assert first == second == whole
@@ -322,7 +328,9 @@ INTERRUPTED = """
 """
 
 
-def test_a_cell_that_was_interrupted_in_the_middle_of_a_batch_can_be_run_again(tmp_path: Path) -> None:
+def test_a_cell_that_was_interrupted_in_the_middle_of_a_batch_can_be_run_again(
+    tmp_path: Path,
+) -> None:
     said, (batches,) = run(tmp_path, INTERRUPTED)
     assert said == ["interrupted"]
     assert batches == [list(range(row, row + 4)) for row in range(0, 400, 4)]
@@ -359,5 +367,6 @@ def test_a_death_while_workers_start_is_told_by_iter(tmp_path: Path) -> None:
     for text, alive in told:
         assert alive == []
         assert re.match(
-            r"DataLoader worker 1 \(pid \d+\) ended with exit status 3, before it had begun to read\.", text
+            r"DataLoader worker 1 \(pid \d+\) ended with exit status 3, before it had begun to read\.",
+            text,
         )

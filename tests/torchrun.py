@@ -1,4 +1,6 @@
-"""Starts a program on several ranks, in the environment of torchrun, and reads what they wrote down."""
+"""Starts a program on several ranks, in the environment of torchrun, and reads what they wrote
+down.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,13 @@ from typing import Any
 from nursery import nursery
 
 
-def torchrun(program: str, ranks: int, *arguments: Any, dies: bool = False, timeout: float = 240) -> str:
+def torchrun(
+    program: str, ranks: int, *arguments: Any, dies: bool = False, timeout: float = 240
+) -> str:
     """Run a file on CPU ranks and return its stderr; it must end well, or with ``dies`` must not.
 
-    `test_cluster.py` runs torchrun itself. Here the ranks are forked from an interpreter that has imported the file.
+    `test_cluster.py` runs torchrun itself. Here the ranks are forked from an interpreter that has
+    imported the file.
     """
     for_all = {
         "CUDA_VISIBLE_DEVICES": "",
@@ -22,10 +27,14 @@ def torchrun(program: str, ranks: int, *arguments: Any, dies: bool = False, time
         "TORCHELASTIC_RUN_ID": "none",
         "WORLD_SIZE": str(ranks),
     }
-    environments = [{**for_all, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    environments = [
+        {**for_all, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)
+    ]
     with tempfile.NamedTemporaryFile("r") as errors:
         command, imported = [program, *map(str, arguments)], nursery(Path(program).stem)
-        statuses = imported.run(command, environments, Path(errors.name), timeout=timeout, store=True)
+        statuses = imported.run(
+            command, environments, Path(errors.name), timeout=timeout, store=True
+        )
         printed = errors.read()
     assert any(statuses) == dies, f"{statuses}: {printed[-5000:]}"
     return printed
@@ -34,5 +43,6 @@ def torchrun(program: str, ranks: int, *arguments: Any, dies: bool = False, time
 def ledgers(folder: Path, attempt: str, ranks: int) -> list[list[Any]]:
     """The lines that each rank wrote to its file ``attempt-rank``."""
     return [
-        [json.loads(line) for line in (folder / f"{attempt}-{rank}").read_text().splitlines()] for rank in range(ranks)
+        [json.loads(line) for line in (folder / f"{attempt}-{rank}").read_text().splitlines()]
+        for rank in range(ranks)
     ]

@@ -23,27 +23,43 @@ def _sample(number: Any) -> dict[str, Any]:
 def mixed() -> ms.Dataset:
     """Random access: tokens of two sources, mixed and shuffled."""
     sources = {
-        name: ms.from_dataset(range(low, low + 480), name=name).shuffle(1) for name, low in (("web", 0), ("code", 1000))
+        name: ms.from_dataset(range(low, low + 480), name=name).shuffle(1)
+        for name, low in (("web", 0), ("code", 1000))
     }
-    mix = ms.interleave(sources, weights={"web": 2, "code": 1}, stopping_strategy="all_exhausted_without_replacement")
+    mix = ms.interleave(
+        sources,
+        weights={"web": 2, "code": 1},
+        stopping_strategy="all_exhausted_without_replacement",
+    )
     return mix.shuffle(3).map(_sample)
 
 
 def streamed() -> ms.Dataset:
     """A stream: filtered, then shuffled in a buffer."""
-    return ms.from_dataset(range(1100), name="web").filter(lambda x: x % 7).shuffle(4, buffer_size=100).map(_sample)
+    return (
+        ms.from_dataset(range(1100), name="web")
+        .filter(lambda x: x % 7)
+        .shuffle(4, buffer_size=100)
+        .map(_sample)
+    )
 
 
 def uneven() -> ms.Dataset:
     """Finite, and its lanes end at very different steps."""
-    return ms.from_dataset(range(1000), name="web").filter(lambda x: x % 192 > 60 or x > 500).map(_sample)
+    return (
+        ms.from_dataset(range(1000), name="web")
+        .filter(lambda x: x % 192 > 60 or x > 500)
+        .map(_sample)
+    )
 
 
 PIPELINES = {"mixed": mixed, "streamed": streamed, "uneven": uneven}
 
 
 def main() -> None:
-    """``train_ranks.py PIPELINE LEDGER DEATH --root ...``; DEATH is ``kind:rank:step``, or ``none``."""
+    """``train_ranks.py PIPELINE LEDGER DEATH --root ...``; DEATH is ``kind:rank:step``, or
+    ``none``.
+    """
     name, ledger, death = sys.argv[1:4]
     args = train_ddp.arguments(sys.argv[4:])
     rank = int(os.environ["RANK"])
@@ -55,16 +71,27 @@ def main() -> None:
     def after_step(loader: Any, batch: Any, step: int) -> None:
         nonlocal taken
         current = loader._current
-        number = current.first + (current.steps - current.first_step - 1) * current.topology.world_size
+        number = (
+            current.first + (current.steps - current.first_step - 1) * current.topology.world_size
+        )
         file.write(
-            json.dumps([step, loader.epoch if not current.complete else loader.epoch - 1, number, batch["id"].tolist()])
+            json.dumps(
+                [
+                    step,
+                    loader.epoch if not current.complete else loader.epoch - 1,
+                    number,
+                    batch["id"].tolist(),
+                ]
+            )
             + "\n"
         )
         file.flush()
         os.fsync(file.fileno())
         taken = step
         while kind == "term" and step >= int(at) + 2 and not signalled.exists():
-            time.sleep(0.01)  # on a busy machine the signal could come after the step at which the next attempt dies
+            time.sleep(
+                0.01
+            )  # on a busy machine the signal could come after the step at which the next attempt dies
         if mine and kind == "worker" and step == int(at):
             os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
 

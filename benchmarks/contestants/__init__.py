@@ -1,4 +1,6 @@
-"""The contestants, one file a library. importing one imports no library, for they are not all installed everywhere."""
+"""The contestants, one file a library. importing one imports no library, for they are not all
+installed everywhere.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,16 @@ import importlib
 
 from interface import Contestant
 
-MODULES = ("limit", "midstream", "torch_loaders", "nodes", "grain", "mosaic", "litdata", "webdataset")
+MODULES = (
+    "limit",
+    "midstream",
+    "torch_loaders",
+    "nodes",
+    "grain",
+    "mosaic",
+    "litdata",
+    "webdataset",
+)
 """Each has a list of its contestants, ALL."""
 
 

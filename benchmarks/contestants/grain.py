@@ -1,4 +1,6 @@
-"""Google's Grain over a source of its own kind: random access to the same memory-mapped Arrow files."""
+"""Google's Grain over a source of its own kind: random access to the same memory-mapped Arrow
+files.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,16 @@ class _Collate:
         self.shape = shape
 
     def __call__(self, samples: Any) -> Any:
-        return numpy_batch([one["id"] for one in samples], [one["input_ids"] for one in samples], self.shape)
+        return numpy_batch(
+            [one["id"] for one in samples], [one["input_ids"] for one in samples], self.shape
+        )
 
 
 def _stack(samples: Any) -> Any:
-    return {"id": np.array([one["id"] for one in samples]), "image": np.stack([one["image"] for one in samples])}
+    return {
+        "id": np.array([one["id"] for one in samples]),
+        "image": np.stack([one["image"] for one in samples]),
+    }
 
 
 def _stack_numbers(samples: Any) -> Any:
@@ -101,7 +108,10 @@ class _Tensors:
     def __next__(self) -> Any:
         batch = next(self.inner)
         if isinstance(batch, dict):
-            return {key: as_tensor(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()}
+            return {
+                key: as_tensor(value) if isinstance(value, np.ndarray) else value
+                for key, value in batch.items()
+            }
         return as_tensor(batch)
 
 
@@ -124,17 +134,24 @@ class Grain(Contestant):
         from grain import experimental
 
         if work.kind == SOURCES:
-            parts = [grain.MapDataset.range(4096).shuffle(seed=n).repeat() for n in range(work.sources)]
+            parts = [
+                grain.MapDataset.range(4096).shuffle(seed=n).repeat() for n in range(work.sources)
+            ]
             weights = [1.0] * len(parts)
         else:
             source = _Images if work.kind == IMAGES else Views
-            parts = [grain.MapDataset.source(source(f)).shuffle(seed=work.seed) for f in work.folders.values()]
+            parts = [
+                grain.MapDataset.source(source(f)).shuffle(seed=work.seed)
+                for f in work.folders.values()
+            ]
             weights = [float(WEIGHTS.get(part, 1)) for part in work.folders]
         rows = grain.MapDataset.mix(parts, weights) if len(parts) > 1 else parts[0]
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         if work.kind == PACK:
             stream = rows.map(_tokens).to_iter_dataset(options)
-            stream = experimental.ConcatThenSplitIterDataset(stream, length_struct={"input_ids": SEQ_LEN})
+            stream = experimental.ConcatThenSplitIterDataset(
+                stream, length_struct={"input_ids": SEQ_LEN}
+            )
             stream = stream.batch(ROWS_PACKED)
         else:
             collate: Any = _stack_numbers if work.kind == SOURCES else _Collate(work.shape)

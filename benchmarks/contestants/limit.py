@@ -1,4 +1,6 @@
-"""What the bytes allow: numpy views over memory-mapped Arrow in a plain Python loop, with no loader at all."""
+"""What the bytes allow: numpy views over memory-mapped Arrow in a plain Python loop, with no loader
+at all.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +51,16 @@ class _RowByRow:
         weights = np.array([WEIGHTS.get(part, 1) for part in self.work.folders], dtype=float)
         orders = [iter(rng.permutation(len(views)).tolist()) for views in self.views]
         while True:
-            chosen = rng.choice(len(orders), size=self.work.batch_size, p=weights / weights.sum()).tolist()
+            chosen = rng.choice(
+                len(orders), size=self.work.batch_size, p=weights / weights.sum()
+            ).tolist()
             try:
                 rows = [self.views[source][next(orders[source])] for source in chosen]
             except StopIteration:
                 return
-            yield tensor_batch([row["id"] for row in rows], [row["input_ids"] for row in rows], self.work.shape)
+            yield tensor_batch(
+                [row["id"] for row in rows], [row["input_ids"] for row in rows], self.work.shape
+            )
 
 
 class _Mix:
@@ -86,7 +92,9 @@ class _Mix:
 
 
 class _Images:
-    """The user's function in a loop, in so many processes; the processes share the rows and send nothing."""
+    """The user's function in a loop, in so many processes; the processes share the rows and send
+    nothing.
+    """
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -98,7 +106,10 @@ class _Images:
         order = np.random.default_rng(self.work.seed).permutation(len(raw))
         size = self.work.batch_size
         for first in range(0, len(order) - size + 1, size):
-            rows = [{"id": raw.ids[row], "jpeg": raw[row].tobytes()} for row in order[first : first + size].tolist()]
+            rows = [
+                {"id": raw.ids[row], "jpeg": raw[row].tobytes()}
+                for row in order[first : first + size].tolist()
+            ]
             yield stack_images([decode_row(row) for row in rows])
 
 
@@ -170,7 +181,9 @@ class _Remote:
             size = self.work.batch_size
             for first in range(0, len(order) - size + 1, size):
                 rows = order[first : first + size]
-                arrays = [values[s:e] for s, e in zip(offsets[rows].tolist(), offsets[rows + 1].tolist())]
+                arrays = [
+                    values[s:e] for s, e in zip(offsets[rows].tolist(), offsets[rows + 1].tolist())
+                ]
                 yield numpy_batch(ids[rows].tolist(), arrays, self.work.shape)
 
 

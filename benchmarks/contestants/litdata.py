@@ -41,18 +41,30 @@ class LitData(Contestant):
         import litdata
 
         parts = [
-            litdata.StreamingDataset(f"{folder}/litdata", shuffle=True, seed=work.seed, drop_last=False)
+            litdata.StreamingDataset(
+                f"{folder}/litdata", shuffle=True, seed=work.seed, drop_last=False
+            )
             for folder in work.folders.values()
         ]
         if len(parts) > 1:
             shares = [WEIGHTS[part] / sum(WEIGHTS.values()) for part in work.folders]
-            data = litdata.CombinedStreamingDataset(parts, weights=shares, iterate_over_all=False, seed=work.seed)
+            data = litdata.CombinedStreamingDataset(
+                parts, weights=shares, iterate_over_all=False, seed=work.seed
+            )
         else:
             data = parts[0]
-        how: dict[str, Any] = {"collate_fn": _Decode() if work.kind == IMAGES else Collate(work.shape)}
+        how: dict[str, Any] = {
+            "collate_fn": _Decode() if work.kind == IMAGES else Collate(work.shape)
+        }
         if work.workers:
-            how |= {"multiprocessing_context": work.start, "persistent_workers": work.persistent, "prefetch_factor": 2}
-        loader = litdata.StreamingDataLoader(data, batch_size=work.batch_size, num_workers=work.workers, **how)
+            how |= {
+                "multiprocessing_context": work.start,
+                "persistent_workers": work.persistent,
+                "prefetch_factor": 2,
+            }
+        loader = litdata.StreamingDataLoader(
+            data, batch_size=work.batch_size, num_workers=work.workers, **how
+        )
         reader = Reader(loader)
         return PackedReader(reader) if work.kind == PACK else reader
 

@@ -68,12 +68,19 @@ class Midstream(Contestant):
 
         if work.kind == SOURCES:
             rows = range(4096)
-            parts = {f"s{number:03d}": ms.from_dataset(rows).shuffle(number) for number in range(work.sources)}
+            parts = {
+                f"s{number:03d}": ms.from_dataset(rows).shuffle(number)
+                for number in range(work.sources)
+            }
             return (ms.interleave(parts) if len(parts) > 1 else parts["s000"]).repeat()
         if work.kind == REMOTE:
             return ms.read_parquet(f"{work.url}/*.parquet").shuffle(work.seed)
         parts = {part: _source(folder).shuffle(work.seed) for part, folder in work.folders.items()}
-        ds = ms.interleave(parts, weights=WEIGHTS, seed=work.seed) if len(parts) > 1 else next(iter(parts.values()))
+        ds = (
+            ms.interleave(parts, weights=WEIGHTS, seed=work.seed)
+            if len(parts) > 1
+            else next(iter(parts.values()))
+        )
         if work.kind == PACK:
             return ds.pack(SEQ_LEN)
         return ds.map(decode_row) if work.kind == IMAGES else ds
@@ -94,7 +101,11 @@ class Midstream(Contestant):
             how["collate_fn"] = stack_images
         elif work.kind == PACK:
             how["drop_last"] = True
-        return Reader(ms.DataLoader(self.pipeline(work), ROWS_PACKED if work.kind == PACK else work.batch_size, **how))
+        return Reader(
+            ms.DataLoader(
+                self.pipeline(work), ROWS_PACKED if work.kind == PACK else work.batch_size, **how
+            )
+        )
 
     def versions(self) -> dict[str, str]:
         """Of what it stands on."""
@@ -103,7 +114,11 @@ class Midstream(Contestant):
 
         import midstream as ms
 
-        return {"midstream": ms.__version__, "torchdata": torchdata.__version__, "datasets": datasets.__version__}
+        return {
+            "midstream": ms.__version__,
+            "torchdata": torchdata.__version__,
+            "datasets": datasets.__version__,
+        }
 
 
 class MidstreamThreads(Midstream):
@@ -140,7 +155,8 @@ class MidstreamStream(Midstream):
         if work.kind == SOURCES:
             rows = range(4096)
             parts = {
-                f"s{number:03d}": ms.from_dataset(rows).shuffle(number).filter(_yes) for number in range(work.sources)
+                f"s{number:03d}": ms.from_dataset(rows).shuffle(number).filter(_yes)
+                for number in range(work.sources)
             }
             return (ms.interleave(parts) if len(parts) > 1 else parts["s000"]).repeat()
         return _source(work.part()).filter(_yes).shuffle(work.seed, buffer_size=BUFFER)

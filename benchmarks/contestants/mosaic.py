@@ -54,7 +54,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def streaming_library() -> Any:
-    """The library. It imports torchvision for its picture datasets, which loads only beside the torch it was built with."""
+    """The library. It imports torchvision for its picture datasets, which loads only beside the
+    torch it was built with.
+    """
     try:
         import torchvision  # noqa: F401
     except Exception:
@@ -111,10 +113,18 @@ class Mosaic(Contestant):
             data = streaming.StreamingDataset(streams=streams, **common)
         else:
             data = streaming.StreamingDataset(local=f"{work.part()}/mds", **common)
-        how: dict[str, Any] = {"collate_fn": _Decode() if work.kind == IMAGES else Collate(work.shape)}
+        how: dict[str, Any] = {
+            "collate_fn": _Decode() if work.kind == IMAGES else Collate(work.shape)
+        }
         if work.workers:
-            how |= {"multiprocessing_context": work.start, "persistent_workers": work.persistent, "prefetch_factor": 2}
-        loader = streaming.StreamingDataLoader(data, batch_size=work.batch_size, num_workers=work.workers, **how)
+            how |= {
+                "multiprocessing_context": work.start,
+                "persistent_workers": work.persistent,
+                "prefetch_factor": 2,
+            }
+        loader = streaming.StreamingDataLoader(
+            data, batch_size=work.batch_size, num_workers=work.workers, **how
+        )
         reader = Reader(loader)
         return PackedReader(reader) if work.kind == PACK else reader
 

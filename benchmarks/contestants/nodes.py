@@ -30,7 +30,10 @@ class _Fetch:
 
     def __init__(self, work: Work) -> None:
         self.work, self.collate = work, Collate(work.shape)
-        only = [Work(kind=SHUFFLED if work.kind != IMAGES else IMAGES, folders={"x": f}) for f in work.folders.values()]
+        only = [
+            Work(kind=SHUFFLED if work.kind != IMAGES else IMAGES, folders={"x": f})
+            for f in work.folders.values()
+        ]
         self.parts = dict(zip(work.folders, map(map_style, only)))
 
     def __call__(self, keys: Any) -> Any:
@@ -42,7 +45,9 @@ class _Fetch:
         samples: list[Any] = [None] * len(keys)
         for part, data in self.parts.items():
             places = [place for place, key in enumerate(keys) if key[0] == part]
-            for place, sample in zip(places, data.__getitems__([keys[place][1] for place in places])):
+            for place, sample in zip(
+                places, data.__getitems__([keys[place][1] for place in places])
+            ):
                 samples[place] = sample
         return self.collate(samples)
 
@@ -102,7 +107,10 @@ class NodesThread(Contestant):
 
         if work.kind == SOURCES:
             # One source alone has nothing that repeats it.
-            sizes = {f"s{number:03d}": 4096 if work.sources > 1 else 10**6 for number in range(work.sources)}
+            sizes = {
+                f"s{number:03d}": 4096 if work.sources > 1 else 10**6
+                for number in range(work.sources)
+            }
             fetch: Any = _Number()
         else:
             fetch = type(self).fetch(work)
@@ -116,13 +124,17 @@ class NodesThread(Contestant):
             total = sum(WEIGHTS.values())
             shares = {part: WEIGHTS[part] / total if part in WEIGHTS else 1.0 for part in children}
             stop = "CYCLE_FOREVER" if work.kind == SOURCES else "FIRST_DATASET_EXHAUSTED"
-            keys: Any = nodes.MultiNodeWeightedSampler(children, shares, stop_criteria=stop, seed=work.seed)
+            keys: Any = nodes.MultiNodeWeightedSampler(
+                children, shares, stop_criteria=stop, seed=work.seed
+            )
         else:
             keys = next(iter(children.values()))
         batches = nodes.Batcher(keys, work.batch_size)
         if work.workers:
             how = {"multiprocessing_context": work.start} if self.method == "process" else {}
-            root: Any = nodes.ParallelMapper(batches, fetch, num_workers=work.workers, method=self.method, **how)
+            root: Any = nodes.ParallelMapper(
+                batches, fetch, num_workers=work.workers, method=self.method, **how
+            )
         else:
             root = nodes.Mapper(batches, fetch)
         reader = Reader(nodes.Loader(root), also_close=_Shutdown(root))

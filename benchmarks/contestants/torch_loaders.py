@@ -1,4 +1,6 @@
-"""torch's DataLoader and torchdata's StatefulDataLoader, over Hugging Face ``datasets`` of both kinds."""
+"""torch's DataLoader and torchdata's StatefulDataLoader, over Hugging Face ``datasets`` of both
+kinds.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def sampling(work: Work, data: Any) -> dict[str, Any]:
 
     sizes = [len(datasets.load_from_disk(f"{folder}/arrow")) for folder in work.folders.values()]
     per_row = np.repeat([WEIGHTS[part] / size for part, size in zip(work.folders, sizes)], sizes)
-    sampler = torch.utils.data.WeightedRandomSampler(torch.from_numpy(per_row), len(per_row), generator=generator)
+    sampler = torch.utils.data.WeightedRandomSampler(
+        torch.from_numpy(per_row), len(per_row), generator=generator
+    )
     return {"sampler": sampler}
 
 
@@ -105,7 +109,11 @@ class TorchMap(Contestant):
 
         data = map_style(work)
         loader = torch.utils.data.DataLoader(
-            data, work.batch_size, collate_fn=collate_of(work), **sampling(work, data), **processes(work)
+            data,
+            work.batch_size,
+            collate_fn=collate_of(work),
+            **sampling(work, data),
+            **processes(work),
         )
         return PackedReader(Reader(loader)) if work.kind == PACK else SkippingReader(loader)
 
@@ -130,7 +138,9 @@ class StatefulMap(TorchMap):
         data = map_style(work)
         every = 1 if work.stateful else 10**9
         how = sampling(work, data) | processes(work) | {"snapshot_every_n_steps": every}
-        reader = Reader(StatefulDataLoader(data, work.batch_size, collate_fn=collate_of(work), **how))
+        reader = Reader(
+            StatefulDataLoader(data, work.batch_size, collate_fn=collate_of(work), **how)
+        )
         return PackedReader(reader) if work.kind == PACK else reader
 
     def versions(self) -> dict[str, str]:
@@ -141,7 +151,9 @@ class StatefulMap(TorchMap):
 
 
 class ArrowCollate:
-    """Rows as pyarrow tables of one row, which is what Hugging Face's arrow format gives: no formatting of values."""
+    """Rows as pyarrow tables of one row, which is what Hugging Face's arrow format gives: no
+    formatting of values.
+    """
 
     def __init__(self, shape: str) -> None:
         self.shape = shape
@@ -156,10 +168,18 @@ def group_texts(table: Any) -> Any:
     """Hugging Face's recipe: join the documents of a thousand and cut; what is over is dropped."""
     import pyarrow as pa
 
-    tokens = np.concatenate([chunk.flatten().to_numpy() for chunk in table.column("input_ids").chunks])
+    tokens = np.concatenate(
+        [chunk.flatten().to_numpy() for chunk in table.column("input_ids").chunks]
+    )
     rows = len(tokens) // SEQ_LEN
     offsets = np.arange(rows + 1, dtype=np.int32) * SEQ_LEN
-    return pa.table({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens[: rows * SEQ_LEN]))})
+    return pa.table(
+        {
+            "input_ids": pa.ListArray.from_arrays(
+                pa.array(offsets), pa.array(tokens[: rows * SEQ_LEN])
+            )
+        }
+    )
 
 
 def stack_packed(rows: Any) -> Any:
@@ -192,17 +212,27 @@ class StatefulIterable(Contestant):
 
         if work.kind == SOURCES:
             parts = [
-                datasets.IterableDataset.from_generator(_Numbers(), gen_kwargs={"shards": [0, 1, 2, 3]}).repeat(None)
+                datasets.IterableDataset.from_generator(
+                    _Numbers(), gen_kwargs={"shards": [0, 1, 2, 3]}
+                ).repeat(None)
                 for _ in range(work.sources)
             ]
-            return datasets.interleave_datasets(parts, probabilities=[1 / len(parts)] * len(parts), seed=work.seed)
+            return datasets.interleave_datasets(
+                parts, probabilities=[1 / len(parts)] * len(parts), seed=work.seed
+            )
         if work.kind == REMOTE:
-            stream = datasets.load_dataset("parquet", data_files=f"{work.url}/*.parquet", split="train", streaming=True)
+            stream = datasets.load_dataset(
+                "parquet", data_files=f"{work.url}/*.parquet", split="train", streaming=True
+            )
             return stream.shuffle(work.seed, buffer_size=BUFFER).with_format("arrow")
         parts = []
         for folder in work.folders.values():
             stream = datasets.load_from_disk(f"{folder}/arrow").to_iterable_dataset(num_shards=16)
-            parts.append(stream.shuffle(work.seed, buffer_size=min(BUFFER, 256) if work.kind == IMAGES else BUFFER))
+            parts.append(
+                stream.shuffle(
+                    work.seed, buffer_size=min(BUFFER, 256) if work.kind == IMAGES else BUFFER
+                )
+            )
         if len(parts) > 1:
             shares = [WEIGHTS[part] / sum(WEIGHTS.values()) for part in work.folders]
             stream = datasets.interleave_datasets(parts, probabilities=shares, seed=work.seed)
@@ -226,7 +256,11 @@ class StatefulIterable(Contestant):
         size = ROWS_PACKED if work.kind == PACK else work.batch_size
         return Reader(
             StatefulDataLoader(
-                self.data(work), size, collate_fn=collate, snapshot_every_n_steps=every, **processes(work)
+                self.data(work),
+                size,
+                collate_fn=collate,
+                snapshot_every_n_steps=every,
+                **processes(work),
             )
         )
 

@@ -35,7 +35,13 @@ def _image(sample: Any) -> Any:
 class WebDataset(Contestant):
     """WebDataset and WebLoader."""
 
-    name, title, environment, format, resumes = "webdataset", "WebDataset", "webdataset", "tar", False
+    name, title, environment, format, resumes = (
+        "webdataset",
+        "WebDataset",
+        "webdataset",
+        "tar",
+        False,
+    )
     kinds = frozenset({SHUFFLED, MIX, PACK, IMAGES})
     settings = (
         f"WebDataset(16 shards a part, detshuffle with a seed for the shards).compose(detshuffle({BUFFER}, initial={BUFFER // 2})), "
@@ -47,9 +53,13 @@ class WebDataset(Contestant):
         import webdataset
 
         shards = sorted(str(path) for path in Path(folder, "tar").glob("*.tar"))
-        stream = webdataset.WebDataset(shards, shardshuffle=len(shards), detshuffle=True, seed=work.seed)
+        stream = webdataset.WebDataset(
+            shards, shardshuffle=len(shards), detshuffle=True, seed=work.seed
+        )
         buffer = 256 if work.kind == IMAGES else BUFFER
-        stream = stream.compose(webdataset.detshuffle(bufsize=buffer, initial=buffer // 2, seed=work.seed))
+        stream = stream.compose(
+            webdataset.detshuffle(bufsize=buffer, initial=buffer // 2, seed=work.seed)
+        )
         return stream.map(_image if work.kind == IMAGES else _tokens)
 
     def open(self, work: Work) -> Reader:
@@ -66,7 +76,11 @@ class WebDataset(Contestant):
         stream.append(webdataset.batched(work.batch_size, collation_fn=collate, partial=False))
         how: dict[str, Any] = {}
         if work.workers:
-            how = {"multiprocessing_context": work.start, "persistent_workers": work.persistent, "prefetch_factor": 2}
+            how = {
+                "multiprocessing_context": work.start,
+                "persistent_workers": work.persistent,
+                "prefetch_factor": 2,
+            }
         loader = webdataset.WebLoader(stream, batch_size=None, num_workers=work.workers, **how)
         return PackedReader(Reader(loader)) if work.kind == PACK else SkippingReader(loader)
 

@@ -1,7 +1,8 @@
 """The questions, one file each: what is asked, of whom, how it is measured, and how the answers are shown.
 
-A question is a module with NAME, TITLE, TEXT, SETS (data sets it reads), KIND, ROUNDS, `contestants()`, `measure(contestant,
-options)`, which runs in the contestant's environment, and `report(rows)` and `plot(rows, path)`, which run in ours.
+A question is a module with NAME, TITLE, TEXT, SETS (data sets it reads), KIND, ROUNDS,
+`contestants()`, `measure(contestant, options)`, which runs in the contestant's environment, and
+`report(rows)` and `plot(rows, path)`, which run in ours.
 """
 
 from __future__ import annotations

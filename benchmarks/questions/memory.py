@@ -24,7 +24,9 @@ EPOCHS = 5
 
 def measure(contestant: Contestant, options: Options) -> dict[str, Any]:
     """MiB per epoch."""
-    work = Work(SHUFFLED, options.folders("epoch"), "flat", 2, start=contestant.starts[0], persistent=True)
+    work = Work(
+        SHUFFLED, options.folders("epoch"), "flat", 2, start=contestant.starts[0], persistent=True
+    )
     return attempt(lambda: _epochs(contestant, work, options.rows("epoch") // 32))
 
 
@@ -56,9 +58,19 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
             continue
         growth = one["own"][4] / one["own"][1] - 1
         lines.append(
-            [title, *(f"{value:,.0f}" for value in one["own"]), f"{growth:+.1%}", f"{one['resident'][4]:,.0f}"]
+            [
+                title,
+                *(f"{value:,.0f}" for value in one["own"]),
+                f"{growth:+.1%}",
+                f"{one['resident'][4]:,.0f}",
+            ]
         )
-    heads = ["own memory, MiB", *(f"epoch {n + 1}" for n in range(EPOCHS)), "growth 2 → 5", "resident in all, epoch 5"]
+    heads = [
+        "own memory, MiB",
+        *(f"epoch {n + 1}" for n in range(EPOCHS)),
+        "growth 2 → 5",
+        "resident in all, epoch 5",
+    ]
     return show.table(heads, lines)
 
 

@@ -12,7 +12,9 @@ from contestants import everyone
 Row = dict[str, Any]
 
 
-def medians(rows: Sequence[Row], modes: Sequence[str], key: str = "per_second") -> dict[str, dict[str, show.Spread]]:
+def medians(
+    rows: Sequence[Row], modes: Sequence[str], key: str = "per_second"
+) -> dict[str, dict[str, show.Spread]]:
     """Contestant -> mode -> the median of the rounds with its spread; or why there is none."""
     found: dict[str, dict[str, show.Spread]] = {}
     for row in rows:
@@ -20,11 +22,15 @@ def medians(rows: Sequence[Row], modes: Sequence[str], key: str = "per_second") 
     for name, cells in found.items():
         mine = [row for row in rows if row["contestant"] == name]
         for mode in modes:
-            cells[mode] = show.spread(mine, lambda row, mode=mode: row["result"]["modes"].get(mode, {}), key)
+            cells[mode] = show.spread(
+                mine, lambda row, mode=mode: row["result"]["modes"].get(mode, {}), key
+            )
     return found
 
 
-def report(rows: Sequence[Row], modes: Sequence[str], unit: str, scale: float, wording: str = "") -> str:
+def report(
+    rows: Sequence[Row], modes: Sequence[str], unit: str, scale: float, wording: str = ""
+) -> str:
     """A table, and a sentence for each mode that says who is ahead."""
     found = medians(rows, modes)
     known = everyone()
@@ -37,7 +43,9 @@ def report(rows: Sequence[Row], modes: Sequence[str], unit: str, scale: float, w
     return table + "\n\n" + show.sentences(found, modes, known, scale, wording)
 
 
-def bars(rows: Sequence[Row], modes: Sequence[str], unit: str, scale: float, title: str, path: Path) -> None:
+def bars(
+    rows: Sequence[Row], modes: Sequence[str], unit: str, scale: float, title: str, path: Path
+) -> None:
     """One panel a mode, one bar a contestant."""
     found = medians(rows, modes)
     show.bars(found, modes, everyone(), unit, scale, title, path)

@@ -37,7 +37,9 @@ def measure(contestant: Contestant, options: Options) -> dict[str, Any]:
     for mode, (workers, shape) in MODES.items():
         if workers in contestant.workers:
             work = Work(SHUFFLED, folders, shape, workers, start=contestant.starts[0])
-            modes[mode] = attempt(lambda work=work: rate(contestant, work, options, most=most, truth=truth))  # type: ignore[misc]
+            modes[mode] = attempt(
+                lambda work=work: rate(contestant, work, options, most=most, truth=truth)
+            )  # type: ignore[misc]
     return {"modes": modes}
 
 

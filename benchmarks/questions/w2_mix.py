@@ -18,7 +18,11 @@ TEXT = (
     "Three data sets of such documents, each shuffled, mixed 0.7 / 0.2 / 0.1, in batches of 32. Thousand documents a second; "
     "shares are of 2,000 documents."
 )
-MODES = {"0 workers, list": (0, "list"), "2 workers, padded": (2, "padded"), "2 workers, flat": (2, "flat")}
+MODES = {
+    "0 workers, list": (0, "list"),
+    "2 workers, padded": (2, "padded"),
+    "2 workers, flat": (2, "flat"),
+}
 LEFT_OUT = ("midstream-stream",)
 UNIT, SCALE = "thousand documents a second", 1e3
 
@@ -41,7 +45,9 @@ def measure(contestant: Contestant, options: Options) -> dict[str, Any]:
         if workers in contestant.workers:
             work = Work(MIX, folders, shape, workers, start=contestant.starts[0])
             modes[mode] = attempt(
-                lambda work=work: rate(contestant, work, options, most=most, truth=truth, after=_shares)  # type: ignore[misc]
+                lambda work=work: rate(
+                    contestant, work, options, most=most, truth=truth, after=_shares
+                )  # type: ignore[misc]
             )
     return {"modes": modes}
 
@@ -53,4 +59,6 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars."""
-    throughput.bars(rows, tuple(MODES), UNIT, SCALE, "W2: three data sets mixed 0.7 / 0.2 / 0.1", path)
+    throughput.bars(
+        rows, tuple(MODES), UNIT, SCALE, "W2: three data sets mixed 0.7 / 0.2 / 0.1", path
+    )

@@ -54,4 +54,6 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars."""
-    throughput.bars(rows, tuple(MODES), UNIT, SCALE, "W3: mix, packed on the fly to 2,048 tokens", path)
+    throughput.bars(
+        rows, tuple(MODES), UNIT, SCALE, "W3: mix, packed on the fly to 2,048 tokens", path
+    )

@@ -1,4 +1,6 @@
-"""W4: stop after so many samples, open everything again, load: when does the next batch come, and is it the right one?"""
+"""W4: stop after so many samples, open everything again, load: when does the next batch come, and
+is it the right one?
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,16 @@ NEXT = {"full": 2_000, "quick": 2_000, "tiny": 300}
 
 
 def measure(contestant: Contestant, options: Options) -> dict[str, Any]:
-    """For 0 and 2 workers: cold start, and resumes at positions; a state of 2 workers on others; the mix."""
+    """For 0 and 2 workers: cold start, and resumes at positions; a state of 2 workers on others;
+    the mix.
+    """
     result: dict[str, Any] = {}
     positions = POSITIONS[options.scale]
     for workers in contestant.workers:
         work = Work(SHUFFLED, options.folders("short"), "flat", workers, start=contestant.starts[0])
-        result[f"{workers} workers"] = attempt(lambda work=work: _positions(contestant, work, options, positions))  # type: ignore[misc]
+        result[f"{workers} workers"] = attempt(
+            lambda work=work: _positions(contestant, work, options, positions)
+        )  # type: ignore[misc]
     if MIX in contestant.kinds:
         for workers in contestant.workers:
             work = Work(MIX, options.folders("mix"), "flat", workers, start=contestant.starts[0])
@@ -44,12 +50,21 @@ def measure(contestant: Contestant, options: Options) -> dict[str, Any]:
     return result
 
 
-def _positions(contestant: Contestant, work: Work, options: Options, positions: Sequence[int]) -> dict[str, Any]:
+def _positions(
+    contestant: Contestant, work: Work, options: Options, positions: Sequence[int]
+) -> dict[str, Any]:
     patience = options.patience
-    first_after(contestant, work, None, (), times=1, patience=patience)  # files opened once, caches warm
+    first_after(
+        contestant, work, None, (), times=1, patience=patience
+    )  # files opened once, caches warm
     found: dict[str, Any] = {
         "cold": first_after(
-            contestant, work, None, (), times=2 if options.scale == "tiny" else 5, patience=min(patience, 3)
+            contestant,
+            work,
+            None,
+            (),
+            times=2 if options.scale == "tiny" else 5,
+            patience=min(patience, 3),
         )["seconds"]
     }
     saved, left_out = _read(contestant, work, positions, patience, NEXT[options.scale])
@@ -57,12 +72,19 @@ def _positions(contestant: Contestant, work: Work, options: Options, positions: 
     for position, (state, expected, sizes) in saved.items():
         cell = attempt(
             lambda state=state, expected=expected: first_after(  # type: ignore[misc]
-                contestant, work, state, expected, times=2 if options.scale == "tiny" else 5, patience=min(patience, 3)
+                contestant,
+                work,
+                state,
+                expected,
+                times=2 if options.scale == "tiny" else 5,
+                patience=min(patience, 3),
             )
         )
         found["at"][str(position)] = cell | sizes
     for position in left_out:
-        found["at"][str(position)] = {"absent": f"reading up to it takes more than {patience:.0f} s"}
+        found["at"][str(position)] = {
+            "absent": f"reading up to it takes more than {patience:.0f} s"
+        }
     if work.workers == 2 and contestant.resumes:
         state, expected, _ = saved[positions[min(1, len(saved) - 1)]]
         found["elsewhere"] = {}
@@ -70,7 +92,9 @@ def _positions(contestant: Contestant, work: Work, options: Options, positions: 
             if other in contestant.workers or other:
                 moved = Work(work.kind, work.folders, work.shape, other, start=work.start)
                 cell = attempt(
-                    lambda moved=moved: first_after(contestant, moved, state, expected, times=1, patience=patience)  # type: ignore[misc]
+                    lambda moved=moved: first_after(
+                        contestant, moved, state, expected, times=1, patience=patience
+                    )  # type: ignore[misc]
                 )
                 found["elsewhere"][str(other)] = cell
     return found
@@ -118,9 +142,20 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     known = everyone()
     results = {row["contestant"]: row["result"] for row in rows if "result" in row}
     positions = sorted(
-        {int(p) for r in results.values() for w in (0, 2) for p in r.get(f"{w} workers", {}).get("at", {})}
+        {
+            int(p)
+            for r in results.values()
+            for w in (0, 2)
+            for p in r.get(f"{w} workers", {}).get("at", {})
+        }
     )
-    heads = ["seconds to the first batch", "workers", "cold", *(f"at {p:,}" for p in positions), "worst / cold"]
+    heads = [
+        "seconds to the first batch",
+        "workers",
+        "cold",
+        *(f"at {p:,}" for p in positions),
+        "worst / cold",
+    ]
     lines, verdicts = [], []
     for name in [name for name in known if name in results]:
         for workers in (0, 2):
@@ -134,11 +169,24 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
             times = [cell["at"].get(str(p), {}) for p in positions]
             took = [one["seconds"] for one in times if "seconds" in one]
             worst = f"{max(took) / cell['cold']:.2f}" if took else "-"
-            shown = [f"{one['seconds']:.3f}" if "seconds" in one else show.short(one) for one in times]
+            shown = [
+                f"{one['seconds']:.3f}" if "seconds" in one else show.short(one) for one in times
+            ]
             lines.append([title, str(workers), f"{cell['cold']:.3f}", *shown, worst])
             mix = results[name].get(f"mix, {workers} workers", {})
-            verdicts.append([title, str(workers), _exact(cell), _exact(mix), _bytes(cell), *_elsewhere(cell)])
-    heads_2 = ["the next 2,000 ids", "workers", "shuffled", "mix", "bytes", "on 0 workers", "on 1", "on 3"]
+            verdicts.append(
+                [title, str(workers), _exact(cell), _exact(mix), _bytes(cell), *_elsewhere(cell)]
+            )
+    heads_2 = [
+        "the next 2,000 ids",
+        "workers",
+        "shuffled",
+        "mix",
+        "bytes",
+        "on 0 workers",
+        "on 1",
+        "on 3",
+    ]
     return show.table(heads, lines) + "\n\n" + show.table(heads_2, verdicts)
 
 
@@ -166,7 +214,10 @@ def _bytes(cell: dict[str, Any]) -> str:
 
 def _elsewhere(cell: dict[str, Any]) -> list[str]:
     moved = cell.get("elsewhere", {})
-    return [moved[key].get("next") or _refused(moved[key]) if key in moved else "-" for key in ("0", "1", "3")]
+    return [
+        moved[key].get("next") or _refused(moved[key]) if key in moved else "-"
+        for key in ("0", "1", "3")
+    ]
 
 
 def _refused(cell: dict[str, Any]) -> str:
@@ -179,12 +230,24 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for row in rows:
         for workers in (0, 2):
             cell = row.get("result", {}).get(f"{workers} workers", {})
-            points = [(int(p), one["seconds"]) for p, one in cell.get("at", {}).items() if "seconds" in one]
+            points = [
+                (int(p), one["seconds"])
+                for p, one in cell.get("at", {}).items()
+                if "seconds" in one
+            ]
             wrong = [
-                (int(p), one["seconds"]) for p, one in cell.get("at", {}).items() if one.get("next", "exact") != "exact"
+                (int(p), one["seconds"])
+                for p, one in cell.get("at", {}).items()
+                if one.get("next", "exact") != "exact"
             ]
             if points:
                 lines.append((f"{workers} workers", row["contestant"], points, wrong))
     show.lines(
-        lines, everyone(), "samples read before the stop", "seconds to the first batch", "W4: resume", path, logs=True
+        lines,
+        everyone(),
+        "samples read before the stop",
+        "seconds to the first batch",
+        "W4: resume",
+        path,
+        logs=True,
     )

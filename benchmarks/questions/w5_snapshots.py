@@ -33,8 +33,12 @@ def measure(contestant: Contestant, options: Options) -> dict[str, Any]:
         if workers == 4 and 2 not in contestant.workers:
             continue
         for sources in SOURCE_COUNTS[options.scale]:
-            work = Work(SOURCES, {}, "flat", workers, 8, start=contestant.starts[0], sources=sources)
-            grid[f"{workers} workers, {sources} sources"] = attempt(lambda work=work: _cost(contestant, work, options))  # type: ignore[misc]
+            work = Work(
+                SOURCES, {}, "flat", workers, 8, start=contestant.starts[0], sources=sources
+            )
+            grid[f"{workers} workers, {sources} sources"] = attempt(
+                lambda work=work: _cost(contestant, work, options)
+            )  # type: ignore[misc]
     return {"grid": grid}
 
 
@@ -47,7 +51,9 @@ def _cost(contestant: Contestant, work: Work, options: Options) -> dict[str, Any
 def _per_batch(
     contestant: Contestant, work: Work, options: Options, *, ask: bool
 ) -> tuple[float, float, dict[str, Any]]:
-    """Microseconds a batch, the median of five stretches; of those, the call's; and the sizes of the last state."""
+    """Microseconds a batch, the median of five stretches; of those, the call's; and the sizes of
+    the last state.
+    """
     reader = contestant.open(work)
     try:
         iterator = iter(reader)
@@ -85,7 +91,10 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     counts = sorted({int(key.split(", ")[1].split()[0]) for key in keys})
     parts = []
     for workers in sorted({int(key.split()[0]) for key in keys}):
-        heads = [f"µs a batch, {workers} workers: without → with (the call), bytes", *(f"{n} sources" for n in counts)]
+        heads = [
+            f"µs a batch, {workers} workers: without → with (the call), bytes",
+            *(f"{n} sources" for n in counts),
+        ]
         lines = []
         for name in [name for name in known if name in results]:
             cells = [results[name].get(f"{workers} workers, {n} sources", {}) for n in counts]
@@ -116,4 +125,6 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             if points:
                 lines.append((f"{workers} workers", row["contestant"], points, []))
     title = "W5: a batch of 8 with its state, against the number of sources"
-    show.lines(lines, everyone(), "sources", "microseconds a batch, state included", title, path, logs=True)
+    show.lines(
+        lines, everyone(), "sources", "microseconds a batch, state included", title, path, logs=True
+    )

@@ -27,7 +27,9 @@ def measure(contestant: Contestant, options: Options) -> dict[str, Any]:
     """Each way to start."""
     folders = options.folders("tokens")
     modes = {}
-    attempt(lambda: _first(contestant, Work(SHUFFLED, folders)))  # imports, and files into the cache
+    attempt(
+        lambda: _first(contestant, Work(SHUFFLED, folders))
+    )  # imports, and files into the cache
     if 0 in contestant.workers:
         modes[MODES[0]] = attempt(lambda: _first(contestant, Work(SHUFFLED, folders)))
     starts = contestant.starts if options.scale != "tiny" else contestant.starts[:1]
@@ -64,7 +66,10 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     found = throughput.medians(rows, MODES, "seconds")
     known = everyone()
     names = [name for name in known if name in found]
-    lines = [[show.bold(known[n].title, known[n].ours), *(found[n][mode].text(1e-3) for mode in MODES)] for n in names]
+    lines = [
+        [show.bold(known[n].title, known[n].ours), *(found[n][mode].text(1e-3) for mode in MODES)]
+        for n in names
+    ]
     said = show.sentences(found, MODES[:3], known, 1e-3, less=True)
     return show.table(["milliseconds to the first batch", *MODES], lines) + "\n\n" + said
 
@@ -72,4 +77,13 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars."""
     found = throughput.medians(rows, MODES, "seconds")
-    show.bars(found, MODES[:3], everyone(), "milliseconds", 1e-3, "W6: to the first batch", path, less=True)
+    show.bars(
+        found,
+        MODES[:3],
+        everyone(),
+        "milliseconds",
+        1e-3,
+        "W6: to the first batch",
+        path,
+        less=True,
+    )

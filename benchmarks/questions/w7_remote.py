@@ -34,7 +34,12 @@ def measure(contestant: Contestant, options: Options) -> dict[str, Any]:
         if workers in contestant.workers:
             # s3fs has a thread of its own, which does not survive a fork.
             work = Work(
-                REMOTE, {}, "flat", workers, start="spawn" if "spawn" in contestant.starts else "fork", url=options.url
+                REMOTE,
+                {},
+                "flat",
+                workers,
+                start="spawn" if "spawn" in contestant.starts else "fork",
+                url=options.url,
             )
             modes[mode] = attempt(lambda work=work: _whole(contestant, work, most, truth))  # type: ignore[misc]
     return {"modes": modes}
@@ -65,7 +70,10 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     first = throughput.medians(rows, tuple(MODES), "first_batch")
     known = everyone()
     lines = [
-        [show.bold(known[name].title, known[name].ours), *(first[name][mode].text(1) for mode in MODES)]
+        [
+            show.bold(known[name].title, known[name].ours),
+            *(first[name][mode].text(1) for mode in MODES),
+        ]
         for name in known
         if name in first
     ]
@@ -78,4 +86,6 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars."""
-    throughput.bars(rows, tuple(MODES), UNIT, SCALE, "W7: parquet at an S3 endpoint on the loopback", path)
+    throughput.bars(
+        rows, tuple(MODES), UNIT, SCALE, "W7: parquet at an S3 endpoint on the loopback", path
+    )

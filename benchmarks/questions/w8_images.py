@@ -31,7 +31,11 @@ def measure(contestant: Contestant, options: Options) -> dict[str, Any]:
         if workers in contestant.workers or contestant.limit:
             work = Work(IMAGES, folders, "flat", workers, 16, start=contestant.starts[0])
             rows = options.rows("images")
-            how = {"most": rows - 160, "warm_up": 4} if rows > 400 else {"most": rows - 48, "warm_up": 1}
+            how = (
+                {"most": rows - 160, "warm_up": 4}
+                if rows > 400
+                else {"most": rows - 48, "warm_up": 1}
+            )
             modes[mode] = attempt(lambda work=work, how=how: rate(contestant, work, options, **how))  # type: ignore[misc]
     return {"modes": modes}
 
@@ -43,4 +47,6 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars."""
-    throughput.bars(rows, tuple(MODES), UNIT, SCALE, "W8: images decoded by the user's function", path)
+    throughput.bars(
+        rows, tuple(MODES), UNIT, SCALE, "W8: images decoded by the user's function", path
+    )

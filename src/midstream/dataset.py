@@ -55,7 +55,9 @@ class Dataset(IterableDataset[Any]):
         return {**self.__dict__, "_run": None, "_left": None}
 
     def __eq__(self, other: object) -> bool:
-        return self.fingerprint == other.fingerprint if isinstance(other, Dataset) else NotImplemented
+        return (
+            self.fingerprint == other.fingerprint if isinstance(other, Dataset) else NotImplemented
+        )
 
     def __hash__(self) -> int:
         return int(self.fingerprint, 16) >> 4
@@ -65,7 +67,9 @@ class Dataset(IterableDataset[Any]):
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits: the hash of `spec`. Datasets are equal when their fingerprints are."""
+        """16 hexadecimal digits: the hash of `spec`. Datasets are equal when their fingerprints
+        are.
+        """
         return describe.fingerprint(self.node)
 
     @property
@@ -116,14 +120,20 @@ class Dataset(IterableDataset[Any]):
         if waiting is not None:
             run.load_state_dict(waiting)
             self._waiting = None
-        # Weak, for a cycle would keep open streams alive until the collector comes by, in whatever thread.
+        # Weak, for a cycle would keep open streams alive until the collector comes by, in whatever
+        # thread.
         self._run = weakref.ref(run)
         self._left = None
         mine = weakref.ref(self)
 
         def keep(ended: SingleLaneIterator) -> None:
             owner = mine()
-            if owner is not None and owner._run is not None and owner._run() in (ended, None) and owner._left is None:
+            if (
+                owner is not None
+                and owner._run is not None
+                and owner._run() in (ended, None)
+                and owner._left is None
+            ):
                 owner._left = ended.state_dict()
 
         run.on_end = keep
@@ -146,14 +156,20 @@ class Dataset(IterableDataset[Any]):
         [31, 11]
         """
         if not self.node.random_access:
-            raise TypeError(f"only a random-access pipeline has rows; this one is a stream:\n{self!r}")
+            raise TypeError(
+                f"only a random-access pipeline has rows; this one is a stream:\n{self!r}"
+            )
         array = np.asarray(positions, dtype=np.int64).reshape(-1)
         length = self.node.length()
         if array.size and (array.min() < 0 or (length is not None and array.max() >= length)):
-            raise IndexError(f"positions are in [0, {length}); found {array.min()} to {array.max()}")
+            raise IndexError(
+                f"positions are in [0, {length}); found {array.min()} to {array.max()}"
+            )
         if not array.size:
             return []
-        samples = bind(self.node).rows(array, epoch_key(epoch), np.array([epoch], dtype=np.int64)).samples
+        samples = (
+            bind(self.node).rows(array, epoch_key(epoch), np.array([epoch], dtype=np.int64)).samples
+        )
         for sample in samples:
             if isinstance(sample, FailedSample):
                 raise sample.errors[0].error()
@@ -163,8 +179,8 @@ class Dataset(IterableDataset[Any]):
         """The raw row behind an origin: what its source holds, before any node.
 
         Args:
-            origin: As `DataLoader.trace`, a `SampleError` or a quarantine tells it: source, epoch, row (further numbers do
-                not matter here).
+            origin: As `DataLoader.trace`, a `SampleError` or a quarantine tells it: source, epoch,
+                row (further numbers do not matter here).
 
         Raises:
             ValueError: If the pipeline has no source of that name.
@@ -180,9 +196,19 @@ class Dataset(IterableDataset[Any]):
         """
         source, _, row, *_ = origin
         root = bind(self.node)
-        bound = next((bound for bound in root.walk() if bound.source >= 0 and root.names[bound.source] == source), None)
+        bound = next(
+            (
+                bound
+                for bound in root.walk()
+                if bound.source >= 0 and root.names[bound.source] == source
+            ),
+            None,
+        )
         if bound is None:
-            raise ValueError(f"there is no source {source!r} in this pipeline; its sources: {', '.join(root.names)}")
+            raise ValueError(
+                f"there is no source {source!r} in this pipeline; its sources:"
+                f" {', '.join(root.names)}"
+            )
         sample = _row(bound, int(row))
         if type(sample) is FailedSample:
             raise sample.errors[0].error()
@@ -192,7 +218,9 @@ class Dataset(IterableDataset[Any]):
         return f"this dataset ({self.node.summary()} of {', '.join(bind(self.node).names)})"
 
     def state_dict(self) -> State:
-        """The state of the iteration in progress (or, before any, of its start). Plain values, fresh each time."""
+        """The state of the iteration in progress (or, before any, of its start). Plain values,
+        fresh each time.
+        """
         waiting = self._waiting
         if waiting is not None:
             return copy_plain(waiting)
@@ -241,14 +269,16 @@ class Dataset(IterableDataset[Any]):
     def _repr_html_(self) -> str:
         return tree_html(self.node)
 
-    def shuffle(self, seed: int = 0, *, buffer_size: int | None = None, window_blocks: int | None = 16) -> Dataset:
+    def shuffle(
+        self, seed: int = 0, *, buffer_size: int | None = None, window_blocks: int | None = 16
+    ) -> Dataset:
         """Shuffle: globally by a formula, or with ``buffer_size`` a stream, in bounded memory.
 
         Args:
             seed: Any integer. Every epoch and every pass of a ``repeat`` has its own order.
             buffer_size: Samples held back, over the whole run; needed for streams.
-            window_blocks: Over sources with blocks larger than a row (parquet row groups): how many blocks are mixed
-                with each other; None for a full permutation.
+            window_blocks: Over sources with blocks larger than a row (parquet row groups): how many
+                blocks are mixed with each other; None for a full permutation.
 
         >>> import midstream as ms
         >>> sorted(ms.from_dataset(range(5)).shuffle(seed=3))
@@ -275,19 +305,22 @@ class Dataset(IterableDataset[Any]):
 
         Args:
             fn: What it returns replaces the sample; None is an error.
-            with_rng: Pass a ``numpy.random.Generator`` keyed by (seed, origin): the same after any resume.
-            isolate_rng: Seed the global torch, numpy and random generators the same way around the call, and put them
-                back after it: for augmentations that draw from them.
+            with_rng: Pass a ``numpy.random.Generator`` keyed by (seed, origin): the same after any
+                resume.
+            isolate_rng: Seed the global torch, numpy and random generators the same way around the
+                call, and put them back after it: for augmentations that draw from them.
             seed: For the two above.
-            on_error: ``"raise"``; ``"skip"``: the sample is left out and counted, its batch is shorter; ``"refill"``:
-                the same, and batches stay full (makes the pipeline a stream).
-            max_errors: With skip and refill: more than so many raise `TooManyErrors`; `midstream.ErrorRate` for a part of
-                the last samples.
-            quarantine: With skip and refill: a folder in which every process writes what it skipped, with origin, traceback
-                and a preview (`midstream.read_quarantine`).
-            batched: Give ``fn`` ``batch_size`` samples at once, as a dict of lists (samples that are no dicts: as a list);
-                it returns a dict of columns, or a list of samples, of any number of rows. They replace the group's samples.
-                Makes the pipeline a stream; a group is lost whole when ``fn`` raises.
+            on_error: ``"raise"``; ``"skip"``: the sample is left out and counted, its batch is
+                shorter; ``"refill"``: the same, and batches stay full (makes the pipeline a
+                stream).
+            max_errors: With skip and refill: more than so many raise `TooManyErrors`;
+                `midstream.ErrorRate` for a part of the last samples.
+            quarantine: With skip and refill: a folder in which every process writes what it
+                skipped, with origin, traceback and a preview (`midstream.read_quarantine`).
+            batched: Give ``fn`` ``batch_size`` samples at once, as a dict of lists (samples that
+                are no dicts: as a list); it returns a dict of columns, or a list of samples, of any
+                number of rows. They replace the group's samples. Makes the pipeline a stream; a
+                group is lost whole when ``fn`` raises.
             batch_size: For batched: samples in a group, which a resume reads again.
 
         Raises:
@@ -303,10 +336,15 @@ class Dataset(IterableDataset[Any]):
         if batched:
             if with_rng or isolate_rng:
                 raise ValueError(
-                    "map: batched=True has no generator per sample; draw in a map without it, or seed by what is in the batch"
+                    "map: batched=True has no generator per sample; draw in a map without it, or"
+                    " seed by what is in the batch"
                 )
-            return Dataset(MapBatched(self.node, fn, batch_size, on_error, max_errors, _path(quarantine)))
-        return Dataset(Map(self.node, fn, with_rng, isolate_rng, seed, on_error, max_errors, _path(quarantine)))
+            return Dataset(
+                MapBatched(self.node, fn, batch_size, on_error, max_errors, _path(quarantine))
+            )
+        return Dataset(
+            Map(self.node, fn, with_rng, isolate_rng, seed, on_error, max_errors, _path(quarantine))
+        )
 
     def filter(
         self,
@@ -359,18 +397,20 @@ class Dataset(IterableDataset[Any]):
 
         Args:
             seq_len: Tokens per row.
-            mode: ``"concat"`` joins documents and cuts them at every ``seq_len`` tokens; ``"fit"`` cuts no document that
-                fits in a row, and pads.
-            overflow: What becomes of documents longer than ``seq_len`` (separator included): all counted.
+            mode: ``"concat"`` joins documents and cuts them at every ``seq_len`` tokens; ``"fit"``
+                cuts no document that fits in a row, and pads.
+            overflow: What becomes of documents longer than ``seq_len`` (separator included): all
+                counted.
             key: The column of token ids; a sample that is no dict is its tokens itself.
-            columns: Further columns of one value per token, packed alongside (0 on padding, on a separator the
-                document's last value).
+            columns: Further columns of one value per token, packed alongside (0 on padding, on a
+                separator the document's last value).
             mask: A column of one value per token: where it is 0 the label is -100.
             separator: Token id or ids put after every document, as part of it.
             pad_id: What ``input_ids`` has on padding.
             last: Whether the partial row at the end of a lane is padded or dropped, and counted.
             window: ``"fit"``: documents looked at together, in a lane; default 256, at most 1,024.
-            min_fill: ``"fit"``: rows filled less than this wait, once, for the next window; default 0.95.
+            min_fill: ``"fit"``: rows filled less than this wait, once, for the next window; default
+                0.95.
 
         >>> import midstream as ms
         >>> row = next(iter(ms.from_dataset([[11, 12, 13], [21, 22], [31]]).pack(4)))
@@ -379,29 +419,49 @@ class Dataset(IterableDataset[Any]):
         >>> row["position_ids"].tolist(), row["seq_lens"].tolist()
         ([0, 1, 2, 0], [3, 1])
         """
-        ids = () if separator is None else (separator,) if not isinstance(separator, Iterable) else tuple(separator)
+        ids = (
+            ()
+            if separator is None
+            else (separator,)
+            if not isinstance(separator, Iterable)
+            else tuple(separator)
+        )
         return Dataset(
             Pack(
                 self.node,
-                PackOptions(seq_len, mode, overflow, key, tuple(columns), mask, ids, pad_id, last, window, min_fill),
+                PackOptions(
+                    seq_len,
+                    mode,
+                    overflow,
+                    key,
+                    tuple(columns),
+                    mask,
+                    ids,
+                    pad_id,
+                    last,
+                    window,
+                    min_fill,
+                ),
             )
         )
 
     def track(self, **metrics: Callable[[Any], float] | Metric) -> Dataset:
         """Gather metrics of the samples, by source and over all: in `DataLoader.progress`, exact under resume.
 
-        Changes no sample. The totals travel in the checkpoint (at most 1 KB per source and metric, once per rank) and are
-        the same to the last bit on any ranks, workers and resumes.
+        Changes no sample. The totals travel in the checkpoint (at most 1 KB per source and metric,
+        once per rank) and are the same to the last bit on any ranks, workers and resumes.
 
         Args:
-            **metrics: By name: a function of a sample (count, sum, mean, min and max of what it returns),
-                `midstream.distribution` of one (quantiles too), or `midstream.count` of one (how often each value came).
+            **metrics: By name: a function of a sample (count, sum, mean, min and max of what it
+                returns), `midstream.distribution` of one (quantiles too), or `midstream.count` of
+                one (how often each value came).
 
-        Where the pipeline has random access from here on, a sample counts when its batch is delivered (or when it fails
-        further on); in a stream when it comes by here, which nodes that hold samples back (a buffered shuffle, ``pack``) do
-        before it is delivered. To have what the model saw, put it right before ``batch`` or ``pack``. A sample made of rows
-        of several sources (a mixed batch, say) counts over all only. A bare dataset (without `midstream.DataLoader`) keeps no
-        totals.
+        Where the pipeline has random access from here on, a sample counts when its batch is
+        delivered (or when it fails further on); in a stream when it comes by here, which nodes that
+        hold samples back (a buffered shuffle, ``pack``) do before it is delivered. To have what the
+        model saw, put it right before ``batch`` or ``pack``. A sample made of rows of several
+        sources (a mixed batch, say) counts over all only. A bare dataset (without
+        `midstream.DataLoader`) keeps no totals.
 
         Raises:
             ValueError: If there is no metric, or one of that name further down.
@@ -445,15 +505,20 @@ class Dataset(IterableDataset[Any]):
         return Dataset(Skip(self.node, n))
 
     def batch(
-        self, batch_size: int, *, drop_last: bool = False, collate_fn: Callable[[list[Any]], Any] | None = None
+        self,
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> Dataset:
         """Group samples into batches.
 
         Args:
             batch_size: Samples per batch.
-            drop_last: Leave out the last batch when it is smaller (on a stream: of each lane), counted.
-            collate_fn: Makes a batch of a list of samples; by default torch's rules. `midstream.pad` is the ready
-                answer for samples of different lengths.
+            drop_last: Leave out the last batch when it is smaller (on a stream: of each lane),
+                counted.
+            collate_fn: Makes a batch of a list of samples; by default torch's rules.
+                `midstream.pad` is the ready answer for samples of different lengths.
 
         >>> import midstream as ms
         >>> list(ms.from_dataset([1, 2, 3]).batch(2))
@@ -468,12 +533,19 @@ def _row(bound: BoundNode, row: int) -> Any:
     if node.random_access:
         length = node.length()
         if not 0 <= row < (length or 0):
-            raise IndexError(f"source {bound.names[bound.source]!r} has the rows 0 to {(length or 0) - 1}; found {row}")
-        return bound.rows(np.array([row], dtype=np.int64), epoch_key(0), np.zeros(1, dtype=np.int64)).samples[0]
+            raise IndexError(
+                f"source {bound.names[bound.source]!r} has the rows 0 to {(length or 0) - 1}; found"
+                f" {row}"
+            )
+        return bound.rows(
+            np.array([row], dtype=np.int64), epoch_key(0), np.zeros(1, dtype=np.int64)
+        ).samples[0]
     limit = node.max_lanes()
     shards = limit[0] if limit is not None else 1
     # One lane for each shard: row r of shard s is row r * shards + s.
-    for sample, origins in iterate(bound, Lane(row % shards, shards, 1, Ledger(writes=False)), 0, 0):
+    for sample, origins in iterate(
+        bound, Lane(row % shards, shards, 1, Ledger(writes=False)), 0, 0
+    ):
         if origins[2] == row:
             return sample
         if origins[2] > row:

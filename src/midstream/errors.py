@@ -8,8 +8,8 @@
     └── CheckpointError      a state that this pipeline cannot take
         └── ReplayDiverged   what was read again on resume is not what was read before
 
-Wrong arguments are ``ValueError`` or ``TypeError`` at construction. Everything here can be rebuilt from its message
-alone, so it survives pickling from a worker process.
+Wrong arguments are ``ValueError`` or ``TypeError`` at construction. Everything here can be rebuilt
+from its message alone, so it survives pickling from a worker process.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ class Origin(NamedTuple):
 
     Attributes:
         source: Name of the source in the pipeline's tree.
-        epoch: The pass over that source (outer epoch and every enclosing ``repeat`` included), from 0.
+        epoch: The pass over that source (outer epoch and every enclosing ``repeat`` included), from
+            0.
         row: Row of the source.
-        part: What ``flat_map`` made of the row, or the piece that ``pack`` cut of it: 0 for the row itself, its first output
-            or piece, then 1, 2, ...
-        tokens: How many tokens of it a packed row has (its separator included); 0 where tokens are not counted.
+        part: What ``flat_map`` made of the row, or the piece that ``pack`` cut of it: 0 for the row
+            itself, its first output or piece, then 1, 2, ...
+        tokens: How many tokens of it a packed row has (its separator included); 0 where tokens are
+            not counted.
 
     >>> str(Origin("web", epoch=2, row=7))
     'web[7] epoch 2'
@@ -61,7 +63,8 @@ class SampleError(MidstreamError, RuntimeError):
 
     Attributes:
         node: Path of the node whose code raised.
-        origin: Where the sample came from, or None when a whole batch failed in its collate function.
+        origin: Where the sample came from, or None when a whole batch failed in its collate
+            function.
         function: The callable as ``name @ file:line``.
         error_type: Qualified name of the original exception's type.
         original_message: ``str()`` of the original exception.

@@ -1,10 +1,12 @@
 """Exact resume in Lightning's ``Trainer``; the package is imported here, and needs ``pip install 'midstream[lightning]'``.
 
-Lightning saves the states of its loaders by itself. Four things it cannot know or does not do are done here:
+Lightning saves the states of its loaders by itself. Four things it cannot know or does not do are
+done here:
 
     what was trained       A loader without a length is read one batch ahead; a save in a signal handler or after an error
-                           comes in the middle of a step. Marks say where the loaders stood after each of the last steps,
-                           and the number of trained steps says which mark holds.
+                           comes in the middle of a step. Marks say where the loaders stood after
+                           each of the last steps, and the number of trained steps says which mark
+                           holds.
     all ranks              It writes rank 0's states and gives them to all. Here every rank's lanes are gathered and merged.
     giving states back     It does not after the end of an epoch, nor when ``trainer.estimated_stepping_batches`` was used.
     the epoch              is that of the loader's state, never of Lightning's count.
@@ -34,7 +36,8 @@ except ImportError:  # the same under its other name
         from pytorch_lightning import Callback
     except ImportError:
         raise ImportError(
-            "midstream.lightning needs Lightning, which is not installed: pip install 'midstream[lightning]'"
+            "midstream.lightning needs Lightning, which is not installed: pip install"
+            " 'midstream[lightning]'"
         ) from None
 
 __all__ = ["ResumeCallback"]
@@ -46,7 +49,9 @@ _MARKS = 4
 
 
 class Mark(NamedTuple):
-    """Where a loader stands when a step is done: after batch ``step`` of the epoch that ``position`` runs."""
+    """Where a loader stands when a step is done: after batch ``step`` of the epoch that
+    ``position`` runs.
+    """
 
     position: Position
     step: int
@@ -55,23 +60,27 @@ class Mark(NamedTuple):
 class ResumeCallback(Callback):  # type: ignore[misc]
     """Makes the loaders of a ``Trainer`` resume exactly: ``Trainer(callbacks=[ResumeCallback()])``.
 
-    Every `midstream.DataLoader` among the training loaders (alone, or in a ``CombinedLoader``) is saved as of the batches that
-    were *trained*, with the lanes of all ranks, and goes on there on any number of ranks and workers: in the middle of an
-    epoch or at its end, after an error (``save_on_exception``), and from a save in Slurm's requeue signal. Other loaders are
-    left as they are.
+    Every `midstream.DataLoader` among the training loaders (alone, or in a ``CombinedLoader``) is
+    saved as of the batches that were *trained*, with the lanes of all ranks, and goes on there on
+    any number of ranks and workers: in the middle of an epoch or at its end, after an error
+    (``save_on_exception``), and from a save in Slurm's requeue signal. Other loaders are left as
+    they are.
 
-    With several ranks a save asks all of them, as Lightning itself does. So an error that is to be saved, or the signal, has to
-    come to all of them in the same step, before or after its exchange of gradients. Where one rank fails alone, or one is an
-    exchange further when the signal comes, Lightning waits until its process group gives up, with this callback or without
-    (without it rank 0's file may be written before it waits): the last regular checkpoint is what there is.
+    With several ranks a save asks all of them, as Lightning itself does. So an error that is to be
+    saved, or the signal, has to come to all of them in the same step, before or after its exchange
+    of gradients. Where one rank fails alone, or one is an exchange further when the signal comes,
+    Lightning waits until its process group gives up, with this callback or without (without it rank
+    0's file may be written before it waits): the last regular checkpoint is what there is.
 
-    A ``training_step`` that takes ``dataloader_iter`` and fetches ahead by itself is taken to have trained what it fetched.
+    A ``training_step`` that takes ``dataloader_iter`` and fetches ahead by itself is taken to have
+    trained what it fetched.
 
-    An epoch of the loader that Lightning ends early (``limit_train_batches``) is over: the next begins. A pipeline without
-    end goes on where it stands.
+    An epoch of the loader that Lightning ends early (``limit_train_batches``) is over: the next
+    begins. A pipeline without end goes on where it stands.
 
     Raises:
-        CheckpointError: On loading, if the loaders are others than those saved; on saving, if the ranks do not fit together.
+        CheckpointError: On loading, if the loaders are others than those saved; on saving, if the
+            ranks do not fit together.
 
     >>> from midstream.lightning import ResumeCallback
     >>> ResumeCallback().state_key
@@ -80,8 +89,12 @@ class ResumeCallback(Callback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._saved: list[Any] | None = None  # states to go on from, one per stateful loader
-        self._spent: list[bool] = []  # which loaders of a `CombinedLoader` had come to their end in that epoch
-        self._marks: dict[int, list[Mark]] = {}  # by the number of trained batches; replaced, never changed
+        self._spent: list[
+            bool
+        ] = []  # which loaders of a `CombinedLoader` had come to their end in that epoch
+        self._marks: dict[
+            int, list[Mark]
+        ] = {}  # by the number of trained batches; replaced, never changed
         self._seen: dict[int, Mark] = {}
         self._group: Any = None
 
@@ -101,14 +114,23 @@ class ResumeCallback(Callback):  # type: ignore[misc]
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep the states until training starts."""
-        saved = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader")
+        saved = (
+            checkpoint.get("loops", {})
+            .get("fit_loop", {})
+            .get("state_dict", {})
+            .get("combined_loader")
+        )
         self._saved = saved or None
         kept = checkpoint.get(_KEY)
         self._spent = list(kept["spent"]) if kept is not None else []
-        if saved and kept is None and any(isinstance(state, dict) and "midstream" in state for state in saved):
+        if (
+            saved
+            and kept is None
+            and any(isinstance(state, dict) and "midstream" in state for state in saved)
+        ):
             warnings.warn(
-                "this checkpoint was saved without midstream's ResumeCallback: its data position may be some batches past "
-                "what was trained",
+                "this checkpoint was saved without midstream's ResumeCallback: its data position"
+                " may be some batches past what was trained",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -124,12 +146,15 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         if self._saved is not None:
             if len(self._saved) != len(stateful):
                 raise CheckpointError(
-                    f"the checkpoint has the states of {len(self._saved)} loaders, and there are {len(stateful)} here that "
-                    f"can take one. Give the Trainer the loaders that were saved, in the same order."
+                    f"the checkpoint has the states of {len(self._saved)} loaders, and there are"
+                    f" {len(stateful)} here that can take one. Give the Trainer the loaders that"
+                    " were saved, in the same order."
                 )
             pairs = list(zip(stateful, self._saved))
             ahead = fetcher.fetched
-            done = all(_stands_at(loader, state, ahead) for loader, state in pairs if loader in ours)
+            done = all(
+                _stands_at(loader, state, ahead) for loader, state in pairs if loader in ours
+            )
             if not self._on_all_ranks(done and not any(self._spent)):
                 for loader, state in pairs:
                     loader.load_state_dict(state)
@@ -154,7 +179,9 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         return bool(answer)
 
     def _fit_lengths(self, trainer: Any, ours: list[DataLoader]) -> None:
-        """Lightning took the length of an epoch before the state was there; on other ranks what is left of it differs."""
+        """Lightning took the length of an epoch before the state was there; on other ranks what is
+        left of it differs.
+        """
         loop = trainer.fit_loop
         combined, fetcher = loop._combined_loader, loop._data_fetcher
         if not isinstance(trainer.limit_train_batches, float) or combined.limits is None:
@@ -167,11 +194,15 @@ class ResumeCallback(Callback):  # type: ignore[misc]
             fetcher.length = len(combined)
             fetcher.done = fetcher.fetched >= fetcher.length
             least = min if combined._mode == "min_size" else max
-            loop.max_batches = max(fetcher.length, least(combined.limits))  # the epochs to come may be longer
+            loop.max_batches = max(
+                fetcher.length, least(combined.limits)
+            )  # the epochs to come may be longer
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Mark where the loaders will stand when this step is done."""
         fetcher = trainer.fit_loop._data_fetcher
         ahead = len(getattr(fetcher, "batches", ()))
@@ -182,14 +213,21 @@ class ResumeCallback(Callback):  # type: ignore[misc]
             if seen is not None and seen.position is now.position:
                 gave = now.step > seen.step
             else:  # an exhausted loader of mode "max_size" gives nothing any more, all others give a batch each time
-                gave = trainer.fit_loop._combined_loader._mode != "max_size" or now.step - now.position.first_step > 1
+                gave = (
+                    trainer.fit_loop._combined_loader._mode != "max_size"
+                    or now.step - now.position.first_step > 1
+                )
             self._seen[index] = now
             marks.append(Mark(now.position, now.step - (ahead if gave else 0)))
         done = _trained(trainer)
-        kept = {number: mark for number, mark in self._marks.items() if done - _MARKS < number <= done}
+        kept = {
+            number: mark for number, mark in self._marks.items() if done - _MARKS < number <= done
+        }
         self._marks = {**kept, done + 1: marks}
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """The step is done."""
         ours, done = _ours(trainer), _trained(trainer)
         marks = self._marks.get(done)
@@ -221,7 +259,9 @@ class ResumeCallback(Callback):  # type: ignore[misc]
             for loader in _ours(trainer):
                 loader._guided, loader._trained = False, None
             if self._group is not None:
-                with contextlib.suppress(Exception):  # all of torch.distributed may have been shut down before
+                with contextlib.suppress(
+                    Exception
+                ):  # all of torch.distributed may have been shut down before
                     dist.destroy_process_group(self._group)
                 self._group = None
 
@@ -237,9 +277,12 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         if self._group is not None:
             dist.broadcast_object_list(done, src=0, group=self._group)  # rank 0's weights are saved
         merged = iter(gather_states(lambda: self._states(ours, done[0]), self._group))
-        stateful = [loader for loader in trainer.fit_loop._combined_loader.flattened if _stateful(loader)]
+        stateful = [
+            loader for loader in trainer.fit_loop._combined_loader.flattened if _stateful(loader)
+        ]
         kept["combined_loader"] = [
-            next(merged) if loader in ours else state for loader, state in zip(stateful, kept["combined_loader"])
+            next(merged) if loader in ours else state
+            for loader, state in zip(stateful, kept["combined_loader"])
         ]
         checkpoint[_KEY] = {"spent": self._spent_now(trainer, done[0])}
 
@@ -254,21 +297,28 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         spent = []
         for loader, anew in zip(combined.flattened, begun):
             mark = next(marks) if loader in _ours(trainer) else None
-            spent.append(anew or (mark is not None and mark.position.complete and mark.step == mark.position.steps))
+            spent.append(
+                anew
+                or (
+                    mark is not None and mark.position.complete and mark.step == mark.position.steps
+                )
+            )
         return spent
 
     def _states(self, ours: list[DataLoader], done: int) -> list[dict[str, Any]]:
         marks = self._marks.get(done)
         if marks is None:
             raise CheckpointError(
-                f"the weights to be saved have seen {done} batches, and this rank knows where its loaders stood after "
-                f"{sorted(self._marks)}"
+                f"the weights to be saved have seen {done} batches, and this rank knows where its"
+                f" loaders stood after {sorted(self._marks)}"
             )
         return [_state(loader, mark) for loader, mark in zip(ours, marks)]
 
 
 def _trained(trainer: Any) -> int:
-    """Batches trained in all, over all epochs: the count that Lightning moves on right after the optimizer's step."""
+    """Batches trained in all, over all epochs: the count that Lightning moves on right after the
+    optimizer's step.
+    """
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
 
@@ -286,7 +336,9 @@ def _begin_next_epoch(loop: Any) -> None:
 
 
 class _InTheMiddle:
-    """A ``CombinedLoader`` whose next pass goes on in the middle of an epoch, in which some loaders are spent."""
+    """A ``CombinedLoader`` whose next pass goes on in the middle of an epoch, in which some loaders
+    are spent.
+    """
 
     def __init__(self, combined: Any, spent: list[bool]) -> None:
         self._combined, self._spent = combined, spent
@@ -300,12 +352,16 @@ class _InTheMiddle:
         if any(self._spent) and not all(self._spent) and hasattr(passed, "_consumed"):
             passed._consumed = list(self._spent)
         elif any(self._spent):
-            passed.iterators = [iter(()) if spent else it for it, spent in zip(passed.iterators, self._spent)]
+            passed.iterators = [
+                iter(()) if spent else it for it, spent in zip(passed.iterators, self._spent)
+            ]
         return batches
 
 
 def _stateful(loader: Any) -> bool:
-    return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
+    return callable(getattr(loader, "state_dict", None)) and callable(
+        getattr(loader, "load_state_dict", None)
+    )
 
 
 def _ours(trainer: Any) -> list[DataLoader]:
@@ -315,12 +371,16 @@ def _ours(trainer: Any) -> list[DataLoader]:
 
 
 def _over(loader: DataLoader, mark: Mark) -> Mark:
-    """Where a loader stands when Lightning's epoch is over: a finite epoch that was left early is too."""
+    """Where a loader stands when Lightning's epoch is over: a finite epoch that was left early is
+    too.
+    """
     position = mark.position
     begun = position is loader._current and mark.step > position.first_step
     if loader._endless or not begun or (position.complete and mark.step == position.steps):
         return mark
-    following = loader._epoch_from(position.topology, position.num_lanes, position.epoch + 1, position)
+    following = loader._epoch_from(
+        position.topology, position.num_lanes, position.epoch + 1, position
+    )
     return Mark(following, 0)
 
 
@@ -344,7 +404,9 @@ def _state(loader: DataLoader, mark: Mark) -> dict[str, Any]:
 
 
 def _stands_at(loader: DataLoader, state: Any, ahead: int) -> bool:
-    """Whether a loader was given this state and nothing was taken of it but what Lightning reads ahead."""
+    """Whether a loader was given this state and nothing was taken of it but what Lightning reads
+    ahead.
+    """
     current = loader._current
     if current is None or loader._loaded is not None or current.steps - current.first_step > ahead:
         return False

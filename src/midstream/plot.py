@@ -1,7 +1,7 @@
 """Pictures of a pipeline: what a mix asked for and got, what a shuffle does, how long samples are.
 
-Needs matplotlib: ``pip install 'midstream[plot]'``. Every function draws into the axes it is given, or into new ones, and
-returns them; reading a pipeline for a picture changes nothing about it.
+Needs matplotlib: ``pip install 'midstream[plot]'``. Every function draws into the axes it is given,
+or into new ones, and returns them; reading a pipeline for a picture changes nothing about it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["lengths", "mix", "shuffle"]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#555555")
-"""Told apart without colour vision (Okabe and Ito), the last two added; further sources begin again."""
+"""Told apart without colour vision (Okabe and Ito), the last two added; further sources begin
+again.
+"""
 _MOST = 24
 
 
@@ -57,7 +59,9 @@ def mix(
     several = [data] if isinstance(data, (Progress, Mapping)) else list(data)
     told = [item if isinstance(item, Progress) else progress(dict(item)) for item in several]
     if not told:
-        raise ValueError("plot.mix draws a progress, a state, or a sequence of them; found an empty sequence")
+        raise ValueError(
+            "plot.mix draws a progress, a state, or a sequence of them; found an empty sequence"
+        )
     if unit is None:
         unit = "tokens" if told[-1].tokens else "samples"
     if unit not in ("samples", "tokens"):
@@ -81,7 +85,13 @@ def _bars(ax: Axes, told: Progress, names: list[str], unit: str) -> None:
     asked = [told.sources[name].asked for name in names]
     for bound, value in zip(places, asked):
         if value is not None:
-            ax.plot([value, value], [bound - 0.4, bound + 0.4], color="black", linewidth=1.5, solid_capstyle="butt")
+            ax.plot(
+                [value, value],
+                [bound - 0.4, bound + 0.4],
+                color="black",
+                linewidth=1.5,
+                solid_capstyle="butt",
+            )
     if any(value is not None for value in asked):
         ax.plot([], [], color="black", linewidth=1.5, label="asked")
         ax.legend(frameon=False, fontsize=9, loc="lower right")
@@ -142,13 +152,23 @@ def shuffle(dataset: Dataset, *, n: int = 2000, epoch: int = 0, ax: Axes | None 
         here = found[found[:, 1] == index]
         if len(here):
             size = float(np.clip(3000 / len(found), 2, 20))
-            ax.scatter(here[:, 0], here[:, 2], s=size, color=_colour(index), linewidths=0, alpha=0.8, label=name)
+            ax.scatter(
+                here[:, 0],
+                here[:, 2],
+                s=size,
+                color=_colour(index),
+                linewidths=0,
+                alpha=0.8,
+                label=name,
+            )
     ax.set_xlabel("position out")
     ax.set_ylabel("row of the source")
     ax.xaxis.set_major_formatter(_thousands())
     ax.yaxis.set_major_formatter(_thousands())
     if 1 < len(names) <= _MOST:
-        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+        ax.legend(
+            frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2
+        )
     return ax
 
 
@@ -164,7 +184,8 @@ def lengths(
 
     Args:
         dataset: A pipeline; it is read as one lane.
-        key: A column whose ``len`` is taken, or a function from sample to length; None: the sample's own ``len``.
+        key: A column whose ``len`` is taken, or a function from sample to length; None: the
+            sample's own ``len``.
         n: Samples to read, from the start.
         bins: Bars.
         ax: Axes to draw in.
@@ -192,7 +213,9 @@ def lengths(
     if len(every):
         low, high = float(every.min()), float(every.max())
         far = low > 0 and high / low > 50
-        edges = np.geomspace(low, high + 1, bins + 1) if far else np.linspace(low, high + 1, bins + 1)
+        edges = (
+            np.geomspace(low, high + 1, bins + 1) if far else np.linspace(low, high + 1, bins + 1)
+        )
         for index, values in found.items():
             if values:
                 middle = int(np.median(values))
@@ -214,8 +237,8 @@ def _length(sample: Any, key: str | Callable[[Any], int] | None) -> int:
         return len(sample if key is None else sample[key])
     except (TypeError, KeyError, IndexError) as error:
         raise TypeError(
-            f"plot.lengths cannot tell the length of a sample ({type(error).__name__}: {error}); give the key of a "
-            f"column, or a function: {sample!r:.120}"
+            f"plot.lengths cannot tell the length of a sample ({type(error).__name__}: {error});"
+            f" give the key of a column, or a function: {sample!r:.120}"
         ) from None
 
 
@@ -238,7 +261,9 @@ def _axes(ax: Axes | None) -> Axes:
         try:
             from matplotlib.pyplot import subplots
         except ImportError as error:
-            raise ImportError("midstream.plot draws with matplotlib: pip install 'midstream[plot]'") from error
+            raise ImportError(
+                "midstream.plot draws with matplotlib: pip install 'midstream[plot]'"
+            ) from error
         _, ax = subplots(figsize=(7, 3.5), layout="constrained")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, linewidth=0.6)

@@ -1,7 +1,7 @@
 """Exact resume in Hugging Face's ``Trainer``; imported here, and needs ``pip install 'midstream[transformers]'``.
 
-The ``Trainer`` keeps no position in the data: it counts steps, and on resume reads again what was read. Here the loader's
-state is saved beside the weights, and four of its methods are extended:
+The ``Trainer`` keeps no position in the data: it counts steps, and on resume reads again what was
+read. Here the loader's state is saved beside the weights, and four of its methods are extended:
 
     get_train_dataloader   gives the loader, with the saved state in it
     get_batch_samples      fetches all micro-batches of a step; notes where the loader stood before and after
@@ -27,7 +27,8 @@ try:
     from transformers import trainer as _trainer
 except ImportError:
     raise ImportError(
-        "midstream.transformers needs transformers, which is not installed: pip install 'midstream[transformers]'"
+        "midstream.transformers needs transformers, which is not installed: pip install"
+        " 'midstream[transformers]'"
     ) from None
 
 __all__ = ["ResumeMixin", "ResumeTrainer"]
@@ -38,17 +39,19 @@ _FILE = "midstream.json"
 class ResumeMixin:
     """Put before a ``Trainer`` class, makes its training data resume exactly: ``class Mine(ResumeMixin, SFTTrainer)``.
 
-    ``train(resume_from_checkpoint=...)`` goes on with the batch after the last one that was trained, without reading what
-    came before it; gradient accumulation, its remainder at the end of an epoch, and checkpoints on SIGTERM
-    (``enable_jit_checkpoint``) included. Where the data has a length the number of ranks stays the same, because the
-    ``Trainer`` counts its steps by it; data without one, under ``max_steps``, goes on on any.
+    ``train(resume_from_checkpoint=...)`` goes on with the batch after the last one that was
+    trained, without reading what came before it; gradient accumulation, its remainder at the end of
+    an epoch, and checkpoints on SIGTERM (``enable_jit_checkpoint``) included. Where the data has a
+    length the number of ranks stays the same, because the ``Trainer`` counts its steps by it; data
+    without one, under ``max_steps``, goes on on any.
 
-    ``train_dataset`` is a midstream dataset, with or without ``.batch``, or map-style data, which is shuffled by
-    ``args.data_seed`` or ``args.seed``. Leave ``ignore_data_skip`` False: nothing is read to skip, and the steps are counted
-    right.
+    ``train_dataset`` is a midstream dataset, with or without ``.batch``, or map-style data, which
+    is shuffled by ``args.data_seed`` or ``args.seed``. Leave ``ignore_data_skip`` False: nothing is
+    read to skip, and the steps are counted right.
 
     Raises:
-        CheckpointError: On resuming from a checkpoint without the data's position, or of another number of ranks.
+        CheckpointError: On resuming from a checkpoint without the data's position, or of another
+        number of ranks.
     """
 
     _loader: DataLoader | None = None
@@ -68,7 +71,9 @@ class ResumeMixin:
         if isinstance(data, Dataset) and data.batch_rows is not None:
             return DataLoader(data, **options)
         if not isinstance(data, Dataset):
-            data = from_dataset(data).shuffle(args.data_seed if args.data_seed is not None else args.seed)
+            data = from_dataset(data).shuffle(
+                args.data_seed if args.data_seed is not None else args.seed
+            )
         collate = self.data_collator  # type: ignore[attr-defined]
         if args.remove_unused_columns:
             collate = self._get_collator_with_removed_columns(collate, description="training")  # type: ignore[attr-defined]
@@ -92,8 +97,9 @@ class ResumeMixin:
                 state, ranks = kept["state"], int(kept["ranks"])
             except (OSError, ValueError, LookupError, TypeError) as error:
                 raise CheckpointError(
-                    f"{path} cannot be read ({error}): this checkpoint does not say where the training stood in its data. It "
-                    f"was saved without midstream's ResumeMixin, or never finished; resume from an older one."
+                    f"{path} cannot be read ({error}): this checkpoint does not say where the"
+                    " training stood in its data. It was saved without midstream's ResumeMixin, or"
+                    " never finished; resume from an older one."
                 ) from error
             self._check_ranks(loader, ranks, path)
             loader.load_state_dict(state)
@@ -107,10 +113,14 @@ class ResumeMixin:
             return
         step = self.state.global_step  # type: ignore[attr-defined]
         raise CheckpointError(
-            f"{path} was saved on {saved} ranks, and there are {here}. This data has a length, and the Trainer counts epochs "
-            f"and steps by what one rank has of it, so it would take step {step} for another place. Start {saved} ranks; or "
-            f'go on in a loop of your own or in Accelerate: loader.load_state_dict(json.load(open("{path}"))["state"]) takes '
-            f"it on any number. A run of the Trainer that is to change its ranks begins with data without a length "
+            f"{path} was saved on {saved} ranks, and there are {here}. This data has a length, and"
+            " the Trainer counts epochs "
+            f"and steps by what one rank has of it, so it would take step {step} for another place."
+            f" Start {saved} ranks; or "
+            "go on in a loop of your own or in Accelerate:"
+            f' loader.load_state_dict(json.load(open("{path}"))["state"]) takes '
+            f"it on any number. A run of the Trainer that is to change its ranks begins with data"
+            f" without a length "
             f"(.repeat()) and max_steps."
         )
 
@@ -148,9 +158,15 @@ class ResumeMixin:
         current = loader._current
         if mark is None or current is None:
             return loader.state_dict()
-        return dict(mark[0].state_at(mark[1]) if mark[0] is current else current.state_at(current.first_step))
+        return dict(
+            mark[0].state_at(mark[1])
+            if mark[0] is current
+            else current.state_at(current.first_step)
+        )
 
-    def _inner_training_loop(self, *args: Any, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def _inner_training_loop(
+        self, *args: Any, resume_from_checkpoint: Any = None, **kwargs: Any
+    ) -> Any:
         """Train, with the checkpoint at hand."""
         skip = _trainer.skip_first_batches
 
@@ -159,7 +175,9 @@ class ResumeMixin:
 
         self._checkpoint, _trainer.skip_first_batches = resume_from_checkpoint, skip_first_batches
         try:
-            return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+            return super()._inner_training_loop(
+                *args, resume_from_checkpoint=resume_from_checkpoint, **kwargs
+            )  # type: ignore[misc]
         finally:
             self._checkpoint, _trainer.skip_first_batches = None, skip
             if self._loader is not None:

@@ -5,9 +5,9 @@ A state says so in "rest", empty in every other epoch, else JSON:
     {"offsets": {"web": 700, ...},   rows of each input of the mix that were delivered; none where the mix is as it was
      "skip": 96}                     then, rows of what the batches are made of that were delivered
 
-Random access: until the epoch ends, the pipeline that runs is the one that was given, with `Skip` at these two places;
-batches count from 0 again. Streams need none of it: each lane's state says where it stands. It only keeps how rows were
-dealt to lanes when the epoch began ("dealt").
+Random access: until the epoch ends, the pipeline that runs is the one that was given, with `Skip`
+at these two places; batches count from 0 again. Streams need none of it: each lane's state says
+where it stands. It only keeps how rows were dealt to lanes when the epoch began ("dealt").
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _ONE_TO_ONE = ("map", "track")
 def adopt(run_state: RunState, pipeline: Node, *, strict: bool) -> list[str]:
     """Let a state of a pipeline that differs go on with this one, where that can be done exactly.
 
-    Another batch size can always be; other weights, new and removed inputs of a mix when asked for (``strict=False``).
-    Changes ``run_state`` in place.
+    Another batch size can always be; other weights, new and removed inputs of a mix when asked for
+    (``strict=False``). Changes ``run_state`` in place.
 
     Returns:
         What differs, a line each.
@@ -48,7 +48,10 @@ def adopt(run_state: RunState, pipeline: Node, *, strict: bool) -> list[str]:
     while _kind(old) == _kind(new) in _ONE_TO_ONE and _alike(old, new):
         old, new = old["inputs"][""], new["inputs"][""]
     if _kind(old) != "batch" or _kind(new) != "batch" or not _alike(old, new, "batch_size"):
-        raise _refusal(lines, "only the batch size and, with strict=False, a mix's weights and inputs may change")
+        raise _refusal(
+            lines,
+            "only the batch size and, with strict=False, a mix's weights and inputs may change",
+        )
     size = old["batch_size"]
     old, new = old["inputs"][""], new["inputs"][""]
     other_mix = old != new
@@ -60,27 +63,41 @@ def adopt(run_state: RunState, pipeline: Node, *, strict: bool) -> list[str]:
         same = _kind(old) == _kind(new) == "interleave" and _alike(old, new, "weights", "schedule")
         kept = set(old.get("inputs", {})) & set(new.get("inputs", {}))
         if not same or any(old["inputs"][name] != new["inputs"][name] for name in kept):
-            raise _refusal(lines, "only weights, new and removed inputs of a mix right below the batch can be honoured")
+            raise _refusal(
+                lines,
+                "only weights, new and removed inputs of a mix right below the batch can be"
+                " honoured",
+            )
         if strict:
             raise _refusal(
-                lines, "load_state_dict(state, strict=False) goes on with these weights and inputs from here on"
+                lines,
+                "load_state_dict(state, strict=False) goes on with these weights and inputs from"
+                " here on",
             )
     given = 0
     if pipeline.random_access:
         given = _adopt_random(run_state, pipeline, old if other_mix else None, size, lines)
     else:
-        _adopt_stream(run_state, pipeline, (old, new) if other_mix else None, size, bool(above), lines)
+        _adopt_stream(
+            run_state, pipeline, (old, new) if other_mix else None, size, bool(above), lines
+        )
     if other_mix:
         _rename(run_state, source_names(run_state.spec), source_names(here))
-        run_state.edits = note_load(run_state, _find(bind(pipeline)).path, weights_of(old), weights_of(new), given)
+        run_state.edits = note_load(
+            run_state, _find(bind(pipeline)).path, weights_of(old), weights_of(new), given
+        )
     run_state.spec, run_state.fingerprint = here, describe.fingerprint(pipeline)
     return lines
 
 
-def _adopt_random(run_state: RunState, pipeline: Node, old: State, size: int, lines: list[str]) -> int:
+def _adopt_random(
+    run_state: RunState, pipeline: Node, old: State, size: int, lines: list[str]
+) -> int:
     """Returns how many rows the mix has given in this epoch."""
     if run_state.ahead:
-        raise _refusal(lines, "a rank is ahead because it lost whole batches; finish the epoch as it is")
+        raise _refusal(
+            lines, "a rank is ahead because it lost whole batches; finish the epoch as it is"
+        )
     left: dict[str, Any] = decode(run_state.rest) if run_state.rest else {"offsets": {}, "skip": 0}
     offsets, skip = left["offsets"], left["skip"] + run_state.batches * size
     given = 0
@@ -88,10 +105,16 @@ def _adopt_random(run_state: RunState, pipeline: Node, old: State, size: int, li
         bound = _find(bind(pipeline))
         mix: Any = bound.node
         if mix.stopping_strategy == "all_exhausted":
-            raise _refusal(lines, "with all_exhausted, sources start over, and a mix of passes cannot be counted anew")
+            raise _refusal(
+                lines,
+                "with all_exhausted, sources start over, and a mix of passes cannot be counted"
+                " anew",
+            )
         edits = edits_of(run_state.edits, bound.path)
         counts = _counts(old, mix, offsets, skip, lines, edits, run_state.epoch)
-        loads = [edit["given"] for edit in edits if "given" in edit and edit["epoch"] == run_state.epoch]
+        loads = [
+            edit["given"] for edit in edits if "given" in edit and edit["epoch"] == run_state.epoch
+        ]
         given = skip + (loads[-1] if loads else 0)
         offsets = {name: counts.get(name, 0) for name, _ in mix.datasets}
         skip = 0
@@ -122,7 +145,9 @@ def _counts(
     names = list(old["weights"])
     seed = fold(old["seed"], salt("/".join([mix.label, *sorted(names)])))
     steps = [[0, old["weights"]], *old.get("schedule", [])]
-    planned = [(border, tuple((name, weights[name]) for name in names)) for border, weights in steps]
+    planned = [
+        (border, tuple((name, weights[name]) for name in names)) for border, weights in steps
+    ]
     phases, _ = phases_in(planned, names, edits, epoch)
     counts = dict.fromkeys(names, 0)
     for number, (border, weights) in enumerate(phases):
@@ -139,7 +164,9 @@ def _counts(
             name not in lengths or (length is not None and counts[name] > length)
         ):
             raise _refusal(
-                lines, f"input {name!r} may have run out in this epoch, and the mix after that cannot be counted"
+                lines,
+                f"input {name!r} may have run out in this epoch, and the mix after that cannot be"
+                " counted",
             )
     return counts
 
@@ -161,7 +188,8 @@ def _adopt_stream(
         if lane is None:
             lane = run_state.lanes[index] = {"samples": [], "rows": [], "events": {}}
         run = lane.setdefault(
-            "lane", {"epoch": run_state.epoch, "rounds": 0, "done": False, "state": None, "marks": {}}
+            "lane",
+            {"epoch": run_state.epoch, "rounds": 0, "done": False, "state": None, "marks": {}},
         )
         if run["done"]:
             continue
@@ -172,18 +200,31 @@ def _adopt_stream(
         try:
             number, since, mix = run["state"]
             if since:
-                raise _refusal(lines, "a batch is half read; save the state after a batch, not after an error")
+                raise _refusal(
+                    lines, "a batch is half read; save the state after a batch, not after an error"
+                )
             saved = dict(zip(sorted(was["inputs"]), mix["inputs"], strict=True))
-            kept = [saved[name][:3] if name in saved else None for name in sorted(mix_spec["inputs"])]
+            kept = [
+                saved[name][:3] if name in saved else None for name in sorted(mix_spec["inputs"])
+            ]
             # What an input of that name had counted when it was removed is not what begins now.
-            begin = {bound.path for name, child in new.items() if name not in saved for bound in child.walk()}
+            begin = {
+                bound.path
+                for name, child in new.items()
+                if name not in saved
+                for bound in child.walk()
+            }
             run["marks"] = {
-                key: mark for key, mark in run["marks"].items() if not begin & {key, key.rpartition(" ")[0]}
+                key: mark
+                for key, mark in run["marks"].items()
+                if not begin & {key, key.rpartition(" ")[0]}
             }
             changed: dict[str, Any] = {"picks": 0, "ended": False, "inputs": kept}
             if "schedule" in mix_spec:
                 if "phase" not in mix and "weights_by" in mix_spec:
-                    raise _refusal(lines, "without a schedule it was not counted how much the mix has given")
+                    raise _refusal(
+                        lines, "without a schedule it was not counted how much the mix has given"
+                    )
                 changed["phase"] = [0, 0, mix["phase"][2] if "phase" in mix else mix["picks"]]
                 changed["of"] = _find(bind(pipeline)).path
             run["state"] = [number, 0, changed]
@@ -195,7 +236,9 @@ def _adopt_stream(
 
 
 def _rename(run_state: RunState, old: list[str], new: list[str]) -> None:
-    """Number the counts by the sources as they are now; those of a source that was removed are of none."""
+    """Number the counts by the sources as they are now; those of a source that was removed are of
+    none.
+    """
     bound = {index: new.index(name) if name in new else -1 for index, name in enumerate(old)}
     for lane in run_state.lanes.values():
         if lane is None:
@@ -233,6 +276,6 @@ def _alike(old: Mapping[str, State], new: Mapping[str, State], *but: str) -> boo
 
 def _refusal(lines: list[str], reason: str) -> CheckpointError:
     return CheckpointError(
-        f"this state was saved by another pipeline (saved → here):{bullet_list(lines)}\nIt cannot go on with this one: "
-        f"{reason}. Build the pipeline as it was, or start afresh."
+        f"this state was saved by another pipeline (saved → here):{bullet_list(lines)}\nIt cannot"
+        f" go on with this one: {reason}. Build the pipeline as it was, or start afresh."
     )

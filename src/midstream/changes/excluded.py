@@ -34,22 +34,28 @@ def with_origins(text: str, origins: Iterable[Any], names: list[str]) -> str:
         if (
             not isinstance(origin, (tuple, list))
             or not 3 <= len(origin) <= 5
-            or not all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in origin[1:])
+            or not all(
+                isinstance(item, (int, np.integer)) and not isinstance(item, bool)
+                for item in origin[1:]
+            )
         ):
             raise TypeError(
-                f"exclude takes origins as loader.trace() gives them, or (source, epoch, row) or (source, epoch, row, part); "
-                f"found {origin!r:.80}"
+                "exclude takes origins as loader.trace() gives them, or (source, epoch, row) or"
+                f" (source, epoch, row, part); found {origin!r:.80}"
             )
         name, epoch, row, *part = origin
         if name not in names:
-            raise ValueError(f"exclude: no source is named {name!r}; there are {', '.join(map(repr, names))}")
+            raise ValueError(
+                f"exclude: no source is named {name!r}; there are {', '.join(map(repr, names))}"
+            )
         if min(origin[1:]) < 0:
             raise ValueError(f"exclude: epoch, row and part are at least 0; found {origin!r}")
         known.add((name, int(epoch), int(row), int(part[0]) if part else 0))
     if len(known) > MOST_ORIGINS:
         raise ValueError(
-            f"exclude: that would be {len(known):,} samples left out, and every checkpoint holds them: at most "
-            f"{MOST_ORIGINS:,}. Take many samples out with .filter, or pass over whole batches with loader.skip."
+            f"exclude: that would be {len(known):,} samples left out, and every checkpoint holds"
+            f" them: at most {MOST_ORIGINS:,}. Take many samples out with .filter, or pass over"
+            " whole batches with loader.skip."
         )
     by_name: dict[str, list[list[int]]] = {}
     for name, *rest in sorted(known):
@@ -71,9 +77,10 @@ def require_excludable(pipeline: Node) -> None:
             return
         if again := bound.node.replay_bound():
             raise ValueError(
-                f"exclude: a resume reads {again} again at {bound.path!r}, above .batch: batches that it has read already "
-                f"would come shorter, or not at all, and it could not go on exactly. Put the {bound.node.kind} below the "
-                f".batch, or pass over whole batches with loader.skip."
+                f"exclude: a resume reads {again} again at {bound.path!r}, above .batch: batches"
+                " that it has read already would come shorter, or not at all, and it could not go"
+                f" on exactly. Put the {bound.node.kind} below the .batch, or pass over whole"
+                " batches with loader.skip."
             )
         for child in bound.inputs.values():
             refuse(child)

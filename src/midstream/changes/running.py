@@ -32,7 +32,9 @@ def apply(pipeline: Node, text: str, epoch: int) -> Node:
         return pipeline
     try:
         for path in dict.fromkeys(entry["mix"] for entry in decode_changes(text)):
-            pipeline = rewrite(pipeline, path, functools.partial(_edited, edits_of(text, path), epoch))
+            pipeline = rewrite(
+                pipeline, path, functools.partial(_edited, edits_of(text, path), epoch)
+            )
         return pipeline
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -48,7 +50,9 @@ def _edited(entries: list[dict[str, Any]], epoch: int, mix: Any) -> Node:
     return dataclasses.replace(mix, weights=phases[0][1], later=tuple(phases[1:]), edited=True)  # type: ignore[no-any-return]
 
 
-def running(pipeline: Node, rest: str, edits: str = "", epoch: int = -1, excluded: str = "") -> Node:
+def running(
+    pipeline: Node, rest: str, edits: str = "", epoch: int = -1, excluded: str = ""
+) -> Node:
     """The pipeline that makes what is left of an epoch, without the samples that are left out.
 
     Raises:
@@ -59,7 +63,11 @@ def running(pipeline: Node, rest: str, edits: str = "", epoch: int = -1, exclude
         return _excluding(pipeline, excluded)
     try:
         left = decode(rest)
-        cut = rewrite(pipeline, path_of(pipeline, "batch"), lambda batch: _cut(batch, left["offsets"], left["skip"]))
+        cut = rewrite(
+            pipeline,
+            path_of(pipeline, "batch"),
+            lambda batch: _cut(batch, left["offsets"], left["skip"]),
+        )
         return _excluding(cut, excluded)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
@@ -71,10 +79,14 @@ def _excluding(pipeline: Node, excluded: str) -> Node:
     """The pipeline with `Exclude` right below its batches, or at the root where it has none."""
     if not excluded:
         return pipeline
-    origins = tuple((name, epoch, row, part) for name, epoch, row, part, _ in excluded_origins(excluded))
+    origins = tuple(
+        (name, epoch, row, part) for name, epoch, row, part, _ in excluded_origins(excluded)
+    )
     batches = topmost(bind(pipeline), "batch")
     for path in batches:
-        pipeline = rewrite(pipeline, path, lambda batch: batch.with_inputs({"": Exclude(batch.source, origins)}))
+        pipeline = rewrite(
+            pipeline, path, lambda batch: batch.with_inputs({"": Exclude(batch.source, origins)})
+        )
     return pipeline if batches else Exclude(pipeline, origins)
 
 
@@ -87,5 +99,8 @@ def _cut(batch: Node, offsets: dict[str, int], skip: int) -> Node:
 
 def _offset(mix: Node, offsets: dict[str, int]) -> Node:
     return mix.with_inputs(
-        {name: Skip(data, offsets[name]) if offsets[name] else data for name, data in mix.inputs().items()}
+        {
+            name: Skip(data, offsets[name]) if offsets[name] else data
+            for name, data in mix.inputs().items()
+        }
     )

@@ -1,6 +1,7 @@
 """Weights that were changed while a run was going on: what was changed when, and what follows for an epoch.
 
-A state says so in "edits", empty before the first one, else a JSON list in order, the run's history:
+A state says so in "edits", empty before the first one, else a JSON list in order, the run's
+history:
 
     {"mix": "mix",                path of the mix
      "weights": {"web": 1, ...},  from here on
@@ -8,8 +9,9 @@ A state says so in "edits", empty before the first one, else a JSON list in orde
      "at": 11200,                 random access: the position of the mix; null when it takes effect with the next epoch
      "by": "set_weights"}         or "load_state_dict", with the weights before it in "was": then the pipeline has these
 
-Random access: in the epoch of an edit the mix that runs has one more phase in its schedule; in later epochs it has the new
-weights from the start. Streams: each lane places the edit where it next picks (`midstream.nodes.mix.picks.LaneEdits`).
+Random access: in the epoch of an edit the mix that runs has one more phase in its schedule; in
+later epochs it has the new weights from the start. Streams: each lane places the edit where it next
+picks (`midstream.nodes.mix.picks.LaneEdits`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from midstream.pipeline.node import BoundNode
 
 
 def phases_in(
-    planned: Sequence[tuple[int, Weights]], names: Sequence[str], entries: list[dict[str, Any]], epoch: int
+    planned: Sequence[tuple[int, Weights]],
+    names: Sequence[str],
+    entries: list[dict[str, Any]],
+    epoch: int,
 ) -> tuple[list[tuple[int, Weights]], bool]:
     """The phases of a mix in an epoch, and whether they are others than planned.
 
@@ -38,7 +43,9 @@ def phases_in(
     """
     phases, changed = list(planned), False
     for entry in entries:
-        if entry["by"] != "set_weights":  # the pipeline has had these weights since, and the mix was counted anew
+        if (
+            entry["by"] != "set_weights"
+        ):  # the pipeline has had these weights since, and the mix was counted anew
             given = entry["given"] if entry["epoch"] == epoch else 0
             begun = max(index for index, (border, _) in enumerate(planned) if border <= given)
             phases = [(max(0, border - given), weights) for border, weights in planned[begun:]]
@@ -58,7 +65,9 @@ def edits_of(text: str, path: str) -> list[dict[str, Any]]:
 
 
 def lane_edits(text: str) -> dict[str, list[dict[str, float]]]:
-    """What `midstream.nodes.mix.picks.LaneEdits` knows: the weights set for each mix, in order, since it was last loaded anew."""
+    """What `midstream.nodes.mix.picks.LaneEdits` knows: the weights set for each mix, in order,
+    since it was last loaded anew.
+    """
     known: dict[str, list[dict[str, float]]] = {}
     for entry in decode_changes(text):
         if entry["by"] == "set_weights":
@@ -78,7 +87,8 @@ def add(run_state: RunState, bound: BoundNode, mix: str, weights: Mapping[str, f
         weights: By name.
 
     Raises:
-        ValueError: If there is no such mix, the names are not its datasets', or it cannot be done exactly; with the reason.
+        ValueError: If there is no such mix, the names are not its datasets', or it cannot be done
+            exactly; with the reason.
         TypeError: If a weight is no number.
     """
     mixes = [each for each in bound.walk() if isinstance(each.node, Interleave)]
@@ -86,12 +96,13 @@ def add(run_state: RunState, bound: BoundNode, mix: str, weights: Mapping[str, f
     if len(found) != 1:
         there = ", ".join(repr(each.path) for each in mixes) or "none"
         raise ValueError(
-            f"set_weights: {'several mixes are' if found else 'no mix is'} named {mix!r}; there are {there}. Name one with "
-            f"interleave(..., name=...), or give its path."
+            f"set_weights: {'several mixes are' if found else 'no mix is'} named {mix!r}; there are"
+            f" {there}. Name one with interleave(..., name=...), or give its path."
         )
     if not isinstance(weights, Mapping):
         raise TypeError(
-            f"set_weights takes weights by name, like {{'web': 1, 'code': 2}}; found {type(weights).__name__}"
+            "set_weights takes weights by name, like {'web': 1, 'code': 2}; found"
+            f" {type(weights).__name__}"
         )
     target, node = found[0], found[0].node
     assert isinstance(node, Interleave)
@@ -103,23 +114,31 @@ def add(run_state: RunState, bound: BoundNode, mix: str, weights: Mapping[str, f
     if not bound.node.random_access:
         if node.random_access:
             raise ValueError(
-                f"set_weights: {mix!r} is read by position under a stream, each lane at another one, so there is no place at "
-                f"which its weights could change for all. Make it a stream too: interleave(..., weights_by=lambda sample: 1) "
-                f"counts samples, or give weights_by the length in tokens."
+                f"set_weights: {mix!r} is read by position under a stream, each lane at another"
+                " one, so there is no place at which its weights could change for all. Make it a"
+                " stream too: interleave(..., weights_by=lambda sample: 1) counts samples, or give"
+                " weights_by the length in tokens."
             )
     else:
         if run_state.ahead or (run_state.told and not run_state.finished):
             raise ValueError(
-                "set_weights: a batch raised an error and is not handed out yet, or this rank lost whole batches and is ahead "
-                "of the others, so weights cannot change here without losing rows. Call it after the next batch, or in the "
-                "next epoch."
+                "set_weights: a batch raised an error and is not handed out yet, or this rank lost"
+                " whole batches and is ahead of the others, so weights cannot change here without"
+                " losing rows. Call it after the next batch, or in the next epoch."
             )
         done = 0 if run_state.finished else run_state.batches
         at = _given(bound, target, done, mix)
         length = node.length()
         if length is not None and at >= length > 0:
             at = None  # there is nothing left of it in this epoch
-    entry = {"mix": target.path, "weights": dict(checked), "epoch": epoch, "step": step, "at": at, "by": "set_weights"}
+    entry = {
+        "mix": target.path,
+        "weights": dict(checked),
+        "epoch": epoch,
+        "step": step,
+        "at": at,
+        "by": "set_weights",
+    }
     return encode([*decode_changes(run_state.edits), entry])
 
 
@@ -130,13 +149,15 @@ def _given(bound: BoundNode, target: BoundNode, count: int, mix: str) -> int:
     count = count if length is None else min(count, length)
     if bound is target:
         return count
-    name, child = next((name, child) for name, child in bound.inputs.items() if target in child.walk())
+    name, child = next(
+        (name, child) for name, child in bound.inputs.items() if target in child.walk()
+    )
     taken = node.taken_of(name, count)
     if taken is None:
         raise ValueError(
-            f"set_weights: there is a {node.kind} above {mix!r}, so what was delivered is not the beginning of the mix, "
-            f"and its weights cannot change without losing or repeating rows. Put the {node.kind} below the mix (on its "
-            f"datasets)."
+            f"set_weights: there is a {node.kind} above {mix!r}, so what was delivered is not the"
+            " beginning of the mix, and its weights cannot change without losing or repeating"
+            f" rows. Put the {node.kind} below the mix (on its datasets)."
         )
     return _given(child, target, taken, mix)
 

@@ -9,7 +9,9 @@ def source_names(spec: State) -> list[str]:
     """Names of the sources of a pipeline, as a checkpoint numbers them."""
     if "name" in spec:
         return [spec["name"]]
-    return [name for _, child in sorted(spec.get("inputs", {}).items()) for name in source_names(child)]
+    return [
+        name for _, child in sorted(spec.get("inputs", {}).items()) for name in source_names(child)
+    ]
 
 
 def diff_specs(saved: State, here: State, path: str = "") -> list[str]:

@@ -19,7 +19,8 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
         states: One state per rank, in any order.
 
     Raises:
-        CheckpointError: If they are of different pipelines, epochs or steps, if a lane is missing or there twice.
+        CheckpointError: If they are of different pipelines, epochs or steps, if a lane is missing
+            or there twice.
 
     >>> import midstream as ms
     >>> ds = ms.from_dataset(range(8)).batch(2)
@@ -38,36 +39,42 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
     for index, (state, run_state) in enumerate(zip(states, parsed)):
         if run_state.fingerprint != first.fingerprint:
             raise CheckpointError(
-                f"the states of different pipelines do not merge; state {index} differs from state 0:"
-                f"{bullet_list(diff_specs(first.spec, run_state.spec))}"
+                f"the states of different pipelines do not merge; state {index} differs from state"
+                f" 0:{bullet_list(diff_specs(first.spec, run_state.spec))}"
             )
         if run_state.edits != first.edits and _lasting(run_state.edits) != _lasting(first.edits):
             raise CheckpointError(
-                f"state {index} has other changes of weights than state 0: call set_weights on every rank, after the same "
-                f"step and with the same weights"
+                f"state {index} has other changes of weights than state 0: call set_weights on"
+                " every rank, after the same step and with the same weights"
             )
         if run_state.excluded != first.excluded:
             raise CheckpointError(
-                f"state {index} leaves other samples out than state 0: call exclude on every rank, after the same step and "
-                f"with the same origins"
+                f"state {index} leaves other samples out than state 0: call exclude on every rank,"
+                " after the same step and with the same origins"
             )
         if run_state.num_lanes != first.num_lanes:
             raise CheckpointError(
-                f"state {index} has num_lanes={run_state.num_lanes}, state 0 has {first.num_lanes}: they are of different runs"
+                f"state {index} has num_lanes={run_state.num_lanes}, state 0 has {first.num_lanes}:"
+                " they are of different runs"
             )
         for key, value in state["lanes"].items():
             if value and lanes.get(key):
-                raise CheckpointError(f"lane {key} is in two of the states; each rank's state is given once")
-            if value or key not in lanes:  # before the first batch a rank names the lanes of others too, empty
+                raise CheckpointError(
+                    f"lane {key} is in two of the states; each rank's state is given once"
+                )
+            if (
+                value or key not in lanes
+            ):  # before the first batch a rank names the lanes of others too, empty
                 lanes[key] = value
     missing = [key for key in map("{:04d}".format, range(first.num_lanes)) if key not in lanes]
     if missing:
         shown = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
         raise CheckpointError(
-            f"{len(missing)} of {first.num_lanes} lanes are missing ({shown}): the state of at least one rank is not there. "
-            f"Give the states of all ranks that saved."
+            f"{len(missing)} of {first.num_lanes} lanes are missing ({shown}): the state of at"
+            " least one rank is not there. Give the states of all ranks that saved."
         )
-    # The numbers of any one state do here: where each rank stood is in its lanes. One without lanes has them alone.
+    # The numbers of any one state do here: where each rank stood is in its lanes. One without lanes
+    # has them alone.
     merged = dict(states[0])
     # Told by a rank in the midst of its epoch, where there is one.
     merged["edits"] = min((run_state.edits for run_state in parsed), key=_when)
@@ -77,8 +84,9 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
             first.steps_done,
         ):
             raise CheckpointError(
-                f"the ranks were saved at different steps: epoch {run_state.epoch}, step {run_state.steps_done}; epoch "
-                f"{first.epoch}, step {first.steps_done}. Save all after the same one."
+                f"the ranks were saved at different steps: epoch {run_state.epoch}, step"
+                f" {run_state.steps_done}; epoch {first.epoch}, step {first.steps_done}. Save all"
+                " after the same one."
             )
     return agreed({**merged, "lanes": dict(sorted(lanes.items()))})[0]
 
@@ -86,7 +94,10 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
 def _lasting(edits: str) -> list[Any]:
     """Changes of weights without when they were made, where that is history alone: streams keep in their lanes from where they
     hold, and a rank that has come to its end of the epoch tells the next one."""
-    return [{**entry, **({"epoch": 0, "step": 0} if entry["at"] is None else {})} for entry in decode(edits or "[]")]
+    return [
+        {**entry, **({"epoch": 0, "step": 0} if entry["at"] is None else {})}
+        for entry in decode(edits or "[]")
+    ]
 
 
 def _when(edits: str) -> list[tuple[int, int]]:
@@ -94,9 +105,19 @@ def _when(edits: str) -> list[tuple[int, int]]:
 
 
 def agreed(state: dict[str, State]) -> tuple[dict[str, State], RunState]:
-    """A checked state with the position that all its ranks agree on, as a fresh copy, and the same decoded."""
+    """A checked state with the position that all its ranks agree on, as a fresh copy, and the same
+    decoded.
+    """
     run_state = parse(state)
     if run_state.over:
         return to_state(run_state, state), run_state
-    position = {"epoch": run_state.epoch, "batches": run_state.batches, "steps_done": run_state.steps_done}
-    return {**copy_plain({**state, "lanes": {}}), **position, "lanes": dict(state["lanes"])}, run_state
+    position = {
+        "epoch": run_state.epoch,
+        "batches": run_state.batches,
+        "steps_done": run_state.steps_done,
+    }
+    return {
+        **copy_plain({**state, "lanes": {}}),
+        **position,
+        "lanes": dict(state["lanes"]),
+    }, run_state

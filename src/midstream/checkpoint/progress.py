@@ -24,20 +24,25 @@ class SourceProgress:
 
     Attributes:
         name: The source.
-        samples: Samples delivered in batches (parts of a row count each; a document that ``pack`` cut counts once).
+        samples: Samples delivered in batches (parts of a row count each; a document that ``pack``
+            cut counts once).
         epochs: Passes over the source, as a float; None when its length is not known.
         failures: Samples lost to errors in user code, by exception type.
         filtered: Samples that a filter dropped.
-        dropped: Samples left over in last batches that were dropped, and rows that ``flat_map`` made nothing of.
+        dropped: Samples left over in last batches that were dropped, and rows that ``flat_map``
+            made nothing of.
         share: Its part of all samples delivered.
-        padded: Samples delivered once more so that every rank gets as many batches; in no other number.
+        padded: Samples delivered once more so that every rank gets as many batches; in no other
+            number.
         tokens: Tokens delivered; 0 where the pipeline does not count them (``pack`` does).
-        counts: What else was counted, by name: documents ``split`` and ``truncated``, ``tokens dropped``; samples ``excluded``,
-            and ``skipped`` with their ``tokens skipped`` (see `DataLoader.exclude` and `DataLoader.skip`).
-        asked: The share that the weights of the mixes above it ask for now; None where no weights say.
+        counts: What else was counted, by name: documents ``split`` and ``truncated``, ``tokens
+            dropped``; samples ``excluded``, and ``skipped`` with their ``tokens skipped`` (see
+            `DataLoader.exclude` and `DataLoader.skip`).
+        asked: The share that the weights of the mixes above it ask for now; None where no weights
+            say.
         token_share: Its part of all tokens delivered; None where tokens are not counted.
-        metrics: What `Dataset.track` gathered, by name: ``count``, ``sum``, ``mean``, ``min``, ``max``, of a distribution
-            ``p05``, ``p50``, ``p95`` too; or the counts of categories.
+        metrics: What `Dataset.track` gathered, by name: ``count``, ``sum``, ``mean``, ``min``,
+            ``max``, of a distribution ``p05``, ``p50``, ``p95`` too; or the counts of categories.
     """
 
     name: str
@@ -101,7 +106,11 @@ class Progress:
 
     def to_dict(self) -> dict[str, float]:
         """Flat names, as experiment loggers take them."""
-        flat: dict[str, float] = {"epoch": self.epoch, "batches": self.batches, "samples": self.samples}
+        flat: dict[str, float] = {
+            "epoch": self.epoch,
+            "batches": self.batches,
+            "samples": self.samples,
+        }
         if self.packing_waste is not None:
             flat["packing_waste"] = self.packing_waste
         for name, source in self.sources.items():
@@ -125,13 +134,22 @@ class Progress:
         return {**flat, **_flat(self.metrics, "all/")}
 
     def rows(self) -> list[list[str]]:
-        """The table as text: a header, then one row per source. Columns that would say nothing are not there."""
+        """The table as text: a header, then one row per source. Columns that would say nothing are
+        not there.
+        """
         sources = list(self.sources.values())
-        percent = [None if source.token_share is None else f"{source.token_share:.1%}" for source in sources]
-        failures = [
-            ", ".join(f"{n} {kind}" for kind, n in sorted(source.failures.items())) or "0" for source in sources
+        percent = [
+            None if source.token_share is None else f"{source.token_share:.1%}"
+            for source in sources
         ]
-        others = [", ".join(f"{count:,} {kind}" for kind, count in source.counts.items()) for source in sources]
+        failures = [
+            ", ".join(f"{n} {kind}" for kind, n in sorted(source.failures.items())) or "0"
+            for source in sources
+        ]
+        others = [
+            ", ".join(f"{count:,} {kind}" for kind, count in source.counts.items())
+            for source in sources
+        ]
         asked = [None if source.asked is None else f"{source.asked:.1%}" for source in sources]
         columns: dict[str, list[str | None]] = {
             "source": [source.name for source in sources],
@@ -139,52 +157,90 @@ class Progress:
             "share": [f"{source.share:.1%}" for source in sources],
             **({"token share": percent} if self.tokens and len(sources) > 1 else {}),
             **({"asked": asked} if any(asked) else {}),
-            "epochs": [None if source.epochs is None else f"{source.epochs:.3f}" for source in sources],
+            "epochs": [
+                None if source.epochs is None else f"{source.epochs:.3f}" for source in sources
+            ],
             "filtered": [f"{source.filtered:,}" for source in sources],
             "dropped": [f"{source.dropped:,}" for source in sources],
             "failures": list(failures),
             **({"tokens": [f"{source.tokens:,}" for source in sources]} if self.tokens else {}),
             **({"also": list(others)} if any(others) else {}),
         }
-        cells = [[cell if cell is not None else "–" for cell in column] for column in columns.values()]
+        cells = [
+            [cell if cell is not None else "–" for cell in column] for column in columns.values()
+        ]
         return [list(columns), *map(list, zip(*cells))]
 
     def metric_rows(self) -> list[list[str]]:
-        """Tracked numbers as text: a header, then a row per metric and source; empty where there are none."""
+        """Tracked numbers as text: a header, then a row per metric and source; empty where there
+        are none.
+        """
         words = ["count", "mean", "min", "p05", "p50", "p95", "max", "sum"]
         wide = any(kind == "distribution" for kind in self.kinds.values())
         words = [word for word in words if wide or not word.startswith("p")]
-        told = [(name, where, of[name]) for name, where, of in self._tracked() if self.kinds[name] != "count"]
-        rows = [[name, where, *(_number(of.get(word)) for word in words)] for name, where, of in told]
+        told = [
+            (name, where, of[name])
+            for name, where, of in self._tracked()
+            if self.kinds[name] != "count"
+        ]
+        rows = [
+            [name, where, *(_number(of.get(word)) for word in words)] for name, where, of in told
+        ]
         return [["metric", "source", *words], *rows] if rows else []
 
     def category_rows(self) -> list[list[str]]:
-        """Counted categories as text: a header, then a row per metric and source, most frequent first; empty likewise."""
+        """Counted categories as text: a header, then a row per metric and source, most frequent
+        first; empty likewise.
+        """
         rows = []
         for name, where, of in self._tracked():
             if self.kinds[name] == "count":
                 total = sum(of[name].values())
                 ordered = sorted(of[name].items(), key=lambda item: -item[1])
-                shown = [f"{category} {number:,} ({number / total:.0%})" for category, number in ordered[:6]]
+                shown = [
+                    f"{category} {number:,} ({number / total:.0%})"
+                    for category, number in ordered[:6]
+                ]
                 more = len(ordered) - len(shown)
-                rows.append([name, where, f"{total:,}", ", ".join(shown) + (f", {more} more" if more else "")])
+                rows.append(
+                    [
+                        name,
+                        where,
+                        f"{total:,}",
+                        ", ".join(shown) + (f", {more} more" if more else ""),
+                    ]
+                )
         return [["metric", "source", "count", "categories"], *rows] if rows else []
 
     def _tracked(self) -> list[tuple[str, str, dict[str, dict[str, int | float]]]]:
-        """Name of the metric, where, and all metrics there: each metric of its sources, and over all where there are more."""
+        """Name of the metric, where, and all metrics there: each metric of its sources, and over
+        all where there are more.
+        """
         found = []
         for name in self.kinds:
-            places = [(source.name, source.metrics) for source in self.sources.values() if name in source.metrics]
-            several = len(places) != 1 or (name in self.metrics and places[0][1][name] != self.metrics[name])
+            places = [
+                (source.name, source.metrics)
+                for source in self.sources.values()
+                if name in source.metrics
+            ]
+            several = len(places) != 1 or (
+                name in self.metrics and places[0][1][name] != self.metrics[name]
+            )
             found += [(name, where, of) for where, of in places]
             found += [(name, "all", self.metrics)] if several and name in self.metrics else []
         return found
 
     def __str__(self) -> str:
-        lines = [f"epoch {self.epoch}, {self.batches:,} batches in it, {self.samples:,} samples in all"]
+        lines = [
+            f"epoch {self.epoch}, {self.batches:,} batches in it, {self.samples:,} samples in all"
+        ]
         lines += _aligned(self.rows(), left=1)
         for kind, count in self.unattributed.items():
-            part = f" ({self.packing_waste:.1%} of the rows)" if kind == "padding tokens" and self.packing_waste else ""
+            part = (
+                f" ({self.packing_waste:.1%} of the rows)"
+                if kind == "padding tokens" and self.packing_waste
+                else ""
+            )
             lines.append(f"  of no single source: {count:,} {kind}{part}")
         if table := self.metric_rows():
             lines += ["tracked:", *_aligned(table, left=2)]
@@ -199,7 +255,11 @@ class Progress:
 
 
 def _flat(metrics: dict[str, dict[str, int | float]], prefix: str) -> dict[str, float]:
-    return {f"{prefix}{name}/{word}": value for name, told in metrics.items() for word, value in told.items()}
+    return {
+        f"{prefix}{name}/{word}": value
+        for name, told in metrics.items()
+        for word, value in told.items()
+    }
 
 
 def _number(value: float | None) -> str:
@@ -209,7 +269,9 @@ def _number(value: float | None) -> str:
 
 
 def _aligned(table: list[list[str]], left: int, last: bool = False) -> list[str]:
-    """Rows of a table: the first columns, and with ``last`` the last one, to the left, the others to the right."""
+    """Rows of a table: the first columns, and with ``last`` the last one, to the left, the others
+    to the right.
+    """
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = []
     for row in table:
@@ -268,7 +330,9 @@ def progress(state: State) -> Progress:
             if int(source) != index:
                 continue
             if kind.startswith("failed "):
-                failures[kind.removeprefix("failed ")] = failures.get(kind.removeprefix("failed "), 0) + count
+                failures[kind.removeprefix("failed ")] = (
+                    failures.get(kind.removeprefix("failed "), 0) + count
+                )
             elif kind in lost:
                 lost[kind] += count
             else:
@@ -300,10 +364,14 @@ _Summaries = dict[str, dict[str, "int | float"]]
 def _metrics(run_state: RunState) -> tuple[dict[int, _Summaries], _Summaries, dict[str, str]]:
     """What was tracked: by index of the source, over all, and the kind of each metric.
 
-    Two nodes may track a metric of one name in different branches: their totals belong together where their kinds agree,
-    else each goes by its path and kind.
+    Two nodes may track a metric of one name in different branches: their totals belong together
+    where their kinds agree, else each goes by its path and kind.
     """
-    lanes = [lane["tracked"] for lane in run_state.lanes.values() if lane is not None and "tracked" in lane]
+    lanes = [
+        lane["tracked"]
+        for lane in run_state.lanes.values()
+        if lane is not None and "tracked" in lane
+    ]
     tracked = join_tracked(map(decode_tracked, lanes))
     kinds: dict[str, set[str]] = {}
     for named in tracked.values():
@@ -319,22 +387,38 @@ def _metrics(run_state: RunState) -> tuple[dict[int, _Summaries], _Summaries, di
     whole: dict[str, Totals] = {}
     for told in by_source.values():
         whole = join(whole, told)
-    summaries = {source: {name: told[name].summary() for name in sorted(told)} for source, told in by_source.items()}
+    summaries = {
+        source: {name: told[name].summary() for name in sorted(told)}
+        for source, told in by_source.items()
+    }
     names = sorted(whole)
-    return summaries, {name: whole[name].summary() for name in names}, {name: whole[name].kind for name in names}
+    return (
+        summaries,
+        {name: whole[name].summary() for name in names},
+        {name: whole[name].kind for name in names},
+    )
 
 
 def _lengths(spec: State) -> list[Any]:
     if "name" in spec:
         return [spec.get("length")]
-    return [length for _, child in sorted(spec.get("inputs", {}).items()) for length in _lengths(child)]
+    return [
+        length for _, child in sorted(spec.get("inputs", {}).items()) for length in _lengths(child)
+    ]
 
 
 def _html(progress: Progress) -> str:
     """A progress table."""
-    tables = [(progress.rows(), 1, False), (progress.metric_rows(), 2, False), (progress.category_rows(), 2, True)]
+    tables = [
+        (progress.rows(), 1, False),
+        (progress.metric_rows(), 2, False),
+        (progress.category_rows(), 2, True),
+    ]
     shown = "".join(table_html(table, left, last) for table, left, last in tables if table)
-    caption = f"epoch {progress.epoch}, {progress.batches:,} batches in it, {progress.samples:,} samples in all"
+    caption = (
+        f"epoch {progress.epoch}, {progress.batches:,} batches in it, {progress.samples:,} samples"
+        " in all"
+    )
     if progress.packing_waste is not None:
         caption += f", {progress.packing_waste:.1%} of packed rows is padding"
     return f"<div><div style='{NOTE}'>{escape(caption)}</div>{shown}</div>"

@@ -14,30 +14,34 @@
       "lanes": {"0000": "...", ...}
     }
 
-A rank's state holds the lanes l = rank (mod world size); a merged state holds all. Each lane is one string, empty before
-it has anything to say, else a JSON object; its entries, of which all but "samples" may be missing:
+A rank's state holds the lanes l = rank (mod world size); a merged state holds all. Each lane is one
+string, empty before it has anything to say, else a JSON object; its entries, of which all but
+"samples" may be missing:
 
     "samples", "rows": [..]     delivered over the whole run, by source (as numbered in "spec"); no "rows" where they are equal
     "tokens": [..]              the same for tokens, where the pipeline packs them
     "events"                    {"filtered": {"7": 12, "3|1": 4}, ...}: dropped and failed over the whole run, by number of the
                                 node (see _paths.py) and source
     "at"                        [epoch, batches, steps_done, finished]: where the rank stood that saved this as its first lane;
-                                finished: 1 when it had come to its end of the epoch, and others perhaps had not
+                                finished: 1 when it had come to its end of the epoch, and others
+                                perhaps had not
     "tracked"                   {path: {source: {metric: [...]}}}: totals of what is tracked (see metrics.py), of the whole
                                 rank, in its first lane
     "told": [batch, errors]     random access: errors of a batch that were raised already
     "ahead": [[first, stride, count], ...]  random access: batches that are done though they are not below "batches"
     "lane"                      streams: {"epoch", "rounds", "done", "state", "marks"}: the lane's epoch (an earlier one than
-                                the run's when something was left over), batches made in it, whether it ended, the nodes'
-                                state, and up to where events were counted, by number of the node; "dealt": the batch size by
-                                which rows were dealt to lanes, where it is not this one; "edits": where in the lane weights
-                                were changed
+                                the run's when something was left over), batches made in it, whether
+                                it ended, the nodes' state, and up to where events were counted, by
+                                number of the node; "dealt": the batch size by which rows were dealt
+                                to lanes, where it is not this one; "edits": where in the lane
+                                weights were changed
     "crc"                       check number of the text before it
 
-Random access needs "batches" alone to go on, and what is "ahead" where a rank lost whole batches; streams need their lanes.
+Random access needs "batches" alone to go on, and what is "ahead" where a rank lost whole batches;
+streams need their lanes.
 
-Several checkpointers keep one value of the numbers outside the lanes, an arbitrary rank's. So where the ranks stood is told
-by "at", and ranks at different steps are noticed.
+Several checkpointers keep one value of the numbers outside the lanes, an arbitrary rank's. So where
+the ranks stood is told by "at", and ranks at different steps are noticed.
 """
 
 from __future__ import annotations
@@ -73,8 +77,10 @@ class RunState:
         lanes: The decoded lanes by number; None where a lane has nothing to say yet.
         told: Errors raised already, by batch number.
         ahead: Batches from `batches` on that are done.
-        over: Whether all ranks had come to the end of the epoch that they were saved in: this is the start of the next.
-        finished: Whether that is true of the one rank whose state this is, and nothing is known of the others.
+        over: Whether all ranks had come to the end of the epoch that they were saved in: this is
+            the start of the next.
+        finished: Whether that is true of the one rank whose state this is, and nothing is known of
+        the others.
     """
 
     def __init__(self, state: dict[str, State]) -> None:
@@ -109,14 +115,15 @@ class RunState:
         for lane in spoken:
             if "lane" in lane and lane["lane"]["epoch"] > self.epoch:
                 raise CheckpointError(
-                    f"this state is damaged: a lane is in epoch {lane['lane']['epoch']}, the run in {self.epoch}"
+                    f"this state is damaged: a lane is in epoch {lane['lane']['epoch']}, the run in"
+                    f" {self.epoch}"
                 )
 
     def _agree(self, marks: list[list[int]]) -> bool:
         """Take the position from where the ranks say they stood; True when that is the start of the next epoch.
 
-        Ranks that save after the same step stand at the same place, but for those that had come to their end of the epoch
-        before the others. When all had, the next epoch begins.
+        Ranks that save after the same step stand at the same place, but for those that had come to
+        their end of the epoch before the others. When all had, the next epoch begins.
         """
         if not marks:
             return False
@@ -132,15 +139,22 @@ class RunState:
             fits = ended[0][0] == ended[-1][0]
         elif running:
             agreed = running[0]
-            fits = len(running) == 1 and all(end[0] == agreed[0] and end[2] <= agreed[2] for end in ended)
-        # A rank that had come to its end and saves right after a load knows where the others stood: at a later step.
+            fits = len(running) == 1 and all(
+                end[0] == agreed[0] and end[2] <= agreed[2] for end in ended
+            )
+        # A rank that had come to its end and saves right after a load knows where the others stood:
+        # at a later step.
         later = self.finished and here[0] == agreed[0] and here[2] >= agreed[2]
         if not fits or not (later or here in (agreed, *running, *ended)):
             places = sorted({*running, *ended, here})
-            shown = "; ".join(f"epoch {epoch}, step {step} (batch {batches})" for epoch, batches, step in places[:4])
+            shown = "; ".join(
+                f"epoch {epoch}, step {step} (batch {batches})"
+                for epoch, batches, step in places[:4]
+            )
             raise CheckpointError(
-                f"the ranks were saved at different steps: {shown}. Save all after the same one, with loader.state_at(step) "
-                f"of the smallest; ranks whose epochs end at different steps are kept together by sync_end=True."
+                f"the ranks were saved at different steps: {shown}. Save all after the same one,"
+                " with loader.state_at(step) of the smallest; ranks whose epochs end at different"
+                " steps are kept together by sync_end=True."
             )
         self.epoch, self.batches, self.steps_done = agreed
         self.rest = "" if over else self.rest
@@ -155,43 +169,66 @@ def parse(state: Any) -> RunState:
     """
     if not isinstance(state, dict):
         raise CheckpointError(
-            f"a loader's state is a dict (or a list of the dicts of all ranks); found {type(state).__name__}"
+            "a loader's state is a dict (or a list of the dicts of all ranks); found"
+            f" {type(state).__name__}"
         )
     if "midstream" not in state:
         raise CheckpointError(
-            f"this is no midstream state: the key 'midstream' is missing; found {sorted(map(str, state))[:12]}"
+            "this is no midstream state: the key 'midstream' is missing; found"
+            f" {sorted(map(str, state))[:12]}"
         )
     if state["midstream"] != FORMAT or type(state["midstream"]) is not int:
-        raise CheckpointError(f"this state has format {state['midstream']!r}; this midstream reads format {FORMAT}")
+        raise CheckpointError(
+            f"this state has format {state['midstream']!r}; this midstream reads format {FORMAT}"
+        )
     for key, kind in _KEYS.items():
         if key not in state:
             raise CheckpointError(f"this state is incomplete: the key {key!r} is missing")
         if type(state[key]) is not kind:
             raise CheckpointError(
-                f"this state is damaged: {key!r} is a {kind.__name__}; found {type(state[key]).__name__}"
+                f"this state is damaged: {key!r} is a {kind.__name__}; found"
+                f" {type(state[key]).__name__}"
             )
         if kind is int and not 0 <= state[key] < 1 << 62:
-            raise CheckpointError(f"this state is damaged: {key!r} is not negative and below 2**62; found {state[key]}")
+            raise CheckpointError(
+                f"this state is damaged: {key!r} is not negative and below 2**62; found"
+                f" {state[key]}"
+            )
     num_lanes = state["num_lanes"]
     if not 1 <= num_lanes <= _MAX_LANES:
-        raise CheckpointError(f"this state is damaged: num_lanes is in [1, 2**24]; found {num_lanes}")
+        raise CheckpointError(
+            f"this state is damaged: num_lanes is in [1, 2**24]; found {num_lanes}"
+        )
     for key, value in state["lanes"].items():
-        if type(key) is not str or not key.isdecimal() or not key.isascii() or not _is_lane(key, num_lanes):
+        if (
+            type(key) is not str
+            or not key.isdecimal()
+            or not key.isascii()
+            or not _is_lane(key, num_lanes)
+        ):
             raise CheckpointError(
-                f"this state is damaged: lanes are numbered '0000' to '{num_lanes - 1:04d}'; found {key!r:.40}"
+                f"this state is damaged: lanes are numbered '0000' to '{num_lanes - 1:04d}'; found"
+                f" {key!r:.40}"
             )
         if type(value) is not str:
-            raise CheckpointError(f"this state is damaged: lane {key} is a string; found {type(value).__name__}")
+            raise CheckpointError(
+                f"this state is damaged: lane {key} is a string; found {type(value).__name__}"
+            )
     if not state["spec"].startswith('{"'):
-        raise CheckpointError(f"this state is damaged: its spec is no JSON object: {state['spec']!r:.60}")
+        raise CheckpointError(
+            f"this state is damaged: its spec is no JSON object: {state['spec']!r:.60}"
+        )
     try:
         found = digest(state["spec"])
         if found == state["fingerprint"]:
             return RunState(state)
     except (UnicodeError, RecursionError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"this state is damaged: its spec is not what was saved ({error})") from None
+        raise CheckpointError(
+            f"this state is damaged: its spec is not what was saved ({error})"
+        ) from None
     raise CheckpointError(
-        f"this state is damaged: its spec has the fingerprint {found}, not {state['fingerprint']!r:.40}"
+        f"this state is damaged: its spec has the fingerprint {found}, not"
+        f" {state['fingerprint']!r:.40}"
     )
 
 
@@ -210,7 +247,9 @@ def _edits(text: Any) -> str:
     except (KeyError, TypeError, ValueError, RecursionError):
         good = False
     if not good:
-        raise CheckpointError(f"this state is damaged: its edits are not what was saved: {text!r:.80}")
+        raise CheckpointError(
+            f"this state is damaged: its edits are not what was saved: {text!r:.80}"
+        )
     return str(text)
 
 
@@ -219,12 +258,15 @@ def _excluded(text: Any) -> str:
     try:
         known = decode(text) if text else {}
         good = isinstance(text, str) and all(
-            isinstance(several, list) and all(_counts(origin, 3) for origin in several) for several in known.values()
+            isinstance(several, list) and all(_counts(origin, 3) for origin in several)
+            for several in known.values()
         )
     except (AttributeError, TypeError, ValueError, RecursionError):
         good = False
     if not good:
-        raise CheckpointError(f"this state is damaged: what it excludes is not what was saved: {text!r:.80}")
+        raise CheckpointError(
+            f"this state is damaged: what it excludes is not what was saved: {text!r:.80}"
+        )
     return str(text)
 
 
@@ -246,7 +288,10 @@ def _counts(value: Any, length: int | None = None) -> bool:
 def _ranges(value: Any) -> bool:
     return (
         isinstance(value, list)
-        and all(_counts(item, 3) and item[1] > 0 and item[0] + item[1] * item[2] < 1 << 62 for item in value)
+        and all(
+            _counts(item, 3) and item[1] > 0 and item[0] + item[1] * item[2] < 1 << 62
+            for item in value
+        )
         and sum(item[2] for item in value) <= _MOST_AHEAD
     )
 
@@ -266,7 +311,8 @@ def _run(value: Any) -> bool:
 
 def _placed(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(places, list) and all(_counts(place, 3) for place in places) for places in value.values()
+        isinstance(places, list) and all(_counts(place, 3) for place in places)
+        for places in value.values()
     )
 
 
@@ -297,12 +343,16 @@ def decode_lane(key: str, text: str, paths: Paths) -> dict[str, Any] | None:
         raise CheckpointError(f"this state is damaged: lane {key} is no JSON object: {text!r:.60}")
     for name, (needed, good) in _PARTS.items():
         if not (good(lane[name]) if name in lane else not needed):
-            raise CheckpointError(f"this state is damaged: lane {key} has no valid {name!r}: {lane.get(name)!r:.60}")
+            raise CheckpointError(
+                f"this state is damaged: lane {key} has no valid {name!r}: {lane.get(name)!r:.60}"
+            )
     try:
         lane["events"] = paths.events(lane.get("events", {}))
         if "lane" in lane:
             lane["lane"]["marks"] = paths.marks(lane["lane"]["marks"], lane["lane"]["epoch"])
     except ValueError as error:
-        raise CheckpointError(f"this state is damaged: lane {key} counts what its pipeline has not ({error})") from None
+        raise CheckpointError(
+            f"this state is damaged: lane {key} counts what its pipeline has not ({error})"
+        ) from None
     lane.setdefault("rows", lane["samples"].copy())
     return lane

@@ -1,6 +1,7 @@
 """Nodes by number: what a checkpoint calls them, so that it costs nothing how long names are.
 
-Nodes are numbered from the root down, inputs in the order of their names; the paths are those of `midstream.pipeline.node.bind`.
+Nodes are numbered from the root down, inputs in the order of their names; the paths are those of
+`midstream.pipeline.node.bind`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def walk(spec: Mapping[str, Any], prefix: tuple[str, ...] = (), first: int = 0) 
         label = str(node.get("label", node["node"]))
         seen[label] = seen.get(label, 0) + 1
         label = label if seen[label] == 1 else f"{label}#{seen[label]}"
-        here.append(Node("/".join((*prefix, label)), node, range(first, after + ("name" in chain[-1]))))
+        here.append(
+            Node("/".join((*prefix, label)), node, range(first, after + ("name" in chain[-1])))
+        )
     yield from reversed(here)
     yield from below
 
@@ -57,8 +60,8 @@ def walk(spec: Mapping[str, Any], prefix: tuple[str, ...] = (), first: int = 0) 
 class Paths:
     """Writes what is counted by path by number, and reads it back.
 
-    What is of no node of the pipeline (a source that was removed, a node that only ran for a while) keeps its path, behind a
-    slash.
+    What is of no node of the pipeline (a source that was removed, a node that only ran for a while)
+    keeps its path, behind a slash.
     """
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
@@ -69,7 +72,9 @@ class Paths:
         self._short: dict[str, tuple[str, str]] = {}
 
     def short_events(self, events: Mapping[str, int]) -> dict[str, State]:
-        """``{"kind|path|source": n}`` as ``{kind: {"number|source": n}}``; the source is left out where a node has one."""
+        """``{"kind|path|source": n}`` as ``{kind: {"number|source": n}}``; the source is left out
+        where a node has one.
+        """
         packed: dict[str, dict[str, int]] = {}
         for key, count in events.items():
             known = self._short.get(key)
@@ -79,7 +84,10 @@ class Paths:
                 if number is None:
                     known = kind, f"/{path}|{source}"
                 else:
-                    known = kind, str(number) if str(self.only[number]) == source else f"{number}|{source}"
+                    known = (
+                        kind,
+                        (str(number) if str(self.only[number]) == source else f"{number}|{source}"),
+                    )
                 self._short[key] = known
             packed.setdefault(known[0], {})[known[1]] = count
         return packed
@@ -96,8 +104,19 @@ class Paths:
                 for key, count in counts.items():
                     where, source = key.partition("|")[::2]
                     path = where[1:] if where[:1] == "/" else self.paths[_number(where)]
-                    index = self.only[_number(where)] if not source else -1 if source == "-1" else _number(source)
-                    if type(count) is not int or not 0 <= count < 1 << 62 or index is None or "|" in kind:
+                    index = (
+                        self.only[_number(where)]
+                        if not source
+                        else -1
+                        if source == "-1"
+                        else _number(source)
+                    )
+                    if (
+                        type(count) is not int
+                        or not 0 <= count < 1 << 62
+                        or index is None
+                        or "|" in kind
+                    ):
                         raise ValueError(f"{kind} of {key}: {count!r}")
                     events[f"{kind}|{path}|{index}"] = count
         except (AttributeError, LookupError, TypeError) as error:
@@ -127,7 +146,11 @@ class Paths:
         try:
             for key, value in packed.items():
                 where, _, word = key.partition(" ")
-                mark = key[1:] if key[:1] == "/" else self.paths[_number(where)] + (f" {word}" if word else "")
+                mark = (
+                    key[1:]
+                    if key[:1] == "/"
+                    else self.paths[_number(where)] + (f" {word}" if word else "")
+                )
                 marks[mark] = [epoch, value] if type(value) is int else value
                 if len(marks[mark]) != 2 or not all(type(number) is int for number in marks[mark]):
                     raise ValueError(f"{key}: {value!r}")

@@ -6,13 +6,14 @@
         state-<hash>.pt                               what `save` was given as ``state`` on rank 0
         checkpoint.json                               written last: {"midstream_checkpoint": 1, "files": {name: hash}, ...}
 
-Ranks do not wait for each other: each writes its file, and whoever then sees the files of all ranks writes the marker. A
-file's name holds the hash of its content, so nothing is ever written over; and its lineage (where this attempt of the run
-was resumed, and on how many ranks), so that what a dead attempt left is never taken for a part of another. What a dead
-attempt of the same lineage left may be: it is the same step of the same run.
+Ranks do not wait for each other: each writes its file, and whoever then sees the files of all ranks
+writes the marker. A file's name holds the hash of its content, so nothing is ever written over; and
+its lineage (where this attempt of the run was resumed, and on how many ranks), so that what a dead
+attempt left is never taken for a part of another. What a dead attempt of the same lineage left may
+be: it is the same step of the same run.
 
-Locally a file is written under another name, synced, renamed, and its folder synced. Elsewhere (fsspec) an object appears
-whole or not at all.
+Locally a file is written under another name, synced, renamed, and its folder synced. Elsewhere
+(fsspec) an object appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -50,15 +51,19 @@ def save(
 ) -> str:
     """Save where a loader stands. Every rank calls it after the same training step; no rank waits for another.
 
-    The checkpoint counts once the last rank's file is there; until then `latest` gives the one before.
+    The checkpoint counts once the last rank's file is there; until then `latest` gives the one
+    before.
 
     Args:
         root: Folder of the run's checkpoints, or a URL that fsspec knows.
         loader: The `DataLoader`.
-        global_step: The training step, the same on all ranks: names the checkpoint ``step-...``. Left out, epoch and step of
-            the loader do, which works where all ranks end their epochs at the same step.
-        step: The batch of the epoch that was trained last, when more were fetched (`DataLoader.state_at`).
-        state: Anything ``torch.save`` can write, the model and the optimizer, say. Written by rank 0 under the same marker.
+        global_step: The training step, the same on all ranks: names the checkpoint ``step-...``.
+            Left out, epoch and step of the loader do, which works where all ranks end their epochs
+            at the same step.
+        step: The batch of the epoch that was trained last, when more were fetched
+            (`DataLoader.state_at`).
+        state: Anything ``torch.save`` can write, the model and the optimizer, say. Written by rank
+            0 under the same marker.
         keep: How many committed checkpoints to keep, the newest ones; None: all.
 
     Returns:
@@ -86,8 +91,9 @@ def save(
     if global_step is None:
         if loader._alone(found):
             raise ValueError(
-                "this rank has come to its end of the epoch and others perhaps have not, so epoch and step do not name the "
-                "same checkpoint on all ranks: give global_step, the training step"
+                "this rank has come to its end of the epoch and others perhaps have not, so epoch"
+                " and step do not name the same checkpoint on all ranks: give global_step, the"
+                " training step"
             )
         name = f"epoch-{found['epoch']:06d}-batch-{found['steps_done']:012d}"
     else:
@@ -100,7 +106,9 @@ def save(
         torch.save(state, buffer)
         state_file = store.write(name, "state-{}.pt", buffer.getvalue())
     body = {"rank": rank, "world_size": ranks, "state_file": state_file, "loader": found}
-    lineage = _hash(repr((loader._resumed_at, ranks, found["num_lanes"], found["fingerprint"])).encode())[:8]
+    lineage = _hash(
+        repr((loader._resumed_at, ranks, found["num_lanes"], found["fingerprint"])).encode()
+    )[:8]
     mine = store.write(name, f"rank-{rank:05d}-of-{ranks:05d}-{lineage}-{{}}.json", _json(body))
     if _commit(store, name, mine, ranks, lineage) and keep is not None:
         _prune(store, name, keep)
@@ -146,12 +154,15 @@ def load(
         What `save` was given as ``state`` on rank 0; None if nothing.
 
     Raises:
-        CheckpointError: If there is none, or it is damaged, incomplete, or of another pipeline. Nothing was loaded.
+        CheckpointError: If there is none, or it is damaged, incomplete, or of another pipeline.
+        Nothing was loaded.
     """
     _, bodies, extra = _read(path)
     if loader is not None:
         loader.load_state_dict([body.get("loader") for body in bodies], strict=strict)
-    return torch.load(io.BytesIO(extra[0]), map_location, weights_only=weights_only) if extra else None
+    return (
+        torch.load(io.BytesIO(extra[0]), map_location, weights_only=weights_only) if extra else None
+    )
 
 
 def states(path: str | os.PathLike[str]) -> tuple[str, list[Any]]:
@@ -175,14 +186,18 @@ def _read(path: str | os.PathLike[str]) -> tuple[str, list[dict[str, Any]], list
         newest = latest(path)
         if newest is None:
             raise CheckpointError(
-                f"there is no committed checkpoint in {path}. Ask midstream.checkpoint.latest(...) first where a run may be "
-                f"a new one."
+                f"there is no committed checkpoint in {path}. Ask midstream.checkpoint.latest(...)"
+                " first where a run may be a new one."
             )
         root, _, name = newest.rpartition("/")
     store = _Store(root or ".")
     files = _verified(store, name)
     bodies = [_parsed(name, file, data) for file, data in files.items() if file.startswith("rank-")]
-    return store.full(name), bodies, [data for file, data in files.items() if file.startswith("state-")]
+    return (
+        store.full(name),
+        bodies,
+        [data for file, data in files.items() if file.startswith("state-")],
+    )
 
 
 class _Store:
@@ -192,7 +207,9 @@ class _Store:
         self.url = os.fspath(root).rstrip("/") or "/"
         self.files, self.root = fsspec.core.url_to_fs(self.url)
         self.local = "file" in (
-            self.files.protocol if isinstance(self.files.protocol, tuple) else (self.files.protocol,)
+            self.files.protocol
+            if isinstance(self.files.protocol, tuple)
+            else (self.files.protocol,)
         )
 
     def full(self, name: str) -> str:
@@ -239,7 +256,9 @@ class _Store:
             pass
 
     def remove_folder(self, name: str) -> None:
-        """Marker first, so that what is half removed is no checkpoint. Other ranks may be at it as well."""
+        """Marker first, so that what is half removed is no checkpoint. Other ranks may be at it as
+        well.
+        """
         self.remove(name, _MARKER)
         if self.local:
             try:
@@ -255,7 +274,9 @@ class _Store:
 
 
 def write_whole(path: str, data: bytes) -> None:
-    """Write a local file whole or not at all, whenever the process is killed: another name, synced, renamed, folder synced."""
+    """Write a local file whole or not at all, whenever the process is killed: another name, synced,
+    renamed, folder synced.
+    """
     folder = os.path.dirname(path) or "."
     temporary = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -304,7 +325,9 @@ def _commit(store: _Store, name: str, mine: str, ranks: int, lineage: str) -> bo
 
 
 def _prune(store: _Store, newest: str, keep: int) -> None:
-    """Remove what is older than the last ``keep`` committed checkpoints, and what was never committed before them."""
+    """Remove what is older than the last ``keep`` committed checkpoints, and what was never
+    committed before them.
+    """
     older = [name for name in store.names() if _FOLDER.fullmatch(name) and name < newest]
     committed = [name for name in older if store.exists(name, _MARKER)]
     kept = set(committed[len(committed) - keep + 1 :] if keep > 1 else ())
@@ -330,27 +353,42 @@ def _verified(store: _Store, name: str) -> dict[str, bytes]:
         CheckpointError: If it is not committed, or a file is missing or is not what was written.
     """
     if not store.exists(name, _MARKER):
-        raise CheckpointError(f"{store.full(name)} is no committed checkpoint: {_MARKER} is missing.")
+        raise CheckpointError(
+            f"{store.full(name)} is no committed checkpoint: {_MARKER} is missing."
+        )
     try:
         marker = _parsed(name, _MARKER, store.read(name, _MARKER))
-        version, ranks, files = (marker.get(key) for key in ("midstream_checkpoint", "world_size", "files"))
+        version, ranks, files = (
+            marker.get(key) for key in ("midstream_checkpoint", "world_size", "files")
+        )
         if version != _VERSION:
-            raise CheckpointError(f"{name}/{_MARKER} has format {version!r:.20}; this midstream reads {_VERSION}.")
+            raise CheckpointError(
+                f"{name}/{_MARKER} has format {version!r:.20}; this midstream reads {_VERSION}."
+            )
         if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
             raise CheckpointError(f"{name}/{_MARKER} is damaged: it lists no files: {files!r:.60}.")
         found = [match for match in map(_RANK.fullmatch, files) if match]
-        whole = type(ranks) is int and ranks == len(found) > 0  # compared first: a damaged number may be of any size
+        whole = (
+            type(ranks) is int and ranks == len(found) > 0
+        )  # compared first: a damaged number may be of any size
         if not whole or sorted(int(match[1]) for match in found) != list(range(len(found))):
             raise CheckpointError(
-                f"{name}/{_MARKER} is damaged: it lists the files of {len(found)} of {ranks!r:.20} ranks."
+                f"{name}/{_MARKER} is damaged: it lists the files of {len(found)} of {ranks!r:.20}"
+                " ranks."
             )
         content = {}
         for file in files:
             if not re.fullmatch(r"(rank|state)-[\w-]+\.(json|pt)", file):
-                raise CheckpointError(f"{name}/{_MARKER} is damaged: {file!r:.60} is no file of a checkpoint.")
+                raise CheckpointError(
+                    f"{name}/{_MARKER} is damaged: {file!r:.60} is no file of a checkpoint."
+                )
             content[file] = store.read(name, file)
             if _hash(content[file]) != file.rpartition("-")[2].partition(".")[0]:
-                raise CheckpointError(f"{name}/{file} is damaged: its content does not have the hash in its name.")
+                raise CheckpointError(
+                    f"{name}/{file} is damaged: its content does not have the hash in its name."
+                )
     except OSError as error:
-        raise CheckpointError(f"{store.full(name)} cannot be read: {type(error).__name__}: {error}.") from error
+        raise CheckpointError(
+            f"{store.full(name)} cannot be read: {type(error).__name__}: {error}."
+        ) from error
     return content

@@ -22,9 +22,10 @@ def weights_history(state: State) -> list[dict[str, Any]]:
         state: A loader's ``state_dict()``, a merged one, or a list of the states of all ranks.
 
     Returns:
-        A dict per change, in order, first those that the run began with: ``"mix"`` (its path), ``"weights"`` (by name; with a
-        schedule a list of ``[border, weights]``), ``"epoch"`` and ``"step"`` (batches of a rank in that epoch) after which
-        they held, ``"by"``: ``"pipeline"``, ``"set_weights"`` or ``"load_state_dict"``.
+        A dict per change, in order, first those that the run began with: ``"mix"`` (its path),
+        ``"weights"`` (by name; with a schedule a list of ``[border, weights]``), ``"epoch"`` and
+        ``"step"`` (batches of a rank in that epoch) after which they held, ``"by"``:
+        ``"pipeline"``, ``"set_weights"`` or ``"load_state_dict"``.
 
     >>> import midstream as ms
     >>> mix = ms.interleave({"a": ms.from_dataset(range(9)), "b": ms.from_dataset(range(9))}, {"a": 2, "b": 1}, name="mix")
@@ -54,8 +55,8 @@ def asked_shares(state: State) -> dict[str, float | None]:
         state: A loader's ``state_dict()``, a merged one, or a list of the states of all ranks.
 
     Returns:
-        By name of the source, as `midstream.progress` has them. A stream with a schedule: the mean over its lanes. None for
-        sources that share a part in another way (``concatenate``).
+        By name of the source, as `midstream.progress` has them. A stream with a schedule: the mean
+        over its lanes. None for sources that share a part in another way (``concatenate``).
 
     >>> import midstream as ms
     >>> mix = ms.interleave({"a": ms.from_dataset(range(9)), "b": ms.from_dataset(range(9))}, {"a": 3, "b": 1})
@@ -74,7 +75,11 @@ def shares_asked(run_state: RunState) -> dict[str, float | None]:
         else:
             edited.pop(entry["mix"], None)
     paths = {id(spec): path for path, spec in _mixes(run_state.spec)}
-    phases = {path: found for path, spec in _mixes(run_state.spec) if (found := _lane_phases(run_state, spec, path))}
+    phases = {
+        path: found
+        for path, spec in _mixes(run_state.spec)
+        if (found := _lane_phases(run_state, spec, path))
+    }
     shares: dict[str, float | None] = {}
 
     def down(spec: Any, share: float | None, rows: float) -> None:
@@ -83,7 +88,9 @@ def shares_asked(run_state: RunState) -> dict[str, float | None]:
             return
         inputs = spec.get("inputs", {})
         if spec["node"] != "interleave":
-            rows = rows * spec.get("batch_size", 1) + (spec.get("n", 0) if spec["node"] == "skip" else 0)
+            rows = rows * spec.get("batch_size", 1) + (
+                spec.get("n", 0) if spec["node"] == "skip" else 0
+            )
             for _, child in sorted(inputs.items()):
                 down(child, share if len(inputs) == 1 else None, rows)
             return
@@ -93,7 +100,9 @@ def shares_asked(run_state: RunState) -> dict[str, float | None]:
         else:
             steps = [[0, spec["weights"]], *spec.get("schedule", [])]
             now = max(index for index, (border, _) in enumerate(steps) if border <= rows)
-            each = [_normed(steps[min(index, len(steps) - 1)][1]) for index in phases.get(path, [now])]
+            each = [
+                _normed(steps[min(index, len(steps) - 1)][1]) for index in phases.get(path, [now])
+            ]
             parts = {name: sum(part[name] for part in each) / len(each) for name in each[0]}
         for name, child in sorted(inputs.items()):
             down(child, None if share is None else share * parts[name], rows * parts[name])
@@ -103,7 +112,9 @@ def shares_asked(run_state: RunState) -> dict[str, float | None]:
 
 
 def weights_of(spec: Mapping[str, Any]) -> State:
-    """The weights that a mix's spec gives: by name, or with a schedule ``[[border, weights], ...]``."""
+    """The weights that a mix's spec gives: by name, or with a schedule ``[[border, weights],
+    ...]``.
+    """
     return [[0, spec["weights"]], *spec["schedule"]] if "schedule" in spec else spec["weights"]
 
 

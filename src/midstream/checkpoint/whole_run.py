@@ -16,7 +16,9 @@ from midstream.errors import CheckpointError
 __all__ = ["WholeRun", "gather_states"]
 
 
-def gather_states(states: Callable[[], list[Any]], group: dist.ProcessGroup | None = None) -> list[dict[str, Any]]:
+def gather_states(
+    states: Callable[[], list[Any]], group: dist.ProcessGroup | None = None
+) -> list[dict[str, Any]]:
     """The merged states of all ranks, for each of several loaders: the same on every rank. A collective.
 
     Args:
@@ -57,7 +59,8 @@ class WholeRun:
         accelerator.register_for_checkpointing(midstream.WholeRun(loader))
         fabric.save(path, {"model": model, "loader": midstream.WholeRun(loader)})
 
-    `state_dict` asks all ranks, so all have to call it, after the same step; any number of ranks can load what it gives.
+    `state_dict` asks all ranks, so all have to call it, after the same step; any number of ranks
+    can load what it gives.
 
     Args:
         loader: This rank's loader, or what Fabric made of it.

@@ -44,7 +44,10 @@ def _app() -> Any:
     @app.callback()
     def _root(
         version: Annotated[
-            bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version and exit.")
+            bool,
+            typer.Option(
+                "--version", callback=version, is_eager=True, help="Show the version and exit."
+            ),
         ] = False,
     ) -> None:
         """A stateful PyTorch data pipeline that resumes mid-stream, exactly."""
@@ -54,20 +57,31 @@ def _app() -> Any:
         steps: Annotated[
             int, typer.Option(min=20, help="Training steps of a whole run; an epoch has about 130.")
         ] = 240,
-        workers: Annotated[int, typer.Option(min=0, help="Worker processes of the first two runs.")] = 2,
-        resume_workers: Annotated[int, typer.Option(min=0, help="Worker processes of the resumed run.")] = 1,
-        seed: Annotated[int | None, typer.Option(help="Chooses the step of the kill.", show_default="random")] = None,
+        workers: Annotated[
+            int, typer.Option(min=0, help="Worker processes of the first two runs.")
+        ] = 2,
+        resume_workers: Annotated[
+            int, typer.Option(min=0, help="Worker processes of the resumed run.")
+        ] = 1,
+        seed: Annotated[
+            int | None, typer.Option(help="Chooses the step of the kill.", show_default="random")
+        ] = None,
         kill_at: Annotated[
-            int | None, typer.Option(min=1, help="Kill after this step.", show_default="chosen by --seed")
+            int | None,
+            typer.Option(min=1, help="Kill after this step.", show_default="chosen by --seed"),
         ] = None,
         every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 20,
         keep: Annotated[
             Path | None,
             typer.Option(
-                metavar="DIR", help="Keep ledgers, logs and checkpoint there.", show_default="nothing is kept"
+                metavar="DIR",
+                help="Keep ledgers, logs and checkpoint there.",
+                show_default="nothing is kept",
             ),
         ] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON, and nothing else.")] = False,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="Print the verdict as JSON, and nothing else.")
+        ] = False,
     ) -> None:
         """Kill a real training job, resume it, and compare it bit for bit.
 
@@ -113,18 +127,28 @@ def _add_verify(to: Any) -> None:
 
     @app.command()
     def verify(
-        target: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="Or FILE.py:FUNCTION.")],
+        target: Annotated[
+            str, typer.Argument(metavar="MODULE:FUNCTION", help="Or FILE.py:FUNCTION.")
+        ],
         workers: Annotated[str, typer.Option(help="Numbers of worker processes.")] = "0,2",
         ranks: Annotated[str, typer.Option(help="Numbers of ranks.")] = "1,2",
         steps: Annotated[
             int | None,
-            typer.Option(min=1, help="Batches to read, over all ranks.", show_default="48, or 3 of every lane"),
+            typer.Option(
+                min=1,
+                help="Batches to read, over all ranks.",
+                show_default="48, or 3 of every lane",
+            ),
         ] = None,
         epochs: Annotated[int, typer.Option(min=1, help="Epochs to read at most.")] = 2,
-        batch_size: Annotated[int, typer.Option(min=1, help="For datasets that do not end in .batch.")] = 4,
+        batch_size: Annotated[
+            int, typer.Option(min=1, help="For datasets that do not end in .batch.")
+        ] = 4,
         seconds: Annotated[float, typer.Option(min=1, help="About how long it may take.")] = 60,
         kill: Annotated[bool, typer.Option("--kill/--no-kill", help="Kill processes, too.")] = True,
-        as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")
+        ] = False,
     ) -> None:
         """Prove that your pipeline or loader resumes exactly.
 
@@ -182,7 +206,9 @@ def _add_looking(to: Any) -> None:
         path: Annotated[str, checkpoint],
         key: Annotated[str | None, typer.Option(help=_KEY, show_default=False)] = None,
         lanes: Annotated[bool, typer.Option("--lanes", help="A line for every lane.")] = False,
-        as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, and nothing else.")] = False,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="Print it as JSON, and nothing else.")
+        ] = False,
     ) -> None:
         """Show what a checkpoint says: position, progress, lanes, pipeline.
 
@@ -205,7 +231,9 @@ def _add_looking(to: Any) -> None:
         one: Annotated[str, checkpoint],
         other: Annotated[str, checkpoint],
         key: Annotated[str | None, typer.Option(help=_KEY, show_default=False)] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, and nothing else.")] = False,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="Print it as JSON, and nothing else.")
+        ] = False,
     ) -> None:
         """Show what lies between two checkpoints.
 
@@ -226,11 +254,15 @@ def _add_looking(to: Any) -> None:
 
     @app.command()
     def trace(
-        target: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="Makes the dataset or the loader.")],
+        target: Annotated[
+            str, typer.Argument(metavar="MODULE:FUNCTION", help="Makes the dataset or the loader.")
+        ],
         path: Annotated[str, checkpoint],
         steps: Annotated[int, typer.Option(min=1, help=_STEPS)] = 10,
         key: Annotated[str | None, typer.Option(help=_KEY, show_default=False)] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for every batch.")] = False,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="Print a line of JSON for every batch.")
+        ] = False,
     ) -> None:
         """Show which rows come next after a checkpoint.
 
@@ -251,14 +283,19 @@ def _add_looking(to: Any) -> None:
                     print(json.dumps({"epoch": epoch, "batch": batch, "origins": origins}))
                 else:
                     words = origins if isinstance(origins, str) else ", ".join(map(str, origins))
-                    console.print(print_line(f"epoch {epoch}  batch {batch:>6,}  ", words, console.width), markup=False)
+                    console.print(
+                        print_line(f"epoch {epoch}  batch {batch:>6,}  ", words, console.width),
+                        markup=False,
+                    )
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"{option} takes integers with commas between them, 0,2 say; found {text!r}") from None
+        raise ValueError(
+            f"{option} takes integers with commas between them, 0,2 say; found {text!r}"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -4,9 +4,10 @@
     compare                  what exact means
     run                      the demonstration: three training processes, one after the other
 
-Three processes train the same thing. One is left alone. One is killed by SIGKILL at a random step inside an epoch. One
-goes on from the killed one's last checkpoint, with another number of workers. Every step writes its loss and the origins
-of its samples to a ledger; the ledgers must agree. All of it is in one file, so that it can be read and copied whole.
+Three processes train the same thing. One is left alone. One is killed by SIGKILL at a random step
+inside an epoch. One goes on from the killed one's last checkpoint, with another number of workers.
+Every step writes its loss and the origins of its samples to a ledger; the ledgers must agree. All
+of it is in one file, so that it can be read and copied whole.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def long_enough(line: str) -> bool:
 
 
 def pieces(line: str) -> list[dict[str, Any]]:
-    """The bytes of a line, long ones cut; a single byte at the end is left out, for nothing follows it."""
+    """The bytes of a line, long ones cut; a single byte at the end is left out, for nothing follows
+    it.
+    """
     data = np.frombuffer(line.encode(), dtype=np.uint8).astype(np.int64)
     return [{"ids": data[start : start + PIECE]} for start in range(0, len(data) - 1, PIECE)]
 
@@ -106,7 +109,9 @@ class Model(torch.nn.Module):
         """
         ids, lengths = batch["ids"], batch["ids_lengths"]
         hidden, _ = self.rnn(self.embed(ids[:, :-1]))
-        losses = torch.nn.functional.cross_entropy(self.head(hidden).transpose(1, 2), ids[:, 1:], reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            self.head(hidden).transpose(1, 2), ids[:, 1:], reduction="none"
+        )
         real = torch.arange(1, ids.shape[1]) < lengths[:, None]
         return (losses * real).sum() / real.sum()
 
@@ -143,7 +148,9 @@ def train(job: Job) -> None:
 
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    loader = ms.DataLoader(pipeline(job.rows), batch_size=BATCH, num_workers=job.workers, collate_fn=ms.pad)
+    loader = ms.DataLoader(
+        pipeline(job.rows), batch_size=BATCH, num_workers=job.workers, collate_fn=ms.pad
+    )
     step = start = 0
     ledger = Ledger(folder / f"{job.name}.jsonl")
     if job.resume:
@@ -165,7 +172,9 @@ def train(job: Job) -> None:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             step += 1
-            ledger.write(step=step, epoch=epoch, loss=float(loss.detach()).hex(), origins=loader.trace())
+            ledger.write(
+                step=step, epoch=epoch, loss=float(loss.detach()).hex(), origins=loader.trace()
+            )
 
             if step == job.steps:
                 ledger.write(event="end", progress=str(loader.progress()))
@@ -247,7 +256,8 @@ class Verdict:
         exact: Whether every sample and every loss is the same.
         steps: Steps compared.
         samples: Samples compared.
-        rolled_back: Steps the killed run did after its last checkpoint: lost with their weights, and done again.
+        rolled_back: Steps the killed run did after its last checkpoint: lost with their weights,
+            and done again.
         differences: The first ones, in words.
         details: How it came about: seed, kill, checkpoint, times.
     """
@@ -261,13 +271,17 @@ class Verdict:
 
 
 def compare(
-    whole: list[dict[str, Any]], killed: list[dict[str, Any]], resumed: list[dict[str, Any]], checkpoint: int
+    whole: list[dict[str, Any]],
+    killed: list[dict[str, Any]],
+    resumed: list[dict[str, Any]],
+    checkpoint: int,
 ) -> Verdict:
     """Set the steps of the uninterrupted run against those of the two others.
 
-    The killed run up to its checkpoint and the resumed one after it must be the whole run: the same steps, each with the
-    same epoch, the same samples in the same order, and a loss of the same bits. What the killed run did after its
-    checkpoint was rolled back, and must have been the same too.
+    The killed run up to its checkpoint and the resumed one after it must be the whole run: the same
+    steps, each with the same epoch, the same samples in the same order, and a loss of the same
+    bits. What the killed run did after its checkpoint was rolled back, and must have been the same
+    too.
 
     Args:
         whole: Steps of the uninterrupted run, as their ledger has them.
@@ -278,10 +292,18 @@ def compare(
     kept = [entry for entry in killed if entry["step"] <= checkpoint]
     lost = killed[len(kept) :]
     differences = []
-    expected, found = [entry["step"] for entry in whole], [entry["step"] for entry in kept + resumed]
+    expected, found = (
+        [entry["step"] for entry in whole],
+        [entry["step"] for entry in kept + resumed],
+    )
     if found != expected:
-        at = next((i for i, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found)))
-        words = [f"step {steps[at]}" if at < len(steps) else "the end" for steps in (expected, found)]
+        at = next(
+            (i for i, (a, b) in enumerate(zip(expected, found)) if a != b),
+            min(len(expected), len(found)),
+        )
+        words = [
+            f"step {steps[at]}" if at < len(steps) else "the end" for steps in (expected, found)
+        ]
         differences.append(f"after {at} steps: expected {words[0]}, found {words[1]}")
     reference = {entry["step"]: entry for entry in whole}
     for run, entries in (("killed", kept), ("resumed", resumed), ("killed", lost)):
@@ -289,14 +311,19 @@ def compare(
             for part in ("epoch", "origins", "loss"):
                 here, there = entry[part], reference.get(entry["step"], {}).get(part)
                 if here != there and entry["step"] in reference:
-                    differences.append(f"step {entry['step']} of the {run} run: {_difference(part, there, here)}")
+                    differences.append(
+                        f"step {entry['step']} of the {run} run: {_difference(part, there, here)}"
+                    )
     samples = sum(len(entry["origins"]) for entry in kept + resumed)
     return Verdict(not differences, len(found), samples, len(lost), differences[:5])
 
 
 def _difference(part: str, expected: Any, found: Any) -> str:
     if part == "loss":
-        return f"the loss differs: expected {float.fromhex(expected)!r}, found {float.fromhex(found)!r}"
+        return (
+            f"the loss differs: expected {float.fromhex(expected)!r}, found"
+            f" {float.fromhex(found)!r}"
+        )
     if part == "epoch":
         return f"the epoch differs: expected {expected}, found {found}"
     for number, (a, b) in enumerate(zip(expected, found)):
@@ -340,7 +367,8 @@ def run(
         kill_at: That step itself.
         every: Steps between two checkpoints.
         rows: Lines of each source.
-        folder: Where ledgers, logs and the checkpoint are kept; a temporary one, removed, when left out.
+        folder: Where ledgers, logs and the checkpoint are kept; a temporary one, removed, when left
+            out.
 
     Raises:
         ValueError: If nothing could be killed and resumed with such numbers.
@@ -348,34 +376,60 @@ def run(
     """
     seed = random.SystemRandom().randrange(1 << 20) if seed is None else seed
     if kill_at is None and steps < every + 10:
-        raise ValueError(f"{steps} steps leave no room for a kill after a checkpoint; give at least {every + 10}")
+        raise ValueError(
+            f"{steps} steps leave no room for a kill after a checkpoint; give at least {every + 10}"
+        )
     if kill_at is not None and not every < kill_at < steps:
         raise ValueError(
-            f"the kill comes after the first checkpoint (step {every}) and before the last step ({steps}); found {kill_at}"
+            f"the kill comes after the first checkpoint (step {every}) and before the last step"
+            f" ({steps}); found {kill_at}"
         )
     with tempfile.TemporaryDirectory(prefix="midstream-demo-") as temporary:
         place = Path(folder or temporary).absolute()
         place.mkdir(parents=True, exist_ok=True)
         job = Job(str(place), "whole", steps, workers, rows, every)
-        yield f"A small language model on this machine's own text, {steps} steps of {BATCH} pieces; seed {seed}"
+        yield (
+            f"A small language model on this machine's own text, {steps} steps of {BATCH} pieces;"
+            f" seed {seed}"
+        )
 
         whole = yield from watch(replace(job, every=0))
         epochs = [entry["epoch"] for entry in whole.steps]
         yield _row(
-            "left alone", workers, f"to batch {epochs.count(epochs[-1])} of epoch {epochs[-1]}, {_losses(whole)}"
+            "left alone",
+            workers,
+            f"to batch {epochs.count(epochs[-1])} of epoch {epochs[-1]}, {_losses(whole)}",
         )
 
         killed = yield from _kill(job, epochs, seed, kill_at)
         last, checkpoint = killed.steps[-1], load(place)
         batch = epochs[: last["step"]].count(last["epoch"])
-        yield _row("killed", workers, f"SIGKILL after step {last['step']} (batch {batch} of epoch {last['epoch']})")
-        size, whole_size = len(json.dumps(checkpoint["loader"])), (place / "checkpoint.pt").stat().st_size
-        yield f"  its last checkpoint: step {checkpoint['step']}, {size:,} bytes for the data, {whole_size:,} with the weights"
+        yield _row(
+            "killed",
+            workers,
+            f"SIGKILL after step {last['step']} (batch {batch} of epoch {last['epoch']})",
+        )
+        size, whole_size = (
+            len(json.dumps(checkpoint["loader"])),
+            (place / "checkpoint.pt").stat().st_size,
+        )
+        yield (
+            f"  its last checkpoint: step {checkpoint['step']}, {size:,} bytes for the data,"
+            f" {whole_size:,} with the weights"
+        )
 
-        resumed = yield from watch(replace(job, name="resumed", workers=resume_workers, resume=True))
+        resumed = yield from watch(
+            replace(job, name="resumed", workers=resume_workers, resume=True)
+        )
         seconds, start = resumed.event("first batch")["seconds"], resumed.event("resume")["step"]
-        yield _row("resumed", resume_workers, f"first batch after {1000 * seconds:.0f} ms, {_losses(resumed)}")
-        yield "Delivered in all, in pieces (7:3 is the mix of lines, before the filter and the cut):"
+        yield _row(
+            "resumed",
+            resume_workers,
+            f"first batch after {1000 * seconds:.0f} ms, {_losses(resumed)}",
+        )
+        yield (
+            "Delivered in all, in pieces (7:3 is the mix of lines, before the filter and the cut):"
+        )
         yield resumed.event("end")["progress"]
         if folder is not None:
             yield f"Ledgers, logs and checkpoint are in {folder}"
@@ -398,7 +452,8 @@ def watch(job: Job, kill_at: int | None = None) -> Generator[Step, None, Ledger]
     Only the training process is killed; its workers notice that it is gone and end by themselves.
 
     Raises:
-        RuntimeError: If it failed by itself. (It may be over before the signal comes; then its ledger is whole.)
+        RuntimeError: If it failed by itself. (It may be over before the signal comes; then its
+        ledger is whole.)
     """
     ledger, log = (Path(job.folder) / f"{job.name}.{ending}" for ending in ("jsonl", "log"))
     ledger.unlink(missing_ok=True)
@@ -409,7 +464,9 @@ def watch(job: Job, kill_at: int | None = None) -> Generator[Step, None, Ledger]
     try:
         running = True
         while running:
-            running = process.poll() is None  # asked before the ledger is read, so that its end is not missed
+            running = (
+                process.poll() is None
+            )  # asked before the ledger is read, so that its end is not missed
             for entry in reader.read():
                 if "event" not in entry:
                     if entry["step"] == kill_at:
@@ -421,11 +478,16 @@ def watch(job: Job, kill_at: int | None = None) -> Generator[Step, None, Ledger]
         process.kill()
         status = process.wait()
     if status != 0 and not (kill_at and status == -signal.SIGKILL):
-        raise RuntimeError(f"the {job.name} run ended with status {status}:\n{log.read_text(errors='replace')[-3000:]}")
+        raise RuntimeError(
+            f"the {job.name} run ended with status"
+            f" {status}:\n{log.read_text(errors='replace')[-3000:]}"
+        )
     return reader
 
 
-def _kill(job: Job, epochs: list[int], seed: int, kill_at: int | None) -> Generator[Step, None, Ledger]:
+def _kill(
+    job: Job, epochs: list[int], seed: int, kill_at: int | None
+) -> Generator[Step, None, Ledger]:
     """Kill a run, inside an epoch if no step was asked for. A machine that stalls may be late with the signal; then again.
 
     Args:
@@ -455,12 +517,17 @@ def choose_kill(epochs: list[int], every: int, draw: random.Random) -> int:
     """
     inside = [step for step in range(every + 1, len(epochs)) if inside_epoch(epochs, step, 4)]
     if not inside:
-        raise ValueError(f"no step of {len(epochs)} is inside an epoch and after the first checkpoint; give more steps")
+        raise ValueError(
+            f"no step of {len(epochs)} is inside an epoch and after the first checkpoint; give more"
+            " steps"
+        )
     return draw.choice(inside)
 
 
 def inside_epoch(epochs: list[int], step: int, margin: int) -> bool:
-    """Whether the epoch of ``step`` (from 1) began before it and goes on for more than ``margin`` steps after it."""
+    """Whether the epoch of ``step`` (from 1) began before it and goes on for more than ``margin``
+    steps after it.
+    """
     first, last = step - 1, step + 1 + margin
     return first >= 1 and last <= len(epochs) and len(set(epochs[first - 1 : last])) == 1
 

@@ -58,8 +58,14 @@ def find(name: str) -> Any:
         raise ValueError(f"importing {bound} failed: {type(error).__name__}: {error}") from error
     for part in path.split("."):
         if not hasattr(found, part):
-            names = [key for key, value in vars(found).items() if not key.startswith("_") and callable(value)]
-            raise ValueError(f"{bound} has no {path!r}; it has {', '.join(names[:12]) or 'nothing'}")
+            names = [
+                key
+                for key, value in vars(found).items()
+                if not key.startswith("_") and callable(value)
+            ]
+            raise ValueError(
+                f"{bound} has no {path!r}; it has {', '.join(names[:12]) or 'nothing'}"
+            )
         found = getattr(found, part)
     return found
 
@@ -68,9 +74,10 @@ def read(path: str, key: str | None = None) -> dict[str, State]:
     """The state of a run, whole or one rank's part, checked.
 
     Args:
-        path: A checkpoint of `midstream.checkpoint.save` or the folder of them (also by URL), a JSON file, or a file of
-            ``torch.save`` (read with ``weights_only``).
-        key: Where in the file the state is, ``trainer.loader`` say; needed only where there are several.
+        path: A checkpoint of `midstream.checkpoint.save` or the folder of them (also by URL), a
+            JSON file, or a file of ``torch.save`` (read with ``weights_only``).
+        key: Where in the file the state is, ``trainer.loader`` say; needed only where there are
+            several.
 
     Raises:
         CheckpointError: If there is none, or it is damaged.
@@ -82,16 +89,28 @@ def read(path: str, key: str | None = None) -> dict[str, State]:
         if key is not None:
             for part in key.split("."):
                 if not isinstance(content, dict) or part not in content:
-                    keys = sorted(map(str, content))[:12] if isinstance(content, dict) else type(content).__name__
+                    keys = (
+                        sorted(map(str, content))[:12]
+                        if isinstance(content, dict)
+                        else type(content).__name__
+                    )
                     raise CheckpointError(f"{path} has no {key!r}: at {part!r} there is {keys}")
                 content = content[part]
         where = dict(_states_in(content))
         if not where:
-            keys = f"with the keys {sorted(map(str, content))[:12]}" if isinstance(content, dict) else ""
-            raise CheckpointError(f"{path} holds no midstream state: found a {type(content).__name__} {keys}".rstrip())
+            keys = (
+                f"with the keys {sorted(map(str, content))[:12]}"
+                if isinstance(content, dict)
+                else ""
+            )
+            raise CheckpointError(
+                f"{path} holds no midstream state: found a {type(content).__name__} {keys}".rstrip()
+            )
         places = {bound.rpartition("[")[0] for bound in where}
         if len(where) > 1 and (len(places) > 1 or ("" in places and not isinstance(content, list))):
-            raise CheckpointError(f"{path} holds several states: choose one with --key: {', '.join(map(str, where))}")
+            raise CheckpointError(
+                f"{path} holds several states: choose one with --key: {', '.join(map(str, where))}"
+            )
         found = list(where.values())
     return merge_states(found) if len(found) > 1 else agreed(found[0])[0]
 
@@ -106,17 +125,21 @@ def _content(path: str) -> Any:
         try:
             return json.loads(Path(path).read_bytes())
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged: it begins as JSON, and is none ({error})") from None
+            raise CheckpointError(
+                f"{path} is damaged: it begins as JSON, and is none ({error})"
+            ) from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path} is no file that can be read: it is not JSON, and torch.load(weights_only=True) refuses it, which it does "
-            f"to what is no file of torch.save, and to one that holds more than tensors and plain values"
+            f"{path} is no file that can be read: it is not JSON, and torch.load(weights_only=True)"
+            " refuses it, which it does to what is no file of torch.save, and to one that holds"
+            " more than tensors and plain values"
         ) from None
     except Exception as error:
         raise CheckpointError(
-            f"{path} is neither JSON nor a file of torch.save ({type(error).__name__}: {str(error)[:120]})"
+            f"{path} is neither JSON nor a file of torch.save ({type(error).__name__}:"
+            f" {str(error)[:120]})"
         ) from None
 
 
@@ -169,7 +192,8 @@ def spec_lines(spec: State, name: str = "") -> list[str]:
     fields = {key: value for key, value in spec.items() if key not in ("node", "name", "inputs")}
     label = spec.get("name") or name
     words = ", ".join(
-        f"{key}={json.dumps(value, ensure_ascii=False, sort_keys=True)}" for key, value in sorted(fields.items())
+        f"{key}={json.dumps(value, ensure_ascii=False, sort_keys=True)}"
+        for key, value in sorted(fields.items())
     )
     lines = [f"{f'{label}: ' if label else ''}{spec.get('node')}({words})"]
     inputs = sorted(spec.get("inputs", {}).items())
@@ -185,8 +209,9 @@ def difference(one: dict[str, State], other: dict[str, State]) -> dict[str, Any]
     """What lies between two states: of the same run, say, or of two that should agree.
 
     Returns:
-        ``same``; ``pipeline``: lines that say how the pipelines differ; ``position``: epoch, batches, ... as pairs;
-        ``progress``: what was counted, as pairs, where it differs; ``lanes``: numbers of the lanes that differ.
+        ``same``; ``pipeline``: lines that say how the pipelines differ; ``position``: epoch,
+        batches, ... as pairs; ``progress``: what was counted, as pairs, where it differs;
+        ``lanes``: numbers of the lanes that differ.
     """
     a, b = parse(one), parse(other)
     pairs = {
@@ -197,12 +222,22 @@ def difference(one: dict[str, State], other: dict[str, State]) -> dict[str, Any]
     counted = [progress(state).to_dict() for state in (one, other)]
     skip = {"epoch", "batches"}
     names = [name for name in dict.fromkeys(chain(*counted)) if name not in skip]
-    counts = {n: [counted[0].get(n), counted[1].get(n)] for n in names if counted[0].get(n) != counted[1].get(n)}
+    counts = {
+        n: [counted[0].get(n), counted[1].get(n)]
+        for n in names
+        if counted[0].get(n) != counted[1].get(n)
+    }
     keys = sorted({*one["lanes"], *other["lanes"]})
     lanes = [key for key in keys if one["lanes"].get(key) != other["lanes"].get(key)]
     pipeline = diff_specs(a.spec, b.spec) if a.fingerprint != b.fingerprint else []
     same = not (pairs or counts or lanes or pipeline or a.rest != b.rest)
-    return {"same": same, "pipeline": pipeline, "position": pairs, "progress": counts, "lanes": lanes}
+    return {
+        "same": same,
+        "pipeline": pipeline,
+        "position": pairs,
+        "progress": counts,
+        "lanes": lanes,
+    }
 
 
 def loader_for(target: Any, state: dict[str, State]) -> ms.DataLoader:
@@ -221,19 +256,27 @@ def loader_for(target: Any, state: dict[str, State]) -> ms.DataLoader:
     if isinstance(made, Dataset):
         options: dict[str, Any] = {}
         spec = decode(state["spec"])
-        if made.fingerprint != state["fingerprint"] and not made.batch_rows and spec.get("node") == "batch":
+        if (
+            made.fingerprint != state["fingerprint"]
+            and not made.batch_rows
+            and spec.get("node") == "batch"
+        ):
             options = {"batch_size": spec["batch_size"], "drop_last": bool(spec.get("drop_last"))}
             if "collate_fn" in spec:
                 options["collate_fn"] = _named(spec["collate_fn"])
         made = ms.DataLoader(made, rank=0, world_size=1, remainder="uneven", **options)
     if not isinstance(made, ms.DataLoader):
-        raise TypeError(f"the function makes a {type(made).__name__}; a midstream dataset or loader is needed")
+        raise TypeError(
+            f"the function makes a {type(made).__name__}; a midstream dataset or loader is needed"
+        )
     made.load_state_dict(state)
     return made
 
 
 def _named(name: str) -> Any:
-    """A collate function that has the name that was saved: only rows are looked at here, not what is made of them."""
+    """A collate function that has the name that was saved: only rows are looked at here, not what
+    is made of them.
+    """
     if name == "pad":
         return ms.pad
 
@@ -245,7 +288,9 @@ def _named(name: str) -> Any:
 
 
 def follow(loader: ms.DataLoader, steps: int) -> Iterator[tuple[int, int, list[Origin] | str]]:
-    """Epoch, batch of the epoch and origins of the batches that come; an error's text where one is raised."""
+    """Epoch, batch of the epoch and origins of the batches that come; an error's text where one is
+    raised.
+    """
     left = steps
     while left > 0:
         epoch, seen = loader.epoch, 0
@@ -257,7 +302,11 @@ def follow(loader: ms.DataLoader, steps: int) -> Iterator[tuple[int, int, list[O
             except StopIteration:
                 break
             except ms.SampleError as error:
-                yield epoch, done + seen + 1, f"{error.error_type}: {error.original_message} at {error.origin}"
+                yield (
+                    epoch,
+                    done + seen + 1,
+                    f"{error.error_type}: {error.original_message} at {error.origin}",
+                )
                 left -= 1
                 continue
             seen += 1

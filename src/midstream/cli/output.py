@@ -13,11 +13,15 @@ def print_line(head: str, text: str, width: int) -> str:
     import textwrap
 
     room = max(30, width - len(head))
-    return head + f"\n{' ' * len(head)}".join(textwrap.wrap(text, room, break_on_hyphens=False) or [""])
+    return head + f"\n{' ' * len(head)}".join(
+        textwrap.wrap(text, room, break_on_hyphens=False) or [""]
+    )
 
 
 def _table(rows: list[list[str]], left: int = 1, last: bool = False) -> Any:
-    """A plain table: the first row is its header; the first columns, and with ``last`` the last one, are words."""
+    """A plain table: the first row is its header; the first columns, and with ``last`` the last
+    one, are words.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -31,7 +35,9 @@ def _table(rows: list[list[str]], left: int = 1, last: bool = False) -> Any:
     return table
 
 
-def show_checkpoint(path: str, state: dict[str, Any], found: dict[str, Any], every_lane: bool) -> None:
+def show_checkpoint(
+    path: str, state: dict[str, Any], found: dict[str, Any], every_lane: bool
+) -> None:
     from rich.console import Console
     from rich.markup import escape
 
@@ -40,15 +46,19 @@ def show_checkpoint(path: str, state: dict[str, Any], found: dict[str, Any], eve
 
     console = Console(highlight=False)
     told = progress(state)
-    part = "" if found["lanes_here"] == found["num_lanes"] else f" (of {found['lanes_here']} lanes: one rank's part)"
+    part = (
+        ""
+        if found["lanes_here"] == found["num_lanes"]
+        else f" (of {found['lanes_here']} lanes: one rank's part)"
+    )
     console.print(
-        f"[bold]{escape(path)}[/]: epoch {found['epoch']}, {found['batches']:,} batches of it over all ranks, "
-        f"{found['steps_done']:,} steps; {told.samples:,} samples in all{part}",
+        f"[bold]{escape(path)}[/]: epoch {found['epoch']}, {found['batches']:,} batches of it over"
+        f" all ranks, {found['steps_done']:,} steps; {told.samples:,} samples in all{part}",
         soft_wrap=False,
     )
     console.print(
-        f"[dim]format {found['format']}, pipeline {found['fingerprint']}, {found['bytes']:,} bytes, "
-        f"{found['bytes_of_spec']:,} of them the pipeline[/]"
+        f"[dim]format {found['format']}, pipeline {found['fingerprint']}, {found['bytes']:,} bytes,"
+        f" {found['bytes_of_spec']:,} of them the pipeline[/]"
     )
     console.print()
     console.print(_table(told.rows()))
@@ -64,12 +74,18 @@ def show_checkpoint(path: str, state: dict[str, Any], found: dict[str, Any], eve
     if spoken:
         made = [lane["batches"] or 0 for lane in lanes.values()]
         text = f"{found['num_lanes']} lanes: {min(made):,} to {max(made):,} batches each"
-        for name, words in (("done", "at their end"), ("left_over", "with something left over from the epoch before")):
+        for name, words in (
+            ("done", "at their end"),
+            ("left_over", "with something left over from the epoch before"),
+        ):
             count = sum(lane[name] for lane in spoken)
             text += f", {count} {words}" if count else ""
         console.print(text)
     else:
-        console.print(f"{found['num_lanes']} lanes, which only keep counts: the position is the number of batches")
+        console.print(
+            f"{found['num_lanes']} lanes, which only keep counts: the position is the number of"
+            " batches"
+        )
     if every_lane:
         rows = [["lane", "batches", "samples", "bytes", "", ""]]
         for name, lane in lanes.items():
@@ -95,7 +111,12 @@ def show_difference(found: dict[str, Any]) -> None:
     for name, (before, after) in {**found["position"], **found["progress"]}.items():
         both = before is not None and after is not None
         rows.append(
-            [name.replace("_", " "), _number(before), _number(after), _number(after - before, "+") if both else ""]
+            [
+                name.replace("_", " "),
+                _number(before),
+                _number(after),
+                _number(after - before, "+") if both else "",
+            ]
         )
     if len(rows) > 1:
         console.print(_table(rows))
@@ -130,7 +151,8 @@ def show_demo(as_json: bool, *, steps: int, **options: Any) -> bool:
     )
     titles = {"whole": "left alone", "killed": "to be killed", "resumed": "resumed"}
     verdict = None
-    # Without a terminal a bar would be noise: then only the lines are printed. (Colours can be forced where there is none.)
+    # Without a terminal a bar would be noise: then only the lines are printed. (Colours can be
+    # forced where there is none.)
     moving = sys.stdout.isatty() and console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=not moving) as live:
         bar = live.add_task("starting", total=steps, loss="")
@@ -157,10 +179,15 @@ def show_demo(as_json: bool, *, steps: int, **options: Any) -> bool:
         console.print(f"  {line}", markup=False)
     if verdict.exact:
         console.print(
-            f"[bold green]EXACT[/]: {verdict.samples:,} samples in {verdict.steps} steps came in the same order, and every "
-            f"loss is the same bit for bit."
+            f"[bold green]EXACT[/]: {verdict.samples:,} samples in {verdict.steps} steps came in"
+            " the same order, and every loss is the same bit for bit."
         )
     else:
-        console.print("[bold red]NOT EXACT[/]: the resumed run differs from the one that was left alone.")
-    console.print(f"Steps after the checkpoint, rolled back with the weights and done again: {verdict.rolled_back}.")
+        console.print(
+            "[bold red]NOT EXACT[/]: the resumed run differs from the one that was left alone."
+        )
+    console.print(
+        "Steps after the checkpoint, rolled back with the weights and done again:"
+        f" {verdict.rolled_back}."
+    )
     return verdict.exact

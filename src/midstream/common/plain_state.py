@@ -1,6 +1,7 @@
 """Plain-value state: what a checkpoint may hold, how it is copied, encoded and fingerprinted.
 
-A state is JSON: dict with string keys, list, str, int, float, bool, None. Nothing here knows what a state means.
+A state is JSON: dict with string keys, list, str, int, float, bool, None. Nothing here knows what a
+state means.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ FORMAT = 1
 """Version of every state midstream writes."""
 
 State = Any
-"""A plain JSON value. (A recursive alias would say more and check less: every use narrows it at once.)"""
+"""A plain JSON value. (A recursive alias would say more and check less: every use narrows it at
+once.)
+"""
 
 
 class Missing:
@@ -105,11 +108,20 @@ def encode(state: State) -> str:
 
     def place(value: Any) -> str:
         if type(value) is not Fragment:
-            raise TypeError(f"a state holds plain JSON values; found {type(value).__name__}: {value!r:.80}")
+            raise TypeError(
+                f"a state holds plain JSON values; found {type(value).__name__}: {value!r:.80}"
+            )
         texts.append(value.text)
         return _HERE
 
-    text = json.dumps(state, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False, default=place)
+    text = json.dumps(
+        state,
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=True,
+        allow_nan=False,
+        default=place,
+    )
     if not texts:
         return text
     parts = text.split(_PLACED)

@@ -27,8 +27,9 @@ def watched(items: Iterable[T], what: str, total: int | None = None) -> Iterator
         what: What is done, in words; read beside the bar.
         total: How many there are; None: ``len(items)``, where they have one.
 
-    The bar is tqdm's. It is there only where someone looks: at a terminal or in a notebook, in the main process, on the
-    first rank; and not where ``TQDM_DISABLE`` is set or `datasets.disable_progress_bars` was called.
+    The bar is tqdm's. It is there only where someone looks: at a terminal or in a notebook, in the
+    main process, on the first rank; and not where ``TQDM_DISABLE`` is set or
+    `datasets.disable_progress_bars` was called.
 
     >>> [name.upper() for name in watched(["a", "b"], "shouting")]
     ['A', 'B']
@@ -43,7 +44,9 @@ def watched(items: Iterable[T], what: str, total: int | None = None) -> Iterator
             if bar is not None:
                 bar.update()
             elif wanted and time.perf_counter() - begin > _AFTER_S:
-                bar = _open(what, len(items) if total is None and isinstance(items, Sized) else total)
+                bar = _open(
+                    what, len(items) if total is None and isinstance(items, Sized) else total
+                )
                 bar.n = done
                 bar.start_t -= time.perf_counter() - begin
                 bar.refresh()
@@ -59,11 +62,23 @@ def _open(what: str, total: int | None) -> Any:
     class Bar(tqdm):  # type: ignore[misc]
         monitor_interval = 0  # no thread that outlives it
 
-    return Bar(desc=what, total=total, file=sys.stderr, delay=_AFTER_S, leave=False, disable=False, dynamic_ncols=True)
+    return Bar(
+        desc=what,
+        total=total,
+        file=sys.stderr,
+        delay=_AFTER_S,
+        leave=False,
+        disable=False,
+        dynamic_ncols=True,
+    )
 
 
 def _is_wanted() -> bool:
-    if get_worker_info() is not None or multiprocessing.parent_process() is not None or _is_set("RANK"):
+    if (
+        get_worker_info() is not None
+        or multiprocessing.parent_process() is not None
+        or _is_set("RANK")
+    ):
         return False
     if _is_set("TQDM_DISABLE") or _is_set("HF_DATASETS_DISABLE_PROGRESS_BARS"):
         return False

@@ -1,10 +1,10 @@
 """Counter-based randomness: every draw is a hash of (seed, salt, key, index), every permutation a formula.
 
-Nothing here has state and nothing touches a global generator. All arithmetic is modulo 2**64. The values are frozen by
-tests/golden: an order, once released, never changes within a format version.
+Nothing here has state and nothing touches a global generator. All arithmetic is modulo 2**64. The
+values are frozen by tests/golden: an order, once released, never changes within a format version.
 
-The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014); the permutation is a keyed generalised
-Feistel network with cycle walking (Black and Rogaway 2002).
+The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014); the permutation is a
+keyed generalised Feistel network with cycle walking (Black and Rogaway 2002).
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["draw", "fold", "fold_array", "generator", "mix", "mix_array", "pass_key", "permute", "salt", "uniform32"]
+__all__ = [
+    "draw",
+    "fold",
+    "fold_array",
+    "generator",
+    "mix",
+    "mix_array",
+    "pass_key",
+    "permute",
+    "salt",
+    "uniform32",
+]
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
@@ -68,7 +79,9 @@ def fold(*values: int) -> int:
 
 
 def fold_array(head: int | U64, values: Any) -> U64:
-    """``fold`` of one more link: ``head`` (an integer or uint64 array) and an integer array, elementwise, at least 1-d."""
+    """``fold`` of one more link: ``head`` (an integer or uint64 array) and an integer array,
+    elementwise, at least 1-d.
+    """
     values = np.atleast_1d(np.asarray(values)).astype(np.uint64)
     if isinstance(head, int):
         return mix_array(values + _U((head * _GOLDEN + _GOLDEN) & _MASK))
@@ -94,7 +107,9 @@ def pass_key(keys: U64, passes: Any) -> U64:
 
 
 def draw(seed: int, start: int, count: int) -> U64:
-    """The hashes number ``start`` ... ``start + count - 1`` of the stream ``seed``, shape [count], uint64."""
+    """The hashes number ``start`` ... ``start + count - 1`` of the stream ``seed``, shape [count],
+    uint64.
+    """
     return fold_array(seed, np.arange(start, start + count, dtype=np.uint64))
 
 
@@ -104,16 +119,18 @@ def uniform32(seed: int, start: int, count: int) -> I64:
 
 
 def generator(*key: int) -> np.random.Generator:
-    """A numpy generator that depends on ``key`` alone (Philox, 12 µs: only where user code wants one)."""
+    """A numpy generator that depends on ``key`` alone (Philox, 12 µs: only where user code wants
+    one).
+    """
     return np.random.Generator(np.random.Philox(key=[fold(*key), fold(1, *key)]))
 
 
 def permute(positions: I64, length: int, seed: int, keys: U64) -> I64:
     """Where a random permutation of [0, length) sends ``positions``: O(1) memory for any length.
 
-    Up to 256 rows the permutation is drawn whole, by sorting hashes. Beyond, it is a six-round Feistel network over pairs
-    (high, low) with about as many values each, as few as hold the range, walked along its cycles on the rare occasion that
-    it lands outside.
+    Up to 256 rows the permutation is drawn whole, by sorting hashes. Beyond, it is a six-round
+    Feistel network over pairs (high, low) with about as many values each, as few as hold the range,
+    walked along its cycles on the rare occasion that it lands outside.
 
     Args:
         positions: int64, shape [k], each in [0, length).
@@ -131,8 +148,13 @@ def permute(positions: I64, length: int, seed: int, keys: U64) -> I64:
     if keys.size == 1:
         base = mix(fold(seed) * _GOLDEN + int(keys[0]) + _GOLDEN)
         plain = [mix(base + index * _GOLDEN) for index in range(_ROUNDS)]
-        if len(positions) <= _FEW:  # numpy's overhead would be most of it: many sources are asked for a few rows each
-            few = [_permute_one(position, length, plain, high_size, low_size) for position in positions.tolist()]
+        if (
+            len(positions) <= _FEW
+        ):  # numpy's overhead would be most of it: many sources are asked for a few rows each
+            few = [
+                _permute_one(position, length, plain, high_size, low_size)
+                for position in positions.tolist()
+            ]
             return np.array(few, dtype=np.int64)
         rounds: list[Any] = list(map(_U, plain))
     else:
@@ -173,12 +195,18 @@ def _permute_small(positions: I64, length: int, seed: int, keys: U64) -> I64:
     """All permutations that are asked for, whole: one row of ``length`` hashes for each key."""
     distinct, which = np.unique(keys, return_inverse=True)
     bases = fold_array(fold(seed), distinct)
-    order = np.argsort(fold_array(bases[:, None], np.arange(length, dtype=np.uint64)[None, :]), axis=1, kind="stable")
+    order = np.argsort(
+        fold_array(bases[:, None], np.arange(length, dtype=np.uint64)[None, :]),
+        axis=1,
+        kind="stable",
+    )
     return np.asarray(order[which.reshape(-1) if keys.size > 1 else 0, positions], dtype=np.int64)
 
 
 def _feistel(values: U64, rounds: list[Any], high_size: int, low_size: int) -> U64:
-    """One pass of the network over pairs in [0, high_size) x [0, low_size); each round adds a hash of one to the other."""
+    """One pass of the network over pairs in [0, high_size) x [0, low_size); each round adds a hash
+    of one to the other.
+    """
     low_count = _U(low_size)
     high, low = np.divmod(values, low_count)
     size, other = _U(high_size), low_count

@@ -9,12 +9,22 @@ NOTE = "opacity:.65;font-size:85%"
 
 
 def table_html(table: list[list[str]], left: int, last: bool) -> str:
-    """A table: its first columns, and with ``last`` the last one, to the left, numbers to the right."""
+    """A table: its first columns, and with ``last`` the last one, to the left, numbers to the
+    right.
+    """
 
     def cells(row: list[str], tag: str) -> str:
-        sides = ["left" if i < left or (last and i == len(row) - 1) else "right" for i in range(len(row))]
-        return "".join(f"<{tag} style='text-align:{side}'>{escape(cell)}</{tag}>" for side, cell in zip(sides, row))
+        sides = [
+            "left" if i < left or (last and i == len(row) - 1) else "right" for i in range(len(row))
+        ]
+        return "".join(
+            f"<{tag} style='text-align:{side}'>{escape(cell)}</{tag}>"
+            for side, cell in zip(sides, row)
+        )
 
     header, *rows = table
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f"<table style='{MONO}'><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+    return (
+        "<table"
+        f" style='{MONO}'><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+    )

@@ -27,7 +27,9 @@ def require_callable(value: Any, where: str) -> None:
 def require_choice(value: Any, name: str, choices: Sequence[str], where: str) -> None:
     """Refuse what is not one of ``choices``."""
     if value not in choices:
-        raise ValueError(f"{where}: {name} is one of {', '.join(map(repr, choices))}; found {value!r}")
+        raise ValueError(
+            f"{where}: {name} is one of {', '.join(map(repr, choices))}; found {value!r}"
+        )
 
 
 def require_name(value: Any, where: str) -> None:
@@ -39,10 +41,13 @@ def require_name(value: Any, where: str) -> None:
 
 
 def require_text(value: str, what: str) -> None:
-    """Refuse what is no text in UTF-8: a lone surrogate, as file names of other encodings have in Python."""
+    """Refuse what is no text in UTF-8: a lone surrogate, as file names of other encodings have in
+    Python.
+    """
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} is text that UTF-8 can write; found {value!r}, whose character {error.start} is a lone surrogate"
+            f"{what} is text that UTF-8 can write; found {value!r}, whose character {error.start}"
+            " is a lone surrogate"
         ) from None

@@ -28,10 +28,12 @@ def _node(bound: BoundNode) -> str:
     if not bound.inputs:
         return f"<div style='padding-left:1.1em'>{line}</div>"
     children = "".join(
-        (f"<div style='padding-left:1.1em;{_NOTE}'>{escape(key)}</div>" if key else "") + _node(child)
+        (f"<div style='padding-left:1.1em;{_NOTE}'>{escape(key)}</div>" if key else "")
+        + _node(child)
         for key, child in bound.inputs.items()
     )
     return (
-        f"<details open style='padding-left:1.1em'><summary>{line}</summary>"
-        f"<div style='border-left:1px solid rgba(128,128,128,.4);margin-left:.3em'>{children}</div></details>"
+        f"<details open style='padding-left:1.1em'><summary>{line}</summary><div"
+        " style='border-left:1px solid"
+        f" rgba(128,128,128,.4);margin-left:.3em'>{children}</div></details>"
     )

@@ -1,4 +1,6 @@
-"""How pipelines, samples, loaders and progress look, as text and in a notebook. Imported only when something is shown."""
+"""How pipelines, samples, loaders and progress look, as text and in a notebook. Imported only when
+something is shown.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ from midstream.common.tables import NOTE as _NOTE
 def look(dataset: Node, epoch: int = 0) -> Iter[Item]:
     """The samples of one lane with their origins, a `SampleFailure` where user code failed; touches nothing of the dataset's own
     iteration, and what is dropped on the way is counted nowhere."""
-    delivery = LaneOutput(bind(dataset), Lane(0, 1, 1, Ledger(writes=False)), int(epoch_key(epoch)[0]), epoch)
+    delivery = LaneOutput(
+        bind(dataset), Lane(0, 1, 1, Ledger(writes=False)), int(epoch_key(epoch)[0]), epoch
+    )
     while True:
         try:
             item = delivery.next()
@@ -58,13 +62,17 @@ class Preview:
         keys: dict[Any, None] = {}
         for sample in self.samples:
             keys.update(dict.fromkeys(sample if isinstance(sample, dict) else ()))
-        other = any(not isinstance(sample, (dict, Exception)) for sample in self.samples) or not keys
+        other = (
+            any(not isinstance(sample, (dict, Exception)) for sample in self.samples) or not keys
+        )
         header = ["origin", *(["sample"] if other else []), *map(str, keys)]
         rows = []
         for origin, sample in zip(self.origins, self.samples):
             row = [origin]
             if isinstance(sample, dict):
-                row += [""] * other + [_short(sample[key], width) if key in sample else "" for key in keys]
+                row += [""] * other + [
+                    _short(sample[key], width) if key in sample else "" for key in keys
+                ]
             else:
                 told = str(sample).partition("\n")[0] if isinstance(sample, Exception) else None
                 row += [_cut(told, 3 * width) if told is not None else _short(sample, width)]
@@ -79,7 +87,10 @@ class Preview:
             max(len(row[column]) for row, bad in zip(table, failed) if not (bad and column))
             for column in range(len(table[0]))
         ]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+            for row in table
+        ]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -92,12 +103,16 @@ class Preview:
             cells = [f"<td style='text-align:left;{_NOTE}'>{escape(row[0])}</td>"]
             if isinstance(sample, Exception):
                 cells.append(
-                    f"<td colspan='{len(header) - 1}' style='text-align:left;color:#b3261e'>{escape(row[1])}</td>"
+                    f"<td colspan='{len(header) - 1}'"
+                    f" style='text-align:left;color:#b3261e'>{escape(row[1])}</td>"
                 )
             else:
                 cells += [f"<td style='text-align:left'>{escape(cell)}</td>" for cell in row[1:]]
             body.append(f"<tr>{''.join(cells)}</tr>")
-        return f"<table style='{_MONO}'><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        return (
+            "<table"
+            f" style='{_MONO}'><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        )
 
 
 def preview(dataset: Node, n: int) -> Preview:

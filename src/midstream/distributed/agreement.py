@@ -11,7 +11,8 @@ class Agreement:
     """How the ranks of a group agree on small numbers, on the CPU, once a step.
 
     Args:
-        group: A process group of the data-parallel ranks, or True for a new gloo group of all ranks (every rank makes it).
+        group: A process group of the data-parallel ranks, or True for a new gloo group of all ranks
+            (every rank makes it).
         world_size: How many ranks the data is divided among.
 
     Raises:
@@ -21,14 +22,14 @@ class Agreement:
     def __init__(self, group: Any, world_size: int) -> None:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise ValueError(
-                f"{world_size} ranks can only agree through torch.distributed, which is not initialised: call "
-                f"torch.distributed.init_process_group first"
+                f"{world_size} ranks can only agree through torch.distributed, which is not"
+                " initialised: call torch.distributed.init_process_group first"
             )
         found = torch.distributed.get_world_size(None if group is True else group)
         if found != world_size:
             raise ValueError(
-                f"the data is divided among {world_size} ranks, the process group has {found}; give the group of the "
-                f"data-parallel ranks"
+                f"the data is divided among {world_size} ranks, the process group has {found}; give"
+                " the group of the data-parallel ranks"
             )
         self.group = torch.distributed.new_group(backend="gloo") if group is True else group
 
@@ -41,6 +42,8 @@ class Agreement:
     def all(self, value: int) -> list[int]:
         """The values of all ranks, in their order."""
         mine = torch.tensor([value])
-        found = [torch.zeros_like(mine) for _ in range(torch.distributed.get_world_size(self.group))]
+        found = [
+            torch.zeros_like(mine) for _ in range(torch.distributed.get_world_size(self.group))
+        ]
         torch.distributed.all_gather(found, mine, group=self.group)
         return [int(part) for part in found]

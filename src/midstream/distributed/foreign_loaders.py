@@ -36,22 +36,23 @@ def divided_by_trainer(what: Callable[[], str], caller: FrameType | None) -> boo
     kind = type(host).__name__
     if kind == "IterableDatasetShard" and host.num_processes > 1:
         _warn(
-            f"Accelerate reads {what()} whole on each of {host.num_processes} ranks, which drops what is the others', and "
-            f"after a resume reads it again from the start of the epoch. {_INSTEAD}"
+            f"Accelerate reads {what()} whole on each of {host.num_processes} ranks, which drops"
+            " what is the others', and after a resume reads it again from the start of the epoch."
+            f" {_INSTEAD}"
         )
         return True
     if kind != "DataLoaderDispatcher" or host.state.num_processes == 1:
         return False
     if not host.use_stateful_dataloader:
         _warn(
-            f"Accelerate reads {what()} on rank 0 for {host.state.num_processes} ranks, and saves no position in it: a resume "
-            f"reads it again from the start of the epoch. {_INSTEAD}"
+            f"Accelerate reads {what()} on rank 0 for {host.state.num_processes} ranks, and saves"
+            f" no position in it: a resume reads it again from the start of the epoch. {_INSTEAD}"
         )
         return True
     raise CheckpointError(
-        f"Accelerate reads {what()} on rank 0, ahead for {host.state.num_processes} ranks, and each rank writes the position "
-        f"of its own loader into one file. Expected a checkpoint of what was trained; it would be batches off, or the start of "
-        f"the data. {_INSTEAD}"
+        f"Accelerate reads {what()} on rank 0, ahead for {host.state.num_processes} ranks, and each"
+        " rank writes the position of its own loader into one file. Expected a checkpoint of what"
+        f" was trained; it would be batches off, or the start of the data. {_INSTEAD}"
     )
 
 
@@ -73,18 +74,19 @@ def divided_by_nobody(what: Callable[[], str], caller: FrameType | None) -> bool
             return False
         caller = caller.f_back
     _warn(
-        f"each of {count} ranks reads {what()} whole, through a loader that is not midstream's: if nothing else divides it, "
-        f"the training sees every sample {count} times. midstream.DataLoader(dataset, batch_size) divides it among the ranks, "
-        f"and its position can be loaded on any number of them"
+        f"each of {count} ranks reads {what()} whole, through a loader that is not midstream's: if"
+        f" nothing else divides it, the training sees every sample {count} times."
+        " midstream.DataLoader(dataset, batch_size) divides it among the ranks, and its position"
+        " can be loaded on any number of them"
     )
     return True
 
 
 _INSTEAD = (
-    "Give it midstream's loader, which divides the samples and saves what was trained: "
-    "loader = accelerator.prepare(midstream.DataLoader(dataset, batch_size)), then "
-    "accelerator.register_for_checkpointing(midstream.WholeRun(loader)). In Hugging Face's Trainer: "
-    "midstream.transformers.ResumeTrainer"
+    "Give it midstream's loader, which divides the samples and saves what was trained: loader ="
+    " accelerator.prepare(midstream.DataLoader(dataset, batch_size)), then"
+    " accelerator.register_for_checkpointing(midstream.WholeRun(loader)). In Hugging Face's"
+    " Trainer: midstream.transformers.ResumeTrainer"
 )
 
 

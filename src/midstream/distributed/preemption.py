@@ -1,4 +1,6 @@
-"""Stop a training run between two steps when the cluster asks for it, on all ranks at the same step."""
+"""Stop a training run between two steps when the cluster asks for it, on all ranks at the same
+step.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,19 @@ _DEFAULT = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if has
 class PreemptionGuard:
     """Turns the signals of a preemption into a question that the training loop asks after each step.
 
-    While it is entered, the signals do nothing but make `should_stop` true: the step in progress is finished, and what was
-    set to handle them before is not called (it is back in place on leaving). A second signal changes nothing either, so a
-    checkpoint being saved is not interrupted; what ends a program that does not stop by itself is SIGKILL.
+    While it is entered, the signals do nothing but make `should_stop` true: the step in progress is
+    finished, and what was set to handle them before is not called (it is back in place on leaving).
+    A second signal changes nothing either, so a checkpoint being saved is not interrupted; what
+    ends a program that does not stop by itself is SIGKILL.
 
-    With ``torch.distributed`` initialised, the ranks agree: a signal on any of them stops all, after the same step. Every
-    rank has to ask equally often, because asking is a collective (one number over gloo).
+    With ``torch.distributed`` initialised, the ranks agree: a signal on any of them stops all,
+    after the same step. Every rank has to ask equally often, because asking is a collective (one
+    number over gloo).
 
     Args:
         signals: The signals to expect.
-        group: The process group that agrees; one with a backend for CPU tensors. Left out, a gloo group of all ranks is made
-            when first asked, and destroyed on leaving.
+        group: The process group that agrees; one with a backend for CPU tensors. Left out, a gloo
+            group of all ranks is made when first asked, and destroyed on leaving.
         every: Agree at every so many questions only; between them the answer is no.
 
     Raises:
@@ -50,15 +54,19 @@ class PreemptionGuard:
     """
 
     def __init__(
-        self, signals: Sequence[int] = _DEFAULT, *, group: dist.ProcessGroup | None = None, every: int = 1
+        self,
+        signals: Sequence[int] = _DEFAULT,
+        *,
+        group: dist.ProcessGroup | None = None,
+        every: int = 1,
     ) -> None:
         require_int(every, "every", 1, "PreemptionGuard")
         self._signals = [signal.Signals(number) for number in signals]
         never = [number.name for number in self._signals if number.name in ("SIGKILL", "SIGSTOP")]
         if never or not self._signals:
             raise ValueError(
-                f"PreemptionGuard: signals is one or more that a program can handle, like signals=[signal.SIGTERM]; found "
-                f"{', '.join(never) or 'none'}"
+                "PreemptionGuard: signals is one or more that a program can handle, like"
+                f" signals=[signal.SIGTERM]; found {', '.join(never) or 'none'}"
             )
         self._group, self._every = group, every
         self._previous: dict[signal.Signals, Any] = {}
@@ -73,11 +81,14 @@ class PreemptionGuard:
     def __enter__(self) -> PreemptionGuard:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
-                "PreemptionGuard was entered in a thread, and Python handles signals in the main thread alone. Enter it there, "
-                "around whatever starts the thread; should_stop may be asked from any one."
+                "PreemptionGuard was entered in a thread, and Python handles signals in the main"
+                " thread alone. Enter it there, around whatever starts the thread; should_stop may"
+                " be asked from any one."
             )
         if self._previous:
-            raise RuntimeError("this PreemptionGuard is entered already; make another one, or use the one at hand")
+            raise RuntimeError(
+                "this PreemptionGuard is entered already; make another one, or use the one at hand"
+            )
         self._start()
         for number in self._signals:
             self._previous[number] = signal.signal(number, self._handle)
@@ -89,7 +100,9 @@ class PreemptionGuard:
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
         self._previous = {}
         if self._own_group is not None:
-            with contextlib.suppress(Exception):  # all of torch.distributed may have been shut down before
+            with contextlib.suppress(
+                Exception
+            ):  # all of torch.distributed may have been shut down before
                 dist.destroy_process_group(self._own_group)
             self._own_group = None
 
@@ -104,7 +117,9 @@ class PreemptionGuard:
 
     @property
     def signal(self) -> signal.Signals | None:
-        """The signal that this process received first, else the one that the ranks agreed to stop for, else None."""
+        """The signal that this process received first, else the one that the ranks agreed to stop
+        for, else None.
+        """
         return self._received or self._agreed
 
     @property

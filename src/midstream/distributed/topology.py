@@ -5,10 +5,11 @@ A run's batches are numbered n = 0, 1, 2, ... over all ranks; batch n is made by
     rank r of R      makes the batches n = r (mod R), from the first one not below n0, where the run continues
     worker w of W    makes every W-th of those, beginning with the w-th
 
-Random access needs no lanes: a worker computes its batch numbers and reads there. Streams give lane l to rank l mod R,
-which is the rank of batch n when R divides L; for another R the lanes are dealt just so, exactly once and as evenly as can
-be, but the ranks' batches come in another order. Within the rank, lanes are its slots 0, 1, 2, ... in turn, slot s on worker
-s mod W, padded with empty slots to a multiple of W so that the turns stay in step.
+Random access needs no lanes: a worker computes its batch numbers and reads there. Streams give lane
+l to rank l mod R, which is the rank of batch n when R divides L; for another R the lanes are dealt
+just so, exactly once and as evenly as can be, but the ranks' batches come in another order. Within
+the rank, lanes are its slots 0, 1, 2, ... in turn, slot s on worker s mod W, padded with empty
+slots to a multiple of W so that the turns stay in step.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ DEFAULT_LANES = 48
 
 
 class Topology(NamedTuple):
-    """One rank among ``world_size``, with ``num_workers`` worker processes (0: the main process reads)."""
+    """One rank among ``world_size``, with ``num_workers`` worker processes (0: the main process
+    reads).
+    """
 
     rank: int
     world_size: int
@@ -45,7 +48,9 @@ def current_topology(rank: int | None, world_size: int | None, num_workers: int)
         ValueError: If only one of the two is given, or the rank is out of range.
     """
     if (rank is None) != (world_size is None):
-        raise ValueError(f"rank and world_size are given together; found rank={rank}, world_size={world_size}")
+        raise ValueError(
+            f"rank and world_size are given together; found rank={rank}, world_size={world_size}"
+        )
     if rank is None or world_size is None:
         rank, world_size = rank_and_world_size()
     if world_size < 1 or not 0 <= rank < world_size:
@@ -74,7 +79,10 @@ def choose_lanes(asked: int | None, topology: Topology, limit: tuple[int, str] |
     if limit is not None and lanes > limit[0]:
         lanes = limit[0] - limit[0] % ranks
         if not lanes:
-            raise ValueError(f"{topology} cannot be served: {limit[1]}. A rank without data could never take a step.")
+            raise ValueError(
+                f"{topology} cannot be served: {limit[1]}. A rank without data could never take a"
+                " step."
+            )
     return lanes
 
 
@@ -95,8 +103,8 @@ def batches_of_rank(total: int, start: int, rank: int, world_size: int, remainde
         start: The first one that was not delivered yet.
         rank: The rank.
         world_size: Ranks.
-        remainder: ``"drop"``: as many as every rank can make; ``"pad"``: as many as it takes to make all, those from
-            ``total`` on being repeats; ``"uneven"``: all there are.
+        remainder: ``"drop"``: as many as every rank can make; ``"pad"``: as many as it takes to
+            make all, those from ``total`` on being repeats; ``"uneven"``: all there are.
 
     >>> [batches_of_rank(10, 0, rank, 4, "uneven") for rank in range(4)]
     [3, 3, 2, 2]
@@ -119,4 +127,6 @@ def slots(topology: Topology, lanes: int, worker: int) -> list[int]:
     """
     mine = range(topology.rank, lanes, topology.world_size)
     padded = -(-len(mine) // topology.readers) * topology.readers
-    return [mine[slot] if slot < len(mine) else -1 for slot in range(worker, padded, topology.readers)]
+    return [
+        mine[slot] if slot < len(mine) else -1 for slot in range(worker, padded, topology.readers)
+    ]

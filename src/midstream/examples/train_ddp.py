@@ -30,16 +30,27 @@ def pipeline() -> ms.Dataset:
     return mix.map(lambda number: {"id": number, "x": torch.full((8,), number / 8000)})
 
 
-def train(args: argparse.Namespace, data: ms.Dataset, after_step: Callable[..., Any] = lambda *_: None) -> None:
+def train(
+    args: argparse.Namespace, data: ms.Dataset, after_step: Callable[..., Any] = lambda *_: None
+) -> None:
     """Train; ``after_step(loader, batch, step)`` is called after each optimizer step."""
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
-    device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
+        if cuda
+        else torch.device("cpu")
+    )
     torch.manual_seed(0)
     model = DistributedDataParallel(torch.nn.Linear(8, 1).to(device))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = ms.DataLoader(
-        data, args.batch_size, num_workers=args.workers, lanes=args.lanes, sync_end=True, pin_memory=cuda
+        data,
+        args.batch_size,
+        num_workers=args.workers,
+        lanes=args.lanes,
+        sync_end=True,
+        pin_memory=cuda,
     )
     step = 0
     if ms.checkpoint.latest(args.root) is not None:
@@ -82,13 +93,17 @@ def train(args: argparse.Namespace, data: ms.Dataset, after_step: Callable[..., 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default="checkpoints", help="folder or URL of the checkpoints")
     parser.add_argument("--workers", type=int, default=2, help="loader workers per rank")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=8, help="samples per rank and step")
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
-    parser.add_argument("--lanes", type=int, default=None, help="of the run's first start; kept from then on")
+    parser.add_argument(
+        "--lanes", type=int, default=None, help="of the run's first start; kept from then on"
+    )
     return parser.parse_args(argv)
 
 

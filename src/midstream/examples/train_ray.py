@@ -4,7 +4,8 @@ python -m midstream.examples.train_ray --storage /tmp/ray-run --workers 2
 (kill it, or one of its workers; then perhaps)
 python -m midstream.examples.train_ray --storage /tmp/ray-run --workers 1
 
-Needs ``pip install 'ray[train]'``. Ray merges what the workers report into one folder, the checkpoint.
+Needs ``pip install 'ray[train]'``. Ray merges what the workers report into one folder, the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def train(config: dict[str, Any]) -> None:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            loader.load_state_dict([json.loads(part.read_text()) for part in Path(folder).glob("data-*.json")])
+            loader.load_state_dict(
+                [json.loads(part.read_text()) for part in Path(folder).glob("data-*.json")]
+            )
             saved = torch.load(Path(folder, "model.pt"), weights_only=True)
         plain.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -60,9 +63,15 @@ def train(config: dict[str, Any]) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 Path(folder, f"data-{rank}.json").write_text(json.dumps(loader.state_dict()))
                 if rank == 0:
-                    weights = {"model": plain.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                    weights = {
+                        "model": plain.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "step": step,
+                    }
                     torch.save(weights, Path(folder, "model.pt"))
-                ray.train.report({"loss": loss.item()}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+                ray.train.report(
+                    {"loss": loss.item()}, checkpoint=ray.train.Checkpoint.from_directory(folder)
+                )
         if step == config["steps"]:
             break
     loader.close()
@@ -70,11 +79,15 @@ def train(config: dict[str, Any]) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--storage", required=True, help="folder of the run's checkpoints")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--die", type=int, default=-1, help="worker 1 kills itself in the middle of this step")
+    parser.add_argument(
+        "--die", type=int, default=-1, help="worker 1 kills itself in the middle of this step"
+    )
     parser.add_argument("--ledger", default="", help="where each worker notes what it trained on")
     args = parser.parse_args()
     import ray

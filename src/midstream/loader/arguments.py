@@ -17,8 +17,9 @@ from midstream.pipeline.node import Node
 log = logging.getLogger("midstream")
 
 PASSED_THROUGH = (
-    "{} is for midstream pipelines; this loader passes its arguments to torchdata's StatefulDataLoader unchanged. Give it a "
-    "midstream dataset, or map-style data without sampler and generator."
+    "{} is for midstream pipelines; this loader passes its arguments to torchdata's"
+    " StatefulDataLoader unchanged. Give it a midstream dataset, or map-style data without sampler"
+    " and generator."
 )
 
 
@@ -26,7 +27,11 @@ def runs_here(dataset: Any, sampler: Any, batch_sampler: Any, generator: Any) ->
     """Whether midstream runs this, or torchdata alone."""
     if isinstance(dataset, Dataset):
         return True
-    mapped = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, dict)
+    mapped = (
+        hasattr(dataset, "__getitem__")
+        and hasattr(dataset, "__len__")
+        and not isinstance(dataset, dict)
+    )
     if (
         mapped
         and not isinstance(dataset, IterableDataset)
@@ -37,8 +42,9 @@ def runs_here(dataset: Any, sampler: Any, batch_sampler: Any, generator: Any) ->
         return True
     what = type(dataset).__name__ if not mapped else "a sampler, batch_sampler or generator"
     log.warning(
-        "DataLoader passes %s to torchdata's StatefulDataLoader unchanged: resume holds for the same number of workers, as far "
-        "as the dataset itself can. Wrap data with midstream.from_dataset or from_iterable for exact resume anywhere.",
+        "DataLoader passes %s to torchdata's StatefulDataLoader unchanged: resume holds for the"
+        " same number of workers, as far as the dataset itself can. Wrap data with"
+        " midstream.from_dataset or from_iterable for exact resume anywhere.",
         what,
     )
     return False
@@ -57,30 +63,40 @@ def build_pipeline(
     if rows is not None:
         if shuffle:
             raise ValueError(
-                f"shuffle=True on top of a pipeline that already ends in .batch would mix whole batches; shuffle before it: "
-                f"....shuffle(seed).batch({rows})"
+                "shuffle=True on top of a pipeline that already ends in .batch would mix whole"
+                f" batches; shuffle before it: ....shuffle(seed).batch({rows})"
             )
         if batch_size not in (None, 1, rows):
             raise ValueError(
-                f"batch_size={batch_size} on top of a pipeline that already ends in .batch({rows}); leave batch_size out, or "
-                f"take the .batch out of the pipeline"
+                f"batch_size={batch_size} on top of a pipeline that already ends in .batch({rows});"
+                " leave batch_size out, or take the .batch out of the pipeline"
             )
         if drop_last:
             raise ValueError(
-                f"the pipeline already ends in .batch({rows}); give drop_last there: .batch({rows}, drop_last=True)"
+                f"the pipeline already ends in .batch({rows}); give drop_last there: .batch({rows},"
+                " drop_last=True)"
             )
         if collate_fn is not None:
             raise ValueError(
-                f"the pipeline already ends in .batch({rows}); give collate_fn there: .batch({rows}, collate_fn=...)"
+                f"the pipeline already ends in .batch({rows}); give collate_fn there:"
+                f" .batch({rows}, collate_fn=...)"
             )
         return source, rows, False, None, False
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+    if batch_size is not None and (
+        isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+    ):
         raise ValueError(f"batch_size is an integer of at least 1, or None; found {batch_size!r}")
     pipeline = source.shuffle(seed) if shuffle else source
     if batch_size is None:
         if drop_last:
             raise ValueError("drop_last goes with a batch_size")
-        return pipeline if collate_fn is None else pipeline.map(collate_fn), None, False, collate_fn, bool(shuffle)
+        return (
+            pipeline if collate_fn is None else pipeline.map(collate_fn),
+            None,
+            False,
+            collate_fn,
+            bool(shuffle),
+        )
     collate_fn = collate_fn or collate
     return (
         pipeline.batch(batch_size, drop_last=drop_last, collate_fn=collate_fn),

@@ -12,7 +12,9 @@ from midstream.pipeline.ledger import add_counts
 from midstream.pipeline.rows import I64, PARTS
 
 END = "/end of epoch|"
-"""In the events of one of several ranks: counted at its end of the epoch, which others may not have come to."""
+"""In the events of one of several ranks: counted at its end of the epoch, which others may not have
+come to.
+"""
 
 
 class LaneCounts:
@@ -41,7 +43,12 @@ class LaneCounts:
         other = LaneCounts.__new__(
             LaneCounts
         )  # once a batch in the main process: copy.copy would be the dearest part of it
-        other.samples, other.rows, other.tokens, other.events = self.samples, self.rows, self.tokens, self.events
+        other.samples, other.rows, other.tokens, other.events = (
+            self.samples,
+            self.rows,
+            self.tokens,
+            self.events,
+        )
         other._texts = None
         if origins is not None and len(origins):
             size = len(self.samples)
@@ -54,23 +61,36 @@ class LaneCounts:
             other.rows = self.rows + np.bincount(source[part == 0], minlength=size)
             if tokens.any():
                 # As floats the counts of a batch are exact; `np.add.at` takes five times as long.
-                other.tokens = self.tokens + np.bincount(source, tokens, minlength=size).astype(np.int64)
-                source = source[(tokens == 0) | (part % PARTS == 0)]  # further pieces of a document are no samples
+                other.tokens = self.tokens + np.bincount(source, tokens, minlength=size).astype(
+                    np.int64
+                )
+                source = source[
+                    (tokens == 0) | (part % PARTS == 0)
+                ]  # further pieces of a document are no samples
             other.samples = self.samples + np.bincount(source, minlength=size)
         return other._with(events)
 
     def texts(self) -> dict[str, Fragment]:
-        """The counts by source as a checkpoint has them, encoded once: a state has most lanes as the one before had them."""
+        """The counts by source as a checkpoint has them, encoded once: a state has most lanes as
+        the one before had them.
+        """
         if self._texts is None:
             samples = Fragment(encode(self.samples.tolist()))
             same = np.array_equal(self.rows, self.samples)
-            self._texts = {"samples": samples, "rows": samples if same else Fragment(encode(self.rows.tolist()))}
+            self._texts = {
+                "samples": samples,
+                "rows": samples if same else Fragment(encode(self.rows.tolist())),
+            }
             if self.tokens.any():
                 self._texts["tokens"] = Fragment(encode(self.tokens.tolist()))
         return self._texts
 
-    def passed_over(self, origins: I64 | None, events: Mapping[str, int] | None, path: str) -> LaneCounts:
-        """The counts after a batch that `DataLoader.skip` passed over: its rows were read, and nothing was delivered."""
+    def passed_over(
+        self, origins: I64 | None, events: Mapping[str, int] | None, path: str
+    ) -> LaneCounts:
+        """The counts after a batch that `DataLoader.skip` passed over: its rows were read, and
+        nothing was delivered.
+        """
         other = self.plus(origins, events)
         skipped: dict[str, int] = {}
         for kind, after, before in (
@@ -84,7 +104,9 @@ class LaneCounts:
         return other._with(skipped)
 
     def settled(self, keep: bool) -> LaneCounts:
-        """The counts with what was left out at the end of the epoch counted for good, or not at all: the epoch goes on."""
+        """The counts with what was left out at the end of the epoch counted for good, or not at
+        all: the epoch goes on.
+        """
         ends = {key: count for key, count in self.events.items() if END in key}
         if not ends:
             return self

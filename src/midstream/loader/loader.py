@@ -42,12 +42,38 @@ from midstream.common.tables import MONO
 from midstream.common.validation import require_int
 from midstream.dataset import Dataset
 from midstream.distributed.agreement import Agreement
-from midstream.distributed.topology import Topology, batches_of_rank, choose_lanes, current_topology, slots
-from midstream.errors import CheckpointError, MidstreamError, Origin, SourceError, WorkerError, bullet_list
-from midstream.loader.arguments import PASSED_THROUGH, build_pipeline, runs_here, shuffle_seed, spec_seed, with_seed
+from midstream.distributed.topology import (
+    Topology,
+    batches_of_rank,
+    choose_lanes,
+    current_topology,
+    slots,
+)
+from midstream.errors import (
+    CheckpointError,
+    MidstreamError,
+    Origin,
+    SourceError,
+    WorkerError,
+    bullet_list,
+)
+from midstream.loader.arguments import (
+    PASSED_THROUGH,
+    build_pipeline,
+    runs_here,
+    shuffle_seed,
+    spec_seed,
+    with_seed,
+)
 from midstream.loader.position import Position, Trace
 from midstream.loader.running_pipeline import RunningPipeline
-from midstream.loader.trainers import LIGHTNING_ALONE, AccelerateIterator, EpochHint, asked_by, not_registered
+from midstream.loader.trainers import (
+    LIGHTNING_ALONE,
+    AccelerateIterator,
+    EpochHint,
+    asked_by,
+    not_registered,
+)
 from midstream.pipeline import describe
 from midstream.pipeline.breadcrumbs import describe_trail, new_table
 from midstream.pipeline.ledger import RecentFailures, add_counts, check_limits, failed_in
@@ -58,8 +84,22 @@ from midstream.transport.arena import Arena
 from midstream.transport.bundles import MOST, Unbundler, begin_anew, new_totals
 from midstream.transport.parcel import Parcel
 from midstream.workers.liveness import exit_status, lost_in
-from midstream.workers.messages import BATCH, ERROR, FATAL, NOTHING, Message, collate_nothing, unpack_message
-from midstream.workers.processes import InnerLoader, is_usable, quiet_vital, start_processes, starts_slowly
+from midstream.workers.messages import (
+    BATCH,
+    ERROR,
+    FATAL,
+    NOTHING,
+    Message,
+    collate_nothing,
+    unpack_message,
+)
+from midstream.workers.processes import (
+    InnerLoader,
+    is_usable,
+    quiet_vital,
+    start_processes,
+    starts_slowly,
+)
 from midstream.workers.readers import Runner
 from midstream.workers.signals import Context, WorkerInit
 from midstream.workers.threads import Launch, ThreadReaders
@@ -95,9 +135,13 @@ class _LoaderIterator:
         self._ready: deque[tuple[int, int, Message]] = deque()
         self._loud = 0  # how many of `_ready` are handed out or raised
         self._agreement = loader._agreement(epoch.topology)
-        self._hold = (epoch.turns is None and not loader._pipeline.infinite) or self._agreement is not None
+        self._hold = (
+            epoch.turns is None and not loader._pipeline.infinite
+        ) or self._agreement is not None
         self._asked = False  # whether the ranks were asked in this pass
-        self._least: int | None = None  # how many more batches every rank has, as agreed for the delivery in progress
+        self._least: int | None = (
+            None  # how many more batches every rank has, as agreed for the delivery in progress
+        )
         self._late: list[Message] = []
         self._dead_known = False
         self._ended = False
@@ -105,7 +149,9 @@ class _LoaderIterator:
         self._windows = RecentFailures()
         self._windows.begin(epoch.totals())
         self._settled = False  # whether the call in progress has come to its result
-        self._taken: list[tuple[int, int, Message]] = []  # what the call in progress took of `_ready`
+        self._taken: list[
+            tuple[int, int, Message]
+        ] = []  # what the call in progress took of `_ready`
 
     def __iter__(self) -> _LoaderIterator:
         return self
@@ -122,8 +168,8 @@ class _LoaderIterator:
             self._token.iterator = weakref.ref(self)
         if self._loader._active is not self._token:
             raise RuntimeError(
-                "this iterator was left behind: the loader was iterated again, closed, or a state was loaded after it was "
-                "made. Use the newest one."
+                "this iterator was left behind: the loader was iterated again, closed, or a state"
+                " was loaded after it was made. Use the newest one."
             )
         applied = self._epoch.applied
         self._settled = False
@@ -133,13 +179,17 @@ class _LoaderIterator:
         except BaseException as error:
             if self._settled:
                 raise
-            # A dead worker is told here, and Ctrl-C may raise anywhere: then nothing was handed out.
+            # A dead worker is told here, and Ctrl-C may raise anywhere: then nothing was handed
+            # out.
             self._epoch.undo_to(applied)
             self._ready.extendleft(reversed(self._taken))
             self._loud = sum(out.kind != NOTHING for _, _, out in self._ready)
-            if not isinstance(error, Exception):  # Ctrl-C: an envelope may have been lost on its way here
+            if not isinstance(
+                error, Exception
+            ):  # Ctrl-C: an envelope may have been lost on its way here
                 self._broken = RuntimeError(
-                    "reading was interrupted. To go on: loader.load_state_dict(loader.state_dict()), and iterate again"
+                    "reading was interrupted. To go on:"
+                    " loader.load_state_dict(loader.state_dict()), and iterate again"
                 )
             elif not isinstance(error, StopIteration):
                 explained = self._explain(error)
@@ -164,7 +214,8 @@ class _LoaderIterator:
             raise StopIteration
         self._refill()
         while self._loud:
-            # Whatever may raise comes before the delivery is taken and counted, so that nothing is lost with it.
+            # Whatever may raise comes before the delivery is taken and counted, so that nothing is
+            # lost with it.
             number, lane, out = self._ready[0]
             if out.notes is not None:
                 self._tell(out)
@@ -182,7 +233,9 @@ class _LoaderIterator:
                 if out.kind == BATCH and not self._agree():
                     break
                 last = out.kind == BATCH and self._least == 1
-            epoch.apply(number, lane, out, last=last, skipped=self._loader._skipping and out.kind == BATCH)
+            epoch.apply(
+                number, lane, out, last=last, skipped=self._loader._skipping and out.kind == BATCH
+            )
             self._least = None
             self._taken.append(self._ready.popleft())
             self._loud -= loud
@@ -225,7 +278,9 @@ class _LoaderIterator:
                 self._loud += out.kind != NOTHING
 
     def _refill(self) -> None:
-        """Take what the next delivery needs; an error is told when what came before it is handed out."""
+        """Take what the next delivery needs; an error is told when what came before it is handed
+        out.
+        """
         try:
             if self._broken is None:
                 self._fetch(2 if self._hold else 1)
@@ -236,7 +291,9 @@ class _LoaderIterator:
 
     def _in_hand(self) -> int:
         """Batches that are ready; what will fail counts too, it is told in its turn."""
-        return sum(out.kind in (BATCH, FATAL) for _, _, out in self._ready) + (self._broken is not None)
+        return sum(out.kind in (BATCH, FATAL) for _, _, out in self._ready) + (
+            self._broken is not None
+        )
 
     def _tell_others(self) -> None:
         """Let the other ranks know that this one cannot go on, where they would wait for it."""
@@ -248,7 +305,9 @@ class _LoaderIterator:
                 self._agreement.all(_FAILED)
 
     def _agree(self) -> bool:
-        """Whether every rank has a batch to hand out now; sets `_least`, which is 1 when it is the last for some rank."""
+        """Whether every rank has a batch to hand out now; sets `_least`, which is 1 when it is the
+        last for some rank.
+        """
         assert self._agreement is not None
         if self._least is None:
             have = min(2, self._in_hand())
@@ -261,14 +320,17 @@ class _LoaderIterator:
                 if empty and self._epoch.steps == 0 and self._least >= 0:
                     names = ", ".join(f"rank {rank}" for rank in empty[:8])
                     self._broken = SourceError(
-                        f"{names} of {len(found)} {'have' if len(empty) > 1 else 'has'} no data in epoch {self._epoch.epoch}: "
-                        f"no rank could take a step ({self._loader._sources_in_words()}). Use fewer ranks, or give the "
-                        f"sources more shards or rows."
+                        f"{names} of {len(found)} {'have' if len(empty) > 1 else 'has'} no data in"
+                        f" epoch {self._epoch.epoch}: no rank could take a step"
+                        f" ({self._loader._sources_in_words()}). Use fewer ranks, or give the"
+                        " sources more shards or rows."
                     )
                     self._settled = True
                     raise self._broken
             if self._least < 0:
-                self._broken = WorkerError("another rank cannot go on reading; its own error says why")
+                self._broken = WorkerError(
+                    "another rank cannot go on reading; its own error says why"
+                )
                 self._settled = True
                 raise self._broken
         return self._least > 0
@@ -279,7 +341,9 @@ class _LoaderIterator:
             number, lane, out = self._ready[0]
             self._epoch.apply(number, lane, out, last=True)
             self._taken.append(self._ready.popleft())
-            self._late.append(out)  # a warning that someone turned into an error must not cost the batch in hand
+            self._late.append(
+                out
+            )  # a warning that someone turned into an error must not cost the batch in hand
 
     def _drain(self) -> None:
         """Let the workers end by themselves."""
@@ -304,7 +368,12 @@ class _LoaderIterator:
         totals = self._epoch.totals()
         after = totals if counted else add_counts(totals, events)
         try:
-            check_limits(after, limits, self._windows, self._epoch.seen() + (0 if counted else failed_in(events)))
+            check_limits(
+                after,
+                limits,
+                self._windows,
+                self._epoch.seen() + (0 if counted else failed_in(events)),
+            )
         except MidstreamError as error:
             self._broken = error
             self._tell_others()
@@ -321,8 +390,9 @@ class _LoaderIterator:
             except Exception:
                 pass
         return WorkerError(
-            f"reading failed, and not on one sample alone: {summary}\nThe position stays at the last batch handed out; after "
-            f"mending the cause, load a checkpoint or iterate the loader again.\nOriginal traceback:\n{text}"
+            f"reading failed, and not on one sample alone: {summary}\nThe position stays at the"
+            " last batch handed out; after mending the cause, load a checkpoint or iterate the"
+            f" loader again.\nOriginal traceback:\n{text}"
         )
 
     def _explain(self, error: BaseException) -> BaseException:
@@ -332,19 +402,23 @@ class _LoaderIterator:
         dead, lost = [], lost_in(error)
         known = self._dead_known or lost is not None
         for number, worker in enumerate(getattr(self._inner, "_workers", [])):
-            # A batch of a dead worker that cannot be received any more may be noticed before the death is.
+            # A batch of a dead worker that cannot be received any more may be noticed before the
+            # death is.
             worker.join(0 if known else 0.2)
             if worker.exitcode not in (None, 0) or (lost is not None and number in lost.numbers):
                 crumbs = self._crumbs[number].numpy() if self._crumbs is not None else None
                 hand = describe_trail(crumbs, self._epoch.facts.names) if crumbs is not None else ""
-                what = f"{exit_status(worker.exitcode)}{f' while working on {hand}' if hand else ''}"
+                what = (
+                    f"{exit_status(worker.exitcode)}{f' while working on {hand}' if hand else ''}"
+                )
                 dead.append(f"worker {number} (pid {worker.pid}) {what}")
         self._dead_known = True
         if dead or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error)):
             return WorkerError(
-                f"{'; '.join(dead) or error}.\nThe position is after the last batch handed out (batch {self._epoch.steps} of "
-                f"epoch {self._epoch.epoch}). To go on from there: loader.load_state_dict(loader.state_dict()), and iterate "
-                f"again. A worker killed by SIGKILL often ran out of memory; SIGBUS is a full /dev/shm."
+                f"{'; '.join(dead) or error}.\nThe position is after the last batch handed out"
+                f" (batch {self._epoch.steps} of epoch {self._epoch.epoch}). To go on from there:"
+                " loader.load_state_dict(loader.state_dict()), and iterate again. A worker killed"
+                " by SIGKILL often ran out of memory; SIGBUS is a full /dev/shm."
             )
         return error
 
@@ -352,38 +426,46 @@ class _LoaderIterator:
 class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     """A drop-in ``torch.utils.data.DataLoader`` that resumes mid-stream, exactly.
 
-    Takes a midstream dataset, or map-style data as torch does. The sequence of batches depends on the dataset, its seed,
-    the epoch, the batch size and the number of lanes; never on workers or start method.
+    Takes a midstream dataset, or map-style data as torch does. The sequence of batches depends on
+    the dataset, its seed, the epoch, the batch size and the number of lanes; never on workers or
+    start method.
 
-    ``state_dict()`` is legal at any time and costs microseconds; ``load_state_dict()`` takes a state saved with any number
-    of workers. Worker processes do nothing on SIGINT, SIGTERM, SIGUSR1 and SIGUSR2, and end with the main process. The epoch
-    in progress is `epoch`:
+    ``state_dict()`` is legal at any time and costs microseconds; ``load_state_dict()`` takes a
+    state saved with any number of workers. Worker processes do nothing on SIGINT, SIGTERM, SIGUSR1
+    and SIGUSR2, and end with the main process. The epoch in progress is `epoch`:
 
         for epoch in range(loader.epoch, num_epochs):
             for batch in loader:
                 ...
 
     Args:
-        dataset: A midstream dataset, or map-style data (with ``__len__`` and ``__getitem__``), which is lifted to
-            ``from_dataset(data)``. With a ``sampler``, ``batch_sampler`` or ``generator``, and for other iterables, the
-            arguments go to torchdata's ``StatefulDataLoader`` unchanged, and only its promises hold.
-        batch_size: Samples per batch; None for none. Left alone where the pipeline already ends in ``.batch``.
+        dataset: A midstream dataset, or map-style data (with ``__len__`` and ``__getitem__``),
+            which is lifted to ``from_dataset(data)``. With a ``sampler``, ``batch_sampler`` or
+            ``generator``, and for other iterables, the arguments go to torchdata's
+            ``StatefulDataLoader`` unchanged, and only its promises hold.
+        batch_size: Samples per batch; None for none. Left alone where the pipeline already ends in
+            ``.batch``.
         shuffle: Shuffle with the seed ``torch.initial_seed()``, which is kept in the checkpoint.
-        lanes: Into how many logical sub-streams the run is divided; fixed by the first run (48, or what the sources and
-            ranks need).
-        rank: Of this process among ``world_size``; left out, ``torch.distributed`` or the environment says.
+        lanes: Into how many logical sub-streams the run is divided; fixed by the first run (48, or
+            what the sources and ranks need).
+        rank: Of this process among ``world_size``; left out, ``torch.distributed`` or the
+            environment says.
         world_size: Number of data-parallel ranks.
-        remainder: What happens to the last batches of a sized pipeline that do not go round all ranks: ``"drop"`` (counted
-            in `progress`), ``"pad"`` (the first batches again, marked in `trace`), or ``"uneven"`` (some ranks make one more).
-        strict_order: Refuse a number of ranks that does not divide the lanes of a stream, where only exactly-once can be
-            kept, not the order.
-        sync_end: End the epoch of a stream on all ranks at the same step; what is left on some is in the state and comes
-            first in the next epoch. True, or the process group of the data-parallel ranks (any backend that takes CPU
-            tensors): one all-reduce of a number before each batch.
-        worker_type: ``"process"``, or ``"thread"``: the ``num_workers`` readers are threads of this process. Right where
-            reading waits or works outside the GIL; see `midstream.workers.threads`. Order and checkpoints are the same.
-        prefetch_factor: Batches that each worker has ready (2); up to eight times as many where they are small and quickly
-            made. With ``num_workers=0`` it may be given too: then one thread reads so many ahead while the model trains.
+        remainder: What happens to the last batches of a sized pipeline that do not go round all
+            ranks: ``"drop"`` (counted in `progress`), ``"pad"`` (the first batches again, marked in
+            `trace`), or ``"uneven"`` (some ranks make one more).
+        strict_order: Refuse a number of ranks that does not divide the lanes of a stream, where
+            only exactly-once can be kept, not the order.
+        sync_end: End the epoch of a stream on all ranks at the same step; what is left on some is
+            in the state and comes first in the next epoch. True, or the process group of the
+            data-parallel ranks (any backend that takes CPU tensors): one all-reduce of a number
+            before each batch.
+        worker_type: ``"process"``, or ``"thread"``: the ``num_workers`` readers are threads of this
+            process. Right where reading waits or works outside the GIL; see
+            `midstream.workers.threads`. Order and checkpoints are the same.
+        prefetch_factor: Batches that each worker has ready (2); up to eight times as many where
+            they are small and quickly made. With ``num_workers=0`` it may be given too: then one
+            thread reads so many ahead while the model trains.
         collate_fn, drop_last, num_workers, ...: As in torch. ``in_order=False`` is refused.
 
     Raises:
@@ -456,11 +538,17 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if worker_type not in ("process", "thread"):
             raise ValueError(f"worker_type is 'process' or 'thread'; found {worker_type!r}")
         self._foreign = not runs_here(dataset, sampler, batch_sampler, generator)
-        self._active: _Token | None = None  # the token of the iterator in use; the iterator itself would make a cycle
-        self._renewed: _Token | None = None  # the token of one that starts reading again at its next batch
+        self._active: _Token | None = (
+            None  # the token of the iterator in use; the iterator itself would make a cycle
+        )
+        self._renewed: _Token | None = (
+            None  # the token of one that starts reading again at its next batch
+        )
         self._guided = False  # an adapter says what was trained
         self._trained: tuple[Position, int] | None = None  # what it said
-        self._placed: bool | None = None  # prepared by Accelerate: whether it wants batches on the device
+        self._placed: bool | None = (
+            None  # prepared by Accelerate: whether it wants batches on the device
+        )
         if self._foreign:
             if worker_type == "thread":
                 raise TypeError(PASSED_THROUGH.format("worker_type='thread'"))
@@ -478,23 +566,40 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 )
             self.__dict__.update(own)
             return
-        for name, value in (("sampler", sampler), ("batch_sampler", batch_sampler), ("generator", generator)):
+        for name, value in (
+            ("sampler", sampler),
+            ("batch_sampler", batch_sampler),
+            ("generator", generator),
+        ):
             if value is not None:
                 raise ValueError(
-                    f"a midstream pipeline has its own order, so {name} does not apply: shuffle with .shuffle(seed), weigh "
-                    f"with midstream.interleave"
+                    f"a midstream pipeline has its own order, so {name} does not apply: shuffle"
+                    " with .shuffle(seed), weigh with midstream.interleave"
                 )
         if not in_order:
-            raise ValueError("in_order=False hands out batches by chance, so no position could be saved; leave it True")
+            raise ValueError(
+                "in_order=False hands out batches by chance, so no position could be saved; leave"
+                " it True"
+            )
         if remainder not in ("drop", "pad", "uneven"):
             raise ValueError(f"remainder is 'drop', 'pad' or 'uneven'; found {remainder!r}")
-        if lanes is not None and (isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1):
+        if lanes is not None and (
+            isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1
+        ):
             raise ValueError(f"lanes is an integer of at least 1; found {lanes!r}")
         if worker_type == "thread" and multiprocessing_context is not None:
-            raise ValueError("worker_type='thread' starts no process, so multiprocessing_context does not apply")
+            raise ValueError(
+                "worker_type='thread' starts no process, so multiprocessing_context does not apply"
+            )
         if num_workers == 0 and prefetch_factor is not None:
-            if isinstance(prefetch_factor, bool) or not isinstance(prefetch_factor, int) or prefetch_factor < 1:
-                raise ValueError(f"prefetch_factor is an integer of at least 1; found {prefetch_factor!r}")
+            if (
+                isinstance(prefetch_factor, bool)
+                or not isinstance(prefetch_factor, int)
+                or prefetch_factor < 1
+            ):
+                raise ValueError(
+                    f"prefetch_factor is an integer of at least 1; found {prefetch_factor!r}"
+                )
             own["prefetch_factor"] = prefetch_factor
             common["prefetch_factor"] = None  # torch knows it of processes alone
         source = dataset if isinstance(dataset, Dataset) else from_dataset(dataset)
@@ -514,9 +619,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             for bound in self._facts.bound.walk():
                 if getattr(bound.node, "isolate_rng", False):
                     raise ValueError(
-                        f"{bound.path} has isolate_rng=True, which sets the global random generators while its function runs. "
-                        f"In a thread the training loop and other readers would draw from them meanwhile: use with_rng=True "
-                        f"there, or read with worker_type='process' or without prefetch_factor."
+                        f"{bound.path} has isolate_rng=True, which sets the global random"
+                        " generators while its function runs. In a thread the training loop and"
+                        " other readers would draw from them meanwhile: use with_rng=True there,"
+                        " or read with worker_type='process' or without prefetch_factor."
                     )
         self._noticed: set[str] = set()
         self._together: Agreement | None = None
@@ -530,9 +636,14 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._started: tuple[Any, Position, Any] | None = None
 
     def _set_pipeline(self, pipeline: Node) -> None:
-        self._pipeline, self._facts = pipeline, RunningPipeline(pipeline, "", self._edits, -1, self._excluded)
+        self._pipeline, self._facts = (
+            pipeline,
+            RunningPipeline(pipeline, "", self._edits, -1, self._excluded),
+        )
 
-    def _epoch_from(self, topology: Topology, num_lanes: int, epoch: int, before: Position | None = None) -> Position:
+    def _epoch_from(
+        self, topology: Topology, num_lanes: int, epoch: int, before: Position | None = None
+    ) -> Position:
         """The position at the start of an epoch, with the counts of the one before."""
         facts = self._facts_of("", epoch)
         turns = self._turns(topology, 0, facts)
@@ -582,7 +693,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             asked = None  # lanes only keep counts there, and every rank needs one
         return choose_lanes(asked, topology, self._pipeline.max_lanes())
 
-    def _turns(self, topology: Topology, start: int, facts: RunningPipeline | None = None) -> int | None:
+    def _turns(
+        self, topology: Topology, start: int, facts: RunningPipeline | None = None
+    ) -> int | None:
         """Batches this rank makes from ``start`` on; None when only reading tells."""
         pipeline = (facts or self._facts).running
         if not pipeline.random_access:
@@ -594,7 +707,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         return batches_of_rank(total, start, topology.rank, topology.world_size, remainder)
 
     def _agreement(self, topology: Topology) -> Agreement | None:
-        """How the ranks end together, where ``sync_end`` asks for it; made once, by all ranks at their first ``iter()``."""
+        """How the ranks end together, where ``sync_end`` asks for it; made once, by all ranks at
+        their first ``iter()``.
+        """
         if not self._synced or topology.world_size == 1:
             return None
         if self._together is None:
@@ -620,46 +735,56 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         ranks, readers = topology.world_size, topology.readers
         if num_lanes < ranks:
             raise ValueError(
-                f"{topology} cannot be served: the run has {num_lanes} lanes, and rank {topology.rank} of {ranks} "
-                f"{'gets none of them' if topology.rank >= num_lanes else 'is one of more'}. A rank without data could never "
-                f"take a step: use at most {num_lanes} ranks, or start the run with more lanes."
+                f"{topology} cannot be served: the run has {num_lanes} lanes, and rank"
+                f" {topology.rank} of {ranks}"
+                f" {'gets none of them' if topology.rank >= num_lanes else 'is one of more'}. A"
+                f" rank without data could never take a step: use at most {num_lanes} ranks, or"
+                " start the run with more lanes."
             )
         if self._pipeline.random_access:
             total = self._pipeline.length()
             if total is None or total == 0:
                 return
-            if total < ranks and (self.remainder == "drop" or (self.remainder == "uneven" and topology.rank >= total)):
+            if total < ranks and (
+                self.remainder == "drop" or (self.remainder == "uneven" and topology.rank >= total)
+            ):
                 who = (
-                    "no rank would get one" if self.remainder == "drop" else f"rank {topology.rank} would never get one"
+                    "no rank would get one"
+                    if self.remainder == "drop"
+                    else f"rank {topology.rank} would never get one"
                 )
                 raise ValueError(
-                    f"{topology} cannot be served: the pipeline has {total} batches in all, and with "
-                    f"remainder={self.remainder!r} {who} ({self._sources_in_words()}). Use fewer ranks, a smaller batch_size, "
-                    f"or remainder='pad'."
+                    f"{topology} cannot be served: the pipeline has {total} batches in all, and"
+                    f" with remainder={self.remainder!r} {who} ({self._sources_in_words()}). Use"
+                    " fewer ranks, a smaller batch_size, or remainder='pad'."
                 )
             if total < ranks * readers:
                 log.info("%s for %d batches: some workers have nothing to do", topology, total)
             return
         if num_lanes % ranks:
             kept = (
-                f"{num_lanes} lanes are dealt to {ranks} ranks, {num_lanes // ranks} or {num_lanes // ranks + 1} each"
+                f"{num_lanes} lanes are dealt to {ranks} ranks, {num_lanes // ranks} or"
+                f" {num_lanes // ranks + 1} each"
             )
             fitting = [divisor for divisor in range(1, num_lanes + 1) if num_lanes % divisor == 0]
             if self.strict_order:
                 raise ValueError(
-                    f"{topology} cannot keep the order: {kept}, and strict_order=True asks for the order of every other "
-                    f"topology. Numbers of ranks that keep it: {', '.join(map(str, fitting[:20]))}."
+                    f"{topology} cannot keep the order: {kept}, and strict_order=True asks for the"
+                    " order of every other topology. Numbers of ranks that keep it:"
+                    f" {', '.join(map(str, fitting[:20]))}."
                 )
             self._notice(
                 "dealing",
-                f"{kept}: every sample comes exactly once, but batches come in another order than on a number of ranks that "
-                f"divides the lanes ({', '.join(map(str, fitting[:20]))}), and a rank with more lanes has more batches. "
-                f"strict_order=True makes this an error.",
+                f"{kept}: every sample comes exactly once, but batches come in another order than"
+                " on a number of ranks that divides the lanes"
+                f" ({', '.join(map(str, fitting[:20]))}), and a rank with more lanes has more"
+                " batches. strict_order=True makes this an error.",
             )
         if ranks > 1 and not self._pipeline.infinite and not self._synced:
             log.info(
-                "only reading tells how many batches each of the %d ranks has: they may end their epochs at different steps. "
-                "sync_end=True ends them at the same one and keeps what is left for the next epoch.",
+                "only reading tells how many batches each of the %d ranks has: they may end their"
+                " epochs at different steps. sync_end=True ends them at the same one and keeps what"
+                " is left for the next epoch.",
                 ranks,
             )
         full, reason = self._pipeline.full_lanes(num_lanes, 1)
@@ -669,20 +794,27 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             why = (
                 limit[1]
                 if limit is not None
-                else f"lanes={num_lanes} was asked for, or is the checkpoint's. Use fewer workers, or start with more lanes"
+                else (
+                    f"lanes={num_lanes} was asked for, or is the checkpoint's. Use fewer workers,"
+                    " or start with more lanes"
+                )
             )
             raise ValueError(
-                f"{topology} cannot be served: there are {num_lanes} lanes, {fewest} for some rank, and a worker without a "
-                f"lane would never get data; {why}."
+                f"{topology} cannot be served: there are {num_lanes} lanes, {fewest} for some rank,"
+                f" and a worker without a lane would never get data; {why}."
             )
         # The same on every rank, so that none is left waiting for one that was refused.
         for rank in range(ranks) if 0 < full < num_lanes else ():
             for worker in range(readers):
-                if all(lane < 0 or lane >= full for lane in slots(topology._replace(rank=rank), num_lanes, worker)):
+                if all(
+                    lane < 0 or lane >= full
+                    for lane in slots(topology._replace(rank=rank), num_lanes, worker)
+                ):
                     raise ValueError(
-                        f"{topology} cannot be served: only {full} of {num_lanes} lanes have any data ({reason}), and rank "
-                        f"{rank} worker {worker} runs none of those ({self._sources_in_words()}). Use fewer ranks or "
-                        f"workers, a smaller batch_size, or lanes={max(1, full - full % ranks)}."
+                        f"{topology} cannot be served: only {full} of {num_lanes} lanes have any"
+                        f" data ({reason}), and rank {rank} worker {worker} runs none of those"
+                        f" ({self._sources_in_words()}). Use fewer ranks or workers, a smaller"
+                        f" batch_size, or lanes={max(1, full - full % ranks)}."
                     )
 
     def _notice(self, key: str, text: str) -> None:
@@ -713,14 +845,17 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if current is not None and current.turns is not None and not current.complete:
             return current.first_step + current.turns
         if current is None and self._loaded is not None:
-            turns = self._turns(topology, self._loaded[0].batches, self._facts_of(self._loaded[0].rest, self.epoch))
+            turns = self._turns(
+                topology, self._loaded[0].batches, self._facts_of(self._loaded[0].rest, self.epoch)
+            )
             if turns is not None and not self._loaded[0].finished:
                 return self._loaded[0].steps_done + turns
         turns = self._turns(topology, 0)
         if turns is None:
             len(Dataset(self._pipeline))  # raises, saying why
             raise TypeError(
-                f"the length of this pipeline is known only by reading it:\n{describe.tree(self._pipeline)}"
+                "the length of this pipeline is known only by reading"
+                f" it:\n{describe.tree(self._pipeline)}"
             )
         return turns
 
@@ -730,7 +865,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         batches = self._iterate()
         if self._placed is None:
             return batches
-        last, samples = lambda: batches._epoch.complete, lambda: self._samples_of_last_round(batches._epoch)
+        last, samples = (
+            lambda: batches._epoch.complete,
+            lambda: self._samples_of_last_round(batches._epoch),
+        )
         return AccelerateIterator(self, batches, last, samples, self._placed)
 
     def _iterate(self) -> _LoaderIterator:
@@ -746,15 +884,18 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._next_epoch = epoch.epoch
         if self._runner is not None and self._runner.totals is not None:
             most = 1 if any(bound.node.may_wait for bound in epoch.facts.bound.walk()) else MOST
-            inner = Unbundler(inner, self.num_workers, self.prefetch_factor, self._runner.totals, most)
+            inner = Unbundler(
+                inner, self.num_workers, self.prefetch_factor, self._runner.totals, most
+            )
         return _LoaderIterator(self, epoch, inner)
 
     def start(self) -> None:
         """Start the workers now, so that they read while the model loads; the next ``iter()`` goes on with them.
 
-        Changes no state, and nothing of what is handed out. Does nothing while an epoch is in progress, without workers, and
-        when they are started already; a state that is loaded afterwards starts others. With several ranks and a seed that
-        they have to agree on (``shuffle=True`` without a seed), all of them have to call it.
+        Changes no state, and nothing of what is handed out. Does nothing while an epoch is in
+        progress, without workers, and when they are started already; a state that is loaded
+        afterwards starts others. With several ranks and a seed that they have to agree on
+        (``shuffle=True`` without a seed), all of them have to call it.
 
         >>> import midstream as ms
         >>> loader = ms.DataLoader(ms.from_dataset(range(6)), batch_size=3, num_workers=1, worker_type="thread")
@@ -778,11 +919,20 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if self._started is None:
             return False
         (*objects, topology), _, _ = self._started
-        return all(a is b for a, b in zip(objects, self._standing())) and topology == self._topology()
+        return (
+            all(a is b for a, b in zip(objects, self._standing())) and topology == self._topology()
+        )
 
     def _standing(self) -> tuple[Any, ...]:
         """What the readers of the next epoch depend on."""
-        return self._loaded, self._current, self._pipeline, self._iterator, self._next_epoch, self._topology()
+        return (
+            self._loaded,
+            self._current,
+            self._pipeline,
+            self._iterator,
+            self._next_epoch,
+            self._topology(),
+        )
 
     def _drop_started(self) -> None:
         started, self._started = self._started, None
@@ -848,11 +998,16 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             )
             self._iterator = inner
         elif self.num_workers == 0 and not self.pin_memory:
-            # In this process, and nothing of torchdata between: what it keeps count of, a batch, costs more than the batch.
+            # In this process, and nothing of torchdata between: what it keeps count of, a batch,
+            # costs more than the batch.
             self._iterator = inner = runner.read(0, runner.epoch, runner.plan)
         else:
             double = self._double(runner)
-            if early and double.multiprocessing_context is not None and starts_slowly(double.multiprocessing_context):
+            if (
+                early
+                and double.multiprocessing_context is not None
+                and starts_slowly(double.multiprocessing_context)
+            ):
                 return epoch, Launch(lambda: start_processes(double))
             self._iterator = inner = start_processes(double)
         return epoch, inner
@@ -865,11 +1020,15 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         super().load_state_dict({})
 
     def _arena(self) -> Arena | None:
-        """Shared memory for batches: bundles that are ready and one in the making, and what the training holds on to."""
+        """Shared memory for batches: bundles that are ready and one in the making, and what the
+        training holds on to.
+        """
         try:
             return Arena(self.num_workers, (self.prefetch_factor + 1) * MOST + 4)
         except (OSError, ValueError) as error:
-            self._no_memory(f"no shared memory for batches ({error}): they go through a pipe, which is slower.")
+            self._no_memory(
+                f"no shared memory for batches ({error}): they go through a pipe, which is slower."
+            )
             return None
 
     def _no_memory(self, text: str) -> None:
@@ -878,11 +1037,14 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             log.warning("%s", text)
 
     def _agree_on_seed(self) -> None:
-        """torch's seed may differ between ranks, and then each would shuffle in its own order: rank 0's is taken."""
+        """torch's seed may differ between ranks, and then each would shuffle in its own order: rank
+        0's is taken.
+        """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise ValueError(
-                "shuffle=True takes its seed from torch, and several ranks cannot agree on one without torch.distributed. "
-                "Shuffle with a seed of your own: DataLoader(midstream.from_dataset(data).shuffle(seed), ...)"
+                "shuffle=True takes its seed from torch, and several ranks cannot agree on one"
+                " without torch.distributed. Shuffle with a seed of your own:"
+                " DataLoader(midstream.from_dataset(data).shuffle(seed), ...)"
             )
         seed = [shuffle_seed(self._pipeline)]
         torch.distributed.broadcast_object_list(seed, src=0)
@@ -894,7 +1056,12 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         """The epoch to iterate, and whether living workers may go on with it from its start."""
         current = self._current
         in_processes = self.num_workers > 0 and not self._in_threads
-        alive = self.persistent_workers and in_processes and self._iterator is not None and is_usable(self._iterator)
+        alive = (
+            self.persistent_workers
+            and in_processes
+            and self._iterator is not None
+            and is_usable(self._iterator)
+        )
         if self._loaded is not None:
             run_state = self._loaded[0]
             at = self._epoch_at(topology, run_state)
@@ -904,8 +1071,17 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if current is None:
             return self._epoch_from(topology, self._num_lanes(topology), self._next_epoch), False
         runner = self._runner
-        same = alive and runner is not None and runner.topology == topology and runner.dataset is self._facts.running
-        if current.complete and current.left_over and self._next_epoch in (current.epoch, current.epoch + 1):
+        same = (
+            alive
+            and runner is not None
+            and runner.topology == topology
+            and runner.dataset is self._facts.running
+        )
+        if (
+            current.complete
+            and current.left_over
+            and self._next_epoch in (current.epoch, current.epoch + 1)
+        ):
             return self._epoch_at(topology, parse(current.state_at(None))), False
         if current.complete:
             following = current.epoch + 1 if self._next_epoch == current.epoch else self._next_epoch
@@ -918,16 +1094,19 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             if current.steps > 0 and not self._warned_restart:
                 self._warned_restart = True
                 warnings.warn(
-                    f"the loader was left after batch {current.steps} of epoch {current.epoch} and is iterated again: the "
-                    f"epoch starts over. To begin the next one call loader.set_epoch({current.epoch + 1}); to go on where "
-                    f"it was, load its state_dict().",
+                    f"the loader was left after batch {current.steps} of epoch {current.epoch} and"
+                    " is iterated again: the epoch starts over. To begin the next one call"
+                    f" loader.set_epoch({current.epoch + 1}); to go on where it was, load its"
+                    " state_dict().",
                     UserWarning,
                     stacklevel=4,
                 )
         return self._epoch_from(topology, current.num_lanes, self._next_epoch, current), same
 
     def _double(self, runner: Runner) -> InnerLoader:
-        """This loader as torchdata is to see it: our runner, one envelope at a time, nothing global drawn."""
+        """This loader as torchdata is to see it: our runner, one envelope at a time, nothing global
+        drawn.
+        """
         double = object.__new__(InnerLoader)
         double.__dict__.update(
             self.__dict__,
@@ -940,7 +1119,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         )
         if self.num_workers > 0 and os.name == "posix":
             double.__dict__["worker_init_fn"] = WorkerInit(self.worker_init_fn)
-            double.multiprocessing_context = Context(self.multiprocessing_context or torch.multiprocessing)
+            double.multiprocessing_context = Context(
+                self.multiprocessing_context or torch.multiprocessing
+            )
         return double
 
     def close(self) -> None:
@@ -962,7 +1143,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
 
     @property
     def epoch(self) -> int:
-        """The epoch in progress, or the next one when none is. After the last batch of epoch e it is e + 1."""
+        """The epoch in progress, or the next one when none is. After the last batch of epoch e it
+        is e + 1.
+        """
         if self._foreign:
             raise TypeError(PASSED_THROUGH.format("epoch"))
         if self._loaded is not None:
@@ -980,19 +1163,29 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def _epoch_in_use(self) -> int:
         """The epoch in progress, though its last batch may be out."""
         current = self._current
-        return current.epoch if current is not None and self._next_epoch == current.epoch else self.epoch
+        return (
+            current.epoch
+            if current is not None and self._next_epoch == current.epoch
+            else self.epoch
+        )
 
     @property
     def _left_midway(self) -> bool:
         """Whether batches of a finite epoch were handed out, and not all."""
         current = self._current
-        return current is not None and not self._endless and not current.complete and current.steps > current.first_step
+        return (
+            current is not None
+            and not self._endless
+            and not current.complete
+            and current.steps > current.first_step
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next ``iter()``.
 
-        A hint that may be given again and again: the epoch in progress changes nothing, a loaded state that waits is
-        kept, and after a load an earlier epoch is ignored with a warning (some trainers count from 0 again).
+        A hint that may be given again and again: the epoch in progress changes nothing, a loaded
+        state that waits is kept, and after a load an earlier epoch is ignored with a warning (some
+        trainers count from 0 again).
         """
         if self._foreign:
             for part in (self.sampler, getattr(self.batch_sampler, "sampler", None), self.dataset):
@@ -1004,22 +1197,26 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         epoch = int(epoch)
         if self._loaded is not None:
             if epoch != self.epoch:
-                log.info("set_epoch(%d) is ignored: a loaded state of epoch %d waits", epoch, self.epoch)
+                log.info(
+                    "set_epoch(%d) is ignored: a loaded state of epoch %d waits", epoch, self.epoch
+                )
             return
         now = self.epoch
         if epoch == now:
             return
         if self._ever_loaded and epoch < now:
             warnings.warn(
-                f"set_epoch({epoch}) is ignored: this run was resumed and is in epoch {now}. The epoch comes from the "
-                f"checkpoint; count from loader.epoch.",
+                f"set_epoch({epoch}) is ignored: this run was resumed and is in epoch {now}. The"
+                " epoch comes from the checkpoint; count from loader.epoch.",
                 UserWarning,
                 stacklevel=2,
             )
             return
         if self._current is not None and epoch == self._current.epoch:
             # Again an epoch that is complete: forget that it is.
-            self._current = self._epoch_from(self._current.topology, self._current.num_lanes, epoch, self._current)
+            self._current = self._epoch_from(
+                self._current.topology, self._current.num_lanes, epoch, self._current
+            )
         self._next_epoch = epoch
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -1028,37 +1225,47 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         """The state after the batch last handed out: plain values, fresh each time. Starts no worker.
 
         Returns:
-            See `midstream.checkpoint` for the format. After the last batch of epoch e it is the state before the first
-            of e + 1.
+            See `midstream.checkpoint` for the format. After the last batch of epoch e it is the
+            state before the first of e + 1.
         """
         if self._foreign:
             return super().state_dict()  # type: ignore[no-any-return]
-        if not self._guided and asked_by(sys._getframe(1), ".utilities.combined_loader", "_state_dicts"):
+        if not self._guided and asked_by(
+            sys._getframe(1), ".utilities.combined_loader", "_state_dicts"
+        ):
             self._notice("lightning", LIGHTNING_ALONE)
         loaded = self._loaded
         if loaded is not None:
             return copy.deepcopy(loaded[1])
         current = self._current
-        if current is None or (self._next_epoch not in (current.epoch, current.epoch + current.complete)):
+        if current is None or (
+            self._next_epoch not in (current.epoch, current.epoch + current.complete)
+        ):
             topology = self._topology()
             fresh = self._current is None
-            current = self._epoch_from(topology, self._num_lanes(topology), self._next_epoch, current)
+            current = self._epoch_from(
+                topology, self._num_lanes(topology), self._next_epoch, current
+            )
             if fresh and (current.num_lanes % topology.world_size or not current.even):
-                # torch.distributed.checkpoint loads the keys that are here, and this rank may need others' lanes.
+                # torch.distributed.checkpoint loads the keys that are here, and this rank may need
+                # others' lanes.
                 state = current.state_at(None)
                 every = {f"{index:04d}": "" for index in range(current.num_lanes)}
                 return {**state, "lanes": {**every, **state["lanes"]}}
         return current.state_at(None)  # type: ignore[no-any-return]
 
     def _alone(self, state: dict[str, Any]) -> bool:
-        """Whether a state says that this rank is at its end of the epoch, and others perhaps are not."""
+        """Whether a state says that this rank is at its end of the epoch, and others perhaps are
+        not.
+        """
         return parse(state).finished
 
     def state_at(self, step: int) -> dict[str, Any]:
         """The state after batch ``step`` of the epoch last iterated (what was trained, say, where more was fetched).
 
         Args:
-            step: Batches of the epoch that count as done, counted like `state_dict`'s ``steps_done``.
+            step: Batches of the epoch that count as done, counted like `state_dict`'s
+                ``steps_done``.
 
         Raises:
             ValueError: If it is older than the last 1,024 batches, or not reached yet.
@@ -1068,7 +1275,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             state = self.state_dict()
             if step != state["steps_done"]:
                 raise ValueError(
-                    f"nothing was handed out yet, so there is only the state after batch {state['steps_done']}"
+                    "nothing was handed out yet, so there is only the state after batch"
+                    f" {state['steps_done']}"
                 )
             return state
         return self._current.state_at(step)  # type: ignore[no-any-return]
@@ -1077,21 +1285,26 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         """Continue from ``state`` with the next ``iter()``. An iterator that is in use is left behind.
 
         Args:
-            state: What ``state_dict()`` returned with any number of workers, a list of the states of all ranks, or what
-                `midstream.merge_states` made of them. ``{}`` changes nothing. The batch size may be another one: random
-                access continues at the position; in a stream every sample still comes exactly once, in another order.
-            strict: False: go on though a mix right below the batch has other weights, new inputs (which begin at their
-                beginning) or lacks some (which are dropped). What else differs is an error all the same.
+            state: What ``state_dict()`` returned with any number of workers, a list of the states
+                of all ranks, or what `midstream.merge_states` made of them. ``{}`` changes nothing.
+                The batch size may be another one: random access continues at the position; in a
+                stream every sample still comes exactly once, in another order.
+            strict: False: go on though a mix right below the batch has other weights, new inputs
+                (which begin at their beginning) or lacks some (which are dropped). What else
+                differs is an error all the same.
 
         Raises:
-            CheckpointError: If it is damaged, incomplete, or of another pipeline; then nothing was loaded.
+            CheckpointError: If it is damaged, incomplete, or of another pipeline; then nothing was
+            loaded.
         """
         if self._foreign:
             super().load_state_dict(state)
             return
         if isinstance(state, dict) and not state:
             return
-        merged, run_state = agreed(merge_states(state) if isinstance(state, (list, tuple)) else state)
+        merged, run_state = agreed(
+            merge_states(state) if isinstance(state, (list, tuple)) else state
+        )
         pipeline = self._pipeline
         if run_state.fingerprint != describe.fingerprint(pipeline) and self._seed_from_torch:
             pipeline = with_seed(pipeline, spec_seed(run_state.spec))
@@ -1104,28 +1317,36 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             )
             if not whole:
                 raise CheckpointError(
-                    f"this state was saved by another pipeline (saved → here):{bullet_list(lines)}\nOnly the states "
-                    f"of all ranks together can go on with this one."
+                    "this state was saved by another pipeline (saved →"
+                    f" here):{bullet_list(lines)}\nOnly the states of all ranks together can go on"
+                    " with this one."
                 )
             merged = to_state(run_state, merged)
             if not pipeline.random_access:
                 self._notice(
                     "adopted",
-                    f"going on with another pipeline than was saved (saved → here):{bullet_list(lines)}\nEvery sample still "
-                    f"comes exactly once in this epoch, but in another order.",
+                    "going on with another pipeline than was saved (saved →"
+                    f" here):{bullet_list(lines)}\nEvery sample still comes exactly once in this"
+                    " epoch, but in another order.",
                 )
             log.info("going on with another pipeline than was saved:%s", bullet_list(lines))
         # Raises what is wrong before anything is changed.
         running(pipeline, run_state.rest, run_state.edits, run_state.epoch, run_state.excluded)
         topology = self._topology()
         self._check_lanes(run_state, topology)
-        if pipeline is not self._pipeline or (run_state.edits, run_state.excluded) != (self._edits, self._excluded):
+        if pipeline is not self._pipeline or (run_state.edits, run_state.excluded) != (
+            self._edits,
+            self._excluded,
+        ):
             self._edits, self._excluded = run_state.edits, run_state.excluded
             self._set_pipeline(pipeline)
         if pipeline.random_access and run_state.num_lanes < topology.world_size:
             # Here lanes only keep counts, and every rank needs one.
             run_state.num_lanes = merged["num_lanes"] = choose_lanes(None, topology, None)
-        own = [f"{index:04d}" for index in range(topology.rank, run_state.num_lanes, topology.world_size)]
+        own = [
+            f"{index:04d}"
+            for index in range(topology.rank, run_state.num_lanes, topology.world_size)
+        ]
         merged["lanes"] = {key: merged["lanes"].get(key, "") for key in own}
         self._drop_started()
         self._let_go()
@@ -1139,21 +1360,23 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def set_weights(self, mix: str, weights: Mapping[str, float]) -> None:
         """Give a mix other weights from the next batch on; what is left of a schedule no longer applies.
 
-        The run goes on exactly: no sample is lost or comes twice, and the state holds the change, so that a checkpoint goes on
-        with it in any topology, and `midstream.weights_history` tells it. It holds for the following epochs too. Batches that
-        workers made ahead are made again. Call it on every rank, after the same step.
+        The run goes on exactly: no sample is lost or comes twice, and the state holds the change,
+        so that a checkpoint goes on with it in any topology, and `midstream.weights_history` tells
+        it. It holds for the following epochs too. Batches that workers made ahead are made again.
+        Call it on every rank, after the same step.
 
-        Random access: the next batch over all ranks is the first by the new weights. Streams: in each lane, the next sample
-        that the mix picks; what buffers above it (``shuffle(buffer_size=...)``, ``pack``) hold comes first. `state_at` and
-        `trace` answer for the batches from here on.
+        Random access: the next batch over all ranks is the first by the new weights. Streams: in
+        each lane, the next sample that the mix picks; what buffers above it
+        (``shuffle(buffer_size=...)``, ``pack``) hold comes first. `state_at` and `trace` answer for
+        the batches from here on.
 
         Args:
             mix: Its name (``interleave(..., name="mix")``) or path.
             weights: By the names of its datasets.
 
         Raises:
-            ValueError: If there is no such mix, the weights do not fit it, or it cannot be done exactly here: the mix is below
-                a global shuffle, say. Then nothing was changed.
+            ValueError: If there is no such mix, the weights do not fit it, or it cannot be done
+                exactly here: the mix is below a global shuffle, say. Then nothing was changed.
         """
         self._no_foreign("set_weights")
         merged, run_state = agreed(self.state_dict())
@@ -1162,7 +1385,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._go_on_from(run_state, merged)
 
     def _go_on_from(self, run_state: RunState, merged: dict[str, Any]) -> None:
-        """Read anew from where the loader stands, as the state says; the iterator in use goes on there."""
+        """Read anew from where the loader stands, as the state says; the iterator in use goes on
+        there.
+        """
         over = self._current is not None and self._current.complete and self._loaded is None
         self._edits, self._excluded = run_state.edits, run_state.excluded
         self._set_pipeline(self._pipeline)
@@ -1177,9 +1402,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def skip(self, num_batches: int) -> None:
         """Pass over the next batches: the way past a loss spike. Call it on every rank, after the same step.
 
-        They are read and not handed out: the position moves on as if they had been, into the next epoch where this one ends,
-        and the state counts them (`SourceProgress.counts`: ``skipped`` samples of each source, in no other number). A failure
-        in one of them is counted, not raised. Legal at any time: in a loop its next batch is the one after them; after
+        They are read and not handed out: the position moves on as if they had been, into the next
+        epoch where this one ends, and the state counts them (`SourceProgress.counts`: ``skipped``
+        samples of each source, in no other number). A failure in one of them is counted, not
+        raised. Legal at any time: in a loop its next batch is the one after them; after
         `load_state_dict` or before the first ``iter()`` the next ``iter()`` begins there.
 
         Args:
@@ -1202,8 +1428,15 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         live = loop = token.iterator() if token is not None else None
         if live is not None and token is self._active and live._epoch is not self._current:
             live = None  # it came to its end, and then something was excluded, say
-        if live is None and num_batches and self._current is not None and not self._current.complete:
-            self.load_state_dict(self.state_dict())  # where a loop was left, not at the start of its epoch
+        if (
+            live is None
+            and num_batches
+            and self._current is not None
+            and not self._current.complete
+        ):
+            self.load_state_dict(
+                self.state_dict()
+            )  # where a loop was left, not at the start of its epoch
         iterator, made, fresh = live, None, False
         self._skipping = True
         try:
@@ -1215,7 +1448,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                     next(iterator)
                 except StopIteration:
                     if fresh:
-                        raise RuntimeError("skip: the epoch has no batch that could be passed over") from None
+                        raise RuntimeError(
+                            "skip: the epoch has no batch that could be passed over"
+                        ) from None
                     iterator = None
                     continue
                 num_batches -= 1
@@ -1230,22 +1465,24 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def exclude(self, origins: Iterable[Any]) -> None:
         """Leave single samples out from the next batch on: their batches get shorter, and every position stays.
 
-        An origin is one pass over its source, so that the same row comes again in the next epoch. The state holds them, so
-        that a checkpoint goes on without them in any topology, and counts those met (`SourceProgress.counts`: ``excluded``).
-        Batches that workers made ahead are made again. Call it on every rank, after the same step. `state_at` and `trace`
-        answer for the batches from here on.
+        An origin is one pass over its source, so that the same row comes again in the next epoch.
+        The state holds them, so that a checkpoint goes on without them in any topology, and counts
+        those met (`SourceProgress.counts`: ``excluded``). Batches that workers made ahead are made
+        again. Call it on every rank, after the same step. `state_at` and `trace` answer for the
+        batches from here on.
 
-        Samples are what batches are made of: a row that ``pack`` made is left out as a whole, and counted once, when it
-        holds a piece that is named. A batch of which nothing is left does not come; on a stream the lane's next one comes
-        in its place.
+        Samples are what batches are made of: a row that ``pack`` made is left out as a whole, and
+        counted once, when it holds a piece that is named. A batch of which nothing is left does not
+        come; on a stream the lane's next one comes in its place.
 
         Args:
-            origins: What `trace` gave, or tuples ``(source, epoch, row)`` or ``(source, epoch, row, part)``. At most 4,096 in
-                a run, about 16 bytes each in every checkpoint.
+            origins: What `trace` gave, or tuples ``(source, epoch, row)`` or ``(source, epoch, row,
+                part)``. At most 4,096 in a run, about 16 bytes each in every checkpoint.
 
         Raises:
-            ValueError: If there is no such source, they become too many, or a node above the batches reads some of them
-                again on a resume (a buffered shuffle of batches, say); then nothing was changed.
+            ValueError: If there is no such source, they become too many, or a node above the
+                batches reads some of them again on a resume (a buffered shuffle of batches, say);
+                then nothing was changed.
             TypeError: If something is no origin.
 
         >>> import midstream as ms
@@ -1256,7 +1493,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         """
         self._no_foreign("exclude")
         merged, run_state = agreed(self.state_dict())
-        run_state.excluded = merged["excluded"] = with_origins(run_state.excluded, origins, self._facts.names)
+        run_state.excluded = merged["excluded"] = with_origins(
+            run_state.excluded, origins, self._facts.names
+        )
         if run_state.excluded != self._excluded:
             require_excludable(self._pipeline)
             self._go_on_from(run_state, merged)
@@ -1265,14 +1504,21 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def excluded(self) -> list[Origin]:
         """The samples that are left out."""
         self._no_foreign("excluded")
-        return excluded_origins(self._loaded[0].excluded if self._loaded is not None else self._excluded)
+        return excluded_origins(
+            self._loaded[0].excluded if self._loaded is not None else self._excluded
+        )
 
     def _check_lanes(self, run_state: RunState, topology: Topology) -> None:
         """All lanes of this rank must be there, and of this run's number."""
-        if self.lanes is not None and self.lanes != run_state.num_lanes and not self._pipeline.random_access:
+        if (
+            self.lanes is not None
+            and self.lanes != run_state.num_lanes
+            and not self._pipeline.random_access
+        ):
             raise CheckpointError(
-                f"this state has {run_state.num_lanes} lanes, and the loader was made with lanes={self.lanes}. The number "
-                f"is fixed by the first run; leave lanes out or give lanes={run_state.num_lanes}."
+                f"this state has {run_state.num_lanes} lanes, and the loader was made with"
+                f" lanes={self.lanes}. The number is fixed by the first run; leave lanes out or"
+                f" give lanes={run_state.num_lanes}."
             )
         missing = [
             index
@@ -1281,10 +1527,11 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         ]
         if missing:
             raise CheckpointError(
-                f"this state has {len(run_state.lanes)} of {run_state.num_lanes} lanes, and rank {topology.rank} of "
-                f"{topology.world_size} needs {len(missing)} others (lane {missing[0]}, say). It is the state of one rank of "
-                f"several: give a list of the states of all ranks. (From torch.distributed.checkpoint: give the loader "
-                f"lanes={run_state.num_lanes}, so that it asks for all.)"
+                f"this state has {len(run_state.lanes)} of {run_state.num_lanes} lanes, and rank"
+                f" {topology.rank} of {topology.world_size} needs {len(missing)} others (lane"
+                f" {missing[0]}, say). It is the state of one rank of several: give a list of the"
+                " states of all ranks. (From torch.distributed.checkpoint: give the loader"
+                f" lanes={run_state.num_lanes}, so that it asks for all.)"
             )
 
     def __repr__(self) -> str:
@@ -1295,19 +1542,26 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def _repr_html_(self) -> str | None:
         if self._foreign:
             return None
-        return f"<div><div style='{MONO}'>{escape(_head(self))}</div>{Dataset(self._pipeline)._repr_html_()}</div>"
+        return (
+            "<div><div"
+            f" style='{MONO}'>{escape(_head(self))}</div>{Dataset(self._pipeline)._repr_html_()}</div>"
+        )
 
     # -- Accelerate ---------------------------------------------------------------------------------------------------
 
     @property
     def _is_accelerate_prepared(self) -> bool:
-        """True: ``Accelerator.prepare`` takes the loader as it is. Whether it wants batches on the device is known there."""
+        """True: ``Accelerator.prepare`` takes the loader as it is. Whether it wants batches on the
+        device is known there.
+        """
         if self._foreign:
             return False
         asking = sys._getframe(1)
         if asked_by(asking, "accelerate.accelerator", "prepare_data_loader"):
             wanted = asking.f_locals.get("device_placement")
-            self._placed = bool(asking.f_locals["self"].device_placement if wanted is None else wanted)
+            self._placed = bool(
+                asking.f_locals["self"].device_placement if wanted is None else wanted
+            )
         return True
 
     @_is_accelerate_prepared.setter
@@ -1315,7 +1569,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         pass
 
     def _samples_of_last_round(self, epoch: Position) -> int:
-        """What Accelerate calls the remainder: that many of the first samples, of all ranks in their order, are no repeats."""
+        """What Accelerate calls the remainder: that many of the first samples, of all ranks in
+        their order, are no repeats.
+        """
         ranks = epoch.topology.world_size
         if ranks == 1 or epoch.total is None or epoch.turns is None or self.remainder == "uneven":
             return 0
@@ -1327,17 +1583,20 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         if repeats:
             self._notice(
                 "gather",
-                f"the ranks have {repeats} batches twice in the last step of epoch {epoch.epoch} (remainder='pad'), and "
-                f"Accelerate's gather_for_metrics can leave out only what comes last: "
-                f"{'the epoch was begun on another number of ranks' if samples else 'the pipeline does not end in .batch'}. "
-                f"Leave out yourself what a rank has where loader.trace().padded is true.",
+                f"the ranks have {repeats} batches twice in the last step of epoch {epoch.epoch}"
+                " (remainder='pad'), and Accelerate's gather_for_metrics can leave out only what"
+                " comes last:"
+                f" {'the epoch was begun on another number of ranks' if samples else 'the pipeline does not end in .batch'}."
+                " Leave out yourself what a rank has where loader.trace().padded is true.",
             )
             return -1
         return 0
 
     @property
     def use_stateful_dataloader(self) -> bool:
-        """False: ``Accelerator.save_state`` must not save this loader by itself, where all ranks write one file."""
+        """False: ``Accelerator.save_state`` must not save this loader by itself, where all ranks
+        write one file.
+        """
         asking = sys._getframe(1)
         if (
             not self._foreign
@@ -1346,9 +1605,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         ):
             self._notice(
                 "accelerate",
-                "Accelerator.save_state saves the position in the data only of what is registered: "
-                "accelerator.register_for_checkpointing(midstream.WholeRun(loader)). This checkpoint is without it, and a "
-                "run that is resumed from it begins the data anew.",
+                "Accelerator.save_state saves the position in the data only of what is registered:"
+                " accelerator.register_for_checkpointing(midstream.WholeRun(loader)). This"
+                " checkpoint is without it, and a run that is resumed from it begins the data"
+                " anew.",
             )
         return False
 
@@ -1386,4 +1646,7 @@ def _head(loader: DataLoader) -> str:
         length = ""
     if not loader._pipeline.random_access:
         words.append(f"{state['num_lanes']} lanes")
-    return f"DataLoader({', '.join(words)}): epoch {loader.epoch}, batch {state['steps_done']:,}{length}"
+    return (
+        f"DataLoader({', '.join(words)}): epoch {loader.epoch}, batch"
+        f" {state['steps_done']:,}{length}"
+    )

@@ -1,4 +1,6 @@
-"""Where a run stands on one rank: batches, lane states, counts, and how to undo the last 1,024 batches."""
+"""Where a run stands on one rank: batches, lane states, counts, and how to undo the last 1,024
+batches.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ class Trace(list[Origin]):
     """The origins of a batch's samples.
 
     Attributes:
-        padded: Whether the batch is a repeat, made by ``remainder="pad"`` so that every rank gets as many.
+        padded: Whether the batch is a repeat, made by ``remainder="pad"`` so that every rank gets
+        as many.
     """
 
     padded: bool = False
@@ -66,8 +69,9 @@ class Trace(list[Origin]):
 class Position:
     """The position of a run within one epoch, on one rank.
 
-    A delivery first appends to ``log`` how to undo it, then changes the fields, and last of all ``applied``: whoever asks for
-    the state at any point between, a signal handler say, gets the state before.
+    A delivery first appends to ``log`` how to undo it, then changes the fields, and last of all
+    ``applied``: whoever asks for the state at any point between, a signal handler say, gets the
+    state before.
     """
 
     def __init__(
@@ -96,10 +100,19 @@ class Position:
             tallies: The counts to go on from, where there is no such state.
             tracked: The metrics, likewise.
             even: Whether all ranks come to the end of the epoch at the same step.
-            keep: Whether what a lane has not delivered when the epoch ends is kept for the next one (``sync_end``).
+            keep: Whether what a lane has not delivered when the epoch ends is kept for the next one
+            (``sync_end``).
         """
-        self.facts, self.topology, self.num_lanes, self.epoch, self.turns = facts, topology, num_lanes, epoch, turns
-        self.by_position = facts.pipeline.random_access  # asked once: it looks at the whole pipeline
+        self.facts, self.topology, self.num_lanes, self.epoch, self.turns = (
+            facts,
+            topology,
+            num_lanes,
+            epoch,
+            turns,
+        )
+        self.by_position = (
+            facts.pipeline.random_access
+        )  # asked once: it looks at the whole pipeline
         self.even, self.keep = even, keep and not self.by_position
         self.num_sources = len(facts.names)
         self.total = facts.running.length() if facts.running.random_access else None
@@ -108,24 +121,37 @@ class Position:
         self.first = first_batch(self.start, topology.rank, topology.world_size)
         self.steps = self.first_step = run_state.steps_done if run_state is not None else 0
         self.passed = 0  # random access: turns of this rank that are over since `start`
-        self.told: dict[int, int] = {}  # random access: errors already raised, by batch number; replaced, never changed
+        self.told: dict[
+            int, int
+        ] = {}  # random access: errors already raised, by batch number; replaced, never changed
         self.told_before: dict[int, int] = {}
-        self.ahead: frozenset[int] = frozenset()  # random access: batches of this rank that were done before their turn
+        self.ahead: frozenset[int] = (
+            frozenset()
+        )  # random access: batches of this rank that were done before their turn
         self.done: Sequence[int] = ()  # the same of all ranks
         self.states: dict[int, str] = {}
-        self.tallies: dict[int, LaneCounts] = {index: tally.settled(True) for index, tally in (tallies or {}).items()}
+        self.tallies: dict[int, LaneCounts] = {
+            index: tally.settled(True) for index, tally in (tallies or {}).items()
+        }
         known: Tracked = tracked or {}  # of this rank over the whole run
         self.decoded: dict[int, Any] = {}
         if run_state is not None:
-            mine = [lane for index, lane in run_state.lanes.items() if lane is not None and index in self.own]
-            known = join_tracked(decode_tracked(lane["tracked"]) for lane in mine if "tracked" in lane)
+            mine = [
+                lane
+                for index, lane in run_state.lanes.items()
+                if lane is not None and index in self.own
+            ]
+            known = join_tracked(
+                decode_tracked(lane["tracked"]) for lane in mine if "tracked" in lane
+            )
             self.done = run_state.ahead
             self.ahead = frozenset(n for n in run_state.ahead if self._mine(n))
             self.told_before = dict(run_state.told)
             for index, lane in run_state.lanes.items():
                 if lane is None or index not in self.own:
                     continue
-                # Rank 0 was through before the others: it comes to the end again, on what may be another number of ranks.
+                # Rank 0 was through before the others: it comes to the end again, on what may be
+                # another number of ranks.
                 again = lane.get("at", [0])[-1] and not run_state.over and not run_state.finished
                 self.tallies[index] = LaneCounts(self.num_sources, lane).settled(not again)
                 if lane.get("lane") is not None:
@@ -136,19 +162,27 @@ class Position:
                 self.told = {**self.told, number: errors}
         self.history = History(known)
         self.passed = self._skip_ahead(0)
-        fewest = 0 if turns is None or run_state is None else self._fewest_ahead(run_state.ahead, turns)
-        self.most = None if turns is None else turns - fewest  # random access: of the rank that comes to its end last
+        fewest = (
+            0 if turns is None or run_state is None else self._fewest_ahead(run_state.ahead, turns)
+        )
+        self.most = (
+            None if turns is None else turns - fewest
+        )  # random access: of the rank that comes to its end last
         self.complete = False
         self.log: deque[Undo] = deque()
         self.log_bytes = 0
         self.applied = 0  # number of the last delivery that is done: assigned last
-        self._rendered: tuple[int, dict[str, str]] | None = None  # lanes as text, after the delivery of that number
+        self._rendered: tuple[int, dict[str, str]] | None = (
+            None  # lanes as text, after the delivery of that number
+        )
 
     def _mine(self, number: int) -> bool:
         return (number - self.topology.rank) % self.topology.world_size == 0
 
     def _fewest_ahead(self, ahead: Sequence[int], turns: int) -> int:
-        """How many batches were done before their turn by the rank that did fewest: that rank comes to its end last."""
+        """How many batches were done before their turn by the rank that did fewest: that rank comes
+        to its end last.
+        """
         start, ranks = self.start, self.topology.world_size
         counts = [0] * ranks
         for number in ahead:
@@ -165,7 +199,9 @@ class Position:
         """Where workers continue."""
         return Plan(self.start, self.turns, self.told_before, self.decoded, self.ahead)
 
-    def apply(self, number: int, lane: int, out: Message, *, last: bool = False, skipped: bool = False) -> None:
+    def apply(
+        self, number: int, lane: int, out: Message, *, last: bool = False, skipped: bool = False
+    ) -> None:
         """Count one thing that came out, and move on; with ``last`` the epoch is complete after it.
 
         A batch that is ``skipped`` is not handed out.
@@ -188,8 +224,12 @@ class Position:
         last = last or (self.turns is not None and passed >= self.turns)
         if last:
             events = add_counts(events or {}, self._left_over(passed))
-            if self.complete:  # a batch that was taken for left over, until it turned out to be lost to errors
-                events = add_counts(events, {key: -count for key, count in self._left_over(self.passed).items()})
+            if (
+                self.complete
+            ):  # a batch that was taken for left over, until it turned out to be lost to errors
+                events = add_counts(
+                    events, {key: -count for key, count in self._left_over(self.passed).items()}
+                )
         before, state = self.tallies.get(key), self.states.get(key)
         after = before or LaneCounts(self.num_sources)
         if skipped and not padded:
@@ -216,7 +256,11 @@ class Position:
         self.tallies[key] = after
         if out.state is not None:
             self.states[key] = out.state
-        if out.notes is not None and out.notes.tracked and not (random_access and (padded or skipped)):
+        if (
+            out.notes is not None
+            and out.notes.tracked
+            and not (random_access and (padded or skipped))
+        ):
             self.history.add(entry.number, out.notes.tracked)
         self.told = told
         self.passed = passed
@@ -235,7 +279,9 @@ class Position:
             self.apply(-1, self._leaf(self.topology.rank), Message(NOTHING), last=True)
 
     def _leaf(self, number: int) -> int:
-        """The leaf of this rank where something about batch ``number`` is kept: where its lane's next owner finds it."""
+        """The leaf of this rank where something about batch ``number`` is kept: where its lane's
+        next owner finds it.
+        """
         index = number % self.num_lanes
         return index if index in self.own or not self.own else self.own[0]
 
@@ -261,19 +307,31 @@ class Position:
             first = self.start + self.turns * self.topology.world_size if self.even else self.total
             rows += self.facts.left_out(min(first, self.total))
             for number in self.done:
-                if first <= number < self.total:  # lost to errors, by a rank of another topology, and told as that
+                if (
+                    first <= number < self.total
+                ):  # lost to errors, by a rank of another topology, and told as that
                     rows -= self.facts.left_out(number) - self.facts.left_out(number + 1)
         path = f"{self.facts.bound.path}{END if self.topology.world_size > 1 else '|'}"
         return {f"dropped|{path}{0 if self.num_sources == 1 else -1}": rows} if rows else {}
 
     def _padding(self, origins: I64 | None) -> dict[str, int]:
         """Samples of a batch that is a repeat, by source."""
-        counts = np.bincount(origins[:, 0], minlength=self.num_sources).tolist() if origins is not None else []
-        return {f"padded|{self.facts.bound.path}|{source}": count for source, count in enumerate(counts) if count}
+        counts = (
+            np.bincount(origins[:, 0], minlength=self.num_sources).tolist()
+            if origins is not None
+            else []
+        )
+        return {
+            f"padded|{self.facts.bound.path}|{source}": count
+            for source, count in enumerate(counts)
+            if count
+        }
 
     def seen(self) -> int:
         """Samples of this rank over the whole run, failed ones included."""
-        return sum(int(tally.rows.sum()) + failed_in(tally.events) for tally in self.tallies.values())
+        return sum(
+            int(tally.rows.sum()) + failed_in(tally.events) for tally in self.tallies.values()
+        )
 
     def totals(self) -> dict[str, int]:
         """All events counted so far on this rank."""
@@ -303,8 +361,8 @@ class Position:
         if step is not None and step != steps:
             if not oldest <= step <= steps:
                 raise ValueError(
-                    f"the state after batch {step} of epoch {self.epoch} is not kept; there are those after batch {oldest} "
-                    f"to {steps}"
+                    f"the state after batch {step} of epoch {self.epoch} is not kept; there are"
+                    f" those after batch {oldest} to {steps}"
                 )
             while log and log[-1].step >= step:
                 undo(log.pop())
@@ -318,7 +376,11 @@ class Position:
     @property
     def left_over(self) -> bool:
         """Whether lanes have something left that comes first in the next epoch."""
-        return self.keep and self.complete and any(self._kept(self.states.get(index)) for index in self.own)
+        return (
+            self.keep
+            and self.complete
+            and any(self._kept(self.states.get(index)) for index in self.own)
+        )
 
     @property
     def together(self) -> bool:
@@ -337,15 +399,25 @@ class Position:
         number: int,
         log: Sequence[Undo],
     ) -> State:
-        """The canonical state. A complete epoch is the start of the next, where the other ranks are there too."""
+        """The canonical state. A complete epoch is the start of the next, where the other ranks are
+        there too.
+        """
         ranks, over = self.topology.world_size, complete and self.together
-        epoch, batches, rest = self.epoch, self.start + (steps - self.first_step) * ranks, self.facts.rest
+        epoch, batches, rest = (
+            self.epoch,
+            self.start + (steps - self.first_step) * ranks,
+            self.facts.rest,
+        )
         extra: dict[int, dict[str, State]] = {}
         if over:
             epoch, batches, steps, rest = self.epoch + 1, 0, 0, ""
-            states = {index: self._kept(states.get(index)) for index in self.own} if self.keep else {}
+            states = (
+                {index: self._kept(states.get(index)) for index in self.own} if self.keep else {}
+            )
         elif self.total is not None or self.by_position:
-            done = [self.first + turn * ranks for turn in range((batches - self.start) // ranks, passed)]
+            done = [
+                self.first + turn * ranks for turn in range((batches - self.start) // ranks, passed)
+            ]
             if ranks == 1:
                 batches, done = self.start + passed, []
             elif self.total is not None:
@@ -356,11 +428,19 @@ class Position:
             for batch, errors in sorted(told.items(), reverse=True):
                 extra.setdefault(self._leaf(batch), {})["told"] = [batch, errors]
         if self.own:
-            extra.setdefault(self.own[0], {})["at"] = [epoch, batches, steps, int(complete and not over)]
+            extra.setdefault(self.own[0], {})["at"] = [
+                epoch,
+                batches,
+                steps,
+                int(complete and not over),
+            ]
             if tracked := self.history.at(number):
                 extra[self.own[0]]["tracked"] = Fragment(encode_tracked(tracked))
         if over:
-            leaves = {f"{index:04d}": self._leaf_text(states.get(index), tallies.get(index)) for index in self.own}
+            leaves = {
+                f"{index:04d}": self._leaf_text(states.get(index), tallies.get(index))
+                for index in self.own
+            }
         else:
             leaves = self._leaf_texts(states, tallies, number, log)
         for index, more in extra.items() if self.own else ():
@@ -380,9 +460,15 @@ class Position:
         }
 
     def _leaf_texts(
-        self, states: Mapping[int, str], tallies: Mapping[int, LaneCounts], number: int, log: Sequence[Undo]
+        self,
+        states: Mapping[int, str],
+        tallies: Mapping[int, LaneCounts],
+        number: int,
+        log: Sequence[Undo],
     ) -> dict[str, str]:
-        """All lanes as text after delivery ``number``: of those rendered before, only what changed since is made anew."""
+        """All lanes as text after delivery ``number``: of those rendered before, only what changed
+        since is made anew.
+        """
         if self._rendered is not None:
             before, kept = self._rendered
             first, last = min(before, number), max(before, number)
@@ -398,16 +484,23 @@ class Position:
                     leaves[f"{index:04d}"] = self._leaf_text(states.get(index), tallies.get(index))
                 self._rendered = number, leaves
                 return leaves.copy()
-        leaves = {f"{index:04d}": self._leaf_text(states.get(index), tallies.get(index)) for index in self.own}
+        leaves = {
+            f"{index:04d}": self._leaf_text(states.get(index), tallies.get(index))
+            for index in self.own
+        }
         self._rendered = number, leaves
         return leaves.copy()
 
-    def _leaf_text(self, text: str | None, tally: LaneCounts | None, more: Mapping[str, State] | None = None) -> str:
+    def _leaf_text(
+        self, text: str | None, tally: LaneCounts | None, more: Mapping[str, State] | None = None
+    ) -> str:
         """One lane's part of the checkpoint, "" where there is nothing to say."""
         if not text and not more and (tally is None or not (tally.samples.any() or tally.events)):
             return ""
         tally = tally or LaneCounts(self.num_sources)
-        return leaf_text({**tally.texts(), "events": tally.events, **(more or {})}, self.facts.paths, text)
+        return leaf_text(
+            {**tally.texts(), "events": tally.events, **(more or {})}, self.facts.paths, text
+        )
 
     def _by_leaf(self, numbers: list[int]) -> dict[int, list[int]]:
         leaves: dict[int, list[int]] = {}
@@ -416,8 +509,14 @@ class Position:
         return leaves
 
     def _kept(self, state: str | None) -> str:
-        """A lane's state as the next epoch begins: nothing when it was through, else what it has left, to come first."""
-        lane = decode(state) if state is not None else {"epoch": self.epoch, "done": False, "state": None, "marks": {}}
+        """A lane's state as the next epoch begins: nothing when it was through, else what it has
+        left, to come first.
+        """
+        lane = (
+            decode(state)
+            if state is not None
+            else {"epoch": self.epoch, "done": False, "state": None, "marks": {}}
+        )
         return "" if lane["done"] else encode({**lane, "rounds": 0})
 
     def trace(self, step: int | None) -> Trace:
@@ -426,7 +525,9 @@ class Position:
         for entry in reversed(self.log):
             if entry.origins is not None and entry.step == wanted - 1:
                 names = self.facts.names
-                trace = Trace(Origin(names[source], *others) for source, *others in entry.origins.tolist())
+                trace = Trace(
+                    Origin(names[source], *others) for source, *others in entry.origins.tolist()
+                )
                 trace.padded = entry.padded
                 return trace
         kept = [entry.step + 1 for entry in self.log if entry.origins is not None]
@@ -442,7 +543,9 @@ def to_ranges(numbers: list[int]) -> list[list[int]]:
     """
     ranges: list[list[int]] = []
     for number in numbers:
-        if ranges and (ranges[-1][2] == 1 or number == ranges[-1][0] + ranges[-1][1] * ranges[-1][2]):
+        if ranges and (
+            ranges[-1][2] == 1 or number == ranges[-1][0] + ranges[-1][1] * ranges[-1][2]
+        ):
             first, _, count = ranges[-1]
             ranges[-1] = [first, number - first if count == 1 else ranges[-1][1], count + 1]
         else:

@@ -71,18 +71,20 @@ def replay(
 ) -> Replay:
     """Make again exactly the batches that followed a checkpoint: to look at a loss spike, say.
 
-    Nothing of the run is touched. As in a loader, a sample that fails raises, and the next ``next()`` goes on.
+    Nothing of the run is touched. As in a loader, a sample that fails raises, and the next
+    ``next()`` goes on.
 
     Args:
-        dataset: The pipeline, with the batch arguments it had in the loader; or the loader itself, of which pipeline and
-            batches are taken, and nothing else.
+        dataset: The pipeline, with the batch arguments it had in the loader; or the loader itself,
+            of which pipeline and batches are taken, and nothing else.
         state: A loader's ``state_dict()``, a merged one, or a list of the states of all ranks.
         num_batches: How many; goes on into the next epoch. None: those left of the epoch.
-        batch_size: As in the loader (left alone where a loader is given, or the pipeline ends in ``.batch``).
+        batch_size: As in the loader (left alone where a loader is given, or the pipeline ends in
+            ``.batch``).
         collate_fn: The same.
         drop_last: The same.
-        rank: Whose batches. With the default the run's batches in their global order; a rank of a run of R ranks saw every
-            R-th of them, which ``rank=r, world_size=R`` gives.
+        rank: Whose batches. With the default the run's batches in their global order; a rank of a
+            run of R ranks saw every R-th of them, which ``rank=r, world_size=R`` gives.
         world_size: Number of ranks.
         num_workers: Worker processes.
 
@@ -105,6 +107,8 @@ def replay(
         dataset._no_foreign("replay")
         loader = DataLoader(Dataset(dataset._pipeline), None, **common)
     else:
-        loader = DataLoader(dataset, batch_size, collate_fn=collate_fn, drop_last=drop_last, **common)
+        loader = DataLoader(
+            dataset, batch_size, collate_fn=collate_fn, drop_last=drop_last, **common
+        )
     loader.load_state_dict(state)
     return Replay(loader, num_batches)

@@ -13,9 +13,13 @@ from midstream.pipeline.node import Node, bind
 
 
 class RunningPipeline:
-    """What a position has to know of its loader's pipeline. No way back to the loader: no cycle keeps workers alive."""
+    """What a position has to know of its loader's pipeline. No way back to the loader: no cycle
+    keeps workers alive.
+    """
 
-    def __init__(self, pipeline: Node, rest: str = "", edits: str = "", epoch: int = -1, excluded: str = "") -> None:
+    def __init__(
+        self, pipeline: Node, rest: str = "", edits: str = "", epoch: int = -1, excluded: str = ""
+    ) -> None:
         self.pipeline, self.rest, self.edits, self.excluded = pipeline, rest, edits, excluded
         self.running = running(pipeline, rest, edits, epoch, excluded)
         self.bound = bind(self.running)
@@ -42,7 +46,11 @@ class RunningPipeline:
         if node is None:
             return max(0, total - batch)
         rows = node.source.length() or 0
-        return max(0, rows - batch * node.batch_size) if batch < total else rows - min(rows, total * node.batch_size)
+        return (
+            max(0, rows - batch * node.batch_size)
+            if batch < total
+            else rows - min(rows, total * node.batch_size)
+        )
 
     def samples(self, first: int, end: int) -> tuple[int, int] | None:
         """How many there are in batches ``first`` to ``end`` of a sized pipeline, and how many if all were there and whole.

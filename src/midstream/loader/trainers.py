@@ -4,8 +4,8 @@
     `AccelerateIterator`             Accelerate asks the loader whether the batch in hand is the last one, and moves batches to the device
     `asked_by`         what in a trainer reads an attribute or calls a method just now
 
-Adapters that need the trainer are files of their own: lightning.py, transformers.py. Nothing here imports a trainer: when
-one is running, it has been imported.
+Adapters that need the trainer are files of their own: lightning.py, transformers.py. Nothing here
+imports a trainer: when one is running, it has been imported.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 __all__ = ["LIGHTNING_ALONE", "EpochHint", "AccelerateIterator", "asked_by", "not_registered"]
 
 LIGHTNING_ALONE = (
-    "Lightning saves the state of this loader by itself, and what it saves is not always what was trained: of a loader without "
-    "a length it is one batch too far; saved in a signal handler or after an error too; with several ranks it is rank 0's "
-    "alone, which no other rank can load; and a checkpoint from the end of an epoch, or a use of "
-    "trainer.estimated_stepping_batches, is not given back to the loader at all. Give the Trainer the callback that does: "
-    "Trainer(callbacks=[midstream.lightning.ResumeCallback()])."
+    "Lightning saves the state of this loader by itself, and what it saves is not always what was"
+    " trained: of a loader without a length it is one batch too far; saved in a signal handler or"
+    " after an error too; with several ranks it is rank 0's alone, which no other rank can load;"
+    " and a checkpoint from the end of an epoch, or a use of trainer.estimated_stepping_batches, is"
+    " not given back to the loader at all. Give the Trainer the callback that does:"
+    " Trainer(callbacks=[midstream.lightning.ResumeCallback()])."
 )
 
 
 class EpochHint(_InfiniteConstantSampler):
     """Stands where torch puts a sampler, for trainers that call ``loader.sampler.set_epoch(e)`` before an epoch.
 
-    They count from 0 in each run, or a step too far after a resume; so the first call only says what their count is worth,
-    and a later one moves the loader on where it left a finite epoch before its end, never back.
+    They count from 0 in each run, or a step too far after a resume; so the first call only says
+    what their count is worth, and a later one moves the loader on where it left a finite epoch
+    before its end, never back.
 
     Args:
         loader: The loader, which is not kept alive.
@@ -55,29 +57,39 @@ class EpochHint(_InfiniteConstantSampler):
         if self._offset is None:
             self._offset = loader._epoch_in_use - epoch
         elif loader._left_midway and epoch + self._offset > loader.epoch:
-            type(loader).set_epoch(loader, epoch + self._offset)  # its own, where an adapter put this in its place
+            type(loader).set_epoch(
+                loader, epoch + self._offset
+            )  # its own, where an adapter put this in its place
 
 
 class AccelerateIterator:
     """Iterates for Accelerate: moves each batch to the device, and tells its gradient accumulation which one is the last.
 
-    The loader knows the last batch when it hands it out, so nothing is fetched ahead and its state stays what was trained.
+    The loader knows the last batch when it hands it out, so nothing is fetched ahead and its state
+    stays what was trained.
 
     Args:
         loader: The loader.
         batches: Its iterator.
         last: Whether the batch just handed out was the last one.
-        samples: At the last one: how many of the samples that the ranks have together come first and are no repeats; 0 for
-            all, -1 where that is no number of first samples.
+        samples: At the last one: how many of the samples that the ranks have together come first
+            and are no repeats; 0 for all, -1 where that is no number of first samples.
         place: Whether batches go to the device.
 
     Attributes:
-        end_of_dataloader: Read by Accelerate, which takes this for its loader: whether the last batch is out.
-        remainder: Read by Accelerate: ``samples``, for ``gather_for_metrics``. (The loader's own says what is to be done.)
+        end_of_dataloader: Read by Accelerate, which takes this for its loader: whether the last
+            batch is out.
+        remainder: Read by Accelerate: ``samples``, for ``gather_for_metrics``. (The loader's own
+        says what is to be done.)
     """
 
     def __init__(
-        self, loader: Any, batches: Iter[Any], last: Callable[[], bool], samples: Callable[[], int], place: bool
+        self,
+        loader: Any,
+        batches: Iter[Any],
+        last: Callable[[], bool],
+        samples: Callable[[], int],
+        place: bool,
     ) -> None:
         from accelerate.state import AcceleratorState, GradientState
         from accelerate.utils import send_to_device
@@ -118,5 +130,11 @@ def not_registered(loader: Any, caller: FrameType | None) -> bool:
     """Whether ``Accelerator.save_state``, some frames up, saves without the state of this loader."""
     while caller is not None and caller.f_code.co_name != "save_state":
         caller = caller.f_back
-    kept = getattr(caller.f_locals.get("self"), "_custom_objects", None) if caller is not None else None
-    return kept is not None and not any(part is loader or getattr(part, "loader", None) is loader for part in kept)
+    kept = (
+        getattr(caller.f_locals.get("self"), "_custom_objects", None)
+        if caller is not None
+        else None
+    )
+    return kept is not None and not any(
+        part is loader or getattr(part, "loader", None) is loader for part in kept
+    )

@@ -57,7 +57,10 @@ class Numbers:
             return other if not self.count else self
         joined = type(self)()
         joined.count, joined.total = self.count + other.count, self.total + other.total
-        joined.least, joined.most = _plain(min(self.least, other.least)), _plain(max(self.most, other.most))
+        joined.least, joined.most = (
+            _plain(min(self.least, other.least)),
+            _plain(max(self.most, other.most)),
+        )
         joined._join(self, other)
         return joined
 
@@ -81,7 +84,10 @@ class Numbers:
         if (
             type(self.count) is not int
             or self.count < 1
-            or not all(type(edge) in (int, float) and math.isfinite(edge) for edge in (self.least, self.most))
+            or not all(
+                type(edge) in (int, float) and math.isfinite(edge)
+                for edge in (self.least, self.most)
+            )
         ):
             raise ValueError("no count, or edges that are no numbers")
 
@@ -100,7 +106,9 @@ _N = TypeVar("_N", bound=Numbers)
 
 
 def _plain(value: int | float) -> int | float:
-    """An integer where it is one (the sign of zero goes too), a float where it is large, so that equal numbers are the same."""
+    """An integer where it is one (the sign of zero goes too), a float where it is large, so that
+    equal numbers are the same.
+    """
     if abs(value) >= 1 << 53:
         return float(value)
     return int(value) if type(value) is float and value.is_integer() else value
@@ -156,7 +164,8 @@ class Spread(Numbers):
 
     def _fit(self) -> None:
         """Join buckets until the text is short enough. The text only grows with what is taken in, and only shrinks by joining:
-        the level is the least one at which everything that was seen fits, whenever this is called."""
+        the level is the least one at which everything that was seen fits, whenever this is called.
+        """
         while sum(map(_num_bytes, self.sides)) > _BUCKET_BYTES:
             self.level += 1
             halved: tuple[dict[int, int], dict[int, int]] = ({}, {})
@@ -168,7 +177,12 @@ class Spread(Numbers):
     def state(self) -> State:
         """A plain list, first the kind; the counts of neighbouring buckets as base 85 of varints."""
         self._fit()
-        return [*super().state(), self.level, self.zeros, *(part for side in self.sides for part in _packed(side))]
+        return [
+            *super().state(),
+            self.level,
+            self.zeros,
+            *(part for side in self.sides for part in _packed(side)),
+        ]
 
     def load(self, state: list[Any]) -> None:
         """Take what `state` gave."""
@@ -185,7 +199,9 @@ class Spread(Numbers):
         """The value that so large a part of all lies below, as the middle of its bucket."""
         target = part * (self.count - 1)
         up, down = self.sides
-        ordered = [(-_middle(bucket, self.level), down[bucket]) for bucket in sorted(down, reverse=True)]
+        ordered = [
+            (-_middle(bucket, self.level), down[bucket]) for bucket in sorted(down, reverse=True)
+        ]
         ordered += [(0.0, self.zeros)] if self.zeros else []
         ordered += [(_middle(bucket, self.level), up[bucket]) for bucket in sorted(up)]
         below, found = 0, 0.0
@@ -195,13 +211,18 @@ class Spread(Numbers):
                 break
         whole = type(self.least) is int and type(self.most) is int and not self.total % (1 << _UNIT)
         if whole and _bucket(nearest := round(found)) >> self.level == _bucket(found) >> self.level:
-            found = nearest  # all were integers, as far as one can tell, and this one is in the bucket
+            found = (
+                nearest  # all were integers, as far as one can tell, and this one is in the bucket
+            )
         return min(max(found, self.least), self.most)
 
     def summary(self) -> dict[str, int | float]:
         """What it says, by name."""
         self._fit()
-        return {**super().summary(), **{f"p{percent:02d}": self.quantile(percent / 100) for percent in (5, 50, 95)}}
+        return {
+            **super().summary(),
+            **{f"p{percent:02d}": self.quantile(percent / 100) for percent in (5, 50, 95)},
+        }
 
 
 def _bucket(value: int | float) -> int:
@@ -305,9 +326,12 @@ class Categories:
         return joined
 
     def _fit(self) -> None:
-        """Leave names out until the text is short enough: which ones follows from all that came, not from when."""
+        """Leave names out until the text is short enough: which ones follows from all that came,
+        not from when.
+        """
         while (
-            sum(len(json.dumps(name)) + len(str(number)) + 2 for name, number in self.names.items()) > _CATEGORY_BYTES
+            sum(len(json.dumps(name)) + len(str(number)) + 2 for name, number in self.names.items())
+            > _CATEGORY_BYTES
         ):
             self.level += 1
             kept = {name: number for name, number in self.names.items() if _kept(name, self.level)}
@@ -332,7 +356,10 @@ class Categories:
         whole = type(self.level) is type(self.others) is int
         if not whole or not 0 <= self.level < 64 or self.others < 0:
             raise ValueError("no such categories")
-        if not all(type(name) is str and type(number) is int and number > 0 for name, number in self.names.items()):
+        if not all(
+            type(name) is str and type(number) is int and number > 0
+            for name, number in self.names.items()
+        ):
             raise ValueError("counts that are no numbers")
 
     def summary(self) -> dict[str, int | float]:

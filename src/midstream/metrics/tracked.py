@@ -12,7 +12,9 @@ from midstream.metrics.totals import Totals, totals_of
 _TOGETHER = 1024
 
 Tracked = dict[tuple[str, int], dict[str, Totals]]
-"""Totals by name of the metric, by path of the node that tracks it and index of the source (-1: of several)."""
+"""Totals by name of the metric, by path of the node that tracks it and index of the source (-1: of
+several).
+"""
 
 
 class Gathered:
@@ -25,7 +27,9 @@ class Gathered:
         self.summed: dict[str, Totals] | None = None
 
     def add(self, values: Sequence[tuple[Any, ...]]) -> None:
-        """Take in the values of some samples: for each of them one by metric, in the order of ``kinds``."""
+        """Take in the values of some samples: for each of them one by metric, in the order of
+        ``kinds``.
+        """
         self.values += values
         if len(self.values) >= _TOGETHER:
             self.totals()
@@ -51,8 +55,8 @@ def join(one: Mapping[str, Totals], other: Mapping[str, Totals]) -> dict[str, To
         known: Any = joined.get(name)
         if known is not None and known.kind != totals.kind:
             raise CheckpointError(
-                f"the metric {name!r} was gathered as {known.kind} so far, and is {totals.kind} now: their totals do not add "
-                f"up. Track it as it was, or under another name."
+                f"the metric {name!r} was gathered as {known.kind} so far, and is {totals.kind}"
+                " now: their totals do not add up. Track it as it was, or under another name."
             )
         joined[name] = totals if known is None else known.plus(totals)
     return joined
@@ -62,9 +66,15 @@ def encode_tracked(tracked: Tracked) -> str:
     """All totals as JSON: by path, source and name. What did not change is not encoded again."""
     paths: dict[str, list[str]] = {}
     for (path, source), named in sorted(tracked.items()):
-        inner = ",".join(f"{json.dumps(name)}:{totals.text()}" for name, totals in sorted(named.items()))
+        inner = ",".join(
+            f"{json.dumps(name)}:{totals.text()}" for name, totals in sorted(named.items())
+        )
         paths.setdefault(path, []).append(f'"{source}":{{{inner}}}')
-    return "{" + ",".join(f"{json.dumps(path)}:{{{','.join(parts)}}}" for path, parts in paths.items()) + "}"
+    return (
+        "{"
+        + ",".join(f"{json.dumps(path)}:{{{','.join(parts)}}}" for path, parts in paths.items())
+        + "}"
+    )
 
 
 def decode_tracked(state: Any) -> Tracked:
@@ -102,8 +112,9 @@ _APART = 32
 class History:
     """Totals after each of the last deliveries: whole after every 32 that brought anything, else what each brought.
 
-    Whole ones after each would be up to a thousand copies of all buckets, and the copying dearer than the batch. Nothing that
-    was handed out changes, and a reader that interrupts a change, a signal handler say, finds what was there before.
+    Whole ones after each would be up to a thousand copies of all buckets, and the copying dearer
+    than the batch. Nothing that was handed out changes, and a reader that interrupts a change, a
+    signal handler say, finds what was there before.
     """
 
     __slots__ = ("_known", "_parts")

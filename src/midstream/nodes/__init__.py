@@ -1,4 +1,6 @@
-"""One file per node: a frozen description with both faces, and its iterator where the cursor will not do."""
+"""One file per node: a frozen description with both faces, and its iterator where the cursor will
+not do.
+"""
 
 from midstream.nodes.batch import Batch
 from midstream.nodes.collate import collate, flat, pad, ragged

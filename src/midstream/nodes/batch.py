@@ -13,7 +13,13 @@ from midstream.common.validation import require_callable, require_int
 from midstream.errors import ReplayDiverged
 from midstream.nodes.collate import collate, over_columns
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import Excluded, FailedSample, SampleFailure, callable_name, describe_callable
+from midstream.pipeline.failures import (
+    Excluded,
+    FailedSample,
+    SampleFailure,
+    callable_name,
+    describe_callable,
+)
 from midstream.pipeline.iterator import Iterator, Lane
 from midstream.pipeline.node import BoundNode, Node, Selection, require_dataset
 from midstream.pipeline.rows import I64, U64, Item, LazyBatches, Rows, join_origins, pick
@@ -23,14 +29,16 @@ from midstream.pipeline.rows import I64, U64, Item, LazyBatches, Rows, join_orig
 class Batch(Node):
     """Samples in groups of ``batch_size``, collated.
 
-    A sample that user code failed on leaves its batch shorter by one over random access; over a stream the batch goes on
-    with the next sample. When the collate function fails, its whole batch is lost. What `DataLoader.exclude` left out leaves a
-    batch shorter on both, and no batch where nothing is left.
+    A sample that user code failed on leaves its batch shorter by one over random access; over a
+    stream the batch goes on with the next sample. When the collate function fails, its whole batch
+    is lost. What `DataLoader.exclude` left out leaves a batch shorter on both, and no batch where
+    nothing is left.
 
-    State: random access: none but the position. Stream: ``[inputs seen, inputs since, upstream state]``, the upstream
-        state between two batches.
-    Resume: over a stream, and only when the state was saved between an error and the rest of its batch, that batch's
-        inputs so far are read again: at most ``batch_size - 1`` samples and the failures between them.
+    State: random access: none but the position. Stream: ``[inputs seen, inputs since, upstream
+        state]``, the upstream state between two batches.
+    Resume: over a stream, and only when the state was saved between an error and the rest of its
+        batch, that batch's inputs so far are read again: at most ``batch_size - 1`` samples and the
+        failures between them.
     """
 
     source: Node
@@ -86,7 +94,9 @@ class Batch(Node):
         ends = np.cumsum(counts)
         which = np.repeat(np.arange(len(positions), dtype=np.int64), counts)
         starts = positions * int(self.batch_size)
-        inside = np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(starts - ends + counts, counts)
+        inside = np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(
+            starts - ends + counts, counts
+        )
         return [Selection(bound.input, inside, pick(keys, which), pick(passes, which))]
 
     def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
@@ -101,7 +111,9 @@ class Batch(Node):
             batches.append(batch)
         return Rows(batches, later.origins, np.diff(later.bounds))
 
-    def _lazy_rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows | LazyBatches:
+    def _lazy_rows(
+        self, bound: BoundNode, positions: I64, keys: U64, passes: I64
+    ) -> Rows | LazyBatches:
         rows = self._select(bound, positions, keys, passes)[0].rows()
         bounds = [0, *np.cumsum(self._counts(positions)).tolist()]
         columns, over = rows.columns, over_columns(self.collate_fn or collate)
@@ -109,7 +121,9 @@ class Batch(Node):
             samples = rows.samples
             if rows.sizes is not None or any(type(sample) is FailedSample for sample in samples):
                 return self._slow(bound, rows, bounds)
-            return LazyBatches(rows, bounds, lambda first, last: self._collate(bound, samples[first:last]))
+            return LazyBatches(
+                rows, bounds, lambda first, last: self._collate(bound, samples[first:last])
+            )
 
         def make(first: int, last: int) -> Any:
             batch = self._collate(bound, columns[first:last], over)
@@ -143,8 +157,12 @@ class Batch(Node):
         sizes = np.array([len(origin) for origin in origins], dtype=np.int64)
         return Rows(samples, np.concatenate(origins), sizes)
 
-    def _collate(self, bound: BoundNode, samples: Any, over: Callable[[Any], Any] | None = None) -> Any:
-        """The batch, or a `FailedSample` when it cannot be made; ``over`` is what does it where ``samples`` are no list."""
+    def _collate(
+        self, bound: BoundNode, samples: Any, over: Callable[[Any], Any] | None = None
+    ) -> Any:
+        """The batch, or a `FailedSample` when it cannot be made; ``over`` is what does it where
+        ``samples`` are no list.
+        """
         fn = self.collate_fn or collate
         try:
             batch = (over or fn)(samples)
@@ -245,8 +263,9 @@ class _BatchIterator(Iterator):
                 item = next(self.source)
             except StopIteration:
                 raise ReplayDiverged(
-                    f"{self.bound.path}: the input ended before the {since} inputs of the batch in progress were read again; "
-                    f"has the data changed since the checkpoint was saved?"
+                    f"{self.bound.path}: the input ended before the {since} inputs of the batch in"
+                    " progress were read again; has the data changed since the checkpoint was"
+                    " saved?"
                 ) from None
             if type(item[0]) is not FailedSample or type(item[0].errors[0]) is Excluded:
                 self.held.append(item)

@@ -1,7 +1,8 @@
 """What makes a batch of samples: torch's default collate, and `pad`, `flat` and `ragged` for samples of different lengths.
 
-Each works on a list of samples, and, with the same result, on the `Columns` that a table gives: then no sample is ever made,
-and what lies in the table is copied once, into the batch. `over_columns` finds that form of a collate function.
+Each works on a list of samples, and, with the same result, on the `Columns` that a table gives:
+then no sample is ever made, and what lies in the table is copied once, into the batch.
+`over_columns` finds that form of a collate function.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ __all__ = ["collate", "flat", "over_columns", "pad", "ragged"]
 def collate(samples: list[Any]) -> Any:
     """A batch by torch's rules: dicts and tuples by element, numbers and arrays stacked, strings in a list.
 
-    The result is that of ``torch.utils.data.default_collate``; arrays are copied once (samples are read-only views), and
-    what cannot be stacked gets an error that says what to do. One column need not be of one length: ``seq_lens``, as `pack`
-    makes it, is filled up with zeros to [batch, most].
+    The result is that of ``torch.utils.data.default_collate``; arrays are copied once (samples are
+    read-only views), and what cannot be stacked gets an error that says what to do. One column need
+    not be of one length: ``seq_lens``, as `pack` makes it, is filled up with zeros to [batch,
+    most].
 
     Raises:
         ValueError: If samples differ in shape.
@@ -48,39 +50,64 @@ def _collate(samples: Sequence[Any], where: str) -> Any:
         return samples
     if isinstance(first, Mapping):
         _same_keys(samples, where)
-        columns = {key: _collate_column(key, [sample[key] for sample in samples], where) for key in first}
+        columns = {
+            key: _collate_column(key, [sample[key] for sample in samples], where) for key in first
+        }
         return columns if kind is dict else _like(first, columns)
     if any(sample is None for sample in samples):
         raise ValueError(
-            f"{_place(where)} is None in {sum(sample is None for sample in samples)} of {len(samples)} samples, and a batch "
-            f"of None has no meaning. Fill or filter missing values before .batch, or give .batch a collate_fn"
+            f"{_place(where)} is None in {sum(sample is None for sample in samples)} of"
+            f" {len(samples)} samples, and a batch of None has no meaning. Fill or filter missing"
+            " values before .batch, or give .batch a collate_fn"
         )
     if isinstance(first, (tuple, list)):
-        if any(not isinstance(sample, (tuple, list)) or len(sample) != len(first) for sample in samples):
+        if any(
+            not isinstance(sample, (tuple, list)) or len(sample) != len(first) for sample in samples
+        ):
             raise _ragged(samples, where)
-        elements = [_collate(column, f"{where}[{number}]") for number, column in enumerate(zip(*samples))]
+        elements = [
+            _collate(column, f"{where}[{number}]") for number, column in enumerate(zip(*samples))
+        ]
         if hasattr(first, "_fields"):
             return kind(*elements)
         return elements  # torch makes a list of a tuple too
     if isinstance(first, torch.Tensor) and len({sample.shape for sample in samples}) > 1:
         raise _ragged(samples, where)
     try:
-        if kind is torch.Tensor and first.layout == torch.strided and all(type(sample) is kind for sample in samples):
-            return torch.stack(list(samples))  # in a worker torch's would make a file in /dev/shm for each batch
+        if (
+            kind is torch.Tensor
+            and first.layout == torch.strided
+            and all(type(sample) is kind for sample in samples)
+        ):
+            return torch.stack(
+                list(samples)
+            )  # in a worker torch's would make a file in /dev/shm for each batch
         return default_collate(list(samples))
     except Exception as error:
         raise ValueError(
-            f"{_place(where)} cannot be put into a batch: torch's default_collate says {type(error).__name__}: {error}. "
-            f"Convert such values with .map, or give .batch a collate_fn"
+            f"{_place(where)} cannot be put into a batch: torch's default_collate says"
+            f" {type(error).__name__}: {error}. Convert such values with .map, or give .batch a"
+            " collate_fn"
         ) from error
 
 
 def _collate_column(key: Any, column: list[Any], where: str) -> Any:
-    """One key of dicts. The ``seq_lens`` of packed rows, which have no one length, are filled up with zeros."""
+    """One key of dicts. The ``seq_lens`` of packed rows, which have no one length, are filled up
+    with zeros.
+    """
     inner = f"{where}[{key!r}]"
-    if key == "seq_lens" and len({np.shape(value) for value in column}) > 1 and all(map(_is_sequence, column)):
-        kinds = {value.dtype if type(value) is np.ndarray and value.ndim == 1 else None for value in column}
-        return _pad_column(Column(column, kinds.pop() if len(kinds) == 1 else None), 0, 1, _place(inner))[0]
+    if (
+        key == "seq_lens"
+        and len({np.shape(value) for value in column}) > 1
+        and all(map(_is_sequence, column))
+    ):
+        kinds = {
+            value.dtype if type(value) is np.ndarray and value.ndim == 1 else None
+            for value in column
+        }
+        return _pad_column(
+            Column(column, kinds.pop() if len(kinds) == 1 else None), 0, 1, _place(inner)
+        )[0]
     return _collate(column, inner)
 
 
@@ -88,7 +115,10 @@ def _stack(samples: Sequence[Any], where: str) -> torch.Tensor:
     """Arrays of one shape, copied once. Mixed dtypes are promoted by torch's rules."""
     if (whole := whole_block(samples)) is not None:
         return torch.from_numpy(whole)  # rows that pack made together need no copy
-    if any(sample is None for sample in samples) or len({np.shape(sample) for sample in samples}) > 1:
+    if (
+        any(sample is None for sample in samples)
+        or len({np.shape(sample) for sample in samples}) > 1
+    ):
         raise _ragged(samples, where)
     if len({sample.dtype for sample in samples}) > 1:
         return torch.stack([torch.from_numpy(np.array(sample)) for sample in samples])
@@ -109,10 +139,14 @@ def _same_keys(samples: Sequence[Any], where: str) -> None:
     keys = samples[0].keys()
     for number, sample in enumerate(samples):
         if not isinstance(sample, Mapping) or not keys <= sample.keys():
-            found = sorted(map(str, sample)) if isinstance(sample, Mapping) else type(sample).__name__
+            found = (
+                sorted(map(str, sample)) if isinstance(sample, Mapping) else type(sample).__name__
+            )
             raise ValueError(
-                f"samples of a batch have different keys{' bound ' + _place(where) if where else ''}: expected "
-                f"{sorted(map(str, keys))}, found {found} in sample {number}; make them alike with .map before .batch"
+                "samples of a batch have different"
+                f" keys{' bound ' + _place(where) if where else ''}: expected"
+                f" {sorted(map(str, keys))}, found {found} in sample {number}; make them alike with"
+                " .map before .batch"
             )
 
 
@@ -124,16 +158,21 @@ def _ragged(samples: Sequence[Any], where: str) -> ValueError:
     missing = sum(sample is None for sample in samples)
     if missing:
         return ValueError(
-            f"{_place(where)} is None in {missing} of {len(samples)} samples, and a batch of None has no meaning. Fill or "
-            f"filter missing values before .batch, or give .batch a collate_fn"
+            f"{_place(where)} is None in {missing} of {len(samples)} samples, and a batch of None"
+            " has no meaning. Fill or filter missing values before .batch, or give .batch a"
+            " collate_fn"
         )
-    shapes = [tuple(s.shape) if hasattr(s, "shape") else (len(s),) for s in samples if hasattr(s, "__len__")]
+    shapes = [
+        tuple(s.shape) if hasattr(s, "shape") else (len(s),)
+        for s in samples
+        if hasattr(s, "__len__")
+    ]
     distinct = sorted(set(shapes))
     shown = ", ".join(map(str, distinct[:4])) + (", ..." if len(distinct) > 4 else "")
     return ValueError(
-        f"samples of a batch differ in shape{' bound ' + _place(where) if where else ''}, so they cannot be stacked: {shown}. "
-        f"Pad them with .batch(n, collate_fn=midstream.pad), cut them to one length with .map, or give .batch your own "
-        f"collate_fn."
+        f"samples of a batch differ in shape{' bound ' + _place(where) if where else ''}, so they"
+        f" cannot be stacked: {shown}. Pad them with .batch(n, collate_fn=midstream.pad), cut them"
+        " to one length with .map, or give .batch your own collate_fn."
     )
 
 
@@ -142,20 +181,23 @@ def _ragged(samples: Sequence[Any], where: str) -> ValueError:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pad(samples: list[Any] | None = None, *, value: float | Mapping[str, float] = 0, multiple: int = 1) -> Any:
+def pad(
+    samples: list[Any] | None = None, *, value: float | Mapping[str, float] = 0, multiple: int = 1
+) -> Any:
     """A collate function that pads sequences to the longest in the batch, or on to a multiple.
 
     Args:
-        samples: The batch: dicts whose one- or more-dimensional numeric columns (arrays, tensors, lists of numbers) are
-            padded along their first dimension, or such sequences themselves. Left out, a collate function with the
-            other arguments is returned: ``collate_fn=midstream.pad(multiple=8)``.
+        samples: The batch: dicts whose one- or more-dimensional numeric columns (arrays, tensors,
+            lists of numbers) are padded along their first dimension, or such sequences themselves.
+            Left out, a collate function with the other arguments is returned:
+            ``collate_fn=midstream.pad(multiple=8)``.
         value: What to fill with, for all columns or by name (others get 0).
         multiple: The padded length is the smallest multiple of this that holds the longest.
 
     Returns:
-        For dicts, a dict: every padded column as a tensor [batch, length, ...] of its own dtype, its lengths as
-        ``<column>_lengths`` (int64, [batch]), and all other columns as `collate` makes them. For bare sequences the pair
-        (tensor, lengths).
+        For dicts, a dict: every padded column as a tensor [batch, length, ...] of its own dtype,
+        its lengths as ``<column>_lengths`` (int64, [batch]), and all other columns as `collate`
+        makes them. For bare sequences the pair (tensor, lengths).
 
     >>> batch = pad([{"ids": [1, 2, 3]}, {"ids": [4]}], multiple=4)
     >>> batch["ids"]
@@ -173,12 +215,19 @@ def pad(samples: list[Any] | None = None, *, value: float | Mapping[str, float] 
     return _pad_columns(_columns(samples), value=value, multiple=multiple)
 
 
-def _pad_columns(columns: Columns, *, value: float | Mapping[str, float] = 0, multiple: int = 1) -> dict[str, Any]:
+def _pad_columns(
+    columns: Columns, *, value: float | Mapping[str, float] = 0, multiple: int = 1
+) -> dict[str, Any]:
     require_int(multiple, "multiple", 1, "pad")
-    unknown = sorted(set(map(str, value)) - set(map(str, columns.names))) if isinstance(value, Mapping) else []
+    unknown = (
+        sorted(set(map(str, value)) - set(map(str, columns.names)))
+        if isinstance(value, Mapping)
+        else []
+    )
     if unknown:
         raise ValueError(
-            f"pad: there is no column {unknown[0]!r} to fill; expected some of {sorted(map(str, columns.names))}"
+            f"pad: there is no column {unknown[0]!r} to fill; expected some of"
+            f" {sorted(map(str, columns.names))}"
         )
 
     def padded(key: str, column: Column, where: str) -> Iterable[tuple[str, Any]]:
@@ -194,17 +243,18 @@ def flat(samples: list[Any] | None = None, *, cu_seqlens: bool = False) -> Any:
 
     Args:
         samples: As for `pad`. Left out, a collate function with the other argument is returned.
-        cu_seqlens: Also give where each sequence begins and the last one ends, as flash attention wants it.
+        cu_seqlens: Also give where each sequence begins and the last one ends, as flash attention
+            wants it.
 
     Returns:
-        For dicts, a dict: every column of sequences as one tensor [total, ...] of its own dtype, its lengths as
-        ``<column>_lengths`` (int64, [batch]), with ``cu_seqlens`` the running total from 0 as ``<column>_cu_seqlens``
-        (int32, [batch + 1]), and all other columns as `collate` makes them. For bare sequences the pair (tensor, lengths),
-        or the triple.
+        For dicts, a dict: every column of sequences as one tensor [total, ...] of its own dtype,
+        its lengths as ``<column>_lengths`` (int64, [batch]), with ``cu_seqlens`` the running total
+        from 0 as ``<column>_cu_seqlens`` (int32, [batch + 1]), and all other columns as `collate`
+        makes them. For bare sequences the pair (tensor, lengths), or the triple.
 
     Raises:
-        TypeError, ValueError: If a bare sample is not a sequence of numbers, or sequences differ beyond their first
-            dimension.
+        TypeError, ValueError: If a bare sample is not a sequence of numbers, or sequences differ
+            beyond their first dimension.
 
     >>> batch = flat([{"ids": [1, 2, 3]}, {"ids": [4]}], cu_seqlens=True)
     >>> batch["ids"], batch["ids_lengths"], batch["ids_cu_seqlens"]
@@ -238,12 +288,12 @@ def _running(lengths: torch.Tensor) -> torch.Tensor:
 def ragged(samples: list[Any]) -> Any:
     """A collate function that keeps sequences apart: one tensor for each.
 
-    The tensors of a batch lie end to end in one piece of memory, so they cost little to make; who keeps one for long
-    keeps the batch (``.clone()`` it).
+    The tensors of a batch lie end to end in one piece of memory, so they cost little to make; who
+    keeps one for long keeps the batch (``.clone()`` it).
 
     Returns:
-        For dicts, a dict: every column of sequences as a list of tensors [length, ...] of one dtype, and all other columns
-        as `collate` makes them. For bare sequences such a list.
+        For dicts, a dict: every column of sequences as a list of tensors [length, ...] of one
+        dtype, and all other columns as `collate` makes them. For bare sequences such a list.
 
     Raises:
         TypeError, ValueError: As `flat`.
@@ -269,14 +319,20 @@ def _columns(samples: Sequence[Mapping[str, Any]]) -> Columns:
     """Dicts of the same keys, by column."""
     _same_keys(samples, "")
     names = list(samples[0])
-    return Columns(names, [Column([sample[key] for sample in samples]) for key in names], len(samples))
+    return Columns(
+        names, [Column([sample[key] for sample in samples]) for key in names], len(samples)
+    )
 
 
-def _each(columns: Columns, sequences: Callable[[str, Column, str], Iterable[tuple[str, Any]]]) -> dict[str, Any]:
+def _each(
+    columns: Columns, sequences: Callable[[str, Column, str], Iterable[tuple[str, Any]]]
+) -> dict[str, Any]:
     """A batch: columns of sequences as ``sequences`` makes them, others by torch's rules."""
     batch: dict[str, Any] = {}
     for key, column in zip(columns.names, columns.columns):
-        if column.dtype is not None or (column.array is None and all(map(_is_sequence, column.values))):
+        if column.dtype is not None or (
+            column.array is None and all(map(_is_sequence, column.values))
+        ):
             batch.update(sequences(key, column, f"sample[{key!r}]"))
         elif column.array is not None:
             batch[key] = _numbers(column)
@@ -290,15 +346,23 @@ def _is_sequence(value: Any) -> bool:
         return value.ndim > 0 and value.dtype.kind in "biufc"
     if isinstance(value, torch.Tensor):
         return value.ndim > 0
-    return isinstance(value, (list, tuple)) and all(isinstance(item, (int, float, np.number)) for item in value)
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(item, (int, float, np.number)) for item in value
+    )
 
 
-def _pad_column(column: Column, value: float, multiple: int, where: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_column(
+    column: Column, value: float, multiple: int, where: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     if column.dtype is None and all(isinstance(item, torch.Tensor) for item in column.values):
         return _pad_tensors(column.values, value, multiple, where)
     arrays, tail, dtype = _arrays(column, "pad", where)
     if type(value) is not int or not _any_holds(value, dtype):
-        stored = np.array(value).astype(dtype).item() if np.isfinite(value) or dtype.kind == "f" else None
+        stored = (
+            np.array(value).astype(dtype).item()
+            if np.isfinite(value) or dtype.kind == "f"
+            else None
+        )
         _check_fill(value, stored, dtype, where)
     sizes = list(map(len, arrays))
     longest = -(-max(sizes) // multiple) * multiple
@@ -314,7 +378,9 @@ def _pad_column(column: Column, value: float, multiple: int, where: str) -> tupl
 
 
 def _any_holds(value: int, dtype: np.dtype[Any]) -> bool:
-    """Whether even the narrowest of a kind of numbers holds the value, so that there is nothing to check."""
+    """Whether even the narrowest of a kind of numbers holds the value, so that there is nothing to
+    check.
+    """
     return dtype.kind in "iuf" and 0 <= value < 128
 
 
@@ -323,14 +389,18 @@ def _flat_column(column: Column, verb: str, where: str) -> tuple[torch.Tensor, t
         tensors = column.values
         filled = [item for item in tensors if item.numel()] or tensors[:1]
         if len({(item.shape[1:], item.dtype) for item in filled}) > 1:
-            raise _differ(verb, where, sorted({f"{tuple(item.shape)} {item.dtype}" for item in filled}))
+            raise _differ(
+                verb, where, sorted({f"{tuple(item.shape)} {item.dtype}" for item in filled})
+            )
         return torch.cat(filled), _int64(list(map(len, tensors)))
     arrays, tail, dtype = _arrays(column, verb, where)
     sizes = list(map(len, arrays))
     out = empty((sum(sizes), *tail), dtype)
     if out.size:
         # An empty list has a dtype of its own, and an empty array may have another shape.
-        np.concatenate([array for array in arrays if array.size] if column.dtype is None else arrays, out=out)
+        np.concatenate(
+            [array for array in arrays if array.size] if column.dtype is None else arrays, out=out
+        )
     return torch.from_numpy(out), _int64(sizes)
 
 
@@ -339,22 +409,29 @@ def _int64(values: list[int]) -> torch.Tensor:
     return torch.from_numpy(np.array(values, dtype=np.int64))
 
 
-def _arrays(column: Column, verb: str, where: str) -> tuple[list[npt.NDArray[Any]], tuple[int, ...], np.dtype[Any]]:
-    """Sequences as arrays, what shape they share beyond the first dimension, and the dtype that holds them all."""
+def _arrays(
+    column: Column, verb: str, where: str
+) -> tuple[list[npt.NDArray[Any]], tuple[int, ...], np.dtype[Any]]:
+    """Sequences as arrays, what shape they share beyond the first dimension, and the dtype that
+    holds them all.
+    """
     if column.dtype is not None:
         return column.values, (), column.dtype
     if not all(_is_sequence(item) for item in column.values):
         kinds = sorted({type(item).__name__ for item in column.values})
         what = {"pad": "Pad", "flat": "Join"}.get(verb, "Give")
         raise TypeError(
-            f"{verb}: {where} is not a sequence of numbers in every sample; found {', '.join(kinds)}. {what} dicts of "
-            f"sequences or bare sequences; bring other samples into that form with .map"
+            f"{verb}: {where} is not a sequence of numbers in every sample; found"
+            f" {', '.join(kinds)}. {what} dicts of sequences or bare sequences; bring other samples"
+            " into that form with .map"
         )
     arrays = [np.asarray(item) for item in column.values]
     filled = [array for array in arrays if array.size] or arrays
     tails = {array.shape[1:] for array in filled}
     if len(tails) > 1:
-        raise _differ(verb, where, [f"shape {shape}" for shape in sorted({array.shape for array in filled})])
+        raise _differ(
+            verb, where, [f"shape {shape}" for shape in sorted({array.shape for array in filled})]
+        )
     return arrays, tails.pop(), np.result_type(*{array.dtype for array in filled})
 
 
@@ -365,11 +442,15 @@ def _differ(verb: str, where: str, found: list[str]) -> ValueError:
     )
 
 
-def _pad_tensors(column: Sequence[Any], value: float, multiple: int, where: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_tensors(
+    column: Sequence[Any], value: float, multiple: int, where: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`_pad_column` for tensors, whose dtypes numpy need not have."""
     filled = [item for item in column if item.numel()] or list(column)
     if len({(item.shape[1:], item.dtype) for item in filled}) > 1:
-        raise _differ("pad", where, sorted({f"{tuple(item.shape)} {item.dtype}" for item in filled}))
+        raise _differ(
+            "pad", where, sorted({f"{tuple(item.shape)} {item.dtype}" for item in filled})
+        )
     lengths = torch.tensor([len(item) for item in column], dtype=torch.int64)
     longest = -(-int(lengths.max()) // multiple) * multiple
     if not filled[0].is_floating_point():
@@ -384,7 +465,10 @@ def _pad_tensors(column: Sequence[Any], value: float, multiple: int, where: str)
 def _check_fill(value: float, stored: Any, dtype: Any, where: str) -> None:
     """Refuse a fill value that the column cannot hold."""
     if stored is None or (stored != value and value == value and not isinstance(stored, float)):
-        raise ValueError(f"pad: {where} holds {dtype}, which cannot hold the value {value}; give value={{column: ...}}")
+        raise ValueError(
+            f"pad: {where} holds {dtype}, which cannot hold the value {value}; give value={{column:"
+            " ...}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,7 +494,9 @@ def _numbers(column: Column) -> torch.Tensor:
     assert array is not None
     if array.dtype == np.uint64 and array.max() >> np.uint64(63):
         return _collate(column.values, "")  # type: ignore[no-any-return]  # what torch says of it
-    return torch.from_numpy(array.astype({"b": np.bool_, "f": np.float64}.get(array.dtype.kind, np.int64)))
+    return torch.from_numpy(
+        array.astype({"b": np.bool_, "f": np.float64}.get(array.dtype.kind, np.int64))
+    )
 
 
 _OVER_COLUMNS: dict[Any, Callable[..., Any]] = {
@@ -422,7 +508,9 @@ _OVER_COLUMNS: dict[Any, Callable[..., Any]] = {
 
 
 def over_columns(fn: Callable[..., Any]) -> Callable[[Columns], Any] | None:
-    """What makes of columns the batch that ``fn`` makes of samples; None where only ``fn`` itself can tell."""
+    """What makes of columns the batch that ``fn`` makes of samples; None where only ``fn`` itself
+    can tell.
+    """
     keywords: dict[str, Any] = {}
     key: Any = fn
     if isinstance(key, functools.partial) and not key.args and "samples" not in key.keywords:

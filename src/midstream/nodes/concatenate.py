@@ -20,7 +20,8 @@ from midstream.pipeline.rows import I64, U64, Item, pick
 class Concatenate(Node):
     """One dataset after the other. On streams, in every lane.
 
-    State: random access: none but the position. Stream: ``[index of the dataset being read, its state]``.
+    State: random access: none but the position. Stream: ``[index of the dataset being read, its
+        state]``.
     Resume: reads nothing again.
     """
 
@@ -35,7 +36,8 @@ class Concatenate(Node):
         for index, dataset in enumerate(self.datasets[:-1]):
             if dataset.infinite:
                 raise ValueError(
-                    f"dataset {index} of concatenate never ends, so what follows is never read:\n{describe.tree(dataset)}"
+                    f"dataset {index} of concatenate never ends, so what follows is never"
+                    f" read:\n{describe.tree(dataset)}"
                 )
         bind(self)
 
@@ -45,7 +47,9 @@ class Concatenate(Node):
 
     def with_inputs(self, inputs: Mapping[str, Node]) -> Concatenate:
         """See `Node.with_inputs`."""
-        return dataclasses.replace(self, datasets=tuple(inputs[str(index)] for index in range(len(self.datasets))))
+        return dataclasses.replace(
+            self, datasets=tuple(inputs[str(index)] for index in range(len(self.datasets)))
+        )
 
     def taken_of(self, name: str, count: int) -> int:
         """See `Node.taken_of`."""
@@ -53,7 +57,9 @@ class Concatenate(Node):
 
     def _length(self) -> int | None:
         lengths = [dataset.length() for dataset in self.datasets]
-        return None if lengths[-1] is None else sum(length for length in lengths if length is not None)
+        return (
+            None if lengths[-1] is None else sum(length for length in lengths if length is not None)
+        )
 
     def block_sizes(self) -> I64 | None:
         """All blocks, where every input has them."""
@@ -61,14 +67,20 @@ class Concatenate(Node):
         return None if any(size is None for size in sizes) else np.concatenate(sizes)  # type: ignore[arg-type]
 
     def _select(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> list[Selection]:
-        ends = np.cumsum([length for dataset in self.datasets if (length := dataset.length()) is not None])
+        ends = np.cumsum(
+            [length for dataset in self.datasets if (length := dataset.length()) is not None]
+        )
         number = np.searchsorted(ends, positions, side="right")
         parts: list[Selection] = []
         for index in np.unique(number).tolist():
             here = np.flatnonzero(number == index)
             start = int(ends[index - 1]) if index else 0
             child = bound.inputs[str(index)]
-            parts.append(Selection(child, positions[here] - start, pick(keys, here), pick(passes, here), here))
+            parts.append(
+                Selection(
+                    child, positions[here] - start, pick(keys, here), pick(passes, here), here
+                )
+            )
         return parts
 
     def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:

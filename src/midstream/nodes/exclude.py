@@ -1,4 +1,6 @@
-"""Exclude: single samples left out, by origin. No verb makes it: `DataLoader.exclude` puts it below the batches that run."""
+"""Exclude: single samples left out, by origin. No verb makes it: `DataLoader.exclude` puts it below
+the batches that run.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,12 @@ class Exclude(Node):
             return rows
         items = rows.items()
         if rows.sizes is not None:
-            hit = np.array([bool(hit[end - size : end].any()) for size, end in zip(rows.sizes, np.cumsum(rows.sizes))])
+            hit = np.array(
+                [
+                    bool(hit[end - size : end].any())
+                    for size, end in zip(rows.sizes, np.cumsum(rows.sizes))
+                ]
+            )
         samples = list(rows.samples)
         for index in np.flatnonzero(hit).tolist():
             if type(samples[index]) is not FailedSample:  # what failed already is told as that

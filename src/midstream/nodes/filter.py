@@ -24,8 +24,9 @@ _GIVE_UP = 100_000
 class Filter(Node):
     """The samples for which ``fn(sample)`` is true. A stream: what passes cannot be known without reading.
 
-    Warns once when fewer than 1 % of the first 1,000 samples pass. On an endless input, 100,000 samples in a row that do
-    not pass are an error, not an endless wait. What is dropped is counted per source.
+    Warns once when fewer than 1 % of the first 1,000 samples pass. On an endless input, 100,000
+    samples in a row that do not pass are an error, not an endless wait. What is dropped is counted
+    per source.
 
     State: ``[inputs seen, upstream state]``.
     Resume: reads nothing again.
@@ -66,7 +67,12 @@ class _FilterIterator(Iterator):
         self.source = iterate(bound.input, lane, key, pass_)
         fn = node.fn
         self.call = Call(
-            bound, fn, node.on_error == "skip", node.max_errors, lambda sample, _: bool(fn(sample)), node.quarantine
+            bound,
+            fn,
+            node.on_error == "skip",
+            node.max_errors,
+            lambda sample, _: bool(fn(sample)),
+            node.quarantine,
         )
         self.seen = 0
         self.started_at, self.passed = 0, 0
@@ -92,9 +98,10 @@ class _FilterIterator(Iterator):
             self._look()
             if rejected >= _GIVE_UP and self.node.source.infinite:
                 raise SourceError(
-                    f"{self.bound.path}: {rejected:,} samples in a row did not pass "
-                    f"{describe_callable(self.node.fn)}, and the input never ends. Check the predicate against a few "
-                    f"samples, or filter before .repeat() so that a pass without samples ends."
+                    f"{self.bound.path}: {rejected:,} samples in a row did not pass"
+                    f" {describe_callable(self.node.fn)}, and the input never ends. Check the"
+                    " predicate against a few samples, or filter before .repeat() so that a pass"
+                    " without samples ends."
                 )
 
     def _look(self) -> None:
@@ -103,8 +110,9 @@ class _FilterIterator(Iterator):
             self.look_at = -1
             self.lane.ledger.notice(
                 f"filter {self.bound.path}",
-                f"{self.bound.path}: only {self.passed} of {self.seen - self.started_at:,} samples passed "
-                f"{describe_callable(self.node.fn)}; reading goes on, and most of it is thrown away.",
+                f"{self.bound.path}: only {self.passed} of {self.seen - self.started_at:,} samples"
+                f" passed {describe_callable(self.node.fn)}; reading goes on, and most of it is"
+                " thrown away.",
             )
 
     def _state(self) -> State:

@@ -26,13 +26,15 @@ _GIVE_UP = 100_000
 class FlatMap(Node):
     """Every sample replaced by the samples a function returns, numbered as the parts of its row.
 
-    Parts of a sample that was made of several rows (a batch) carry the origins of all of them, unless there are as many parts
-    as rows: then it is taken to be taken apart again, and part i carries the i-th.
+    Parts of a sample that was made of several rows (a batch) carry the origins of all of them,
+    unless there are as many parts as rows: then it is taken to be taken apart again, and part i
+    carries the i-th.
 
-    The function may be a generator function; its samples are collected before the first is passed on, so keep what one
-    row becomes small enough for memory. Rows that become nothing are counted.
+    The function may be a generator function; its samples are collected before the first is passed
+    on, so keep what one row becomes small enough for memory. Rows that become nothing are counted.
 
-    State: ``{"part", "source"}``: how many parts of the row in progress were delivered, and the input before that row.
+    State: ``{"part", "source"}``: how many parts of the row in progress were delivered, and the
+        input before that row.
     Resume: reads at most 16 inputs again, and calls the function once for the row in progress.
     """
 
@@ -82,7 +84,12 @@ class _FlatMapIterator(Iterator):
         fn = self.fn = node.fn
         self.endless = node.source.infinite
         self.call = Call(
-            bound, fn, node.on_error == "skip", node.max_errors, lambda sample, _: _collect(fn, sample), node.quarantine
+            bound,
+            fn,
+            node.on_error == "skip",
+            node.max_errors,
+            lambda sample, _: _collect(fn, sample),
+            node.quarantine,
         )
         self.parts: list[Any] = []
         self.origins: Origins = None
@@ -102,12 +109,15 @@ class _FlatMapIterator(Iterator):
                 return parts, self.origins
             if not parts:
                 for source in as_origin_array(self.origins)[:1, 0].tolist():
-                    self.lane.ledger.dropped("emptied", self.bound.path, source, self.pass_, self.source.number)
+                    self.lane.ledger.dropped(
+                        "emptied", self.bound.path, source, self.pass_, self.source.number
+                    )
                 emptied += 1
                 if emptied >= _GIVE_UP and self.endless:
                     raise SourceError(
-                        f"{self.bound.path}: {describe_callable(self.fn)} made nothing of {emptied:,} samples in a row, and the "
-                        f"input never ends. Try it on a few samples"
+                        f"{self.bound.path}: {describe_callable(self.fn)} made nothing of"
+                        f" {emptied:,} samples in a row, and the input never ends. Try it on a few"
+                        " samples"
                     )
             self.parts = parts
         part = self.part
@@ -125,15 +135,18 @@ class _FlatMapIterator(Iterator):
         if state["part"]:
             try:
                 sample, self.origins = self.source.next()
-                parts: Any = sample if type(sample) is FailedSample else self.call(sample, self.origins)
+                parts: Any = (
+                    sample if type(sample) is FailedSample else self.call(sample, self.origins)
+                )
             except StopIteration:
                 parts = []
             parts = [] if isinstance(parts, FailedSample) else parts
             found = len(parts)
             if found <= state["part"]:
                 raise ReplayDiverged(
-                    f"{self.bound.path}: the row in progress ({self.origins}) had more than {state['part']} parts when the "
-                    f"state was saved and has {found} now; has the data or the function changed?"
+                    f"{self.bound.path}: the row in progress ({self.origins}) had more than"
+                    f" {state['part']} parts when the state was saved and has {found} now; has the"
+                    " data or the function changed?"
                 )
             self.parts, self.part = parts, state["part"]
 
@@ -141,7 +154,9 @@ class _FlatMapIterator(Iterator):
 def _collect(fn: Callable[[Any], Iterable[Any]], sample: Any) -> list[Any]:
     result = fn(sample)
     if isinstance(result, (str, bytes, dict)) or not isinstance(result, Iterable):
-        raise TypeError(f"the function returns an iterable of samples; found {type(result).__name__}")
+        raise TypeError(
+            f"the function returns an iterable of samples; found {type(result).__name__}"
+        )
     parts = list(result)
     if len(parts) >= PARTS:
         raise ValueError(f"one row became {len(parts):,} samples; the most is {PARTS - 1:,}")

@@ -9,7 +9,13 @@ from typing import Any
 from midstream.common.plain_state import State
 from midstream.common.randomness import fold, generator
 from midstream.common.validation import require_callable, require_choice, require_int
-from midstream.nodes.user_function import RETURNED_NONE, Call, isolated_rng, origin_key, require_limit
+from midstream.nodes.user_function import (
+    RETURNED_NONE,
+    Call,
+    isolated_rng,
+    origin_key,
+    require_limit,
+)
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import ErrorRate, FailedSample, OnError, callable_name
 from midstream.pipeline.iterator import Iterator, Lane
@@ -45,7 +51,9 @@ class Map(Node):
 
     @property
     def random_access(self) -> bool:
-        """As the input, but ``on_error="refill"`` makes a stream: what fills a batch up depends on what failed."""
+        """As the input, but ``on_error="refill"`` makes a stream: what fills a batch up depends on
+        what failed.
+        """
         return self.source.random_access and self.on_error != "refill"
 
     def spec_fields(self) -> dict[str, State]:
@@ -60,10 +68,19 @@ class Map(Node):
 
     def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
         rows = bound.input.rows(positions, keys, passes)
-        call = Call(bound, self.fn, self.on_error != "raise", self.max_errors, self._caller(bound), self.quarantine)
+        call = Call(
+            bound,
+            self.fn,
+            self.on_error != "raise",
+            self.max_errors,
+            self._caller(bound),
+            self.quarantine,
+        )
         if rows.sizes is None and not self.with_rng and not self.isolate_rng:
             fn, out = self.fn, []
-            for sample in rows.samples:  # the fast path: no origin is looked at unless something fails
+            for (
+                sample
+            ) in rows.samples:  # the fast path: no origin is looked at unless something fails
                 if type(sample) is not FailedSample:
                     try:
                         value = fn(sample)
@@ -77,7 +94,9 @@ class Map(Node):
                 else:
                     out.append(call(sample, tuple(rows.origins[len(out)].tolist())))
             return Rows(out, rows.origins)
-        return Rows([call(sample, origins) for sample, origins in rows.items()], rows.origins, rows.sizes)
+        return Rows(
+            [call(sample, origins) for sample, origins in rows.items()], rows.origins, rows.sizes
+        )
 
     def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
         return _MapIterator(self, bound, lane, key, pass_)
@@ -91,15 +110,18 @@ class Map(Node):
                 key = origin_key(seed, origins)
                 with isolated_rng(key):
                     return fn(sample, generator(key))
+
         elif self.with_rng:
 
             def call(sample: Any, origins: Origins) -> Any:
                 return fn(sample, generator(origin_key(seed, origins)))
+
         elif self.isolate_rng:
 
             def call(sample: Any, origins: Origins) -> Any:
                 with isolated_rng(origin_key(seed, origins)):
                     return fn(sample)
+
         else:
 
             def call(sample: Any, origins: Origins) -> Any:
@@ -112,7 +134,12 @@ class _MapIterator(Iterator):
     def __init__(self, node: Map, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
         self.source = iterate(bound.input, lane, key, pass_)
         self.call = Call(
-            bound, node.fn, node.on_error != "raise", node.max_errors, node._caller(bound), node.quarantine
+            bound,
+            node.fn,
+            node.on_error != "raise",
+            node.max_errors,
+            node._caller(bound),
+            node.quarantine,
         )
 
     def _next(self) -> Item:

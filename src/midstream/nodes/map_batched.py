@@ -29,19 +29,20 @@ _WHOLE = np.empty((0, 5), dtype=np.int64)
 class MapBatched(Node):
     """Every ``batch_size`` samples replaced by the samples a function makes of their columns: as many, fewer or more.
 
-    Groups are of consecutive samples of a lane; the last of a lane may be smaller. As many samples as there were keep their
-    origins one by one; otherwise each is a part of all rows of its group, numbered, as in ``flat_map``. Groups of which
-    nothing is left are counted. When the function fails, its whole group is lost.
+    Groups are of consecutive samples of a lane; the last of a lane may be smaller. As many samples
+    as there were keep their origins one by one; otherwise each is a part of all rows of its group,
+    numbered, as in ``flat_map``. Groups of which nothing is left are counted. When the function
+    fails, its whole group is lost.
 
     A stream, for how many samples there will be is known by calling the function:
 
         batch_size 3    a b c | d e f | g        fn cuts a b c into A B, d e f into C D E, g into F
         output          A B     C D E   F        saved after C: safe point before d, 3 inputs, 1 part delivered
 
-    State: ``{"source", "taken", "part", "number"}``: the input before the group in progress, inputs taken of it, samples of
-        it delivered, groups before it.
-    Resume: reads the group in progress again, at most ``batch_size`` inputs and the failures between them, and calls the
-        function once for it.
+    State: ``{"source", "taken", "part", "number"}``: the input before the group in progress, inputs
+        taken of it, samples of it delivered, groups before it.
+    Resume: reads the group in progress again, at most ``batch_size`` inputs and the failures
+        between them, and calls the function once for it.
     """
 
     source: Node
@@ -74,7 +75,10 @@ class MapBatched(Node):
 
     def spec_fields(self) -> dict[str, State]:
         """The function's name and the size of a group."""
-        fields: dict[str, State] = {"fn": callable_name(self.fn), "batch_size": int(self.batch_size)}
+        fields: dict[str, State] = {
+            "fn": callable_name(self.fn),
+            "batch_size": int(self.batch_size),
+        }
         if self.on_error != "raise":
             fields["on_error"] = self.on_error
         return fields
@@ -88,11 +92,15 @@ class MapBatched(Node):
 
 
 class _MapBatchedIterator(Iterator):
-    def __init__(self, node: MapBatched, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+    def __init__(
+        self, node: MapBatched, bound: BoundNode, lane: Lane, key: int, pass_: int
+    ) -> None:
         self.node, self.bound, self.lane, self.pass_ = node, bound, lane, pass_
         self.source = iterate(bound.input, lane, key, pass_)
         fn, quiet = node.fn, node.on_error != "raise"
-        self.call = Call(bound, fn, quiet, node.max_errors, lambda samples, _: fn(samples), node.quarantine)
+        self.call = Call(
+            bound, fn, quiet, node.max_errors, lambda samples, _: fn(samples), node.quarantine
+        )
         self.number = 0
         self.fruitless = 0
         self._clear()
@@ -143,7 +151,11 @@ class _MapBatchedIterator(Iterator):
         part = self.part
         sample = self.made[part]
         parts = len(self.made)
-        origins = self.held[part][1] if parts == len(self.held) else part_origin(self.origins, part, parts)
+        origins = (
+            self.held[part][1]
+            if parts == len(self.held)
+            else part_origin(self.origins, part, parts)
+        )
         self.part = part + 1
         if self.part == parts:
             self._clear()
@@ -173,8 +185,8 @@ class _MapBatchedIterator(Iterator):
         self.fruitless += len(self.held)
         if self.fruitless >= _GIVE_UP and self.node.source.infinite:
             raise SourceError(
-                f"{self.bound.path}: {describe_callable(self.node.fn)} made nothing of {self.fruitless:,} samples, and the input "
-                f"never ends. Try it on a few samples"
+                f"{self.bound.path}: {describe_callable(self.node.fn)} made nothing of"
+                f" {self.fruitless:,} samples, and the input never ends. Try it on a few samples"
             )
 
     def _state(self) -> State:
@@ -191,8 +203,9 @@ class _MapBatchedIterator(Iterator):
                 item = next(self.source)
             except StopIteration:
                 raise ReplayDiverged(
-                    f"{self.bound.path}: the input ended after {self.taken} of the {state['taken']} samples that are to be read "
-                    f"again; has the data changed since the checkpoint was saved?"
+                    f"{self.bound.path}: the input ended after {self.taken} of the {state['taken']}"
+                    " samples that are to be read again; has the data changed since the checkpoint"
+                    " was saved?"
                 ) from None
             self.taken += 1
             if type(item[0]) is not FailedSample:
@@ -201,13 +214,15 @@ class _MapBatchedIterator(Iterator):
             failed = self._make() if self.held else None
             if self.taken < self.node.batch_size and next(self.source, None) is not None:
                 raise ReplayDiverged(
-                    f"{self.bound.path}: the group in progress was the last, of {self.taken} samples, when the state was saved, "
-                    f"and there are more now; has the data changed?"
+                    f"{self.bound.path}: the group in progress was the last, of {self.taken}"
+                    " samples, when the state was saved, and there are more now; has the data"
+                    " changed?"
                 )
             if failed is not None or len(self.made) <= state["part"]:
                 raise ReplayDiverged(
-                    f"{self.bound.path}: the group in progress had more than {state['part']} samples when the state was saved "
-                    f"and has {len(self.made)} now; has the data or the function changed?"
+                    f"{self.bound.path}: the group in progress had more than {state['part']}"
+                    f" samples when the state was saved and has {len(self.made)} now; has the data"
+                    " or the function changed?"
                 )
             self.part = state["part"]
 
@@ -219,10 +234,12 @@ def columns_of(samples: list[Any]) -> Any:
         return samples
     for number, sample in enumerate(samples):
         if not isinstance(sample, Mapping) or sample.keys() != first.keys():
-            found = sorted(map(str, sample)) if isinstance(sample, Mapping) else type(sample).__name__
+            found = (
+                sorted(map(str, sample)) if isinstance(sample, Mapping) else type(sample).__name__
+            )
             raise ValueError(
-                f"samples of a group have different keys: expected {sorted(map(str, first))}, found {found} in sample "
-                f"{number}; make them alike with .map before"
+                f"samples of a group have different keys: expected {sorted(map(str, first))}, found"
+                f" {found} in sample {number}; make them alike with .map before"
             )
     return {key: [sample[key] for sample in samples] for key in first}
 
@@ -245,8 +262,8 @@ def rows_of(result: Any) -> list[Any]:
             raise TypeError("the function returned None for a sample; leave samples out instead")
     else:
         raise TypeError(
-            f"with batched=True the function returns a dict of columns (lists or arrays, one entry for each sample), or a "
-            f"list of samples; found {type(result).__name__}"
+            "with batched=True the function returns a dict of columns (lists or arrays, one entry"
+            f" for each sample), or a list of samples; found {type(result).__name__}"
         )
     if len(rows) >= PARTS:
         raise ValueError(f"one group became {len(rows):,} samples; the most is {PARTS - 1:,}")
@@ -260,6 +277,6 @@ def _as_list(key: Any, column: Any) -> list[Any]:
     elif isinstance(column, Sequence) and not isinstance(column, (str, bytes)):
         return list(column)
     raise TypeError(
-        f"with batched=True a column has one entry for each sample: a list or an array; found {type(column).__name__} for "
-        f"{key!r}"
+        "with batched=True a column has one entry for each sample: a list or an array; found"
+        f" {type(column).__name__} for {key!r}"
     )

@@ -12,8 +12,8 @@ def require_depth(node: Node) -> None:
     """Refuse parts of parts of parts of parts."""
     if _depth(node) > _DEEPEST:
         raise ValueError(
-            f"at most {_DEEPEST} flat_map, pack or map(batched=True) above each other: the parts of parts are numbered in 64 "
-            f"bits. Do the work of two in one function"
+            f"at most {_DEEPEST} flat_map, pack or map(batched=True) above each other: the parts of"
+            " parts are numbered in 64 bits. Do the work of two in one function"
         )
 
 

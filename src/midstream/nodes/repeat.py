@@ -25,11 +25,13 @@ _ENDLESS = 1 << 20  # passes of an endless repeat inside one outer pass, for num
 class Repeat(Node):
     """``num_epochs`` passes over the input, endless when None. Every shuffle below draws a new order each pass.
 
-    On a stream, a pass may yield nothing in a lane and the next one something (a filter above a shuffle), so all passes are
-    gone through. An endless repeat ends in a lane that finds nothing to read, and, with a warning, after 1,000 passes of
-    which nothing was ever left; where there was something before, that is an error.
+    On a stream, a pass may yield nothing in a lane and the next one something (a filter above a
+    shuffle), so all passes are gone through. An endless repeat ends in a lane that finds nothing to
+    read, and, with a warning, after 1,000 passes of which nothing was ever left; where there was
+    something before, that is an error.
 
-    State: random access: none but the position. Stream: ``[pass, flags: it read 1, yielded 2, ever yielded 4; input state]``.
+    State: random access: none but the position. Stream: ``[pass, flags: it read 1, yielded 2, ever
+        yielded 4; input state]``.
     Resume: reads nothing again.
     """
 
@@ -42,7 +44,9 @@ class Repeat(Node):
         if self.num_epochs is not None:
             require_int(self.num_epochs, "num_epochs", 1, "repeat")
         if self.source.infinite:
-            raise ValueError(f"repeat of something endless never gets to a second pass:\n{self.source!r}")
+            raise ValueError(
+                f"repeat of something endless never gets to a second pass:\n{self.source!r}"
+            )
 
     @property
     def infinite(self) -> bool:
@@ -68,7 +72,14 @@ class Repeat(Node):
         assert length
         require_passes(passes, self.passes_over("", True))
         number, inside = np.divmod(positions, length)
-        return [Selection(bound.input, inside, pass_key(keys, number), passes * self.passes_over("", True) + number)]
+        return [
+            Selection(
+                bound.input,
+                inside,
+                pass_key(keys, number),
+                passes * self.passes_over("", True) + number,
+            )
+        ]
 
     def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
         return _RepeatIterator(self, bound, lane, key, pass_)
@@ -115,11 +126,13 @@ class _RepeatIterator(Iterator):
         if self.empty < _GIVE_UP:
             return
         what = (
-            f"{self.bound.path}: {self.empty:,} passes in a row left nothing of what lane {self.lane.index} of "
-            f"{self.lane.num_lanes} read"
+            f"{self.bound.path}: {self.empty:,} passes in a row left nothing of what lane"
+            f" {self.lane.index} of {self.lane.num_lanes} read"
         )
         if self.ever:
-            raise SourceError(f"{what}. Check what the filters and skipped errors below let through")
+            raise SourceError(
+                f"{what}. Check what the filters and skipped errors below let through"
+            )
         self.lane.ledger.notice(
             f"repeat {self.bound.path}",
             f"{what}, nor any before; it is drained. Fewer lanes (lanes=) give each more rows",
@@ -132,5 +145,10 @@ class _RepeatIterator(Iterator):
     def _load(self, state: State) -> None:
         number, flags, source = state
         self._start(number)
-        self.read, self.any, self.ever, self.empty = bool(flags & 1), bool(flags & 2), bool(flags & 4), 0
+        self.read, self.any, self.ever, self.empty = (
+            bool(flags & 1),
+            bool(flags & 2),
+            bool(flags & 4),
+            0,
+        )
         self.source.load(source)

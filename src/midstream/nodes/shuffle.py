@@ -24,9 +24,10 @@ from midstream.pipeline.rows import I64, U64, Item, Origins, as_origin_array
 class Shuffle(Node):
     """A random permutation of a random-access dataset, another one every epoch and every pass of a repeat.
 
-    The order is a formula (a keyed Feistel network, see `midstream.common.randomness.permute`): O(1) memory for any length. Where
-    the source says that its rows come in blocks (parquet row groups), the blocks are permuted first and then the rows
-    within windows of ``window_blocks`` blocks, so that reading in order touches few blocks at a time:
+    The order is a formula (a keyed Feistel network, see `midstream.common.randomness.permute`):
+    O(1) memory for any length. Where the source says that its rows come in blocks (parquet row
+    groups), the blocks are permuted first and then the rows within windows of ``window_blocks``
+    blocks, so that reading in order touches few blocks at a time:
 
         blocks     A B C D E F     permuted      D A F | C B E      (window_blocks=3)
         rows                       within        daffad..| ecbbce..
@@ -46,13 +47,14 @@ class Shuffle(Node):
             require_int(self.window_blocks, "window_blocks", 1, "shuffle")
         if not self.source.random_access:
             raise TypeError(
-                "a global shuffle needs random access, and this is a stream. Shuffle before the node that makes it one, "
-                f"or hold samples back with .shuffle(seed, buffer_size=10_000):\n{self.source!r}"
+                "a global shuffle needs random access, and this is a stream. Shuffle before the"
+                " node that makes it one, or hold samples back with .shuffle(seed,"
+                f" buffer_size=10_000):\n{self.source!r}"
             )
         if self.source.infinite:
             raise ValueError(
-                "a global shuffle needs a length, and this has none. Shuffle before .repeat(): every pass then has its "
-                f"own order:\n{self.source!r}"
+                "a global shuffle needs a length, and this has none. Shuffle before .repeat():"
+                f" every pass then has its own order:\n{self.source!r}"
             )
 
     def _length(self) -> int | None:
@@ -105,7 +107,9 @@ class _Windows:
         starts = np.concatenate([[0], np.cumsum(sizes)])[:-1]
         self.key, self.seed = key, fold(seed, 2)
         self.block_start = starts[order]  # first source row of the i-th block in the new order
-        self.block_at = np.concatenate([[0], np.cumsum(sizes[order])])  # first position of the i-th block
+        self.block_at = np.concatenate(
+            [[0], np.cumsum(sizes[order])]
+        )  # first position of the i-th block
         self.window_at = np.append(self.block_at[:-1:window_blocks], self.block_at[-1])
 
     def permute(self, positions: I64) -> I64:
@@ -116,7 +120,9 @@ class _Windows:
             here = np.flatnonzero(windows == window)
             first, last = self.window_at[window], self.window_at[window + 1]
             keys = fold_array(self.key, np.array([window]))
-            mixed[here] = first + permute(positions[here] - first, int(last - first), self.seed, keys)
+            mixed[here] = first + permute(
+                positions[here] - first, int(last - first), self.seed, keys
+            )
         blocks = np.searchsorted(self.block_at, mixed, side="right") - 1
         return np.asarray(self.block_start[blocks] + mixed - self.block_at[blocks], dtype=np.int64)
 
@@ -125,8 +131,9 @@ class _Windows:
 class BufferedShuffle(Node):
     """A shuffle of a stream: samples leave in the order of random keys that lie a bounded distance ahead.
 
-    In a lane, input i gets the key ``i + b * u(i)``, u uniform in [0, 1), b = ceil(buffer_size / lanes). A sample leaves
-    when no later input can have a smaller key, so at most b are held and none moves by more than b places. With b = 4:
+    In a lane, input i gets the key ``i + b * u(i)``, u uniform in [0, 1), b = ceil(buffer_size /
+    lanes). A sample leaves when no later input can have a smaller key, so at most b are held and
+    none moves by more than b places. With b = 4:
 
         input   0    1    2    3    4    5           a picture of the state after "1 0" left:
         key     2.1  1.3  5.9  3.2  4.4  8.0         safe point at 2 (the oldest held), seen 4,
@@ -134,9 +141,11 @@ class BufferedShuffle(Node):
 
     The output is a pure function of the input order, so no sample is in the state.
 
-    State: ``{"seen", "last", "held", "oldest", "safe"}``: inputs taken, the input that left last, how many are held, a
-        hash of the oldest one's origin, and ``[number, upstream state]`` of a point not newer than it.
-    Resume: reads at most b + max(1, b // 8) inputs again. When they are not what they were: `ReplayDiverged`.
+    State: ``{"seen", "last", "held", "oldest", "safe"}``: inputs taken, the input that left last,
+        how many are held, a hash of the oldest one's origin, and ``[number, upstream state]`` of a
+        point not newer than it.
+    Resume: reads at most b + max(1, b // 8) inputs again. When they are not what they were:
+    `ReplayDiverged`.
     """
 
     source: Node
@@ -169,7 +178,9 @@ _DRAWS = 1024
 
 
 class _BufferedShuffleIterator(Iterator):
-    def __init__(self, node: BufferedShuffle, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+    def __init__(
+        self, node: BufferedShuffle, bound: BoundNode, lane: Lane, key: int, pass_: int
+    ) -> None:
         self.path = bound.path
         self.source = iterate(bound.input, lane, key, pass_)
         self.reach = -(-node.buffer_size // lane.num_lanes)
@@ -226,7 +237,9 @@ class _BufferedShuffleIterator(Iterator):
         self.live[number] = item[1]
 
     def _prune(self) -> None:
-        """Forget safe points that a newer one, still not newer than the oldest sample held, makes useless."""
+        """Forget safe points that a newer one, still not newer than the oldest sample held, makes
+        useless.
+        """
         oldest = next(iter(self.live), self.seen)
         while len(self.safe) > 1 and self.safe[1][0] <= oldest:
             self.safe.popleft()
@@ -266,9 +279,10 @@ class _BufferedShuffleIterator(Iterator):
         expected = (state["seen"], state["held"], state["oldest"])
         if found != expected:
             raise ReplayDiverged(
-                f"{self.path}: what was read again is not what was read before. Expected {expected[1]} samples held after "
-                f"{expected[0]} inputs (oldest {expected[2]}), found {found[1]} after {found[0]} (oldest {found[2]}). The "
-                f"data changed, or user code below failed on a sample then and not now (or the reverse)."
+                f"{self.path}: what was read again is not what was read before. Expected"
+                f" {expected[1]} samples held after {expected[0]} inputs (oldest {expected[2]}),"
+                f" found {found[1]} after {found[0]} (oldest {found[2]}). The data changed, or user"
+                " code below failed on a sample then and not now (or the reverse)."
             )
 
 

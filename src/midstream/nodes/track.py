@@ -22,7 +22,8 @@ __all__ = ["Track"]
 class Track(Node):
     """Every sample as it is, its metrics taken. One to one, so random access is kept.
 
-    State: ``[number, input]`` in a stream, none of its own over random access; the totals are once per rank.
+    State: ``[number, input]`` in a stream, none of its own over random access; the totals are once
+        per rank.
     Resume: reads nothing again; what comes by again counts once.
     """
 
@@ -41,21 +42,28 @@ class Track(Node):
         for name in names:
             if "/" in name or len(name) > 64:
                 raise ValueError(
-                    f"track: the name of a metric has at most 64 characters and no '/'; found {name!r:.80}"
+                    "track: the name of a metric has at most 64 characters and no '/'; found"
+                    f" {name!r:.80}"
                 )
         below = [self.source]
         while below:
             node = below.pop()
-            if isinstance(node, Track) and (twice := sorted(names & {name for name, _ in node.metrics})):
+            if isinstance(node, Track) and (
+                twice := sorted(names & {name for name, _ in node.metrics})
+            ):
                 raise ValueError(
-                    f"track: {', '.join(map(repr, twice))} is tracked further down already; choose another name"
+                    f"track: {', '.join(map(repr, twice))} is tracked further down already; choose"
+                    " another name"
                 )
             below.extend(node.inputs().values())
 
     @staticmethod
     def of(source: Node, metrics: Mapping[str, Any]) -> Track:
         """A node that tracks metrics, or plain functions, by name."""
-        return Track(source, tuple((name, as_metric(metric, name)) for name, metric in sorted(metrics.items())))
+        return Track(
+            source,
+            tuple((name, as_metric(metric, name)) for name, metric in sorted(metrics.items())),
+        )
 
     def spec_fields(self) -> dict[str, State]:
         """The kind of each metric, by name."""
@@ -116,7 +124,9 @@ class _Measure:
     def __init__(self, node: Track, bound: BoundNode) -> None:
         self.bound, self.metrics = bound, node.metrics
 
-    def __call__(self, sample: Any, origins: Origins) -> tuple[tuple[Any, ...] | None, FailedSample | None]:
+    def __call__(
+        self, sample: Any, origins: Origins
+    ) -> tuple[tuple[Any, ...] | None, FailedSample | None]:
         """A value of each metric, and the hole in the sample's place where a function failed."""
         errors: tuple[Any, ...] = ()
         if type(sample) is FailedSample:
@@ -131,7 +141,14 @@ class _Measure:
         except Exception as error:
             name, metric = self.metrics[len(values)]
             label = f"{describe_callable(metric.fn)} (metric {name!r})"
-            call = Call(self.bound, metric.fn, False, None, lambda sample, _: metric.value(sample), label=label)
+            call = Call(
+                self.bound,
+                metric.fn,
+                False,
+                None,
+                lambda sample, _: metric.value(sample),
+                label=label,
+            )
             hole = call.failed(error, origins, sample)
             return None, FailedSample(errors + hole.errors, hole.rest)
 

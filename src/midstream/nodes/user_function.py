@@ -18,11 +18,15 @@ from midstream.pipeline.failures import ErrorRate, FailedSample, SampleFailure, 
 from midstream.pipeline.node import BoundNode
 from midstream.pipeline.rows import Origins, as_origin_array
 
-RETURNED_NONE = "the function returned None; a sample is what it returns (to drop samples, use .filter)"
+RETURNED_NONE = (
+    "the function returned None; a sample is what it returns (to drop samples, use .filter)"
+)
 
 
 class Call:
-    """User code applied to one sample: returns its value, or a `FailedSample` that says what went wrong."""
+    """User code applied to one sample: returns its value, or a `FailedSample` that says what went
+    wrong.
+    """
 
     __slots__ = ("bound", "call", "fn", "label", "limit", "quarantine", "quiet", "trail")
 
@@ -37,7 +41,10 @@ class Call:
         label: str | None = None,
     ) -> None:
         self.bound, self.fn, self.quiet, self.limit, self.call = bound, fn, quiet, limit, call
-        self.quarantine, self.label = quarantine, label  # the function in words; None: its name and place
+        self.quarantine, self.label = (
+            quarantine,
+            label,
+        )  # the function in words; None: its name and place
         self.trail = bound.trail
 
     def __call__(self, sample: Any, origins: Origins) -> Any:
@@ -66,32 +73,50 @@ class Call:
     def failed(self, error: BaseException, origins: Origins, sample: Any) -> FailedSample:
         """The hole in the sample's place."""
         if isinstance(error, StopIteration):  # it would end the stream of whoever re-raises it
-            error = RuntimeError(f"the function raised StopIteration({error})").with_traceback(error.__traceback__)
+            error = RuntimeError(f"the function raised StopIteration({error})").with_traceback(
+                error.__traceback__
+            )
         array = as_origin_array(origins)
         origin = self.bound.origin(array[0].tolist()) if len(array) else None
         function = self.label or describe_callable(self.fn)
-        failure = SampleFailure(self.bound.path, origin, function, error, quiet=self.quiet, limit=self.limit)
+        failure = SampleFailure(
+            self.bound.path, origin, function, error, quiet=self.quiet, limit=self.limit
+        )
         failure.rows = array if len(array) > 1 else None
         return FailedSample(
-            (failure if self.quarantine is None else failure.quarantined(self.quarantine, error, sample),)
+            (
+                (
+                    failure
+                    if self.quarantine is None
+                    else failure.quarantined(self.quarantine, error, sample)
+                ),
+            )
         )
 
 
-def require_limit(on_error: str, max_errors: int | ErrorRate | None, quarantine: str | None, where: str) -> None:
+def require_limit(
+    on_error: str, max_errors: int | ErrorRate | None, quarantine: str | None, where: str
+) -> None:
     """Refuse a limit or a quarantine that would do nothing."""
     if isinstance(max_errors, ErrorRate):
         require_int(max_errors.window, "the window of max_errors", 1, where)
         if not 0 < max_errors.rate < 1:
-            raise ValueError(f"{where}: the rate of max_errors is in (0, 1); found {max_errors.rate!r}")
+            raise ValueError(
+                f"{where}: the rate of max_errors is in (0, 1); found {max_errors.rate!r}"
+            )
     elif max_errors is not None:
         require_int(max_errors, "max_errors", 0, where)
     if on_error == "raise" and max_errors is not None:
-        raise ValueError(f'{where}: max_errors counts skipped samples, so it goes with on_error="skip"')
+        raise ValueError(
+            f'{where}: max_errors counts skipped samples, so it goes with on_error="skip"'
+        )
     if quarantine is not None:
         if not isinstance(quarantine, str):
             raise TypeError(f"{where}: quarantine is the path of a folder; found {quarantine!r}")
         if on_error == "raise":
-            raise ValueError(f'{where}: quarantine keeps skipped samples, so it goes with on_error="skip"')
+            raise ValueError(
+                f'{where}: quarantine keeps skipped samples, so it goes with on_error="skip"'
+            )
 
 
 def origin_key(seed: int, origins: Origins) -> int:

@@ -1,11 +1,12 @@
 """What a worker has in hand, written where its parent can still read it when the worker is dead.
 
-The table is shared memory: int64, shape [workers, 1 + ROWS, 5]. The first row of a worker's part is ``(n, 0, 0, 0, 0)``: how
-many rows it has in hand, 0 between two turns. Their origins follow; where they are more than `ROWS`, the smallest and the
-largest do.
+The table is shared memory: int64, shape [workers, 1 + ROWS, 5]. The first row of a worker's part is
+``(n, 0, 0, 0, 0)``: how many rows it has in hand, 0 between two turns. Their origins follow; where
+they are more than `ROWS`, the smallest and the largest do.
 
-Written before a source is read and before user code is called: once a chunk on the random-access face, once a sample on
-the stream face (0.1 µs), because there a buffer may lie between what was read last and what is worked on.
+Written before a source is read and before user code is called: once a chunk on the random-access
+face, once a sample on the stream face (0.1 µs), because there a buffer may lie between what was
+read last and what is worked on.
 """
 
 from __future__ import annotations
@@ -50,14 +51,19 @@ class Trail:
         self._count = memoryview(table.data).cast("B").cast("q")
         self._rows = table[1:]
         self.row = functools.partial(struct.Struct("q32x5q").pack_into, self._count, 0, 1)
-        self._last: Callable[[], I64 | None] = lambda: None  # weak: a large array kept makes the next one dear
+        self._last: Callable[[], I64 | None] = lambda: (
+            None
+        )  # weak: a large array kept makes the next one dear
 
     def rows(self, origins: I64) -> None:
         """These samples are in hand: int64, shape [n, 5]."""
         self._count[0] = 0
         number = len(origins)
         if number > ROWS:
-            self._rows[0], self._rows[1] = _reduce(np.minimum, origins), _reduce(np.maximum, origins)
+            self._rows[0], self._rows[1] = (
+                _reduce(np.minimum, origins),
+                _reduce(np.maximum, origins),
+            )
         else:
             self._rows[:number] = origins
         self._count[0] = number
@@ -95,7 +101,10 @@ def describe_trail(table: I64, names: Sequence[str]) -> str:
     if number > ROWS:
         low, high = table[1], table[2]
         sources = " and ".join(repr(name) for name in names[low[0] : high[0] + 1])
-        return f"{number:,} rows between {low[2]:,} and {high[2]:,} of {sources} ({_passes(low[1], high[1])})"
+        return (
+            f"{number:,} rows between {low[2]:,} and {high[2]:,} of {sources}"
+            f" ({_passes(low[1], high[1])})"
+        )
     origins = table[1 : number + 1]
     parts = []
     for source, pass_ in np.unique(origins[:, :2], axis=0).tolist():

@@ -1,8 +1,9 @@
 """Samples held as columns: what a table gives, until someone needs the rows.
 
-A source over a table has one list per column in hand, not one dict per sample. `Columns` passes them on as they are: nodes that
-only move samples (shuffle, interleave, take, ...) never make a dict, `batch` puts a column into its tensor in one go, and the
-first node that looks at a sample (map, filter) turns them into the dicts it would have got.
+A source over a table has one list per column in hand, not one dict per sample. `Columns` passes
+them on as they are: nodes that only move samples (shuffle, interleave, take, ...) never make a
+dict, `batch` puts a column into its tensor in one go, and the first node that looks at a sample
+(map, filter) turns them into the dicts it would have got.
 """
 
 from __future__ import annotations
@@ -50,20 +51,30 @@ class Column:
     def lengths(self) -> npt.NDArray[np.int64]:
         """Of sequences: int64, shape [k]."""
         if self._lengths is None:
-            self._lengths = np.fromiter(map(len, self.values), dtype=np.int64, count=len(self.values))
+            self._lengths = np.fromiter(
+                map(len, self.values), dtype=np.int64, count=len(self.values)
+            )
         return self._lengths
 
     def __getitem__(self, part: slice) -> Column:
         """The values of some samples."""
         if self.array is not None:
             return Column(None, None, self.array[part])
-        return Column(self.values[part], self.dtype, None, None if self._lengths is None else self._lengths[part])
+        return Column(
+            self.values[part],
+            self.dtype,
+            None,
+            None if self._lengths is None else self._lengths[part],
+        )
 
     def own(self) -> Column:
         """The same values without views into someone else's memory."""
         if self.array is not None:
             return self
-        return Column([value.copy() if isinstance(value, np.ndarray) else value for value in self.values], self.dtype)
+        return Column(
+            [value.copy() if isinstance(value, np.ndarray) else value for value in self.values],
+            self.dtype,
+        )
 
 
 class Columns:
@@ -103,7 +114,8 @@ class Columns:
     def join(parts: Sequence[Columns], order: npt.NDArray[np.int64]) -> Columns | None:
         """The samples of several parts, one after the other, then picked by ``order`` (int64, shape [k]).
 
-        None where the parts differ in names, their order, or what the columns hold: then there is no such column.
+        None where the parts differ in names, their order, or what the columns hold: then there is
+        no such column.
         """
         first = parts[0]
         if any(part.names != first.names for part in parts):
@@ -119,9 +131,15 @@ class Columns:
                 continue
             if arrays:
                 return None
-            values = [value for column in same for value in column.values] if len(same) > 1 else same[0].values
+            values = (
+                [value for column in same for value in column.values]
+                if len(same) > 1
+                else same[0].values
+            )
             picked = (
-                list(itemgetter(*order.tolist())(values)) if len(order) > 1 else [values[i] for i in order.tolist()]
+                list(itemgetter(*order.tolist())(values))
+                if len(order) > 1
+                else [values[i] for i in order.tolist()]
             )
             columns.append(Column(picked, same[0].dtype))
         return Columns(first.names, columns, len(order))
@@ -137,7 +155,9 @@ class Block(np.ndarray):
     refs: list[weakref.ref[Any]]
 
 
-def rows_of_block(shape: tuple[int, int], dtype: Any) -> tuple[npt.NDArray[Any], list[npt.NDArray[Any]]]:
+def rows_of_block(
+    shape: tuple[int, int], dtype: Any
+) -> tuple[npt.NDArray[Any], list[npt.NDArray[Any]]]:
     """An array to be filled, and its rows, which `whole_block` knows again."""
     block = Block(shape, dtype)
     whole = block.view(np.ndarray)
@@ -149,6 +169,10 @@ def rows_of_block(shape: tuple[int, int], dtype: Any) -> tuple[npt.NDArray[Any],
 def whole_block(rows: Sequence[Any]) -> npt.NDArray[Any] | None:
     """The array of which these are all rows, in order; None if they are anything else."""
     whole = rows[0].base
-    if type(whole) is not np.ndarray or type(whole.base) is not Block or len(whole.base.refs) != len(rows):
+    if (
+        type(whole) is not np.ndarray
+        or type(whole.base) is not Block
+        or len(whole.base.refs) != len(rows)
+    ):
         return None
     return whole if all(ref() is row for ref, row in zip(whole.base.refs, rows)) else None

@@ -23,18 +23,22 @@ _FAST, _SLOW, _LONG = 2e-3, 8e-3, 16e-3
 
 _SETTLED = 64  # chunks until a larger one is tried again
 
-_FORETOLD, _FAR = 8, 1 << 16  # sources are told of so many chunks at a time, and of no row further off
+_FORETOLD, _FAR = (
+    8,
+    1 << 16,
+)  # sources are told of so many chunks at a time, and of no row further off
 
 
 class Cursor(Iterator):
     """Reads a random-access dataset forward, in chunks of positions.
 
-    Lane l reads the blocks of ``lane.block`` positions whose number is l modulo ``lane.num_lanes``. Chunks grow while
-    reading is fast and shrink when it is slow, so a cheap pipeline is vectorised and an expensive one starts at once; in
-    between a larger chunk is tried, and kept where it makes a row cheaper (a mix of many sources). That changes when rows
-    are read, never which.
+    Lane l reads the blocks of ``lane.block`` positions whose number is l modulo ``lane.num_lanes``.
+    Chunks grow while reading is fast and shrink when it is slow, so a cheap pipeline is vectorised
+    and an expensive one starts at once; in between a larger chunk is tried, and kept where it makes
+    a row cheaper (a mix of many sources). That changes when rows are read, never which.
 
-    State: ``[at, told, block]``: rows of this lane delivered; errors of the next row already raised; block size.
+    State: ``[at, told, block]``: rows of this lane delivered; errors of the next row already
+        raised; block size.
     Resume: nothing is read again but the row in progress when part of it failed.
     """
 
@@ -46,15 +50,23 @@ class Cursor(Iterator):
         self.length = bound.node.length()
         self.first = 0  # number, in this lane, of the first item read ahead
         self.items: list[Item] = []
-        self.ahead: Rows | None = None  # the same, where they are taken by column; then no items until one is asked for
+        self.ahead: Rows | None = (
+            None  # the same, where they are taken by column; then no items until one is asked for
+        )
         self.later: LazyBatches | None = None  # the same, where each is made when it is taken
         self.count = 0  # how many are read ahead
         self.by_block = False
         self.at = 0
         self.told = 0
         self.floor, self.cost = 1, 0.0
-        self.tried, self.paid, self.settled = 0.0, False, 0  # cost of a row before the chunk was doubled; did that pay?
-        self.chunk = min(lane.block, _MAX_CHUNK)  # what takes rows by blocks needs a whole one at once
+        self.tried, self.paid, self.settled = (
+            0.0,
+            False,
+            0,
+        )  # cost of a row before the chunk was doubled; did that pay?
+        self.chunk = min(
+            lane.block, _MAX_CHUNK
+        )  # what takes rows by blocks needs a whole one at once
         self.sources = [each.node for each in bound.walk() if each.node.reads_ahead]
         self.foretold = 0  # up to which row of this lane
 
@@ -122,7 +134,11 @@ class Cursor(Iterator):
         elif items or rows.columns is None:
             self.count, size = len(items), num_bytes(items[0][0])
         else:
-            self.ahead, self.count, size = rows, len(rows.origins), num_bytes(rows.columns[:1].samples()[0])
+            self.ahead, self.count, size = (
+                rows,
+                len(rows.origins),
+                num_bytes(rows.columns[:1].samples()[0]),
+            )
         self.lane.ledger.reads += 1
         most = min(_MAX_CHUNK, _CHUNK_BYTES // max(1, size))
         self._adapt(elapsed, elapsed / self.count, most)
@@ -140,7 +156,9 @@ class Cursor(Iterator):
         return numbers
 
     def _hint(self) -> None:
-        """While the consumer has the rows just read, sources that want to may read those that follow."""
+        """While the consumer has the rows just read, sources that want to may read those that
+        follow.
+        """
         after = self.first + self.count
         first = max(after, self.foretold)
         stop = min(first + _FORETOLD * self.chunk, after + _FAR)
@@ -155,13 +173,18 @@ class Cursor(Iterator):
 
     def _items(self, rows: Rows | LazyBatches) -> list[Item]:
         """Samples that were made one by one."""
-        return [] if isinstance(rows, LazyBatches) or (self.by_block and rows.columns is not None) else rows.items()
+        return (
+            []
+            if isinstance(rows, LazyBatches) or (self.by_block and rows.columns is not None)
+            else rows.items()
+        )
 
     def ahead_by_column(self) -> tuple[Columns, I64, int] | None:
         """What was read together, as columns, with its origins, and the number of the first that is still ahead; call
         `pass_by` for what was taken.
 
-        None where samples must be taken one by one: there are no columns, a failure is being told, or this is the end.
+        None where samples must be taken one by one: there are no columns, a failure is being told,
+        or this is the end.
         """
         self.by_block = True
         if self._loaded is not None:
@@ -182,7 +205,9 @@ class Cursor(Iterator):
         self.at += number
 
     def _adapt(self, elapsed: float, cost: float, most: int) -> None:
-        """Choose the size of the next chunk, ``most`` rows if it grows; ``cost`` is of a row, both in seconds."""
+        """Choose the size of the next chunk, ``most`` rows if it grows; ``cost`` is of a row, both
+        in seconds.
+        """
         if self.tried:
             self.paid, self.tried = cost < 0.75 * self.tried, 0.0
             if not self.paid:
@@ -191,8 +216,11 @@ class Cursor(Iterator):
             self.floor = self.chunk
         room = self.chunk < most
         if elapsed < _FAST:
-            # A run has many lanes, each with a cursor that begins small: four times where that is fast enough too.
-            self.chunk = min((4 if 4 * elapsed < _FAST else 2) * self.chunk, most) if room else self.chunk
+            # A run has many lanes, each with a cursor that begins small: four times where that is
+            # fast enough too.
+            self.chunk = (
+                min((4 if 4 * elapsed < _FAST else 2) * self.chunk, most) if room else self.chunk
+            )
         elif room and not self.settled and elapsed < (_LONG if self.paid else _SLOW):
             self.tried, self.chunk = cost, min(2 * self.chunk, most)
         elif elapsed > _SLOW:
@@ -200,7 +228,9 @@ class Cursor(Iterator):
         self.settled = max(0, self.settled - 1)
 
     def _shrink(self, cost: float) -> None:
-        """Read less at a time, unless that made a row dearer (where one row costs a whole row group, say)."""
+        """Read less at a time, unless that made a row dearer (where one row costs a whole row
+        group, say).
+        """
         if self.cost and cost > 1.5 * self.cost:
             self.chunk = self.floor = min(2 * self.chunk, _MAX_CHUNK)
             self.cost = 0.0
@@ -221,7 +251,9 @@ class Cursor(Iterator):
 
 
 class TrackingCursor(Cursor):
-    """A `Cursor` over nodes that track metrics: what they tracked of a row counts when the row is handed out, or fails."""
+    """A `Cursor` over nodes that track metrics: what they tracked of a row counts when the row is
+    handed out, or fails.
+    """
 
     def __init__(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
         super().__init__(bound, lane, key, pass_)
@@ -251,11 +283,17 @@ class TrackingCursor(Cursor):
         return
 
     def _count(self, sample: Any, origins: Origins) -> None:
-        """Count what was tracked of a row: of all that it is made of, whether it failed later on or not."""
+        """Count what was tracked of a row: of all that it is made of, whether it failed later on or
+        not.
+        """
         row = sample if self.later is not None else self.items[self.at - (self.told == 0)][0]
         whole: list[tuple[int, ...]] = []
         if type(row) is not FailedSample or row.rest is not MISSING:
-            whole = [origins[:4]] if type(origins) is tuple else list(map(tuple, origins[:, :4].tolist()))
+            whole = (
+                [origins[:4]]
+                if type(origins) is tuple
+                else list(map(tuple, origins[:, :4].tolist()))
+            )
         for error in row.errors if type(row) is FailedSample else ():
             if error.rows is not None:
                 whole.extend(map(tuple, error.rows[:, :4].tolist()))

@@ -23,8 +23,8 @@ class ErrorRate(NamedTuple):
 
     Attributes:
         rate: Part of the samples of a window, in (0, 1).
-        window: Samples looked at together. More than ``rate * window`` failures among so many raise, wherever they lie; the
-            window begins anew at a resume.
+        window: Samples looked at together. More than ``rate * window`` failures among so many
+            raise, wherever they lie; the window begins anew at a resume.
 
     >>> import midstream as ms
     >>> ds = ms.from_dataset(range(1000)).map(lambda x: 1 // (x % 100), on_error="skip", max_errors=ms.ErrorRate(0.02, 500))
@@ -78,7 +78,8 @@ class SampleFailure:
         quiet: Counted (``on_error="skip"``) instead of raised.
         limit: ``max_errors`` of the node, or None.
         record: What is written to the node's quarantine when it is counted, or None.
-        rows: Origins of all that was lost with it, as int64 [m, 5], where it was more than one row; else None.
+        rows: Origins of all that was lost with it, as int64 [m, 5], where it was more than one row;
+        else None.
     """
 
     __slots__ = (
@@ -105,7 +106,13 @@ class SampleFailure:
         quiet: bool = False,
         limit: int | ErrorRate | None = None,
     ) -> None:
-        self.node, self.origin, self.function, self.quiet, self.limit = node, origin, function, quiet, limit
+        self.node, self.origin, self.function, self.quiet, self.limit = (
+            node,
+            origin,
+            function,
+            quiet,
+            limit,
+        )
         self.error_type = type(error).__qualname__
         self.message = _words(error)
         # The first frame is ours: the call of the user's function.
@@ -117,12 +124,21 @@ class SampleFailure:
     def quarantined(self, folder: str, error: BaseException, sample: Any) -> SampleFailure:
         """The same, to be written to a quarantine when it is counted."""
         self.record = Record(
-            folder, self.node, self.origin, self.function, self.error_type, self.message, _traceback(error), sample
+            folder,
+            self.node,
+            self.origin,
+            self.function,
+            self.error_type,
+            self.message,
+            _traceback(error),
+            sample,
         )
         return self
 
     def error(self) -> SampleError:
-        """The exception to raise for it, with the original as its cause where that could be carried over."""
+        """The exception to raise for it, with the original as its cause where that could be carried
+        over.
+        """
         kind = self.node.split("/")[-1].split("#")[0]
         if kind in ("from_dataset", "read_parquet", "read_json", "from_iterable"):
             advice = "Mend or remove that row to be rid of it."
@@ -154,7 +170,9 @@ class SampleFailure:
 
 
 class Excluded(SampleFailure):
-    """A sample that `DataLoader.exclude` left out: it goes the way of a quiet failure, and is counted as what it is."""
+    """A sample that `DataLoader.exclude` left out: it goes the way of a quiet failure, and is
+    counted as what it is.
+    """
 
     __slots__ = ()
 
@@ -184,7 +202,9 @@ def _traceback(error: BaseException) -> str:
 
 
 def _pickle_exception(error: BaseException) -> bytes:
-    """The exception as bytes, or nothing where it would not survive (a constructor with two arguments, say)."""
+    """The exception as bytes, or nothing where it would not survive (a constructor with two
+    arguments, say).
+    """
     try:
         data = pickle.dumps(error)
         copy = pickle.loads(data)

@@ -19,10 +19,13 @@ class Lane:
     Attributes:
         index: Number of the lane, from 0.
         num_lanes: How many there are.
-        block: How many consecutive positions of a random-access input belong to one lane (the batch size).
+        block: How many consecutive positions of a random-access input belong to one lane (the batch
+            size).
         ledger: Where the lane counts what it drops.
-        dealt: The batch size by which this epoch's rows were dealt to lanes, where the pipeline has another one by now.
-        edits: Weights of mixes that were changed on the way (`midstream.nodes.mix.picks.LaneEdits`), or None.
+        dealt: The batch size by which this epoch's rows were dealt to lanes, where the pipeline has
+            another one by now.
+        edits: Weights of mixes that were changed on the way
+        (`midstream.nodes.mix.picks.LaneEdits`), or None.
     """
 
     index: int
@@ -56,10 +59,11 @@ def replaying() -> bool:
 class Iterator:
     """The running form of a dataset in one lane.
 
-    A subclass implements ``_next`` (return the next item or raise StopIteration, again and again once it ended),
-    ``_state`` (plain values; it may share them, the base class copies) and ``_load`` (take such a state, whatever the
-    iterator did before). A loaded state is applied by the first ``next()``, so loading costs nothing and
-    ``state_dict()`` after it returns what was loaded.
+    A subclass implements ``_next`` (return the next item or raise StopIteration, again and again
+    once it ended), ``_state`` (plain values; it may share them, the base class copies) and
+    ``_load`` (take such a state, whatever the iterator did before). A loaded state is applied by
+    the first ``next()``, so loading costs nothing and ``state_dict()`` after it returns what was
+    loaded.
     """
 
     _loaded: State = None
@@ -78,8 +82,8 @@ class Iterator:
                 if isinstance(error, MidstreamError):
                     raise
                 raise CheckpointError(
-                    f"{type(self).__name__.strip('_')} cannot take this state ({type(error).__name__}: {error}): "
-                    f"{self._loaded!r:.200}"
+                    f"{type(self).__name__.strip('_')} cannot take this state"
+                    f" ({type(error).__name__}: {error}): {self._loaded!r:.200}"
                 ) from error
             finally:
                 _loading.depth -= 1
@@ -95,7 +99,9 @@ class Iterator:
         self.load(copy_plain(state))
 
     def snapshot(self) -> State:
-        """`state_dict` without the copy: for a caller that encodes it at once or keeps it unchanged."""
+        """`state_dict` without the copy: for a caller that encodes it at once or keeps it
+        unchanged.
+        """
         if self._loaded is not None:
             return self._loaded
         if self._known is None:
@@ -119,8 +125,9 @@ class Iterator:
 class SafePoint:
     """The upstream of a buffering node, with a state that can be rebuilt.
 
-    The state of ``upstream`` is taken every ``every`` inputs (a deep state costs more than an input), at input numbers
-    that are multiples of ``every``, so that the state at a position does not depend on where the run was resumed.
+    The state of ``upstream`` is taken every ``every`` inputs (a deep state costs more than an
+    input), at input numbers that are multiples of ``every``, so that the state at a position does
+    not depend on where the run was resumed.
     """
 
     __slots__ = ("every", "number", "state", "state_at", "upstream")
@@ -160,6 +167,6 @@ class SafePoint:
                 self.next()
             except StopIteration:
                 raise ReplayDiverged(
-                    f"the input ended after {self.number} samples while {number} were to be read again; has the data "
-                    f"changed since the checkpoint was saved?"
+                    f"the input ended after {self.number} samples while {number} were to be read"
+                    " again; has the data changed since the checkpoint was saved?"
                 ) from None

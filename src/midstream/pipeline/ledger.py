@@ -16,7 +16,9 @@ from midstream.pipeline.quarantine import write_record
 
 
 class LaneReport(NamedTuple):
-    """What a lane has to tell with a delivery: counts, warnings, limits of the nodes that failed, and tracked metrics."""
+    """What a lane has to tell with a delivery: counts, warnings, limits of the nodes that failed,
+    and tracked metrics.
+    """
 
     events: dict[str, int]
     notices: list[tuple[str, str]]
@@ -38,10 +40,21 @@ class Ledger:
         notices: (key, text) of warnings for the user, to be given once.
         limits: ``max_errors`` of the nodes that failed.
         writes: Whether quarantines are written; not where somebody only looks.
-        reads: Grows when a source of the lane gives anything: tells an empty pass from one of which nothing was left.
+        reads: Grows when a source of the lane gives anything: tells an empty pass from one of which
+        nothing was left.
     """
 
-    __slots__ = ("events", "limits", "marks", "moved", "notices", "reads", "tracked", "tracks", "writes")
+    __slots__ = (
+        "events",
+        "limits",
+        "marks",
+        "moved",
+        "notices",
+        "reads",
+        "tracked",
+        "tracks",
+        "writes",
+    )
 
     def __init__(self, *, writes: bool = True, tracks: bool = False) -> None:
         self.marks: dict[str, list[int]] = {}
@@ -53,26 +66,38 @@ class Ledger:
         self.writes, self.tracks = writes, tracks
         self.reads = 0
 
-    def dropped(self, kind: str, path: str, source: int, pass_: int, number: int, count: int = 1) -> None:
-        """Count what node ``path`` dropped on its input ``number`` of pass ``pass_``, unless a replay did already."""
+    def dropped(
+        self, kind: str, path: str, source: int, pass_: int, number: int, count: int = 1
+    ) -> None:
+        """Count what node ``path`` dropped on its input ``number`` of pass ``pass_``, unless a
+        replay did already.
+        """
         self.count(path, pass_, number, {f"{kind}|{path}|{source}": count})
 
     def count(self, mark: str, pass_: int, number: int, counts: Mapping[str, int]) -> None:
-        """Count several things at once, unless the mark has been at ``number`` of pass ``pass_`` already."""
+        """Count several things at once, unless the mark has been at ``number`` of pass ``pass_``
+        already.
+        """
         if self.first_time(mark, pass_, number):
             for key, count in counts.items():
                 self.events[key] = self.events.get(key, 0) + count
 
     def first_time(self, mark: str, pass_: int, number: int) -> bool:
-        """Whether the mark comes by ``number`` of pass ``pass_`` for the first time; remembers that it did."""
+        """Whether the mark comes by ``number`` of pass ``pass_`` for the first time; remembers that
+        it did.
+        """
         if self.marks.get(mark, _NEVER) >= [pass_, number]:
             return False
         self.marks[mark] = [pass_, number]
         self.moved.add(mark)
         return True
 
-    def track(self, path: str, source: int, kinds: Mapping[str, str], values: Sequence[tuple[Any, ...]]) -> None:
-        """Take in what was tracked of some samples: for each of them a value by metric, in the order of ``kinds``."""
+    def track(
+        self, path: str, source: int, kinds: Mapping[str, str], values: Sequence[tuple[Any, ...]]
+    ) -> None:
+        """Take in what was tracked of some samples: for each of them a value by metric, in the
+        order of ``kinds``.
+        """
         if self.tracks:
             found = self.tracked.get((path, source))
             if found is None:
@@ -80,7 +105,9 @@ class Ledger:
             found.add(values)
 
     def failed(self, failure: SampleFailure, source: int) -> None:
-        """Count a skipped sample. It is met once: failures pass every buffer at once and replays swallow them."""
+        """Count a skipped sample. It is met once: failures pass every buffer at once and replays
+        swallow them.
+        """
         kind = "excluded" if type(failure) is Excluded else f"failed {failure.error_type}"
         key = f"{kind}|{failure.node}|{source}"
         self.events[key] = self.events.get(key, 0) + 1
@@ -119,7 +146,9 @@ def failed_in(events: Mapping[str, int]) -> int:
 
 
 class RecentFailures:
-    """The last failures of nodes that have a rate for a limit: after how many samples, and how many, for each node."""
+    """The last failures of nodes that have a rate for a limit: after how many samples, and how
+    many, for each node.
+    """
 
     def __init__(self) -> None:
         self._known: dict[str, int] = {}
@@ -130,7 +159,9 @@ class RecentFailures:
         self._known, self._last = _failed_by_node(events), {}
 
     def add(self, path: str, failed: int, seen: int, limit: ErrorRate) -> int:
-        """Failures of a node among the last samples, when it has ``failed`` in all after ``seen`` samples of the rank."""
+        """Failures of a node among the last samples, when it has ``failed`` in all after ``seen``
+        samples of the rank.
+        """
         last = self._last.setdefault(path, deque())
         new = failed - self._known.get(path, 0)
         if new > 0:
@@ -142,7 +173,10 @@ class RecentFailures:
 
 
 def check_limits(
-    events: Mapping[str, int], limits: Mapping[str, int | ErrorRate], windows: RecentFailures, seen: int
+    events: Mapping[str, int],
+    limits: Mapping[str, int | ErrorRate],
+    windows: RecentFailures,
+    seen: int,
 ) -> None:
     """Compare the failures counted so far with every node's ``max_errors``.
 
@@ -157,22 +191,29 @@ def check_limits(
     """
     for path, limit in limits.items():
         failed = {
-            key: count for key, count in events.items() if key.startswith("failed ") and key.split("|")[1] == path
+            key: count
+            for key, count in events.items()
+            if key.startswith("failed ") and key.split("|")[1] == path
         }
-        kinds = [f"{count} x {key.split('|')[0].removeprefix('failed ')}" for key, count in sorted(failed.items())]
+        kinds = [
+            f"{count} x {key.split('|')[0].removeprefix('failed ')}"
+            for key, count in sorted(failed.items())
+        ]
         total = sum(failed.values())
         if isinstance(limit, ErrorRate):
             recent = windows.add(path, total, seen, limit)
             if recent > limit.most:
                 raise TooManyErrors(
-                    f"{path} skipped {recent:,} of the last {min(seen, limit.window):,} samples, more than "
-                    f"max_errors={limit} allows ({limit.most:,}); in all:{bullet_list(kinds)}\n"
-                    f"Look at one of them with on_error='raise' or in a quarantine=..., or raise max_errors."
+                    f"{path} skipped {recent:,} of the last {min(seen, limit.window):,} samples,"
+                    f" more than max_errors={limit} allows ({limit.most:,}); in"
+                    f" all:{bullet_list(kinds)}\nLook at one of them with on_error='raise' or in a"
+                    " quarantine=..., or raise max_errors."
                 )
         elif total > limit:
             raise TooManyErrors(
-                f"{path} skipped {total} samples, more than max_errors={limit}:{bullet_list(kinds)}\n"
-                f"Look at one of them with on_error='raise' or in a quarantine=..., or raise max_errors."
+                f"{path} skipped {total} samples, more than"
+                f" max_errors={limit}:{bullet_list(kinds)}\nLook at one of them with"
+                " on_error='raise' or in a quarantine=..., or raise max_errors."
             )
 
 

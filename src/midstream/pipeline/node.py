@@ -8,11 +8,13 @@
     Cursor     the one Iterator of every random-access dataset: reads chunks of positions ahead.
     Run        ``iter(dataset)``: one lane without a loader; what a bare StatefulDataLoader drives too.
 
-A node implements ``inputs``, ``random_access``, ``length`` and then ``_rows`` (random access) or ``_iterate`` (stream).
-What flows between nodes is a pair ``(sample, origins)``. A sample that user code failed on travels in band, as a `Hole`
-in its place, so no exception ever crosses a node and no buffer is left half filled.
+A node implements ``inputs``, ``random_access``, ``length`` and then ``_rows`` (random access) or
+``_iterate`` (stream). What flows between nodes is a pair ``(sample, origins)``. A sample that user
+code failed on travels in band, as a `Hole` in its place, so no exception ever crosses a node and no
+buffer is left half filled.
 
-This file is the longest in the package: both faces, and every rule that all nodes share, read here top to bottom.
+This file is the longest in the package: both faces, and every rule that all nodes share, read here
+top to bottom.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Selection(NamedTuple):
         positions: Its positions, int64, shape [j].
         keys: uint64, shape [1] or [j]: see `Node._rows`.
         passes: int64, shape [1] or [j].
-        here: Their places in what was asked for, int64, shape [j]; None where they are all of it, in order.
+        here: Their places in what was asked for, int64, shape [j]; None where they are all of it,
+        in order.
     """
 
     bound: BoundNode
@@ -58,13 +61,15 @@ class BoundNode:
 
     Attributes:
         node: The description.
-        path: Unique in the tree, like ``web/shuffle``; the prefix is the names chosen in interleave and concatenate.
+        path: Unique in the tree, like ``web/shuffle``; the prefix is the names chosen in interleave
+            and concatenate.
         salt: 64 bits that depend on the path alone: two shuffles of one seed differ.
         inputs: Places of the inputs, by name; the key of a single input is the empty string.
         source: Index in ``names`` of a source, -1 for other nodes.
         names: The names of all sources in the tree, shared by all its places.
         trail: In a worker: where it writes what it has in hand.
-        stash: Where a node leaves what it tracked of the rows that are read, by origin; None while nobody takes it.
+        stash: Where a node leaves what it tracked of the rows that are read, by origin; None while
+        nobody takes it.
     """
 
     __slots__ = ("_tracking", "inputs", "names", "node", "path", "salt", "source", "stash", "trail")
@@ -91,7 +96,9 @@ class BoundNode:
         return rows
 
     def hint(self, positions: I64, keys: U64, passes: I64) -> None:
-        """Tell the sources below, where they want to know, that these positions are read next. Only a hint."""
+        """Tell the sources below, where they want to know, that these positions are read next. Only
+        a hint.
+        """
         if self.node.reads_ahead:
             self.node._hint(positions)
         for part in self.node._select(self, positions, keys, passes) or ():
@@ -107,7 +114,9 @@ class BoundNode:
         return rows
 
     def open(self, lane: Lane, key: int, pass_: int) -> Iterator:
-        """The stream face of a node that has no random access. See `Node._iterate`; most callers want `iterate`."""
+        """The stream face of a node that has no random access. See `Node._iterate`; most callers
+        want `iterate`.
+        """
         return self.node._iterate(self, lane, key, pass_)
 
     @property
@@ -153,14 +162,17 @@ def bind(root: Node) -> BoundNode:
                 bound.inputs[""] = below
             elif inputs := item.inputs():
                 bound.inputs = dict.fromkeys(inputs, bound)
-                for key in sorted(inputs):  # sources are numbered by name, not by the order of a dict literal
+                for key in sorted(
+                    inputs
+                ):  # sources are numbered by name, not by the order of a dict literal
                     bound.inputs[key] = build(inputs[key], (*prefix, key))
             else:
                 name = getattr(item, "name", None) or "/".join(prefix) or "data"
                 if name in where:
                     raise ValueError(
-                        f"two sources are named {name!r}: one at {where[name]!r}, one at {bound.path!r}. Progress and "
-                        f"origins are told by name, so give each source its own name=..."
+                        f"two sources are named {name!r}: one at {where[name]!r}, one at"
+                        f" {bound.path!r}. Progress and origins are told by name, so give each"
+                        " source its own name=..."
                     )
                 where[name] = bound.path
                 bound.source = len(names)
@@ -175,11 +187,11 @@ def bind(root: Node) -> BoundNode:
 class Node:
     """An immutable description of a stream of samples: a node of a tree with sources at its leaves.
 
-    Subclasses are frozen dataclasses (``@dataclass(frozen=True, eq=False, repr=False)``). Every verb returns a new
-    dataset. Nothing is opened until it is read.
+    Subclasses are frozen dataclasses (``@dataclass(frozen=True, eq=False, repr=False)``). Every
+    verb returns a new dataset. Nothing is opened until it is read.
 
-    A dataset implements torchdata's ``Stateful`` protocol, so a bare ``StatefulDataLoader(ds, num_workers=k)`` resumes
-    exactly on the same number of workers.
+    A dataset implements torchdata's ``Stateful`` protocol, so a bare ``StatefulDataLoader(ds,
+    num_workers=k)`` resumes exactly on the same number of workers.
 
     >>> ds = ms.from_dataset(list("abcdef"), name="letters").shuffle(seed=1).take(4)
     >>> ds
@@ -199,7 +211,9 @@ class Node:
     reads_ahead: ClassVar[bool] = False
     """Whether this is a source that may read what comes next before it is asked for: see `_hint`."""
     may_wait: ClassVar[bool] = False
-    """Whether this is a source that runs code of others, which may wait for what the training loop does first."""
+    """Whether this is a source that runs code of others, which may wait for what the training loop
+    does first.
+    """
 
     # -- what a node implements ---------------------------------------------------------------------------------------
 
@@ -217,7 +231,9 @@ class Node:
         return dataclasses.replace(self, source=inputs[""])  # type: ignore[type-var,call-arg,unused-ignore]
 
     def taken_of(self, name: str, count: int) -> int | None:
-        """How many samples of the input ``name`` make up the first ``count`` samples of this node; None if unknown."""
+        """How many samples of the input ``name`` make up the first ``count`` samples of this node;
+        None if unknown.
+        """
         return count if self.one_to_one else None
 
     @property
@@ -237,7 +253,9 @@ class Node:
         raise NotImplementedError(f"{type(self).__name__} has no length")
 
     def block_sizes(self) -> I64 | None:
-        """Sizes of the natural blocks, in which reading one row costs a whole block; None where a block is a row."""
+        """Sizes of the natural blocks, in which reading one row costs a whole block; None where a
+        block is a row.
+        """
         return self.inputs()[""].block_sizes() if self.one_to_one else None
 
     def spec_fields(self) -> dict[str, State]:
@@ -253,7 +271,8 @@ class Node:
             keys: uint64, shape [1] or [k]: the seed key of the pass each position belongs to.
             passes: int64, shape [1] or [k]: the number of that pass, for origins.
 
-        What only chooses and orders rows of its inputs says so in `_select`, and needs no `_rows` of its own.
+        What only chooses and orders rows of its inputs says so in `_select`, and needs no `_rows`
+        of its own.
         """
         parts = self._select(bound, positions, keys, passes)
         if parts is None:
@@ -262,7 +281,9 @@ class Node:
             return parts[0].rows()
         return Rows.scatter(len(positions), [(part.here, part.rows()) for part in parts])  # type: ignore[misc]
 
-    def _select(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> list[Selection] | None:
+    def _select(
+        self, bound: BoundNode, positions: I64, keys: U64, passes: I64
+    ) -> list[Selection] | None:
         """The positions of the inputs that the samples at ``positions`` are made of; None where that is not known.
 
         Arguments as for `_rows`. So that sources can be told what comes next (`BoundNode.hint`).
@@ -274,10 +295,16 @@ class Node:
         return False
 
     def _hint(self, positions: I64) -> None:
-        """Hear which positions (int64, shape [k]) are likely to be read next, in this order. May change no sample."""
+        """Hear which positions (int64, shape [k]) are likely to be read next, in this order. May
+        change no sample.
+        """
 
-    def _lazy_rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows | LazyBatches | None:
-        """As `_rows`, for a node whose samples are large: each may be made when it is taken. None: as `_rows` has them."""
+    def _lazy_rows(
+        self, bound: BoundNode, positions: I64, keys: U64, passes: I64
+    ) -> Rows | LazyBatches | None:
+        """As `_rows`, for a node whose samples are large: each may be made when it is taken. None:
+        as `_rows` has them.
+        """
         return None
 
     def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
@@ -290,11 +317,18 @@ class Node:
             length = self.length()
             full = num_lanes if length is None else min(num_lanes, -(-length // block))
             return full, f"{self.label} has {length} rows, in blocks of {block}"
-        return max((child.full_lanes(num_lanes, block) for child in self.inputs().values()), key=lambda pair: pair[0])
+        return max(
+            (child.full_lanes(num_lanes, block) for child in self.inputs().values()),
+            key=lambda pair: pair[0],
+        )
 
     def max_lanes(self) -> tuple[int, str] | None:
-        """The largest useful number of lanes and the source that limits it, or None when nothing does."""
-        limits = [limit for child in self.inputs().values() if (limit := child.max_lanes()) is not None]
+        """The largest useful number of lanes and the source that limits it, or None when nothing
+        does.
+        """
+        limits = [
+            limit for child in self.inputs().values() if (limit := child.max_lanes()) is not None
+        ]
         return min(limits) if limits else None
 
     def length(self) -> int | None:
@@ -315,7 +349,9 @@ class Node:
 
     @property
     def batch_rows(self) -> int | None:
-        """Samples per element when the pipeline ends in ``.batch`` (perhaps with one-to-one nodes after it)."""
+        """Samples per element when the pipeline ends in ``.batch`` (perhaps with one-to-one nodes
+        after it).
+        """
         inputs = self.inputs()
         if not inputs:
             return None
@@ -331,7 +367,9 @@ class Node:
         return f"{self.kind}({', '.join(f'{key}={_short(value)}' for key, value in fields)})"
 
     def passes_over(self, key: str, exact: bool) -> int:
-        """How many passes over an input one pass over this node may take, for numbering; ``exact``: as its length says."""
+        """How many passes over an input one pass over this node may take, for numbering; ``exact``:
+        as its length says.
+        """
         return 1
 
     def replay_bound(self) -> str:
@@ -361,7 +399,11 @@ class Node:
 
     def __getstate__(self) -> dict[str, Any]:
         names = {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type,unused-ignore]
-        kept = {key: value for key, value in self.__dict__.items() if key in names or key in self._kept_slots}
+        kept = {
+            key: value
+            for key, value in self.__dict__.items()
+            if key in names or key in self._kept_slots
+        }
         for key, value in kept.items():
             if key in self._by_value or (callable(value) and not isinstance(value, (type, Node))):
                 kept[key] = PickledByValue(value)
@@ -376,8 +418,8 @@ def require_dataset(value: Any, where: str) -> None:
     """Refuse what is not a dataset, and say how to make it one."""
     if not isinstance(value, Node):
         raise TypeError(
-            f"{where} takes midstream datasets; found {type(value).__name__}. Wrap data with midstream.from_dataset(data), "
-            f"a stream with midstream.from_iterable(make, name=...)."
+            f"{where} takes midstream datasets; found {type(value).__name__}. Wrap data with"
+            " midstream.from_dataset(data), a stream with midstream.from_iterable(make, name=...)."
         )
 
 

@@ -15,8 +15,8 @@ def epoch_key(epoch: int) -> U64:
 
 
 _TOO_DEEP = (
-    "{}endless passes (repeat(), all_exhausted) are nested too deep to number them in 64 bits. Give repeat a number of epochs, "
-    "or an inner mix max_epochs= or 'all_exhausted_without_replacement'"
+    "{}endless passes (repeat(), all_exhausted) are nested too deep to number them in 64 bits. Give"
+    " repeat a number of epochs, or an inner mix max_epochs= or 'all_exhausted_without_replacement'"
 )
 
 _EPOCHS = 1 << 16  # of a loader at least
@@ -29,7 +29,9 @@ def require_passes(passes: I64, times: int) -> None:
 
 
 def require_epochs(root: BoundNode) -> None:
-    """Refuse the same before anything is read: of every source, the passes of 65,536 epochs can be numbered."""
+    """Refuse the same before anything is read: of every source, the passes of 65,536 epochs can be
+    numbered.
+    """
 
     def most(bound: BoundNode, exact: bool) -> tuple[int, list[str]]:
         below: list[tuple[int, list[str]]] = [(1, [])]
@@ -39,7 +41,9 @@ def require_epochs(root: BoundNode) -> None:
             below.append((times * own, [bound.path, *paths] if own > 1 else paths))
         return max(below, key=lambda found: found[0])
 
-    if most(root, False)[0] * _EPOCHS > 1 << 62:  # lengths may have to be looked up: only where they could matter
+    if (
+        most(root, False)[0] * _EPOCHS > 1 << 62
+    ):  # lengths may have to be looked up: only where they could matter
         times, paths = most(root, True)
         if times * _EPOCHS > 1 << 62:
             raise ValueError(_TOO_DEEP.format(f"{' > '.join(paths)}: "))

@@ -11,7 +11,9 @@ import dill
 
 
 class PickledByValue:
-    """A callable (or data) that pickles by value when a reference would not do: lambdas, closures, notebooks."""
+    """A callable (or data) that pickles by value when a reference would not do: lambdas, closures,
+    notebooks.
+    """
 
     __slots__ = ("value",)
 

@@ -1,9 +1,9 @@
 """The quarantine: samples that were skipped, each with what is needed to look into it, in files of JSON Lines.
 
-Every process writes a file of its own, a line with one system call at the end of the file, so lines of several processes never
-mix and a killed process leaves at most one torn line, which the reader passes over. A sample is written when it is counted,
-which replays do once. What a killed run did after its last checkpoint is done again, and written again: the reader drops what
-is there twice.
+Every process writes a file of its own, a line with one system call at the end of the file, so lines
+of several processes never mix and a killed process leaves at most one torn line, which the reader
+passes over. A sample is written when it is counted, which replays do once. What a killed run did
+after its last checkpoint is done again, and written again: the reader drops what is there twice.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def write_record(record: Record) -> str:
     }
     try:
         os.makedirs(record.folder, exist_ok=True)
-        path = os.path.join(record.folder, f"skipped-{os.environ.get('RANK', '0')}-{os.getpid()}.jsonl")
+        path = os.path.join(
+            record.folder, f"skipped-{os.environ.get('RANK', '0')}-{os.getpid()}.jsonl"
+        )
         data = (json.dumps(line, ensure_ascii=True) + "\n").encode()
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -109,7 +111,9 @@ def read_quarantine(folder: str | os.PathLike[str]) -> list[Quarantined]:
     """
     root = Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no quarantine {root}: a folder that a node was given as quarantine=...")
+        raise FileNotFoundError(
+            f"there is no quarantine {root}: a folder that a node was given as quarantine=..."
+        )
     found: dict[tuple[Any, ...], Quarantined] = {}
     torn = 0
     for path in sorted(root.glob("skipped-*.jsonl")):
@@ -125,7 +129,9 @@ def read_quarantine(folder: str | os.PathLike[str]) -> list[Quarantined]:
             found.setdefault((record.node, record.origin or record.preview), record)
     if torn:
         warnings.warn(
-            f"{root}: {torn} lines are torn or are no records, and were passed over", RuntimeWarning, stacklevel=2
+            f"{root}: {torn} lines are torn or are no records, and were passed over",
+            RuntimeWarning,
+            stacklevel=2,
         )
     return sorted(found.values(), key=lambda record: (record.node, record.origin or ()))
 

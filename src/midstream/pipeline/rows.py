@@ -19,7 +19,8 @@ U64 = npt.NDArray[np.uint64]
 Origins = Any
 """Origins of one sample: a tuple (source, pass, row, part, tokens), or an int64 array [m, 5] for a sample made of several.
 
-``tokens`` is 0 until a node that knows (pack) sets it; the other four alone say which row it is, and key every draw.
+``tokens`` is 0 until a node that knows (pack) sets it; the other four alone say which row it is,
+and key every draw.
 """
 
 PARTS = 1 << 20
@@ -28,7 +29,9 @@ PARTS = 1 << 20
 Item = tuple[Any, Origins]
 
 Stash = dict[tuple[int, ...], tuple[int, tuple[Any, ...]]]
-"""By the first four numbers of a sample's first origin: its source (-1: several), and a value of each metric."""
+"""By the first four numbers of a sample's first origin: its source (-1: several), and a value of
+each metric.
+"""
 
 
 class Rows:
@@ -37,19 +40,26 @@ class Rows:
     Attributes:
         origins: int64, shape [m, 5]: source index, pass, row, part, tokens.
         sizes: Origins per sample, int64 of shape [k], or None when every sample has exactly one.
-        columns: The samples as a table gives them, where they still are so; no sample is a `FailedSample` then.
+        columns: The samples as a table gives them, where they still are so; no sample is a
+        `FailedSample` then.
     """
 
     __slots__ = ("_samples", "columns", "origins", "sizes")
 
     def __init__(
-        self, samples: list[Any] | None, origins: I64, sizes: I64 | None = None, columns: Columns | None = None
+        self,
+        samples: list[Any] | None,
+        origins: I64,
+        sizes: I64 | None = None,
+        columns: Columns | None = None,
     ) -> None:
         self._samples, self.origins, self.sizes, self.columns = samples, origins, sizes, columns
 
     @property
     def samples(self) -> list[Any]:
-        """One per position; a `FailedSample` where user code failed. Dicts are made of columns when first asked for."""
+        """One per position; a `FailedSample` where user code failed. Dicts are made of columns when
+        first asked for.
+        """
         if self._samples is None:
             assert self.columns is not None
             self._samples = self.columns.samples()
@@ -95,18 +105,22 @@ class Rows:
                 samples[place] = sample
                 pieces[place] = as_origin_array(origin)
         sizes = np.array([len(piece) for piece in pieces], dtype=np.int64)
-        return Rows(samples, np.concatenate(pieces) if pieces else np.empty((0, 5), dtype=np.int64), sizes)
+        return Rows(
+            samples, np.concatenate(pieces) if pieces else np.empty((0, 5), dtype=np.int64), sizes
+        )
 
 
 class LazyBatches:
     """Samples that are made when their turn comes, each of some rows of those that were read together.
 
-    Many batches made ahead would be memory that is touched for the first time, again and again, and cold when it is used.
+    Many batches made ahead would be memory that is touched for the first time, again and again, and
+    cold when it is used.
 
     Attributes:
         rows: The rows.
         bounds: Sample i is made of the rows from ``bounds[i]`` to ``bounds[i + 1]``.
-        make: Makes the sample of the rows from here to there; a `FailedSample` where user code failed.
+        make: Makes the sample of the rows from here to there; a `FailedSample` where user code
+        failed.
     """
 
     __slots__ = ("bounds", "make", "rows")

@@ -21,18 +21,27 @@ from midstream.pipeline.rows import Item
 
 
 class LaneOutput:
-    """Pulls the deliverable out of a lane: a sample, or a failure to be raised. Quiet failures are counted on the way."""
+    """Pulls the deliverable out of a lane: a sample, or a failure to be raised. Quiet failures are
+    counted on the way.
+    """
 
     __slots__ = ("iterator", "lane", "bound", "skipped")
 
     def __init__(
-        self, bound: BoundNode, lane: Lane, key: int, pass_: int, skipped: Callable[[], None] | None = None
+        self,
+        bound: BoundNode,
+        lane: Lane,
+        key: int,
+        pass_: int,
+        skipped: Callable[[], None] | None = None,
     ) -> None:
         self.bound, self.lane, self.skipped = bound, lane, skipped
         self.iterator = iterate(bound, lane, key, pass_)
 
     def next(self) -> Item:
-        """The next sample with its origins, or a `SampleFailure` in the sample's place; raises StopIteration at the end."""
+        """The next sample with its origins, or a `SampleFailure` in the sample's place; raises
+        StopIteration at the end.
+        """
         while True:
             sample, origins = next(self.iterator)
             if type(sample) is not FailedSample:
@@ -40,7 +49,9 @@ class LaneOutput:
             failure = sample.errors[0]
             if not failure.quiet:
                 return failure, origins
-            source = self.bound.names.index(failure.origin.source) if failure.origin is not None else -1
+            source = (
+                self.bound.names.index(failure.origin.source) if failure.origin is not None else -1
+            )
             self.lane.ledger.failed(failure, source)
             if self.skipped is not None:
                 self.skipped()  # may raise, while no sample is in hand that could be lost
@@ -49,8 +60,8 @@ class LaneOutput:
 class SingleLaneIterator:
     """``iter(dataset)``: the samples of one lane, one after the other.
 
-    State: ``{"midstream", "fingerprint", "epoch", "lane": [index, number of lanes], "done", "state", "marks",
-    "events"}``: the root's state, and what was dropped or skipped so far.
+    State: ``{"midstream", "fingerprint", "epoch", "lane": [index, number of lanes], "done",
+    "state", "marks", "events"}``: the root's state, and what was dropped or skipped so far.
     """
 
     def __init__(self, dataset: Node, index: int, num_lanes: int, epoch: int) -> None:
@@ -97,8 +108,12 @@ class SingleLaneIterator:
 
     def _start(self) -> LaneOutput:
         # Not a method of this object: that would be a cycle.
-        skipped = functools.partial(_check_skipped, self._events, self._ledger, self._over, self._windows, self._seen)
-        delivery = LaneOutput(self._place, self._lane, int(epoch_key(self._epoch)[0]), self._epoch, skipped)
+        skipped = functools.partial(
+            _check_skipped, self._events, self._ledger, self._over, self._windows, self._seen
+        )
+        delivery = LaneOutput(
+            self._place, self._lane, int(epoch_key(self._epoch)[0]), self._epoch, skipped
+        )
         if self._waiting is not None:
             delivery.iterator.load(self._waiting["state"])
             self._ledger.marks = copy_plain(self._waiting["marks"])
@@ -140,9 +155,10 @@ class SingleLaneIterator:
         check_run_state(self._dataset, state)
         if state["lane"] != [self._lane.index, self._lane.num_lanes]:
             raise CheckpointError(
-                f"this state is of worker {state['lane'][0]} of {state['lane'][1]}, and was given to worker "
-                f"{self._lane.index} of {self._lane.num_lanes}. Under a bare StatefulDataLoader a worker is a lane, so "
-                f"resume with num_workers={state['lane'][1]}; midstream.DataLoader takes any number."
+                f"this state is of worker {state['lane'][0]} of {state['lane'][1]}, and was given"
+                f" to worker {self._lane.index} of {self._lane.num_lanes}. Under a bare"
+                " StatefulDataLoader a worker is a lane, so resume with"
+                f" num_workers={state['lane'][1]}; midstream.DataLoader takes any number."
             )
         self._waiting = copy_plain(state)
         self._epoch, self._done = state["epoch"], state["done"]
@@ -154,7 +170,11 @@ class SingleLaneIterator:
 
 
 def _check_skipped(
-    events: Mapping[str, int], ledger: Ledger, over: list[TooManyErrors], windows: RecentFailures, seen: list[int]
+    events: Mapping[str, int],
+    ledger: Ledger,
+    over: list[TooManyErrors],
+    windows: RecentFailures,
+    seen: list[int],
 ) -> None:
     """A sample was skipped: is that one too many?"""
     seen[0] += 1
@@ -185,10 +205,13 @@ def check_run_state(dataset: Node, state: State) -> None:
     ):
         found = sorted(state) if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(
-            f"not a state of a midstream dataset: expected {sorted([*_RUN_KEYS, 'state'])}, found {found}"
+            f"not a state of a midstream dataset: expected {sorted([*_RUN_KEYS, 'state'])}, found"
+            f" {found}"
         )
     if state["midstream"] != FORMAT:
-        raise CheckpointError(f"this state has format {state['midstream']}; this midstream reads format {FORMAT}")
+        raise CheckpointError(
+            f"this state has format {state['midstream']}; this midstream reads format {FORMAT}"
+        )
     if state["fingerprint"] != describe.fingerprint(dataset):
         raise CheckpointError(
             f"this state was written by another pipeline (fingerprint {state['fingerprint']}, here "

@@ -36,10 +36,11 @@ def from_dataset(data: Any, *, name: str | None = None) -> Dataset:
     """Make a source of what you have.
 
     Args:
-        data: A Hugging Face ``datasets.Dataset`` (memory-mapped or not; numeric lists arrive as read-only numpy views of
-            the stored dtype), a map-style torch dataset, or any sequence: random access. A Hugging Face
-            ``IterableDataset``: a stream.
-        name: What progress, origins and errors call it. Left out, the name it has in `interleave`, else "data".
+        data: A Hugging Face ``datasets.Dataset`` (memory-mapped or not; numeric lists arrive as
+            read-only numpy views of the stored dtype), a map-style torch dataset, or any sequence:
+            random access. A Hugging Face ``IterableDataset``: a stream.
+        name: What progress, origins and errors call it. Left out, the name it has in `interleave`,
+            else "data".
 
     Raises:
         TypeError: If it is none of these.
@@ -52,34 +53,45 @@ def from_dataset(data: Any, *, name: str | None = None) -> Dataset:
     require_name(name, "from_dataset")
     if isinstance(data, Dataset):
         raise TypeError(f"this already is a midstream dataset; use it as it is:\n{data!r}")
-    datasets = sys.modules.get("datasets")  # who has one of its objects has imported it; importing it takes a second
+    datasets = sys.modules.get(
+        "datasets"
+    )  # who has one of its objects has imported it; importing it takes a second
     if datasets is not None:
         if isinstance(data, datasets.Dataset):
             return Dataset(ArrowSource(data, name))
         if isinstance(data, datasets.IterableDataset):
             return Dataset(IterableSource(data, name))
         if isinstance(data, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-            raise TypeError(f"this is a dict of splits; choose one, like data[{next(iter(data), 'train')!r}]")
+            raise TypeError(
+                f"this is a dict of splits; choose one, like data[{next(iter(data), 'train')!r}]"
+            )
     if isinstance(data, (Mapping, set, frozenset)):
-        raise TypeError(f"a source has rows by number; found {type(data).__name__}, which has keys or no order")
+        raise TypeError(
+            f"a source has rows by number; found {type(data).__name__}, which has keys or no order"
+        )
     if isinstance(data, (pa.Table, pa.RecordBatch)):
-        raise TypeError("a pyarrow table has columns by number; give its rows: from_dataset(datasets.Dataset(table))")
+        raise TypeError(
+            "a pyarrow table has columns by number; give its rows:"
+            " from_dataset(datasets.Dataset(table))"
+        )
     if hasattr(data, "iloc"):
         raise TypeError(
-            f"a {type(data).__name__} has columns by name; give its rows: from_dataset(datasets.Dataset.from_pandas(frame))"
+            f"a {type(data).__name__} has columns by name; give its rows:"
+            " from_dataset(datasets.Dataset.from_pandas(frame))"
         )
     if isinstance(data, IterableDataset):
         raise TypeError(
-            f"{type(data).__name__} is a torch IterableDataset: it can only be iterated, so give it as "
-            f"midstream.from_iterable(lambda: data, name=...)"
+            f"{type(data).__name__} is a torch IterableDataset: it can only be iterated, so give it"
+            " as midstream.from_iterable(lambda: data, name=...)"
         )
     if isinstance(data, Sequence) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         return Dataset(SequenceSource(data, name))
     if hasattr(data, "__iter__"):
         raise TypeError(
-            f"{type(data).__name__} can only be iterated, and an iterator cannot be rewound. Give a callable that returns a "
-            f"fresh one: midstream.from_iterable(lambda: ..., name=...)"
+            f"{type(data).__name__} can only be iterated, and an iterator cannot be rewound. Give a"
+            " callable that returns a fresh one: midstream.from_iterable(lambda: ..., name=...)"
         )
     raise TypeError(
-        f"from_dataset takes a Hugging Face dataset, a map-style dataset or a sequence; found {type(data).__name__}"
+        "from_dataset takes a Hugging Face dataset, a map-style dataset or a sequence; found"
+        f" {type(data).__name__}"
     )

@@ -1,7 +1,8 @@
 """Hugging Face ``datasets.Dataset``: Arrow tables read as zero-copy views.
 
-`TableReader` turns an Arrow table into rows without pyarrow's ``take`` (whose cost grows with the number of chunks) and
-without the Hugging Face formatters (50 µs a row); the parquet source reads its row groups with it too.
+`TableReader` turns an Arrow table into rows without pyarrow's ``take`` (whose cost grows with the
+number of chunks) and without the Hugging Face formatters (50 µs a row); the parquet source reads
+its row groups with it too.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from midstream.sources.source_rows import ReturnedOthers, require_rows, row_fail
 class ArrowSource(Node):
     """Rows of a Hugging Face dataset.
 
-    Plain columns are read from Arrow directly: numeric lists as read-only numpy views of the stored dtype, numbers,
-    strings and nested values as Python objects. A dataset with a format of its own (``with_format``, a transform) or with
-    features that decode (images, audio) is read through its own ``__getitems__``.
+    Plain columns are read from Arrow directly: numeric lists as read-only numpy views of the stored
+    dtype, numbers, strings and nested values as Python objects. A dataset with a format of its own
+    (``with_format``, a transform) or with features that decode (images, audio) is read through its
+    own ``__getitems__``.
 
     State: none but the position.
     Resume: reads nothing again.
@@ -44,11 +46,18 @@ class ArrowSource(Node):
 
     def spec_fields(self) -> dict[str, State]:
         """Columns and number of rows."""
-        return {"data": "datasets.Dataset", "columns": list(self.data.column_names), "length": self.length()}
+        return {
+            "data": "datasets.Dataset",
+            "columns": list(self.data.column_names),
+            "length": self.length(),
+        }
 
     def summary(self) -> str:
         """Columns and number of rows."""
-        return f"{self.kind}(datasets.Dataset[{', '.join(self.data.column_names)}], {self.length():,} rows)"
+        return (
+            f"{self.kind}(datasets.Dataset[{', '.join(self.data.column_names)}], {self.length():,}"
+            " rows)"
+        )
 
     def _open(self) -> Any:
         data = self.data
@@ -56,7 +65,9 @@ class ArrowSource(Node):
             return None, None
         # The indices mapping has no public accessor; this is the one place that knows of it.
         mapping = getattr(data, "_indices", None)
-        indices = None if mapping is None else mapping.column(0).to_numpy().astype(np.int64, copy=False)
+        indices = (
+            None if mapping is None else mapping.column(0).to_numpy().astype(np.int64, copy=False)
+        )
         return TableReader(data.data.table.select(data.column_names)), indices
 
     def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
@@ -66,7 +77,9 @@ class ArrowSource(Node):
             rows = positions if indices is None else indices[positions]
             try:
                 return Rows(None, origins, None, reader.columns(rows))
-            except Exception:  # one row at a time tells which one it was (text that is not UTF-8, say)
+            except (
+                Exception
+            ):  # one row at a time tells which one it was (text that is not UTF-8, say)
                 samples: list[Any] = []
                 for row in rows:
                     try:

@@ -41,13 +41,19 @@ class _Column:
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self.chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self.starts = np.concatenate([[0], np.cumsum([len(chunk) for chunk in self.chunks])]).astype(np.int64)
+        self.starts = np.concatenate(
+            [[0], np.cumsum([len(chunk) for chunk in self.chunks])]
+        ).astype(np.int64)
         self.type = column.type
         self.opened: list[Any] = [None] * len(self.chunks)
         self.kind = _kind(column.type)
-        self.dtype = np.dtype(column.type.value_type.to_pandas_dtype()) if self.kind == "list" else None
+        self.dtype = (
+            np.dtype(column.type.value_type.to_pandas_dtype()) if self.kind == "list" else None
+        )
         self.spans: list[_Span] | None = None
-        self.spread = self.kind not in ("list", "number") or pa.types.is_fixed_size_list(column.type)  # no spans
+        self.spread = self.kind not in ("list", "number") or pa.types.is_fixed_size_list(
+            column.type
+        )  # no spans
 
     def take(self, rows: I64) -> Column:
         """Values at these rows."""
@@ -65,7 +71,10 @@ class _Column:
             get = opened[0] or self._read(0)
             return Column([get(row) for row in inside.tolist()])
         return Column(
-            [(opened[chunk] or self._read(chunk))(row) for chunk, row in zip(chunks.tolist(), inside.tolist())]
+            [
+                (opened[chunk] or self._read(chunk))(row)
+                for chunk, row in zip(chunks.tolist(), inside.tolist())
+            ]
         )
 
     def _read(self, chunk: int) -> Any:
@@ -73,7 +82,9 @@ class _Column:
         return self.opened[chunk]
 
     def _spans(self, chunks: I64) -> list[_Span] | None:
-        """What the rows of these chunks are found in by numpy alone: the numbers, or all values and where each row ends."""
+        """What the rows of these chunks are found in by numpy alone: the numbers, or all values and
+        where each row ends.
+        """
         if self.spread:
             return None
         spans = self.spans  # threads may read here at once: each goes on with what it has in hand
@@ -86,7 +97,9 @@ class _Column:
         unknown = np.flatnonzero(spans[-1].starts[chunks] < 0)
         for chunk in set(chunks[unknown].tolist()) if len(unknown) else ():
             arrays = self._arrays(chunk)
-            if arrays is None or not all(span.add(chunk, array) for span, array in zip(spans, arrays)):
+            if arrays is None or not all(
+                span.add(chunk, array) for span, array in zip(spans, arrays)
+            ):
                 self.spread, self.spans = True, None
                 return None
         return spans
@@ -99,14 +112,19 @@ class _Column:
         return [np.asarray(each) for each in opened[:-1]]
 
     def _lists(self, chunks: I64 | None, inside: I64) -> Column:
-        """Views into the chunks' values; the loop of every token pipeline, so nothing is called in it."""
+        """Views into the chunks' values; the loop of every token pipeline, so nothing is called in
+        it.
+        """
         opened, views = self.opened, []
         if chunks is not None and (spans := self._spans(chunks)) is not None:
             values, ends = spans
             flat, shifts, places = values.array, values.starts[chunks], ends.starts[chunks] + inside
             starts, stops = ends.array[places] + shifts, ends.array[places + 1] + shifts
             return Column(
-                [flat[a:b] for a, b in zip(starts.tolist(), stops.tolist())], flat.dtype, None, stops - starts
+                [flat[a:b] for a, b in zip(starts.tolist(), stops.tolist())],
+                flat.dtype,
+                None,
+                stops - starts,
             )
         if chunks is None:
             flat, ends, odd = opened[0] or self._read(0)
@@ -124,13 +142,20 @@ class _Column:
         return Column(views, self.dtype if clean else None)
 
     def _numbers(self, chunks: I64 | None, inside: I64) -> Column:
-        """Numbers are gathered chunk by chunk where chunks are few, and become Python numbers all at once."""
+        """Numbers are gathered chunk by chunk where chunks are few, and become Python numbers all
+        at once.
+        """
         opened = self.opened
         if chunks is None:
             values, valid = opened[0] or self._read(0)
             if valid is None:
                 return Column(None, None, values[inside])
-            return Column([v if good else None for v, good in zip(values[inside].tolist(), valid[inside].tolist())])
+            return Column(
+                [
+                    v if good else None
+                    for v, good in zip(values[inside].tolist(), valid[inside].tolist())
+                ]
+            )
         if (spans := self._spans(chunks)) is not None:
             return Column(None, None, spans[0].array[spans[0].starts[chunks] + inside])
         distinct = np.unique(chunks).tolist()
@@ -160,12 +185,15 @@ class _Span:
 
     Attributes:
         array: Of the chunks' dtype. Holds the chunks, and so does every view of it.
-        starts: int64, shape [chunks]: where in the array each chunk begins; -1 where it was not looked up yet.
+        starts: int64, shape [chunks]: where in the array each chunk begins; -1 where it was not
+        looked up yet.
     """
 
     __slots__ = ("array", "start", "starts")
 
-    def __init__(self, first: npt.NDArray[Any], last: npt.NDArray[Any], chunks: list[pa.Array]) -> None:
+    def __init__(
+        self, first: npt.NDArray[Any], last: npt.NDArray[Any], chunks: list[pa.Array]
+    ) -> None:
         self.start = _address(first)
         count = max(0, _address(last) + last.nbytes - self.start) // first.itemsize
         memory: Any = (ctypes.c_byte * (count * first.itemsize)).from_address(self.start)
@@ -177,7 +205,9 @@ class _Span:
     def add(self, chunk: int, array: npt.NDArray[Any]) -> bool:
         """Place a chunk. False where it lies elsewhere."""
         bound = _address(array) - self.start
-        if array.nbytes and (bound < 0 or bound + array.nbytes > self.array.nbytes or bound % array.itemsize):
+        if array.nbytes and (
+            bound < 0 or bound + array.nbytes > self.array.nbytes or bound % array.itemsize
+        ):
             return False
         self.starts[chunk] = bound // array.itemsize if array.nbytes else 0
         return True
@@ -204,14 +234,21 @@ def _open_numbers(chunk: pa.Array) -> tuple[Any, Any]:
     """Values, and which of them there are where some are null."""
     if chunk.null_count:
         valid = chunk.is_valid().to_numpy(zero_copy_only=False)
-        return chunk.fill_null(False if pa.types.is_boolean(chunk.type) else 0).to_numpy(zero_copy_only=False), valid
+        return (
+            chunk.fill_null(False if pa.types.is_boolean(chunk.type) else 0).to_numpy(
+                zero_copy_only=False
+            ),
+            valid,
+        )
     return chunk.to_numpy(zero_copy_only=False), None
 
 
 def _open_strings(chunk: pa.Array) -> Callable[[int], str | None]:
     buffers = chunk.buffers()
     dtype = np.int64 if pa.types.is_large_string(chunk.type) else np.int32
-    offsets: Any = np.frombuffer(buffers[1], dtype=dtype)[chunk.offset : chunk.offset + len(chunk) + 1]
+    offsets: Any = np.frombuffer(buffers[1], dtype=dtype)[
+        chunk.offset : chunk.offset + len(chunk) + 1
+    ]
     ends = memoryview(offsets)
     data = memoryview(buffers[2] if buffers[2] is not None else b"")
     if not chunk.null_count:
@@ -221,11 +258,16 @@ def _open_strings(chunk: pa.Array) -> Callable[[int], str | None]:
 
 
 def _open_lists(chunk: pa.Array) -> tuple[Any, memoryview, Callable[[int], Any] | None]:
-    """All values, where each row's begin and end, and, where nulls are among them, what gets a row instead."""
+    """All values, where each row's begin and end, and, where nulls are among them, what gets a row
+    instead.
+    """
     values = chunk.values
-    # Straight from the buffer: the stored dtype, zero-copy, and defined (if meaningless) where a value is null.
+    # Straight from the buffer: the stored dtype, zero-copy, and defined (if meaningless) where a
+    # value is null.
     dtype = np.dtype(values.type.to_pandas_dtype())
-    flat = np.frombuffer(values.buffers()[1] or b"", dtype=dtype)[values.offset : values.offset + len(values)]
+    flat = np.frombuffer(values.buffers()[1] or b"", dtype=dtype)[
+        values.offset : values.offset + len(values)
+    ]
     flat.flags.writeable = False
     if pa.types.is_fixed_size_list(chunk.type):
         size = chunk.type.list_size
@@ -235,7 +277,11 @@ def _open_lists(chunk: pa.Array) -> tuple[Any, memoryview, Callable[[int], Any] 
     ends = memoryview(offsets)
     if not chunk.null_count and not values.null_count:
         return flat, ends, None
-    nulls = np.flatnonzero(~values.is_valid().to_numpy(zero_copy_only=False)).tolist() if values.null_count else []
+    nulls = (
+        np.flatnonzero(~values.is_valid().to_numpy(zero_copy_only=False)).tolist()
+        if values.null_count
+        else []
+    )
     valid = chunk.is_valid().to_numpy(zero_copy_only=False) if chunk.null_count else None
 
     def get(row: int) -> Any:

@@ -25,7 +25,8 @@ class File(NamedTuple):
 
     Attributes:
         path: Absolute, or in terms of its own file system.
-        url: For a remote file the URL or pattern it was found by, which names the file system; "" for a local one.
+        url: For a remote file the URL or pattern it was found by, which names the file system; ""
+        for a local one.
     """
 
     path: str
@@ -38,7 +39,8 @@ class File(NamedTuple):
 
     def open(self) -> Any:
         """A remote file, opened for reading bytes."""
-        # Asked for anew each time: fsspec keeps file systems itself, and makes new ones in a forked process.
+        # Asked for anew each time: fsspec keeps file systems itself, and makes new ones in a forked
+        # process.
         return fsspec.core.url_to_fs(self.url)[0].open(self.path, "rb")
 
 
@@ -53,7 +55,9 @@ F = TypeVar("F", bound=Closable)
 
 
 class OpenFiles(Generic[F]):
-    """Files by number, opened as they are needed; the ones used last, at most `MAX_OPEN_FILES`, stay open."""
+    """Files by number, opened as they are needed; the ones used last, at most `MAX_OPEN_FILES`,
+    stay open.
+    """
 
     def __init__(self, open_file: Callable[[int], F]) -> None:
         self.open_file = open_file
@@ -73,7 +77,9 @@ class OpenFiles(Generic[F]):
 
     @contextlib.contextmanager
     def lend(self, number: int) -> Iterator[F]:
-        """An open file for one thread alone; another one that asks for the same file meanwhile gets it opened again."""
+        """An open file for one thread alone; another one that asks for the same file meanwhile gets
+        it opened again.
+        """
         with self.lock:
             file = self.files.pop(number, None)
             while file is None and len(self.files) >= MAX_OPEN_FILES:
@@ -96,10 +102,12 @@ def plain_paths(paths: Paths, where: str) -> tuple[str, ...]:
     """Paths, patterns and URLs as strings. Looks at no file."""
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
-    if not isinstance(paths, Sequence) or not all(isinstance(path, (str, os.PathLike)) for path in paths):
+    if not isinstance(paths, Sequence) or not all(
+        isinstance(path, (str, os.PathLike)) for path in paths
+    ):
         raise TypeError(
-            f"{where} takes a path, a pattern like 'data/*', a URL, or a list of these; found {paths!r:.200}. (A set or a "
-            f"generator has no order of its own: give sorted(...).)"
+            f"{where} takes a path, a pattern like 'data/*', a URL, or a list of these; found"
+            f" {paths!r:.200}. (A set or a generator has no order of its own: give sorted(...).)"
         )
     plain = tuple(os.fspath(path) for path in paths)
     if not plain or not all(isinstance(path, str) and path for path in plain):
@@ -134,8 +142,9 @@ def list_files(paths: tuple[str, ...], where: str) -> list[File]:
     for name in map(str, files):
         if name in seen:
             raise ValueError(
-                f"{where}: {name} is matched twice by {list(paths)}, so its rows would be there twice. Name it once; to see "
-                f"data more often use .repeat, or midstream.interleave with weights"
+                f"{where}: {name} is matched twice by {list(paths)}, so its rows would be there"
+                " twice. Name it once; to see data more often use .repeat, or midstream.interleave"
+                " with weights"
             )
         require_text(name, f"{where}: the name of a file")
         seen.add(name)
@@ -147,10 +156,14 @@ def _list_local(path: str, where: str) -> list[File]:
         path = fsspec.core.strip_protocol(path)
     path = os.path.abspath(os.path.expanduser(path))
     if os.path.isdir(path):
-        raise IsADirectoryError(f"{where}: {path!r} is a folder. Give a pattern, like {os.path.join(path, '*')!r}")
+        raise IsADirectoryError(
+            f"{where}: {path!r} is a folder. Give a pattern, like {os.path.join(path, '*')!r}"
+        )
     if os.path.exists(path):  # before it is taken for a pattern: a name may contain brackets
         return [File(path)]
-    return [File(match) for match in sorted(glob.glob(path, recursive=True)) if os.path.isfile(match)]
+    return [
+        File(match) for match in sorted(glob.glob(path, recursive=True)) if os.path.isfile(match)
+    ]
 
 
 def _list_remote(url: str) -> list[File]:

@@ -21,8 +21,9 @@ _EVERY = 256
 class IterableSource(Node):
     """Rows of a Hugging Face ``IterableDataset``, shard by shard.
 
-    Its own state is taken every 256 rows of a shard, and the rows since are counted here, because its ``state_dict`` is
-    not what was loaded until a row was read. Its ``shuffle`` loses and repeats rows when resumed, so it is refused.
+    Its own state is taken every 256 rows of a shard, and the rows since are counted here, because
+    its ``state_dict`` is not what was loaded until a row was read. Its ``shuffle`` loses and
+    repeats rows when resumed, so it is refused.
 
     State: ``[shard, rows read, last row that raised, rows bound its own last state, that state]``.
     Resume: reads at most 256 rows again, and what its own ``load_state_dict`` reads.
@@ -37,16 +38,17 @@ class IterableSource(Node):
         shuffling = _find_shuffle(self.data._ex_iterable)
         if shuffling:
             raise ValueError(
-                f"this IterableDataset is shuffled ({shuffling}), and datasets loses and repeats rows when such a stream "
-                f"is resumed. Give it to from_dataset without .shuffle and shuffle here: "
-                f"from_dataset(data).shuffle(seed, buffer_size=10_000)"
+                f"this IterableDataset is shuffled ({shuffling}), and datasets loses and repeats"
+                " rows when such a stream is resumed. Give it to from_dataset without .shuffle and"
+                " shuffle here: from_dataset(data).shuffle(seed, buffer_size=10_000)"
             )
 
         split = getattr(self.data, "_distributed", None)
         if split is not None and split.world_size > 1:
             raise ValueError(
-                f"this IterableDataset was split over {split.world_size} ranks by split_dataset_by_node, and lanes would split "
-                f"it once more. Give it unsplit: the DataLoader divides the work over ranks (rank=, world_size=)"
+                f"this IterableDataset was split over {split.world_size} ranks by"
+                " split_dataset_by_node, and lanes would split it once more. Give it unsplit: the"
+                " DataLoader divides the work over ranks (rank=, world_size=)"
             )
 
     @property
@@ -78,13 +80,20 @@ class IterableSource(Node):
 
     def full_lanes(self, num_lanes: int, block: int) -> tuple[int, str]:
         """One for each shard."""
-        return min(num_lanes, self._num_shards), f"the IterableDataset has {self._num_shards} shards"
+        return (
+            min(num_lanes, self._num_shards),
+            f"the IterableDataset has {self._num_shards} shards",
+        )
 
     def max_lanes(self) -> tuple[int, str] | None:
         """As many as there are shards."""
-        return self._num_shards, (
-            f"source {self.name or 'data'!r} is an IterableDataset of {self._num_shards} shards. Use fewer workers, or give "
-            f"it more shards (to_iterable_dataset(num_shards=n), or .reshard())"
+        return (
+            self._num_shards,
+            (
+                f"source {self.name or 'data'!r} is an IterableDataset of {self._num_shards}"
+                " shards. Use fewer workers, or give it more shards"
+                " (to_iterable_dataset(num_shards=n), or .reshard())"
+            ),
         )
 
     def replay_bound(self) -> str:
@@ -114,7 +123,9 @@ class _HubShards(Shards):
 
 
 class _OutsideWorker:
-    """Starts a Hugging Face stream as if this were no torch worker: there it would shard itself once more."""
+    """Starts a Hugging Face stream as if this were no torch worker: there it would shard itself
+    once more.
+    """
 
     def __init__(self, rows: Iter[Any]) -> None:
         self.rows, self.started = rows, False

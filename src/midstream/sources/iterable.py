@@ -1,4 +1,6 @@
-"""Streams from a callable that returns a fresh iterable: the one source that must be read again to resume."""
+"""Streams from a callable that returns a fresh iterable: the one source that must be read again to
+resume.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,17 @@ def from_iterable(
     """Make a stream of anything that can be iterated.
 
     Args:
-        make_iterable: Returns a fresh iterable each time: called with no argument, or with the shard's number when
-            ``num_shards`` is above 1.
+        make_iterable: Returns a fresh iterable each time: called with no argument, or with the
+            shard's number when ``num_shards`` is above 1.
         name: What progress, origins and errors call it.
-        num_shards: Into how many independent parts the data falls. Lanes, and so workers and ranks, are at most as many.
-        split: ``"shards"``: shard i feeds lane i modulo the number of lanes. ``"stride"``: every lane reads everything
-            and keeps its share, which allows any number of workers and costs each of them all the reading.
+        num_shards: Into how many independent parts the data falls. Lanes, and so workers and ranks,
+            are at most as many.
+        split: ``"shards"``: shard i feeds lane i modulo the number of lanes. ``"stride"``: every
+            lane reads everything and keeps its share, which allows any number of workers and costs
+            each of them all the reading.
 
-    The iterable cannot be asked to seek, so resuming reads each lane's shard in progress again from its start.
+    The iterable cannot be asked to seek, so resuming reads each lane's shard in progress again from
+    its start.
 
     >>> import midstream as ms
     >>> list(ms.from_iterable(lambda: iter("abc"), name="letters"))
@@ -73,7 +78,11 @@ class FromIterable(Node):
 
     def spec_fields(self) -> dict[str, State]:
         """The callable's name and how it is split."""
-        return {"fn": callable_name(self.make_iterable), "num_shards": self.num_shards, "split": self.split}
+        return {
+            "fn": callable_name(self.make_iterable),
+            "num_shards": self.num_shards,
+            "split": self.split,
+        }
 
     def full_lanes(self, num_lanes: int, block: int) -> tuple[int, str]:
         """One for each shard."""
@@ -85,10 +94,14 @@ class FromIterable(Node):
         """As many as there are shards."""
         if self.split == "stride":
             return None
-        return self.num_shards, (
-            f"source {self.name or self.kind!r} has {self.num_shards} shard{'s' if self.num_shards > 1 else ''}. Use fewer "
-            f"workers, give from_iterable more shards (num_shards=n calls make_iterable(shard)), or split='stride', where "
-            f"every lane reads all and keeps its part"
+        return (
+            self.num_shards,
+            (
+                f"source {self.name or self.kind!r} has {self.num_shards}"
+                f" shard{'s' if self.num_shards > 1 else ''}. Use fewer workers, give from_iterable"
+                " more shards (num_shards=n calls make_iterable(shard)), or split='stride', where"
+                " every lane reads all and keeps its part"
+            ),
         )
 
     def replay_bound(self) -> str:
@@ -96,7 +109,9 @@ class FromIterable(Node):
         return "the shard in progress, from its start"
 
     def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
-        return ShardIterator(_IterableShards(self), bound, lane, pass_, self.num_shards, self.split == "stride")
+        return ShardIterator(
+            _IterableShards(self), bound, lane, pass_, self.num_shards, self.split == "stride"
+        )
 
 
 class _IterableShards(Shards):

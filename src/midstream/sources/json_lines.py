@@ -23,7 +23,13 @@ _LOG = logging.getLogger(__name__)
 
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 
-_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ": ".xz", b"PK\x03\x04": ".zip"}
+_MAGIC = {
+    b"\x1f\x8b": ".gz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"BZh": ".bz2",
+    b"\xfd7zXZ": ".xz",
+    b"PK\x03\x04": ".zip",
+}
 
 BOM = b"\xef\xbb\xbf"
 
@@ -41,7 +47,9 @@ def codec_of(path: str) -> str | None:
 
 
 class FoundFile(NamedTuple):
-    """A file as it was when the dataset was first used; size (bytes) and time of change (ns) only of local ones."""
+    """A file as it was when the dataset was first used; size (bytes) and time of change (ns) only
+    of local ones.
+    """
 
     file: File
     size: int
@@ -59,9 +67,11 @@ class FoundFile(NamedTuple):
             raise SourceError(f"read_json: {self.file} cannot be read any more: {error}") from error
         if (stat.st_size, stat.st_mtime_ns) != (self.size, self.mtime_ns):
             raise SourceError(
-                f"read_json: {self.file} has changed since this dataset was first used: it had {self.size:,} bytes, last "
-                f"written at {self.mtime_ns} ns, and has {stat.st_size:,}, written at {stat.st_mtime_ns} ns. Rows are found "
-                f"by their place in the file, so what is read now could be anything. Make the dataset again with read_json."
+                f"read_json: {self.file} has changed since this dataset was first used: it had"
+                f" {self.size:,} bytes, last written at {self.mtime_ns} ns, and has"
+                f" {stat.st_size:,}, written at {stat.st_mtime_ns} ns. Rows are found by their"
+                " place in the file, so what is read now could be anything. Make the dataset again"
+                " with read_json."
             )
 
 
@@ -70,8 +80,9 @@ def find_file(file: File, plain: bool) -> FoundFile:
         return FoundFile(file, -1, -1)
     if codec_of(file.path) is not None:
         raise ValueError(
-            f"read_json: a pattern matches the compressed file {file}, and whether files are compressed (a stream) or not "
-            f"(random access) is told by the names given. End the pattern like the files: '*.jsonl' or '*.jsonl.gz'"
+            f"read_json: a pattern matches the compressed file {file}, and whether files are"
+            " compressed (a stream) or not (random access) is told by the names given. End the"
+            " pattern like the files: '*.jsonl' or '*.jsonl.gz'"
         )
     stat = os.stat(file.path)
     return FoundFile(file, stat.st_size, stat.st_mtime_ns)
@@ -83,12 +94,15 @@ class LineReader:
     def __init__(self, found: list[FoundFile], offsets: list[I64]) -> None:
         self.found, self.offsets = found, offsets
         self.starts: I64 = np.cumsum([0, *(len(each) - 1 for each in offsets)], dtype=np.int64)
-        self.files: OpenFiles[pa.NativeFile] = OpenFiles(lambda number: pa.OSFile(found[number].file.path))
+        self.files: OpenFiles[pa.NativeFile] = OpenFiles(
+            lambda number: pa.OSFile(found[number].file.path)
+        )
 
     def read(self, number: int, rows: I64) -> list[tuple[int, bytes]]:
         """Start and bytes of some rows of a file.
 
-        Read, not memory-mapped: of a mapped file that is truncated meanwhile, the process would die.
+        Read, not memory-mapped: of a mapped file that is truncated meanwhile, the process would
+        die.
         """
         offsets = self.offsets[number]
         starts, ends = offsets[rows].tolist(), offsets[rows + 1].tolist()
@@ -97,7 +111,9 @@ class LineReader:
             data = [(start, read_at(end - start, start)) for start, end in zip(starts, ends)]
         except OSError as error:
             self.found[number].check()
-            raise SourceError(f"read_json: {self.found[number].file} cannot be read: {error}") from error
+            raise SourceError(
+                f"read_json: {self.found[number].file} cannot be read: {error}"
+            ) from error
         self.found[number].check()  # after reading, so that no change goes unnoticed
         return data
 
@@ -116,7 +132,8 @@ def load_line_index(found: FoundFile) -> I64:
     """
     if found.size < _CACHED_FROM:
         return _find_rows(found)
-    # The name says it all, so that nothing has to be compared: another size or time is another name.
+    # The name says it all, so that nothing has to be compared: another size or time is another
+    # name.
     family = f"jsonl-{hashlib.blake2b(found.file.path.encode(), digest_size=16).hexdigest()}-"
     folder = Path(os.environ.get("MIDSTREAM_CACHE") or os.path.expanduser("~/.cache/midstream"))
     path = folder / f"{family}{found.size}-{found.mtime_ns}.npy"
@@ -133,13 +150,22 @@ def load_line_index(found: FoundFile) -> I64:
         _write_index(path, offsets)
         return _read_index(path, found)
     except (OSError, ValueError) as error:
-        _LOG.warning("the index of %s stays in memory: %s. $MIDSTREAM_CACHE names the folder it goes to.", path, error)
+        _LOG.warning(
+            "the index of %s stays in memory: %s. $MIDSTREAM_CACHE names the folder it goes to.",
+            path,
+            error,
+        )
         return offsets
 
 
 def _read_index(path: Path, found: FoundFile) -> I64:
     offsets = np.lib.format.open_memmap(path, mode="r")
-    if offsets.dtype != np.int64 or offsets.ndim != 1 or not len(offsets) or offsets[-1] != found.size:
+    if (
+        offsets.dtype != np.int64
+        or offsets.ndim != 1
+        or not len(offsets)
+        or offsets[-1] != found.size
+    ):
         raise ValueError(f"{path} is not the index of {found.file}")
     return np.asarray(offsets)
 
@@ -164,8 +190,9 @@ def _find_rows(found: FoundFile) -> I64:
             for magic, suffix in _MAGIC.items():
                 if head.startswith(magic):
                     raise ValueError(
-                        f"read_json: {path} is compressed ({suffix}) and not named so. Files whose names end in "
-                        f"{' or '.join(_CODECS)} are read as streams; decompress others first"
+                        f"read_json: {path} is compressed ({suffix}) and not named so. Files whose"
+                        f" names end in {' or '.join(_CODECS)} are read as streams; decompress"
+                        " others first"
                     )
             file.seek(0)
             starts = _row_starts(file, 3 if head.startswith(BOM) else 0)
@@ -183,7 +210,9 @@ def _row_starts(file: io.FileIO, first: int) -> list[I64]:
     base, line = 0, first  # bytes read, and start of the line that goes on into the next chunk
     num_chunks = -(-os.fstat(file.fileno()).st_size // _CHUNK)
     chunks = iter(lambda: file.readinto(room), 0)
-    for size in watched(chunks, f"read_json: finding the rows of {os.path.basename(str(file.name))}", num_chunks):
+    for size in watched(
+        chunks, f"read_json: finding the rows of {os.path.basename(str(file.name))}", num_chunks
+    ):
         ends = np.flatnonzero(buffer[:size] == 10) + base
         if len(ends):
             begins = np.concatenate([[line], ends[:-1] + 1])
@@ -196,7 +225,9 @@ def _row_starts(file: io.FileIO, first: int) -> list[I64]:
     return starts
 
 
-def _not_blank(file: io.FileIO, buffer: npt.NDArray[np.uint8], base: int, begins: I64, ends: I64) -> I64:
+def _not_blank(
+    file: io.FileIO, buffer: npt.NDArray[np.uint8], base: int, begins: I64, ends: I64
+) -> I64:
     """The begins of lines with more than white space between begin and end."""
     # All but the first begin in the buffer, so a look at one byte settles nearly every line.
     first = buffer[np.maximum(begins - base, 0)]

@@ -21,7 +21,15 @@ from midstream.pipeline.iterator import Iterator, Lane
 from midstream.pipeline.node import BoundNode, Node
 from midstream.pipeline.rows import I64, U64, Rows
 from midstream.sources.files import File, Paths, count, is_remote, list_files, plain_paths
-from midstream.sources.json_lines import BOM, WHITE_SPACE, FoundFile, LineReader, codec_of, find_file, load_line_index
+from midstream.sources.json_lines import (
+    BOM,
+    WHITE_SPACE,
+    FoundFile,
+    LineReader,
+    codec_of,
+    find_file,
+    load_line_index,
+)
 from midstream.sources.shards import ShardIterator, Shards
 from midstream.sources.source_rows import row_origins
 
@@ -37,26 +45,30 @@ def read_json(paths: Paths, *, name: str | None = None) -> Dataset:
     """Read JSON Lines: one JSON value per line, blank lines skipped.
 
     Args:
-        paths: A path, a pattern (``data/*.jsonl``, ``**`` for folders below; matches are sorted), a URL that fsspec knows
-            (``s3://...``, patterns too), or a list of these, read in the order given.
-        name: What progress, origins and errors call it. Left out, the name it has in `interleave`, else "data".
+        paths: A path, a pattern (``data/*.jsonl``, ``**`` for folders below; matches are sorted), a
+            URL that fsspec knows (``s3://...``, patterns too), or a list of these, read in the
+            order given.
+        name: What progress, origins and errors call it. Left out, the name it has in `interleave`,
+            else "data".
 
     Returns:
-        Plain local files: a random-access dataset. With a ``.gz`` or ``.zst`` file or a URL among ``paths``: a stream
-        with one shard per file, so lanes, and with them workers and ranks, are at most as many as files. Which of the two
-        is told by the names alone. A sample is what ``json.loads`` makes of a line (with orjson installed, the extra
-        ``fast``, the same in less time).
+        Plain local files: a random-access dataset. With a ``.gz`` or ``.zst`` file or a URL among
+        ``paths``: a stream with one shard per file, so lanes, and with them workers and ranks, are
+        at most as many as files. Which of the two is told by the names alone. A sample is what
+        ``json.loads`` makes of a line (with orjson installed, the extra ``fast``, the same in less
+        time).
 
-    Nothing is opened here. The first use (``len``, ``print``, iteration) lists the files; which there are is settled then,
-    for this dataset and every worker process. For random access it also finds where each line starts (about 1 GB/s); of
-    files above 1 MiB that index (8 bytes a row) is kept in the folder ``$MIDSTREAM_CACHE``, by default
-    ``~/.cache/midstream``, for the next time.
+    Nothing is opened here. The first use (``len``, ``print``, iteration) lists the files; which
+    there are is settled then, for this dataset and every worker process. For random access it also
+    finds where each line starts (about 1 GB/s); of files above 1 MiB that index (8 bytes a row) is
+    kept in the folder ``$MIDSTREAM_CACHE``, by default ``~/.cache/midstream``, for the next time.
 
-    A line that is not JSON is one lost sample: `SampleError` names the file and the line, and the next one follows.
+    A line that is not JSON is one lost sample: `SampleError` names the file and the line, and the
+    next one follows.
 
     Raises:
-        TypeError, ValueError: If an argument is not one of these. On first use: if a file is compressed and its name, or
-            the pattern that matched it, does not end so.
+        TypeError, ValueError: If an argument is not one of these. On first use: if a file is
+            compressed and its name, or the pattern that matched it, does not end so.
         FileNotFoundError: On first use, if a path or pattern matches nothing.
         SourceError: On reading, if a file vanished or is not what it was on first use.
 
@@ -79,10 +91,12 @@ def read_json(paths: Paths, *, name: str | None = None) -> Dataset:
 class JsonSource(Node):
     """Lines of JSON files, numbered through the files in order; in a stream, row r of file f is row ``r * files + f``.
 
-    State: random access: none but the position. A stream: ``[file, rows read of it, last row that was no JSON, rows at its
-        last state, [rows, lines, byte]]``; that state is taken every 256 rows and says where in the file they end.
-    Resume: random access reads nothing again. A stream parses at most 256 rows again; to get there it seeks in a plain
-        file, and reads a compressed one again from its start (without parsing it).
+    State: random access: none but the position. A stream: ``[file, rows read of it, last row that
+        was no JSON, rows at its last state, [rows, lines, byte]]``; that state is taken every 256
+        rows and says where in the file they end.
+    Resume: random access reads nothing again. A stream parses at most 256 rows again; to get there
+        it seeks in a plain file, and reads a compressed one again from its start (without parsing
+        it).
     """
 
     paths: tuple[str, ...]
@@ -114,7 +128,8 @@ class JsonSource(Node):
         offsets: list[I64] | None = self.__dict__.get("_row_offsets")
         if offsets is None:
             offsets = [
-                load_line_index(found) for found in watched(self._found(), "read_json: finding the rows of files")
+                load_line_index(found)
+                for found in watched(self._found(), "read_json: finding the rows of files")
             ]
             self._set("_row_offsets", offsets)
         return offsets
@@ -132,23 +147,34 @@ class JsonSource(Node):
     def summary(self) -> str:
         """Number of files and, with random access, rows."""
         files = count(len(self._found()), "file")
-        return f"{self.kind}({self.length():,} rows in {files})" if self.random_access else f"{self.kind}({files})"
+        return (
+            f"{self.kind}({self.length():,} rows in {files})"
+            if self.random_access
+            else f"{self.kind}({files})"
+        )
 
     def full_lanes(self, num_lanes: int, block: int) -> tuple[int, str]:
         """In a stream one for each file."""
         if self.random_access:
             return super().full_lanes(num_lanes, block)
-        return min(num_lanes, len(self._found())), f"read_json has {count(len(self._found()), 'file')}"
+        return (
+            min(num_lanes, len(self._found())),
+            f"read_json has {count(len(self._found()), 'file')}",
+        )
 
     def max_lanes(self) -> tuple[int, str] | None:
         """In a stream as many as there are files."""
         if self.random_access:
             return None
         number = len(self._found())
-        return number, (
-            f"source {self.name or 'data'!r} is read_json of {count(number, 'file')}, read as a stream because a compressed or "
-            f"remote one is among them, and each file is one shard. Use fewer workers, split the data into more files, or "
-            f"give it plain local files: they have random access and feed any number of workers"
+        return (
+            number,
+            (
+                f"source {self.name or 'data'!r} is read_json of {count(number, 'file')}, read as a"
+                " stream because a compressed or remote one is among them, and each file is one"
+                " shard. Use fewer workers, split the data into more files, or give it plain local"
+                " files: they have random access and feed any number of workers"
+            ),
         )
 
     def _open(self) -> LineReader:
@@ -170,7 +196,11 @@ class JsonSource(Node):
                     where = lines.place_of(number, start)
                     origin = bound.origin(origins[place].tolist())
                     samples[place] = FailedSample(
-                        (SampleFailure(bound.path, origin, "json.loads", _not_json(where, line, error)),)
+                        (
+                            SampleFailure(
+                                bound.path, origin, "json.loads", _not_json(where, line, error)
+                            ),
+                        )
                     )
         return Rows(samples, origins)
 
@@ -193,8 +223,9 @@ _DEEP = 900  # orjson nests deeper than json, whose limit is Python's
 def parse(line: bytes) -> Any:
     """What ``json.loads`` makes of a line, by orjson where that is installed and makes the same of it.
 
-    Whatever orjson refuses (NaN, lone surrogates, bytes that are no text, ...) and whatever it reads differently (integers of
-    more than 64 bits) is left to ``json``, which also words the errors.
+    Whatever orjson refuses (NaN, lone surrogates, bytes that are no text, ...) and whatever it
+    reads differently (integers of more than 64 bits) is left to ``json``, which also words the
+    errors.
 
     >>> parse(b'{"a": [1, NaN, 123456789012345678901234567890]}')
     {'a': [1, nan, 123456789012345678901234567890]}
@@ -223,7 +254,11 @@ def _not_json(where: str, line: bytes, error: Exception) -> ValueError:
         reason = f"{type(error).__name__}: {error}"
     line = line.strip()
     text = line[:80].decode("utf-8", "replace") + ("..." if len(line) > 80 else "")
-    hint = " read_json takes one JSON value per line; is this one value over several lines?" if line in _OPENING else ""
+    hint = (
+        " read_json takes one JSON value per line; is this one value over several lines?"
+        if line in _OPENING
+        else ""
+    )
     result = ValueError(f"{where} is not JSON: {reason}: {text!r}.{hint}")
     result.__cause__ = error
     return result
@@ -257,7 +292,9 @@ class _LineStream:
 
     def __init__(self, file: File, state: list[int]) -> None:
         self.file = file
-        self.row, self.line, self.byte = state  # rows and lines read, and the byte that comes next (decompressed)
+        self.row, self.line, self.byte = (
+            state  # rows and lines read, and the byte that comes next (decompressed)
+        )
         self.data = self._open()
         self.ended = False
         self.damage: SourceError | None = None
@@ -299,8 +336,8 @@ class _LineStream:
             line = self.data.readline()
         except Exception as error:
             self.damage = SourceError(
-                f"read_json: {self.file} cannot be read beyond line {self.line}: {type(error).__name__}: {error}. Is it "
-                f"complete?"
+                f"read_json: {self.file} cannot be read beyond line {self.line}:"
+                f" {type(error).__name__}: {error}. Is it complete?"
             )
             raise self.damage from error
         if not self.line:

@@ -1,7 +1,7 @@
 """Parquet files: random access by row group, with nothing but footers read up front.
 
-Also here, because every source of files needs it: `list_files`, which turns paths, patterns and URLs into files, and
-`OpenFiles`, which keeps few of them open.
+Also here, because every source of files needs it: `list_files`, which turns paths, patterns and
+URLs into files, and `OpenFiles`, which keeps few of them open.
 """
 
 from __future__ import annotations
@@ -23,29 +23,36 @@ from midstream.sources.row_groups import FileIndex, RowGroups, read_file_index
 from midstream.sources.source_rows import row_origins
 
 
-def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None, name: str | None = None) -> Dataset:
+def read_parquet(
+    paths: Paths, *, columns: Sequence[str] | None = None, name: str | None = None
+) -> Dataset:
     """Read parquet files, with random access and without loading them.
 
     Args:
-        paths: A path, a pattern (``data/*.parquet``, ``**`` for folders below; matches are sorted), a URL that fsspec
-            knows (``s3://...``, patterns too), or a list of these, read in the order given.
-        columns: The columns to read, which also is the order of a sample's keys; None for all of the first file's.
-        name: What progress, origins and errors call it. Left out, the name it has in `interleave`, else "data".
+        paths: A path, a pattern (``data/*.parquet``, ``**`` for folders below; matches are sorted),
+            a URL that fsspec knows (``s3://...``, patterns too), or a list of these, read in the
+            order given.
+        columns: The columns to read, which also is the order of a sample's keys; None for all of
+            the first file's.
+        name: What progress, origins and errors call it. Left out, the name it has in `interleave`,
+            else "data".
 
     Returns:
-        A random-access dataset. A sample is a dict of a row's columns: numeric lists as read-only numpy views of the
-        stored dtype (copy one to keep it for long: a view keeps its column of the row group in memory), numbers, strings
-        and nested values as Python objects.
+        A random-access dataset. A sample is a dict of a row's columns: numeric lists as read-only
+        numpy views of the stored dtype (copy one to keep it for long: a view keeps its column of
+        the row group in memory), numbers, strings and nested values as Python objects.
 
-    Nothing is opened here. The first use (``len``, ``print``, iteration) lists the files and reads their footers; which
-    files there are is settled then, for this dataset and every worker process. Rows are decoded a row group at a time,
-    and ``.shuffle()`` mixes windows of groups, so that reading in shuffled order decodes each about once per process. The
-    groups of a window (16, see ``window_blocks``) should fit in `CACHE_BYTES`: write files with ``row_group_size`` of some
-    thousand rows. Groups that take more than 20 ms to read are read ahead, in a thread, while you work on those before.
+    Nothing is opened here. The first use (``len``, ``print``, iteration) lists the files and reads
+    their footers; which files there are is settled then, for this dataset and every worker process.
+    Rows are decoded a row group at a time, and ``.shuffle()`` mixes windows of groups, so that
+    reading in shuffled order decodes each about once per process. The groups of a window (16, see
+    ``window_blocks``) should fit in `CACHE_BYTES`: write files with ``row_group_size`` of some
+    thousand rows. Groups that take more than 20 ms to read are read ahead, in a thread, while you
+    work on those before.
 
     Raises:
-        TypeError, ValueError: If an argument is not one of these. On first use: if the files do not have the same columns,
-            or lack one of ``columns``.
+        TypeError, ValueError: If an argument is not one of these. On first use: if the files do not
+            have the same columns, or lack one of ``columns``.
         FileNotFoundError: On first use, if a path or pattern matches nothing.
         SourceError: On reading, if a file is damaged, or is not what it was on first use.
 
@@ -63,23 +70,34 @@ def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None, name: st
     if columns is not None:
         listed = isinstance(columns, Sequence) and not isinstance(columns, str)
         if not listed or not all(isinstance(column, str) for column in columns):
-            raise TypeError(f"read_parquet: columns is a list of names, like columns=['text']; found {columns!r}")
+            raise TypeError(
+                "read_parquet: columns is a list of names, like columns=['text']; found"
+                f" {columns!r}"
+            )
         if not columns or len(set(columns)) < len(columns):
-            raise ValueError(f"read_parquet: columns is one name or more, each once; found {list(columns)}")
-    return Dataset(ParquetSource(plain_paths(paths, "read_parquet"), None if columns is None else tuple(columns), name))
+            raise ValueError(
+                f"read_parquet: columns is one name or more, each once; found {list(columns)}"
+            )
+    return Dataset(
+        ParquetSource(
+            plain_paths(paths, "read_parquet"), None if columns is None else tuple(columns), name
+        )
+    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ParquetSource(Node):
     """Rows of parquet files, numbered through the files in order.
 
-    Decoded row groups are kept, least recently used first out, up to `CACHE_BYTES` per process; files are opened when a
-    group of theirs is first needed, at most `MAX_OPEN_FILES` at a time. The list of files and the sizes of their row
-    groups are read once and travel to the workers (16 bytes a group and the paths); nothing that is open does.
+    Decoded row groups are kept, least recently used first out, up to `CACHE_BYTES` per process;
+    files are opened when a group of theirs is first needed, at most `MAX_OPEN_FILES` at a time. The
+    list of files and the sizes of their row groups are read once and travel to the workers (16
+    bytes a group and the paths); nothing that is open does.
 
-    Where a group takes long to read, those that come next are read by one thread per process while the consumer works
-    (`midstream.sources.read_ahead.Ahead`): in the room that the cache has left, and at most two groups beyond it. That changes
-    when groups are read, never which samples come, nor their order, nor the state.
+    Where a group takes long to read, those that come next are read by one thread per process while
+    the consumer works (`midstream.sources.read_ahead.Ahead`): in the room that the cache has left,
+    and at most two groups beyond it. That changes when groups are read, never which samples come,
+    nor their order, nor the state.
 
     State: none but the position.
     Resume: decodes the row groups it stands in again; reads no other row again.
@@ -130,8 +148,8 @@ class ParquetSource(Node):
         """Columns, and number of rows, row groups and files."""
         index = self._index()
         return (
-            f"{self.kind}([{', '.join(index.columns)}], {self.length():,} rows in {count(len(index.sizes), 'row group')} of "
-            f"{count(len(index.files), 'file')})"
+            f"{self.kind}([{', '.join(index.columns)}], {self.length():,} rows in"
+            f" {count(len(index.sizes), 'row group')} of {count(len(index.files), 'file')})"
         )
 
     def _open(self) -> RowGroups:
@@ -145,13 +163,17 @@ class ParquetSource(Node):
         parts: dict[int, tuple[I64, Rows]] = {}
 
         def release(number: int) -> None:
-            # Views of a group that leaves the cache would keep it in memory all the same, group after group.
+            # Views of a group that leaves the cache would keep it in memory all the same, group
+            # after group.
             if number in parts:
                 here, rows = parts[number]
                 if rows.columns is not None:
                     parts[number] = here, Rows(None, rows.origins, None, rows.columns.own())
                 else:
-                    parts[number] = here, Rows([_without_views(sample) for sample in rows.samples], rows.origins)
+                    parts[number] = (
+                        here,
+                        Rows([_without_views(sample) for sample in rows.samples], rows.origins),
+                    )
 
         needed = groups.store.at_hand_first(np.unique(numbers).tolist())
         for number in needed:
@@ -161,7 +183,9 @@ class ParquetSource(Node):
                 groups.store.want(needed[:0:-1])  # the thread helps, from the other end
             try:
                 parts[number] = here, Rows(None, origins[here], None, reader.columns(inside[here]))
-            except Exception:  # one row at a time tells which one it was (bytes that are no text, say)
+            except (
+                Exception
+            ):  # one row at a time tells which one it was (bytes that are no text, say)
                 found: list[Any] = []
                 for row, place in zip(inside[here], here.tolist()):
                     try:
@@ -170,7 +194,14 @@ class ParquetSource(Node):
                         where = f"{groups.index.place_of(number)}, row {row}"
                         found.append(
                             FailedSample(
-                                (SampleFailure(bound.path, bound.origin(origins[place].tolist()), where, error),)
+                                (
+                                    SampleFailure(
+                                        bound.path,
+                                        bound.origin(origins[place].tolist()),
+                                        where,
+                                        error,
+                                    ),
+                                )
                             )
                         )
                 parts[number] = here, Rows(found, origins[here])
@@ -190,4 +221,7 @@ def _without_views(sample: Any) -> Any:
     """The sample with arrays of its own."""
     if type(sample) is not dict:
         return sample
-    return {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in sample.items()}
+    return {
+        key: value.copy() if isinstance(value, np.ndarray) else value
+        for key, value in sample.items()
+    }

@@ -15,7 +15,8 @@ T = TypeVar("T")
 
 WORTH_S = 0.02
 """Reading ahead starts where a read takes at least this long. Below it a whole window of 16 row groups is read in the time
-of a few training steps, and a thread that competes for the interpreter costs about what it gains."""
+of a few training steps, and a thread that competes for the interpreter costs about what it
+gains."""
 
 _ENOUGH = 16  # numbers that wait to be read: as many as a shuffle's window has blocks
 _IDLE = 8  # calls for each thing kept: of n in use at random, one stays unused for 8 n calls once in e**8 times
@@ -23,7 +24,9 @@ _JOIN_S = 5.0
 
 
 class _Waits(NamedTuple):
-    """Something read ahead that nobody has asked for so far; ``due``: the count of things kept by which one should have."""
+    """Something read ahead that nobody has asked for so far; ``due``: the count of things kept by
+    which one should have.
+    """
 
     thing: Any
     size: int
@@ -34,26 +37,34 @@ class Ahead(Generic[T]):
     """Things by number: the ones used last are kept, and those that will be needed next are read in the background.
 
     Args:
-        read: Reads one, and tells its size in bytes. Called by whoever asks, and by the thread: by several at once.
+        read: Reads one, and tells its size in bytes. Called by whoever asks, and by the thread: by
+            several at once.
         limit: Bytes to keep. At least one thing is kept, however large.
 
-    What is kept and what waits to be asked for take at most ``limit`` bytes, and two things more: one that waits, one
-    being read. Room for what waits is made by what nobody used for long, never by what is in use.
+    What is kept and what waits to be asked for take at most ``limit`` bytes, and two things more:
+    one that waits, one being read. Room for what waits is made by what nobody used for long, never
+    by what is in use.
 
-    A read that fails in the background is as if it had not been tried: whoever asks for that thing reads it again and
-    gets the error then and there, and nobody hears of things that are not asked for.
+    A read that fails in the background is as if it had not been tried: whoever asks for that thing
+    reads it again and gets the error then and there, and nobody hears of things that are not asked
+    for.
 
-    The thread lives while there is something to read and room for it. Between two reads it lets go of this object; it is
-    waited for when the object goes, and when the interpreter ends. A forked process makes an object of its own
-    (`Dataset._handle` sees to it); the copy it inherits does nothing by itself.
+    The thread lives while there is something to read and room for it. Between two reads it lets go
+    of this object; it is waited for when the object goes, and when the interpreter ends. A forked
+    process makes an object of its own (`Dataset._handle` sees to it); the copy it inherits does
+    nothing by itself.
     """
 
     def __init__(self, read: Callable[[int], tuple[T, int]], limit: Callable[[], int]) -> None:
         self.read, self.limit = read, limit
-        self.kept: OrderedDict[int, tuple[T, int]] = OrderedDict()  # with their sizes; the one used last is the last
+        self.kept: OrderedDict[int, tuple[T, int]] = (
+            OrderedDict()
+        )  # with their sizes; the one used last is the last
         self.num_bytes = 0  # of these
         self.used: dict[int, int] = {}  # the call that used each of them last
-        self.calls = self.arrived = 0  # how often something was asked for; how often it had to be brought
+        self.calls = self.arrived = (
+            0  # how often something was asked for; how often it had to be brought
+        )
         self.cost = 0.0  # seconds that a read takes, lately
         self.size = 0  # bytes of what was read last
         self.wanted: OrderedDict[int, None] = OrderedDict()
@@ -70,16 +81,28 @@ class Ahead(Generic[T]):
         return self.cost >= WORTH_S and len(self.wanted) < _ENOUGH
 
     def at_hand_first(self, numbers: list[int]) -> list[int]:
-        """The same numbers, those at hand first: otherwise a new one could push out one that is needed next."""
+        """The same numbers, those at hand first: otherwise a new one could push out one that is
+        needed next.
+        """
 
         def order(number: int) -> int:
-            return 0 if number in self.kept else 1 if number in self.waiting else 3 if number in self.reading else 2
+            return (
+                0
+                if number in self.kept
+                else 1
+                if number in self.waiting
+                else 3
+                if number in self.reading
+                else 2
+            )
 
         with self.changed:
             return sorted(numbers, key=order)
 
     def get(self, number: int, dropped: Callable[[int], None]) -> tuple[T, bool]:
-        """A thing, and whether it was brought just now; ``dropped`` hears which ones are kept no longer."""
+        """A thing, and whether it was brought just now; ``dropped`` hears which ones are kept no
+        longer.
+        """
         try:
             with self.changed:
                 self.calls += 1
@@ -104,7 +127,9 @@ class Ahead(Generic[T]):
             with self.changed:
                 self._done(number, size, cost)
                 self._keep(number, thing, size, dropped)
-        except BaseException:  # Ctrl-C too, at any place: who asks again must not wait for a read that is over
+        except (
+            BaseException
+        ):  # Ctrl-C too, at any place: who asks again must not wait for a read that is over
             self._done(number)
             raise
         return thing, True
@@ -115,7 +140,11 @@ class Ahead(Generic[T]):
             return
         with self.changed:
             for number in numbers:
-                if number not in self.kept and number not in self.waiting and number not in self.reading:
+                if (
+                    number not in self.kept
+                    and number not in self.waiting
+                    and number not in self.reading
+                ):
                     self.wanted[number] = None
             self._start()
 
@@ -146,18 +175,30 @@ class Ahead(Generic[T]):
 
     def _start(self) -> None:
         """Start the thread where there is something for it to do."""
-        if not self.wanted or self.cost < WORTH_S or self.thread.running is not None or self.thread.ended:
+        if (
+            not self.wanted
+            or self.cost < WORTH_S
+            or self.thread.running is not None
+            or self.thread.ended
+        ):
             return
         if self._room():
             thread = threading.Thread(
-                target=_read_on, args=(weakref.ref(self), self.thread, self.read), name="midstream-ahead", daemon=True
+                target=_read_on,
+                args=(weakref.ref(self), self.thread, self.read),
+                name="midstream-ahead",
+                daemon=True,
             )
-            with contextlib.suppress(RuntimeError):  # none is to be had: then everything is read when it is needed
+            with contextlib.suppress(
+                RuntimeError
+            ):  # none is to be had: then everything is read when it is needed
                 thread.start()
                 self.thread.running = thread
 
     def _room(self) -> bool:
-        """Whether one more may be read ahead. Makes room of what nobody used for long, or did not ask for after all."""
+        """Whether one more may be read ahead. Makes room of what nobody used for long, or did not
+        ask for after all.
+        """
         limit = self.limit() - self.size
         while self.waiting and next(iter(self.waiting.values())).due < self.arrived:
             self.waiting_bytes -= self.waiting.popitem(last=False)[1].size
@@ -185,12 +226,16 @@ class Ahead(Generic[T]):
                 return
             thing, size, cost = found
             self._done(number, size, cost)
-            self.waiting[number] = _Waits(thing, size, self.arrived + len(self.waiting) + 2 * _ENOUGH)
+            self.waiting[number] = _Waits(
+                thing, size, self.arrived + len(self.waiting) + 2 * _ENOUGH
+            )
             self.waiting_bytes += size
 
 
 class _Thread:
-    """The thread of an `Ahead`, if it runs; apart from it, so that it can go while the thread reads."""
+    """The thread of an `Ahead`, if it runs; apart from it, so that it can go while the thread
+    reads.
+    """
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -198,10 +243,16 @@ class _Thread:
         self.ended = False
 
     def end(self) -> None:
-        """Let it end after the read in progress, and wait for that: it must not be in C code when the interpreter goes."""
+        """Let it end after the read in progress, and wait for that: it must not be in C code when
+        the interpreter goes.
+        """
         self.ended = True
         thread = self.running
-        if thread is not None and self.pid == os.getpid() and thread is not threading.current_thread():
+        if (
+            thread is not None
+            and self.pid == os.getpid()
+            and thread is not threading.current_thread()
+        ):
             thread.join(_JOIN_S)
 
 
@@ -211,7 +262,9 @@ def _timed(read: Callable[[int], tuple[T, int]], number: int) -> tuple[T, int, f
     return thing, size, time.perf_counter() - start
 
 
-def _read_on(owner: weakref.ref[Ahead[T]], state: _Thread, read: Callable[[int], tuple[T, int]]) -> None:
+def _read_on(
+    owner: weakref.ref[Ahead[T]], state: _Thread, read: Callable[[int], tuple[T, int]]
+) -> None:
     while not state.ended:
         ahead = owner()
         number = ahead.next_wanted() if ahead is not None else None

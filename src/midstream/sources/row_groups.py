@@ -22,7 +22,9 @@ from midstream.sources.files import File, OpenFiles, list_files
 from midstream.sources.read_ahead import Ahead
 
 CACHE_BYTES = 256 << 20
-"""Bytes of decoded row groups kept per source and process. At least one group is kept, however large."""
+"""Bytes of decoded row groups kept per source and process. At least one group is kept, however
+large.
+"""
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,7 +61,9 @@ def read_file_index(paths: tuple[str, ...], columns: tuple[str, ...] | None) -> 
     files = list_files(paths, "read_parquet")
     # Each footer is a few round trips on an object store, so many are asked for at once.
     with ThreadPoolExecutor(min(16, len(files))) as pool:
-        footers = list(watched(pool.map(_read_footer, files), "read_parquet: reading footers", len(files)))
+        footers = list(
+            watched(pool.map(_read_footer, files), "read_parquet: reading footers", len(files))
+        )
     names = list(footers[0].types) if columns is None else list(columns)
     _check_columns(files, footers, names, everything=columns is None)
     sizes = np.array([size for footer in footers for size in footer.sizes], dtype=np.int64)
@@ -76,8 +80,8 @@ def _read_footer(file: File) -> _Footer:
             footer, schema = parquet.metadata, parquet.schema_arrow
     except Exception as error:
         raise SourceError(
-            f"read_parquet: the footer of {file} cannot be read: {type(error).__name__}: {error}. Is it a complete parquet "
-            f"file?"
+            f"read_parquet: the footer of {file} cannot be read: {type(error).__name__}: {error}."
+            " Is it a complete parquet file?"
         ) from error
     if len(set(schema.names)) < len(schema.names):
         raise ValueError(f"read_parquet: {file} has two columns of the same name: {schema.names}")
@@ -86,7 +90,9 @@ def _read_footer(file: File) -> _Footer:
 
 
 def _type_name(type_: pa.DataType) -> str:
-    """What a type looks like in a sample: how a writer chose to lay it out in memory makes no difference there."""
+    """What a type looks like in a sample: how a writer chose to lay it out in memory makes no
+    difference there.
+    """
     types = pa.types
     if types.is_dictionary(type_):
         return _type_name(type_.value_type)
@@ -97,7 +103,9 @@ def _type_name(type_: pa.DataType) -> str:
     return str(type_).removeprefix("large_").removesuffix("_view")
 
 
-def _check_columns(files: list[File], footers: list[_Footer], names: list[str], everything: bool) -> None:
+def _check_columns(
+    files: list[File], footers: list[_Footer], names: list[str], everything: bool
+) -> None:
     """Refuse files that do not have the same columns.
 
     Raises:
@@ -106,25 +114,30 @@ def _check_columns(files: list[File], footers: list[_Footer], names: list[str], 
     first = footers[0].types
     missing = [name for name in names if name not in first]
     if missing:
-        raise ValueError(f"read_parquet: {files[0]} has no column {missing[0]!r}. It has: {', '.join(first)}")
+        raise ValueError(
+            f"read_parquet: {files[0]} has no column {missing[0]!r}. It has: {', '.join(first)}"
+        )
     for file, (_, types) in zip(files[1:], footers[1:]):
         compared = [*names, *(name for name in types if everything and name not in first)]
         differing = [
-            f"{name!r}: {first.get(name, 'absent')} in the first, {types.get(name, 'absent')} in the second"
+            f"{name!r}: {first.get(name, 'absent')} in the first, {types.get(name, 'absent')} in"
+            " the second"
             for name in compared
             if first.get(name) != types.get(name)
         ]
         if differing:
             shared = [name for name in names if first[name] == types.get(name)]
             raise ValueError(
-                f"read_parquet: the columns of\n  {files[0]}\n  {file}\ndiffer:{bullet_list(differing)}\nRead what they share "
-                f"with columns={shared}, or make them two sources, bring their samples to one form with .map, and join them "
-                f"with midstream.concatenate."
+                f"read_parquet: the columns of\n  {files[0]}\n "
+                f" {file}\ndiffer:{bullet_list(differing)}\nRead what they share with"
+                f" columns={shared}, or make them two sources, bring their samples to one form with"
+                " .map, and join them with midstream.concatenate."
             )
 
 
 def _open_parquet(file: File) -> pq.ParquetFile:
-    # Remote reads are gathered into few large ones. Checksums are verified where the writer left some.
+    # Remote reads are gathered into few large ones. Checksums are verified where the writer left
+    # some.
     remote = bool(file.url)
     source = file.open() if remote else file.path
     return pq.ParquetFile(source, pre_buffer=remote, page_checksum_verification=True)
@@ -141,16 +154,22 @@ class RowGroups:
     def __init__(self, index: FileIndex) -> None:
         self.index = index
         self.starts: I64 = np.concatenate([[0], np.cumsum(index.sizes)]).astype(np.int64)
-        files: OpenFiles[pq.ParquetFile] = OpenFiles(lambda number: _open_parquet(index.files[number]))
+        files: OpenFiles[pq.ParquetFile] = OpenFiles(
+            lambda number: _open_parquet(index.files[number])
+        )
 
-        def read(number: int) -> tuple[TableReader, int]:  # no method: a thread that reads does not keep this object
+        def read(
+            number: int,
+        ) -> tuple[TableReader, int]:  # no method: a thread that reads does not keep this object
             table = _decode(index, files, number)
             return TableReader(table), table.get_total_buffer_size()
 
         self.store: Ahead[TableReader] = Ahead(read, lambda: CACHE_BYTES)
         self.decodes = 0
         self.decoded_at: dict[int, int] = {}
-        self.rows_decoded = self.rows_used = self.again = 0  # since decodes was last a multiple of _WATCH
+        self.rows_decoded = self.rows_used = self.again = (
+            0  # since decodes was last a multiple of _WATCH
+        )
         self.warned = False
 
     def of(self, positions: I64) -> I64:
@@ -158,7 +177,9 @@ class RowGroups:
         return np.searchsorted(self.starts, positions, side="right") - 1
 
     def reader(self, number: int, rows: int, release: Callable[[int], None]) -> TableReader:
-        """The reader of a group, from which ``rows`` rows will be taken; ``release`` hears which groups are dropped."""
+        """The reader of a group, from which ``rows`` rows will be taken; ``release`` hears which
+        groups are dropped.
+        """
         self.rows_used += rows
         reader, new = self.store.get(number, release)
         if new:
@@ -173,13 +194,17 @@ class RowGroups:
         self.decoded_at[number] = self.decodes
         if self.decodes % _WATCH:
             return
-        if not self.warned and self.again > _WATCH // 2 and self.rows_used * _WASTE < self.rows_decoded:
+        if (
+            not self.warned
+            and self.again > _WATCH // 2
+            and self.rows_used * _WASTE < self.rows_decoded
+        ):
             self.warned = True
             _LOG.warning(
-                "read_parquet: of %d rows decoded only one is used, because row groups are dropped from the cache (%d MiB, "
-                "midstream.sources.parquet.CACHE_BYTES) and soon decoded again: %s takes %.0f MiB. Use "
-                ".shuffle(window_blocks=k) with k groups that fit, read fewer columns, or write the files with a smaller "
-                "row_group_size.",
+                "read_parquet: of %d rows decoded only one is used, because row groups are dropped"
+                " from the cache (%d MiB, midstream.sources.parquet.CACHE_BYTES) and soon decoded"
+                " again: %s takes %.0f MiB. Use .shuffle(window_blocks=k) with k groups that fit,"
+                " read fewer columns, or write the files with a smaller row_group_size.",
                 self.rows_decoded // max(1, self.rows_used),
                 CACHE_BYTES >> 20,
                 self.index.place_of(number),
@@ -198,12 +223,14 @@ def _decode(index: FileIndex, files: OpenFiles[pq.ParquetFile], number: int) -> 
             ).select(index.columns)
     except Exception as error:
         raise SourceError(
-            f"{index.place_of(number)} cannot be read: {type(error).__name__}: {error}. Restore the file, or leave it out "
-            f"of the paths and start a new run: a checkpoint counts its rows."
+            f"{index.place_of(number)} cannot be read: {type(error).__name__}: {error}. Restore the"
+            " file, or leave it out of the paths and start a new run: a checkpoint counts its"
+            " rows."
         ) from error
     if table.num_rows != index.sizes[number]:
         raise SourceError(
-            f"{index.place_of(number)} has {table.num_rows} rows, and had {index.sizes[number]} when this dataset was "
-            f"first used: the file was replaced. Make the dataset again with read_parquet, and start a new run."
+            f"{index.place_of(number)} has {table.num_rows} rows, and had {index.sizes[number]}"
+            " when this dataset was first used: the file was replaced. Make the dataset again with"
+            " read_parquet, and start a new run."
         )
     return table

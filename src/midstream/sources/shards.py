@@ -18,9 +18,13 @@ class Shards:
 
     function = ""
     survives = False
-    """Whether a shard certainly goes on after a row that raised. A generator does not, and what it wraps is not known."""
+    """Whether a shard certainly goes on after a row that raised. A generator does not, and what it
+    wraps is not known.
+    """
     every = 0
-    """Rows between two states of a shard; 0 where a shard has none and is read again from its start."""
+    """Rows between two states of a shard; 0 where a shard has none and is read again from its
+    start.
+    """
 
     def open(self, shard: int, state: State) -> Iter[Any]:
         """Start a shard, from its beginning (state None) or from one of its states."""
@@ -34,11 +38,26 @@ class Shards:
 class ShardIterator(Iterator):
     """Reads a lane's shards one after the other.
 
-    State: ``[shard, rows read of it, the last row that raised, rows bound the shard's own last state, that state]``.
+    State: ``[shard, rows read of it, the last row that raised, rows bound the shard's own last
+    state, that state]``.
     """
 
-    def __init__(self, shards: Shards, bound: BoundNode, lane: Lane, pass_: int, num_shards: int, stride: bool) -> None:
-        self.shards, self.bound, self.lane, self.pass_, self.num_shards = shards, bound, lane, pass_, num_shards
+    def __init__(
+        self,
+        shards: Shards,
+        bound: BoundNode,
+        lane: Lane,
+        pass_: int,
+        num_shards: int,
+        stride: bool,
+    ) -> None:
+        self.shards, self.bound, self.lane, self.pass_, self.num_shards = (
+            shards,
+            bound,
+            lane,
+            pass_,
+            num_shards,
+        )
         self.stride = stride
         self.step = 1 if stride else lane.num_lanes
         self._start(0 if stride else lane.index)
@@ -60,7 +79,9 @@ class ShardIterator(Iterator):
             if self.shards.every and self.row - self.safe_row >= self.shards.every:
                 self.safe_row, self.safe = self.row, self.shards.state()
             if trail is not None:
-                trail.row(self.bound.source, self.pass_, self.row * self.num_shards + self.shard, 0, 0)
+                trail.row(
+                    self.bound.source, self.pass_, self.row * self.num_shards + self.shard, 0, 0
+                )
             try:
                 sample = next(self.rows)
             except StopIteration:
@@ -87,7 +108,8 @@ class ShardIterator(Iterator):
         except Exception as error:
             self.rows = None
             raise SourceError(
-                f"{self.bound.path}: shard {self.shard} cannot be opened: {type(error).__name__}: {error}"
+                f"{self.bound.path}: shard {self.shard} cannot be opened: {type(error).__name__}:"
+                f" {error}"
             ) from error
         row = self.safe_row
         while row < target:
@@ -98,8 +120,9 @@ class ShardIterator(Iterator):
                     self._dead()
                 self.rows = None
                 raise ReplayDiverged(
-                    f"{self.bound.path}: shard {self.shard} ended at row {row} while rows up to {target} were to be read again; "
-                    f"has the data changed since the checkpoint was saved?"
+                    f"{self.bound.path}: shard {self.shard} ended at row {row} while rows up to"
+                    f" {target} were to be read again; has the data changed since the checkpoint"
+                    " was saved?"
                 ) from None
             except SourceError:
                 raise
@@ -113,16 +136,19 @@ class ShardIterator(Iterator):
         self.lane.ledger.reads += 1
         origin = (self.bound.source, self.pass_, row * self.num_shards + self.shard, 0, 0)
         self.row, self.raised_at = row + 1, row
-        failure = SampleFailure(self.bound.path, self.bound.origin(origin), self.shards.function, error)
+        failure = SampleFailure(
+            self.bound.path, self.bound.origin(origin), self.shards.function, error
+        )
         return FailedSample((failure,)), origin
 
     def _dead(self) -> None:
         row = self.raised_at
         self.rows = None
         raise SourceError(
-            f"{self.bound.path}: shard {self.shard} raised at row {row} and cannot go on, so every row after it is lost (a "
-            f"generator is dead once it raised). Catch the exception inside the iterable, or do the failing work in .map, "
-            f"where an error loses one sample."
+            f"{self.bound.path}: shard {self.shard} raised at row {row} and cannot go on, so every"
+            " row after it is lost (a generator is dead once it raised). Catch the exception"
+            " inside the iterable, or do the failing work in .map, where an error loses one"
+            " sample."
         )
 
     def _state(self) -> State:

@@ -25,18 +25,28 @@ def row_failure(bound: BoundNode, data: Any, origin: I64, error: Exception) -> F
     if isinstance(error, StopIteration):
         error = RuntimeError(f"reading a row raised StopIteration({error})")
     return FailedSample(
-        (SampleFailure(bound.path, bound.origin(origin.tolist()), f"{type(data).__qualname__}.__getitem__", error),)
+        (
+            SampleFailure(
+                bound.path,
+                bound.origin(origin.tolist()),
+                f"{type(data).__qualname__}.__getitem__",
+                error,
+            ),
+        )
     )
 
 
 class ReturnedOthers(ValueError):
-    """A dataset that returns another number of rows than it was asked for: no row could be told from another."""
+    """A dataset that returns another number of rows than it was asked for: no row could be told
+    from another.
+    """
 
 
 def require_rows(bound: BoundNode, data: Any, found: int, expected: int) -> None:
     """Refuse an answer of another number of rows than was asked for."""
     if found != expected:
         raise ReturnedOthers(
-            f"{bound.path}: {type(data).__name__} returned {found} rows where {expected} were asked for, so rows could not be "
-            f"told apart. A transform and __getitems__ return one row for each; drop rows with .filter, add some with .flat_map"
+            f"{bound.path}: {type(data).__name__} returned {found} rows where {expected} were asked"
+            " for, so rows could not be told apart. A transform and __getitems__ return one row"
+            " for each; drop rows with .filter, add some with .flat_map"
         )

@@ -15,4 +15,12 @@ from midstream.testing.laws import LawError, check_dataset
 from midstream.testing.report import Check, Difference, ResumeError, ResumeReport
 from midstream.testing.resume import check_resume
 
-__all__ = ["Check", "Difference", "LawError", "ResumeError", "ResumeReport", "check_dataset", "check_resume"]
+__all__ = [
+    "Check",
+    "Difference",
+    "LawError",
+    "ResumeError",
+    "ResumeReport",
+    "check_dataset",
+    "check_resume",
+]

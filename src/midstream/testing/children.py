@@ -41,13 +41,15 @@ class Child:
         Unreachable: If the target cannot be pickled.
     """
 
-    def __init__(self, given: Any, topology: Topology, setup: Setup, saved: Saved | None, batches: int | None) -> None:
+    def __init__(
+        self, given: Any, topology: Topology, setup: Setup, saved: Saved | None, batches: int | None
+    ) -> None:
         try:
             target, key = _to_bytes(given), _to_bytes(setup.key)
         except Exception as error:
             raise Unreachable(
-                f"the target cannot be sent to another process ({type(error).__name__}: {error}). Define it at the top of a "
-                f"module, or leave the kills out with kill=False."
+                f"the target cannot be sent to another process ({type(error).__name__}: {error})."
+                " Define it at the top of a module, or leave the kills out with kill=False."
             ) from error
         job = {
             "path": sys.path,
@@ -64,7 +66,12 @@ class Child:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-m", "midstream.testing.children", str(write)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, env=environment, pass_fds=(write,)
+            command,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            env=environment,
+            pass_fds=(write,),
         )
         os.close(write)
         self._lines = os.fdopen(read, "rb")
@@ -85,7 +92,9 @@ class Child:
                 status = self._process.wait()
                 self._log.seek(0)
                 text = self._log.read().decode(errors="replace").strip()
-                raise Unreachable(f"a process of its own ended with status {status}:\n{text[-1500:]}")
+                raise Unreachable(
+                    f"a process of its own ended with status {status}:\n{text[-1500:]}"
+                )
             if line == b"end\n":
                 return
             yield ChildStep(*pickle.loads(base64.b64decode(line)))

@@ -35,7 +35,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     return value
 
 
@@ -65,8 +67,12 @@ def _feed(put: Callable[[bytes], None], value: Any) -> None:
         for key in sorted(value, key=repr):
             _feed(put, key)
             _feed(put, value[key])
-    elif isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype == object):
-        put(f"list {len(value)}:".encode())  # torch makes lists of tuples here and there: not a difference in the data
+    elif isinstance(value, (list, tuple)) or (
+        isinstance(value, np.ndarray) and value.dtype == object
+    ):
+        put(
+            f"list {len(value)}:".encode()
+        )  # torch makes lists of tuples here and there: not a difference in the data
         for item in value:
             _feed(put, item)
     elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
@@ -81,7 +87,9 @@ def _feed(put: Callable[[bytes], None], value: Any) -> None:
 
 
 def samples_of(batch: Any) -> list[Any]:
-    """The samples in a batch, as far as one can tell: rows of a tensor, items of a list, rows of a dict of columns."""
+    """The samples in a batch, as far as one can tell: rows of a tensor, items of a list, rows of a
+    dict of columns.
+    """
     if isinstance(batch, (torch.Tensor, np.ndarray)):
         return list(batch) if batch.ndim else [batch]
     if isinstance(batch, Mapping):
@@ -92,8 +100,14 @@ def samples_of(batch: Any) -> list[Any]:
         return [batch]
     if isinstance(batch, (list, tuple)):
         sizes = {_rows(value) for value in batch}
-        if len(sizes) == 1 and isinstance(batch[0], (torch.Tensor, np.ndarray)) and (size := sizes.pop()) is not None:
-            return [[column[row] for column in batch] for row in range(size)]  # default_collate of tuples
+        if (
+            len(sizes) == 1
+            and isinstance(batch[0], (torch.Tensor, np.ndarray))
+            and (size := sizes.pop()) is not None
+        ):
+            return [
+                [column[row] for column in batch] for row in range(size)
+            ]  # default_collate of tuples
         return list(batch)
     return [batch]
 
@@ -116,7 +130,9 @@ def name_samples(batch: Any, key: Callable[[Any], Any] | None = None) -> list[st
     >>> name_samples([7, 8], key=lambda sample: f"row {sample}")
     ['row 7', 'row 8']
     """
-    return [_name(sample) if key is None else str(_bare(key(sample))) for sample in samples_of(batch)]
+    return [
+        _name(sample) if key is None else str(_bare(key(sample))) for sample in samples_of(batch)
+    ]
 
 
 def _name(sample: Any) -> str:

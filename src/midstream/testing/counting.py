@@ -32,7 +32,10 @@ def counting_reads() -> Iterator[Reads]:
         counted: Any = _CountedShards(shards, reads)
         init(iterator, counted, *args)
 
-    with mock.patch.object(BoundNode, "rows", counted_rows), mock.patch.object(ShardIterator, "__init__", counted_init):
+    with (
+        mock.patch.object(BoundNode, "rows", counted_rows),
+        mock.patch.object(ShardIterator, "__init__", counted_init),
+    ):
         yield reads
 
 

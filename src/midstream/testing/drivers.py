@@ -4,9 +4,9 @@
     Session     the loaders of all ranks of one topology in this process, in step with each other
     Recording   what a session handed out, and a checkpoint after every step
 
-midstream's loaders are followed over ranks and epochs, and their samples known by origin. Any other loader is known by the
-content of its batches: one with ``state_dict`` and ``load_state_dict`` (torchdata, LitData), or an iterator with
-``get_state`` and ``set_state`` (Grain).
+midstream's loaders are followed over ranks and epochs, and their samples known by origin. Any other
+loader is known by the content of its batches: one with ``state_dict`` and ``load_state_dict``
+(torchdata, LitData), or an iterator with ``get_state`` and ``set_state`` (Grain).
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from midstream.testing.content import digest, name_samples
 _MANY_LANES = 4096
 
 _SAME_ERRORS = 20
-"""So many errors one after the other, and no batch between them, are taken for one that comes for ever."""
+"""So many errors one after the other, and no batch between them, are taken for one that comes for
+ever.
+"""
 
 
 class Topology(NamedTuple):
@@ -118,8 +120,8 @@ class Target:
     """What is checked, as a function that makes the loader of one rank.
 
     Args:
-        given: A dataset; a function that returns one; or a function that returns a loader and takes any of ``num_workers``,
-            ``rank`` and ``world_size`` by keyword.
+        given: A dataset; a function that returns one; or a function that returns a loader and takes
+            any of ``num_workers``, ``rank`` and ``world_size`` by keyword.
 
     Raises:
         TypeError: If it is none of these.
@@ -129,13 +131,14 @@ class Target:
         if not isinstance(given, Dataset) and not callable(given):
             if any(hasattr(given, name) for name in ("load_state_dict", "set_state")):
                 raise TypeError(
-                    f"check_resume makes the loader anew for every resume, and was given a {type(given).__name__} that is made "
-                    f"already. Give a function: check_resume(lambda num_workers: MyLoader(..., num_workers=num_workers))"
+                    "check_resume makes the loader anew for every resume, and was given a"
+                    f" {type(given).__name__} that is made already. Give a function:"
+                    " check_resume(lambda num_workers: MyLoader(..., num_workers=num_workers))"
                 )
             if not (hasattr(given, "__getitem__") and hasattr(given, "__len__")):
                 raise TypeError(
-                    f"check_resume takes a midstream dataset, or a function that returns a dataset or a loader; found "
-                    f"{type(given).__name__}"
+                    "check_resume takes a midstream dataset, or a function that returns a dataset"
+                    f" or a loader; found {type(given).__name__}"
                 )
             given = ms.from_dataset(given)
         self.given = given
@@ -170,7 +173,9 @@ class Target:
         made = self._call(topology, rank)
         if not isinstance(made, Dataset):
             return made
-        options: dict[str, Any] = {} if made.batch_rows else {"batch_size": setup.batch_size, "collate_fn": list}
+        options: dict[str, Any] = (
+            {} if made.batch_rows else {"batch_size": setup.batch_size, "collate_fn": list}
+        )
         return ms.DataLoader(
             made,
             num_workers=topology.workers,
@@ -185,13 +190,17 @@ class Target:
 def fitting_lanes(
     dataset: Dataset, ranks: tuple[int, ...], workers: tuple[int, ...], batch_size: int, window: int
 ) -> int | None:
-    """A number of lanes for a stream, so small that each is stopped in its middle several times within the window."""
+    """A number of lanes for a stream, so small that each is stopped in its middle several times
+    within the window.
+    """
     if dataset.random_access:
         return None
     step = math.lcm(*ranks)
     limit = dataset.node.max_lanes()
     blocks, _ = dataset.node.full_lanes(_MANY_LANES, 1 if dataset.batch_rows else batch_size)
-    lanes = max(1, min(DEFAULT_LANES, window // 4, blocks // 3, *([limit[0]] if limit is not None else [])))
+    lanes = max(
+        1, min(DEFAULT_LANES, window // 4, blocks // 3, *([limit[0]] if limit is not None else []))
+    )
     return max(max(ranks) * max(1, *workers), step, lanes - lanes % step)
 
 
@@ -200,7 +209,9 @@ def _is_ours(loader: Any) -> bool:
 
 
 class Step(NamedTuple):
-    """What a session did: items, one per rank that had one, in the run's order; or the end of an epoch."""
+    """What a session did: items, one per rank that had one, in the run's order; or the end of an
+    epoch.
+    """
 
     items: list[Item]
     end: bool = False
@@ -214,7 +225,9 @@ class Session:
         loaders: One per rank.
     """
 
-    def __init__(self, target: Target, topology: Topology, setup: Setup, saved: Saved | None = None) -> None:
+    def __init__(
+        self, target: Target, topology: Topology, setup: Setup, saved: Saved | None = None
+    ) -> None:
         self.setup, self.topology = setup, topology
         self.loaders = [target.make(topology, rank, setup) for rank in range(topology.ranks)]
         self.ours = _is_ours(self.loaders[0])
@@ -225,8 +238,8 @@ class Session:
         if self.ours:
             if topology.ranks > 1 and self.loaders[0]._synced:
                 raise ValueError(
-                    "sync_end=True needs the real ranks, and check_resume runs all of them in one process: let the function "
-                    "leave it out here, or give ranks=(1,)"
+                    "sync_end=True needs the real ranks, and check_resume runs all of them in one"
+                    " process: let the function leave it out here, or give ranks=(1,)"
                 )
             if saved is not None:
                 for loader in self.loaders:
@@ -240,11 +253,13 @@ class Session:
         else:
             self._kind = "get_state"
             made = self.loaders[0]
-            iterator = made if hasattr(made, "__next__") or not hasattr(made, "__iter__") else iter(made)
+            iterator = (
+                made if hasattr(made, "__next__") or not hasattr(made, "__iter__") else iter(made)
+            )
             if not hasattr(iterator, "set_state") or not hasattr(iterator, "get_state"):
                 raise TypeError(
-                    f"a {type(made).__name__} cannot be resumed: it has neither state_dict and load_state_dict nor get_state "
-                    f"and set_state"
+                    f"a {type(made).__name__} cannot be resumed: it has neither state_dict and"
+                    " load_state_dict nor get_state and set_state"
                 )
             self._iterators = [iterator]
             if saved is not None:
@@ -266,7 +281,9 @@ class Session:
                 return None
             self._epoch, self._empty = epoch, True
             self._iterators = [iter(loader) for loader in self.loaders]
-            order = sorted(range(len(self.loaders)), key=lambda rank: self.loaders[rank]._current.first)
+            order = sorted(
+                range(len(self.loaders)), key=lambda rank: self.loaders[rank]._current.first
+            )
             self._order = order
         items: list[Item] = []
         for rank in self._order:
@@ -290,7 +307,9 @@ class Session:
                 trace = self.loaders[rank].trace()
                 if not trace.padded:
                     names = tuple(map(str, trace))
-                    items.append(Item(self._epoch, digest(batch), names, _start(batch, None), rank=rank))
+                    items.append(
+                        Item(self._epoch, digest(batch), names, _start(batch, None), rank=rank)
+                    )
                 break
         if not items and all(iterator is None for iterator in self._iterators):
             self._iterators = None
@@ -301,7 +320,10 @@ class Session:
         return Step(items)
 
     def _step_foreign(self) -> Step | None:
-        if self._epoch >= (self.setup.epochs if self._kind == "state_dict" else 1) or self._errors > _SAME_ERRORS:
+        if (
+            self._epoch >= (self.setup.epochs if self._kind == "state_dict" else 1)
+            or self._errors > _SAME_ERRORS
+        ):
             return None
         if self._iterators is None:
             _set_epoch(self.loaders[0], self._epoch)
@@ -332,7 +354,9 @@ class Session:
                 state = loader.state_dict()
                 text = json.dumps(state)
                 if json.loads(text) != state:
-                    raise TypeError("the state is not plain JSON: it changes when it is written and read")
+                    raise TypeError(
+                        "the state is not plain JSON: it changes when it is written and read"
+                    )
                 states.append(text)
             return Saved(self.loaders[0].epoch, tuple(states), True)
         if self._kind == "get_state":
@@ -354,7 +378,10 @@ class Session:
     def lanes(self) -> tuple[int, bool]:
         """Ours: the number of lanes, and whether any of them has drained."""
         run_state = parse(merge_states([loader.state_dict() for loader in self.loaders]))
-        drained = any(lane is not None and lane.get("lane", {}).get("done") for lane in run_state.lanes.values())
+        drained = any(
+            lane is not None and lane.get("lane", {}).get("done")
+            for lane in run_state.lanes.values()
+        )
         return run_state.num_lanes, drained
 
     def close(self) -> None:

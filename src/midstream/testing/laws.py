@@ -1,7 +1,7 @@
 """The laws that every dataset of midstream obeys: a node or source of your own has to obey them too.
 
-Each law is a function that takes something that makes the dataset, and raises `LawError` where it is broken. Our own tests
-run them on every node and source; `check_dataset` runs them on yours.
+Each law is a function that takes something that makes the dataset, and raises `LawError` where it
+is broken. Our own tests run them on every node and source; `check_dataset` runs them on yours.
 """
 
 from __future__ import annotations
@@ -66,9 +66,14 @@ def _hold(condition: bool, text: str) -> None:
 def _same(found: list[Any], expected: list[Any], what: str) -> None:
     if found == expected:
         return
-    at = next((i for i, (a, b) in enumerate(zip(found, expected)) if a != b), min(len(found), len(expected)))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(found, expected)) if a != b),
+        min(len(found), len(expected)),
+    )
     words = [f"{items[at]!r:.120}" if at < len(items) else "the end" for items in (expected, found)]
-    raise LawError(f"{what}: sample {at + 1} after it differs: expected {words[0]}, found {words[1]}")
+    raise LawError(
+        f"{what}: sample {at + 1} after it differs: expected {words[0]}, found {words[1]}"
+    )
 
 
 def states_along(ds: Dataset, lane: Where = (0, 1)) -> tuple[list[Any], list[Any]]:
@@ -97,7 +102,11 @@ def restore_at_every_step(make: Make, lane: Where = (0, 1)) -> None:
     for step, state in enumerate(states):
         resumed = run(make(), lane)
         resumed.load_state_dict(state)
-        _same(rest(resumed), samples[step:], f"lane {lane[0]} of {lane[1]}, resumed after sample {step}")
+        _same(
+            rest(resumed),
+            samples[step:],
+            f"lane {lane[0]} of {lane[1]}, resumed after sample {step}",
+        )
 
 
 def states_do_not_depend_on_resumes(make: Make) -> None:
@@ -170,10 +179,14 @@ def load_then_state_is_the_state(make: Make) -> None:
     resumed = run(make())
     resumed.load_state_dict(state)
     for text in ("right after a load", "asked again"):
-        _hold(resumed.state_dict() == state, f"{text}: expected {state!r:.200}, found {resumed.state_dict()!r:.200}")
+        _hold(
+            resumed.state_dict() == state,
+            f"{text}: expected {state!r:.200}, found {resumed.state_dict()!r:.200}",
+        )
     whole.load_state_dict(state)  # onto an iterator that is running
     _hold(
-        whole.state_dict() == state, f"loaded while running: expected {state!r:.200}, found {whole.state_dict()!r:.200}"
+        whole.state_dict() == state,
+        f"loaded while running: expected {state!r:.200}, found {whole.state_dict()!r:.200}",
     )
 
 
@@ -206,7 +219,10 @@ def state_is_plain_and_shares_nothing(make: Make) -> None:
         _hold(set(state) == keys, f"the state's keys change: {sorted(keys)}, then {sorted(state)}")
         kept.append((state, json.dumps(state)))
         _scribble(whole.state_dict())  # what the caller does with a state is the caller's affair
-    _hold(all(json.dumps(state) == text for state, text in kept), "a state changed after it was handed out")
+    _hold(
+        all(json.dumps(state) == text for state, text in kept),
+        "a state changed after it was handed out",
+    )
     _same(rest(whole), rest(run(make()))[12:], "states were written over by the caller")
 
 
@@ -227,7 +243,10 @@ def state_is_small(make: Make) -> None:
     bound = 300 if ds.random_access else 1024 + 64 * len(bind(ds.node).names)
     whole = run(ds)
     largest = max(len(json.dumps(whole.state_dict(), separators=(",", ":"))) for _ in whole)
-    _hold(largest <= bound, f"a state of {largest} bytes, and the bound is {bound}: positions belong in it, no data")
+    _hold(
+        largest <= bound,
+        f"a state of {largest} bytes, and the bound is {bound}: positions belong in it, no data",
+    )
 
 
 def state_does_not_grow(make: Make) -> None:
@@ -243,7 +262,10 @@ def state_does_not_grow(make: Make) -> None:
         _hold(set(state) == keys, f"the state's keys change: {sorted(keys)}, then {sorted(state)}")
         sizes.append(len(json.dumps(state)))
     # More digits, no more entries.
-    _hold(max(sizes[30:]) <= max(sizes[:30]) + 40, f"from {max(sizes[:30])} to {max(sizes[30:])} bytes")
+    _hold(
+        max(sizes[30:]) <= max(sizes[:30]) + 40,
+        f"from {max(sizes[:30])} to {max(sizes[30:])} bytes",
+    )
 
 
 def pickling_keeps_everything(make: Make) -> None:
@@ -311,7 +333,11 @@ def global_generators_are_untouched(make: Make) -> None:
     """The global generators of torch, numpy and random are not drawn from."""
 
     def look() -> list[Any]:
-        return [torch.get_rng_state().tolist(), random.getstate(), pickle.dumps(np.random.get_state(legacy=False))]
+        return [
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            pickle.dumps(np.random.get_state(legacy=False)),
+        ]
 
     before = look()
     ds = make()
@@ -324,21 +350,27 @@ def global_generators_are_untouched(make: Make) -> None:
     for name, one, other in zip(("torch", "random", "numpy"), before, look()):
         _hold(
             one == other,
-            f"the global generator of {name} was drawn from: draw from a generator keyed by the row (map's with_rng=True)",
+            f"the global generator of {name} was drawn from: draw from a generator keyed by the row"
+            " (map's with_rng=True)",
         )
 
 
 def every_lane_has_its_own(make: Make, num_lanes: int = 3) -> None:
     """No origin comes twice over all lanes."""
     seen = Counter(
-        origin for lane in range(num_lanes) for _, origins in items(make(), (lane, num_lanes)) for origin in origins
+        origin
+        for lane in range(num_lanes)
+        for _, origins in items(make(), (lane, num_lanes))
+        for origin in origins
     )
     twice = [str(origin) for origin, count in seen.items() if count > 1]
     _hold(not twice, f"origins that came more than once over {num_lanes} lanes: {twice[:5]}")
 
 
 def rows_are_the_stream(make: Make) -> None:
-    """Random access: the rows at any positions are those of the stream, and the length is how many there are."""
+    """Random access: the rows at any positions are those of the stream, and the length is how many
+    there are.
+    """
     ds = make()
     if not ds.random_access:
         return
@@ -380,12 +412,15 @@ LAWS: tuple[Callable[..., None], ...] = (
 _MOST = 400
 
 
-def check_dataset(dataset: Dataset | Make, *, replay: int | None = None, raises: bool = True) -> list[str]:
+def check_dataset(
+    dataset: Dataset | Make, *, replay: int | None = None, raises: bool = True
+) -> list[str]:
     """Run all laws on a dataset: for whoever writes a node or source. Takes seconds for a hundred samples.
 
     Args:
         dataset: Of 10 to 400 samples, with an end; or a function that makes it anew each time.
-        replay: Source rows that a resume reads again at most, as your node states it: then that is tried too.
+        replay: Source rows that a resume reads again at most, as your node states it: then that is
+            tried too.
         raises: Whether a broken law is an error.
 
     Returns:
@@ -406,17 +441,26 @@ def check_dataset(dataset: Dataset | Make, *, replay: int | None = None, raises:
         def make() -> Dataset:
             made: Dataset = pickle.loads(data)
             return made
+
     else:
         make = dataset
     first = make()
     if not isinstance(first, Dataset):
         raise TypeError(
-            f"check_dataset takes a midstream dataset, or a function that makes one; found {type(first).__name__}"
+            "check_dataset takes a midstream dataset, or a function that makes one; found"
+            f" {type(first).__name__}"
         )
     if first.node.infinite or len(list(islice(iter(first), _MOST + 1))) > _MOST:
-        raise ValueError(f"every law is tried at every sample: give at most {_MOST}, with .take(100) say\n{first!r}")
+        raise ValueError(
+            f"every law is tried at every sample: give at most {_MOST}, with .take(100)"
+            f" say\n{first!r}"
+        )
     broken = []
-    laws = [(law, where) for law in LAWS for where in (LANES if "lane" in law.__annotations__ else (None,))]
+    laws = [
+        (law, where)
+        for law in LAWS
+        for where in (LANES if "lane" in law.__annotations__ else (None,))
+    ]
     for law, where in laws:
         try:
             if where is None:
@@ -429,7 +473,10 @@ def check_dataset(dataset: Dataset | Make, *, replay: int | None = None, raises:
             broken.append(f"{title} {text}")
     # A cursor reads up to as much again ahead.
     if replay is not None and (read := rows_read_again(make)) > 2 * (replay + 16):
-        broken.append(f"A resume reads at most {replay} source rows again. It read {read}, those read ahead included.")
+        broken.append(
+            f"A resume reads at most {replay} source rows again. It read {read}, those read ahead"
+            " included."
+        )
     if broken and raises:
         raise LawError(f"{len(broken)} laws are broken by\n{first!r}{bullet_list(broken)}")
     return broken

@@ -53,7 +53,9 @@ class Plan:
         self.started, self.seconds = time.perf_counter(), seconds
         self.ours, dataset = self.target.look()
         if dataset is not None:
-            setup = replace(setup, lanes=fitting_lanes(dataset, ranks, workers, setup.batch_size, window))
+            setup = replace(
+                setup, lanes=fitting_lanes(dataset, ranks, workers, setup.batch_size, window)
+            )
             self.can = frozenset(("num_workers", "rank", "world_size"))
         else:
             self.can = self.target.takes
@@ -64,7 +66,9 @@ class Plan:
         self.window = window
         if "num_workers" not in self.can:
             if workers != (0,):
-                self.report.notes.append("the function takes no num_workers, so there is one number of workers only")
+                self.report.notes.append(
+                    "the function takes no num_workers, so there is one number of workers only"
+                )
             workers = workers[:1]
         if not {"rank", "world_size"} <= self.can or not self.ours:
             if ranks != (1,):
@@ -79,7 +83,9 @@ class Plan:
         self.references: dict[Topology, Recording] = {}
 
     def _over_lanes(self, window: int, *, given: bool) -> int:
-        """A window in which every lane of a stream is stopped in its middle: else it is only tried whether lanes begin."""
+        """A window in which every lane of a stream is stopped in its middle: else it is only tried
+        whether lanes begin.
+        """
         loader = self.target.make(Topology(1, 0), 0, self.setup)
         if loader._pipeline.random_access:
             return window
@@ -88,8 +94,8 @@ class Plan:
             return window
         if given:
             self.report.notes.append(
-                f"the loader has {lanes} lanes, so few of them were stopped in their middle: read steps={3 * lanes} or more, "
-                f"or give the loader fewer lanes here"
+                f"the loader has {lanes} lanes, so few of them were stopped in their middle: read"
+                f" steps={3 * lanes} or more, or give the loader fewer lanes here"
             )
             return window
         return 3 * int(lanes)
@@ -105,7 +111,9 @@ class Plan:
         """Everything."""
         report = self.report
         pairs = [(s, t) for s in self.topologies for t in self.topologies]
-        self.todo = 2 * len(self.topologies) + len(pairs) + len(self.topologies) + (3 if kill else 0)
+        self.todo = (
+            2 * len(self.topologies) + len(pairs) + len(self.topologies) + (3 if kill else 0)
+        )
         for topology in self.topologies:
             self._look(topology)
         if not self.references:
@@ -116,10 +124,13 @@ class Plan:
         report.batches = sum(1 for item in first.items if not item.error)
         report.samples = sum(len(item.samples) for item in first.items)
         report.epochs = len(first.whole)
-        report.state_bytes = max(saved.num_bytes for found in self.references.values() for saved in found.saves)
+        report.state_bytes = max(
+            saved.num_bytes for found in self.references.values() for saved in found.saves
+        )
         if not first.whole:
             report.notes.append(
-                f"no epoch ended within {self.window} batches, so the ends of epochs were not seen: give steps=, or less data"
+                f"no epoch ended within {self.window} batches, so the ends of epochs were not seen:"
+                " give steps=, or less data"
             )
         if expected is not None:
             self._expected(first, expected)
@@ -141,12 +152,23 @@ class Plan:
         return self.report
 
     def _begin(
-        self, name: str, saved: Topology | None = None, resumed: Topology | None = None, **options: Any
+        self,
+        name: str,
+        saved: Topology | None = None,
+        resumed: Topology | None = None,
+        **options: Any,
     ) -> Check:
         check = Check(name, str(saved or ""), str(resumed or ""), **options)
         self.report.checks.append(check)
         self.ticker.say(
-            name + (f", saved on {saved}, resumed on {resumed}" if resumed else f", {saved}" if saved else "")
+            name
+            + (
+                f", saved on {saved}, resumed on {resumed}"
+                if resumed
+                else f", {saved}"
+                if saved
+                else ""
+            )
         )
         self.todo -= 1
         check.seconds = -time.perf_counter()
@@ -168,7 +190,13 @@ class Plan:
         if room >= len(every):
             return every
         last = len(every) - 1
-        wanted = [0, last, *(e for e in reference.edges if e <= last), 1, *(e - 1 for e in reference.edges if e)]
+        wanted = [
+            0,
+            last,
+            *(e for e in reference.edges if e <= last),
+            1,
+            *(e - 1 for e in reference.edges if e),
+        ]
         spread = [round(i * last / max(1, room - 1)) for i in range(room)]
         chosen: list[int] = []
         for cut in (*wanted[: max(2, room // 2)], *spread):
@@ -179,18 +207,29 @@ class Plan:
     # -- the checks ---------------------------------------------------------------------------------------------------
 
     def _look(self, topology: Topology) -> None:
-        """Read twice and save in one of the two: the reference, and whether looking changes anything."""
+        """Read twice and save in one of the two: the reference, and whether looking changes
+        anything.
+        """
         check = self._begin("saving changes nothing", topology, of=1, required=self.ours)
         steps = self._steps(topology)
         try:
             if topology.workers == 0 and self.ours:
                 with counting_reads() as reads:
                     reference = record(
-                        self.target, topology, self.setup, steps=steps, reads=reads, watch=self.ticker.tick
+                        self.target,
+                        topology,
+                        self.setup,
+                        steps=steps,
+                        reads=reads,
+                        watch=self.ticker.tick,
                     )
             else:
-                reference = record(self.target, topology, self.setup, steps=steps, watch=self.ticker.tick)
-            plain = record(self.target, topology, self.setup, steps=steps, save=False, watch=self.ticker.tick)
+                reference = record(
+                    self.target, topology, self.setup, steps=steps, watch=self.ticker.tick
+                )
+            plain = record(
+                self.target, topology, self.setup, steps=steps, save=False, watch=self.ticker.tick
+            )
         except Exception as error:
             check.required = True
             check.note("failed", text=_in_words(error))
@@ -199,7 +238,8 @@ class Plan:
         self.references[topology] = reference
         if reference.stuck:
             self.report.notes.append(
-                f"on {topology} this error comes for ever, so reading ended there: {reference.stuck}"
+                f"on {topology} this error comes for ever, so reading ended there:"
+                f" {reference.stuck}"
             )
         outcome, difference = compare(
             (), reference.items, plain.items, "read once more", over=reference.over and plain.over
@@ -207,22 +247,29 @@ class Plan:
         check.note(outcome, difference)
         if outcome != "exact":
             check.text = (
-                "two runs from the start, one of them saved at every step, are not the same: an unseeded draw, or a "
-                "state_dict() that changes what comes"
+                "two runs from the start, one of them saved at every step, are not the same: an"
+                " unseeded draw, or a state_dict() that changes what comes"
             )
         self._end(check)
 
     def _expected(self, reference: Recording, samples: Iterable[Any]) -> None:
         """Whether an epoch is what it should be."""
-        check = self._begin("an epoch has every sample once", reference.topology, of=len(reference.whole))
+        check = self._begin(
+            "an epoch has every sample once", reference.topology, of=len(reference.whole)
+        )
         should: Counter[str] = Counter()
         content = not self.ours
         for sample in samples:
             should.update(name_samples([sample], self.setup.key))
         if not content:
-            check.outcome, check.text = "not run", "samples of midstream pipelines are known by origin: see progress()"
+            check.outcome, check.text = (
+                "not run",
+                "samples of midstream pipelines are known by origin: see progress()",
+            )
         for epoch in reference.whole if content else ():
-            did: Counter[str] = Counter(s for item in reference.items if item.epoch == epoch for s in item.samples)
+            did: Counter[str] = Counter(
+                s for item in reference.items if item.epoch == epoch for s in item.samples
+            )
             more, less = did - should, should - did
             if more or less:
                 check.note(
@@ -244,11 +291,15 @@ class Plan:
     def _orders(self) -> None:
         """Whether every topology hands out the same."""
         first = next(iter(self.references.values()))
-        check = self._begin("the same order for all", required=self.ours, of=len(self.references) - 1)
+        check = self._begin(
+            "the same order for all", required=self.ours, of=len(self.references) - 1
+        )
         for topology, other in list(self.references.items())[1:]:
             lanes = {first.num_lanes, other.num_lanes}
             if len(lanes) > 1:
-                self.report.notes.append(f"{first.topology} and {topology} have {lanes} lanes, so their orders differ")
+                self.report.notes.append(
+                    f"{first.topology} and {topology} have {lanes} lanes, so their orders differ"
+                )
                 continue
             over = first.over and other.over
             one, two = _batches(first.items), _batches(other.items)
@@ -282,16 +333,32 @@ class Plan:
                 finally:
                     session.close()
                 if self.ours and topology == reference.topology and not _equal(saved, twice):
-                    return "differs", None, f"{bound}: loaded and saved at once, the state is another", None
-                part = record(self.target, topology, self.setup, steps=2, saved=twice, watch=self.ticker.tick)
+                    return (
+                        "differs",
+                        None,
+                        f"{bound}: loaded and saved at once, the state is another",
+                        None,
+                    )
+                part = record(
+                    self.target, topology, self.setup, steps=2, saved=twice, watch=self.ticker.tick
+                )
                 between, saved = part.items, part.saves[-1]
                 batches = None if batches is None else max(0, batches - len(between))
                 bound += ", and again 2 steps later"
             found = record(
-                self.target, topology, self.setup, batches=batches, saved=saved, save=False, watch=self.ticker.tick
+                self.target,
+                topology,
+                self.setup,
+                batches=batches,
+                saved=saved,
+                save=False,
+                watch=self.ticker.tick,
             )
         except Exception as error:
-            refused = isinstance(error, (CheckpointError, AssertionError, LookupError, KeyError)) or not self.ours
+            refused = (
+                isinstance(error, (CheckpointError, AssertionError, LookupError, KeyError))
+                or not self.ours
+            )
             return ("refused" if refused else "failed"), None, f"{bound}: {_in_words(error)}", None
         same_ranks = topology.ranks == reference.topology.ranks
         items = [*between, *found.items]
@@ -318,7 +385,9 @@ class Plan:
         name = "on other workers" if saved.ranks == resumed.ranks else "on other ranks"
         if saved == resumed:
             name = "stopped at every batch"
-        check = self._begin(name, saved, resumed, required=self.ours or saved == resumed, of=len(reference.saves))
+        check = self._begin(
+            name, saved, resumed, required=self.ours or saved == resumed, of=len(reference.saves)
+        )
         cost = self._cost(resumed, len(reference.starts) // 2)
         counted = self.ours and resumed == saved and saved.workers == 0 and saved.ranks == 1
         for cut in self._cuts(reference, cost):
@@ -330,8 +399,14 @@ class Plan:
                     self.report.replayed_rows = max(self.report.replayed_rows or 0, again)
             else:
                 outcome, difference, text, found = self._resume(reference, cut, resumed)
-            if found is not None and resumed.workers == min(t.workers for t in self.references) and found.items:
-                self.report.first_batch_seconds = max(self.report.first_batch_seconds, found.first_seconds)
+            if (
+                found is not None
+                and resumed.workers == min(t.workers for t in self.references)
+                and found.items
+            ):
+                self.report.first_batch_seconds = max(
+                    self.report.first_batch_seconds, found.first_seconds
+                )
             check.note(outcome, difference, text)
             if self._late() and check.cuts >= 3:
                 break
@@ -346,7 +421,9 @@ class Plan:
         return reference.first_seconds + steps * reference.batch_seconds
 
     def _chain(self, topology: Topology) -> None:
-        """Stop again and again: after every step, after every second, ...; and save again right after a load."""
+        """Stop again and again: after every step, after every second, ...; and save again right
+        after a load.
+        """
         reference = self.references[topology]
         total = len(reference.starts)
         strides = [stride for stride in (1, 2, 3, 7, 16) if stride < total] or [1]
@@ -355,7 +432,9 @@ class Plan:
         chosen = list(strides)
         if self.seconds is not None:
             left = (self.seconds - (time.perf_counter() - self.started)) / max(1, self.todo + 1)
-            chosen = [stride for stride in strides if cost[stride] <= max(left / 2, 0)] or strides[-1:]
+            chosen = [stride for stride in strides if cost[stride] <= max(left / 2, 0)] or strides[
+                -1:
+            ]
         for stride in chosen:
             outcome, difference, text = self._chained(reference, stride)
             check.note(outcome, difference, text)
@@ -373,11 +452,20 @@ class Plan:
         while True:
             try:
                 part = record(
-                    self.target, reference.topology, self.setup, steps=stride, saved=saved, watch=self.ticker.tick
+                    self.target,
+                    reference.topology,
+                    self.setup,
+                    steps=stride,
+                    saved=saved,
+                    watch=self.ticker.tick,
                 )
             except Exception as error:
                 kind: Outcome = "refused" if not self.ours else "failed"
-                return kind, None, f"stopped every {stride} steps, after {len(items)} batches: {_in_words(error)}"
+                return (
+                    kind,
+                    None,
+                    f"stopped every {stride} steps, after {len(items)} batches: {_in_words(error)}",
+                )
             items.extend(part.items)
             if not part.items or len(items) > len(reference.items) + 8:
                 break
@@ -420,8 +508,12 @@ class Plan:
             check.note(outcome, difference, text)
             self._end(check)
 
-    def _killed(self, reference: Recording, chain: list[Topology]) -> tuple[Outcome, Difference | None, str]:
-        """Run in processes of their own, each from the last checkpoint that the one before it got out."""
+    def _killed(
+        self, reference: Recording, chain: list[Topology]
+    ) -> tuple[Outcome, Difference | None, str]:
+        """Run in processes of their own, each from the last checkpoint that the one before it got
+        out.
+        """
         total = len(reference.items)
         saved: Saved | None = None
         items: list[Item] = []
@@ -443,7 +535,9 @@ class Plan:
         if not self.ours and _flat(reference.items, items, longer=True):
             return "exact", None, ""
         same = all(topology.ranks == reference.topology.ranks for topology in chain)
-        expected, found = (reference.items, items) if same else (_batches(reference.items), _batches(items))
+        expected, found = (
+            (reference.items, items) if same else (_batches(reference.items), _batches(items))
+        )
         outcome, difference = compare(
             (),
             expected,
@@ -460,8 +554,9 @@ class Plan:
 def _flat(expected: Sequence[Item], found: Sequence[Item], *, longer: bool) -> bool:
     """Whether the same comes one after the other, wherever epochs end.
 
-    Foreign loaders do not say in which epoch they are. After the last batch of one, some go on with the rest of it, which is
-    empty, and some with the next: both are right, and then an epoch more comes at the end.
+    Foreign loaders do not say in which epoch they are. After the last batch of one, some go on with
+    the rest of it, which is empty, and some with the next: both are right, and then an epoch more
+    comes at the end.
     """
     if len(found) < len(expected) or (len(found) > len(expected) and not longer):
         return False
@@ -474,7 +569,9 @@ def _batches(items: Sequence[Item]) -> list[Item]:
 
 
 def _promised(reference: Recording, topology: Topology) -> dict[int, int] | None:
-    """Up to where the order is that of any number of ranks: of random access always, of streams until a lane has drained."""
+    """Up to where the order is that of any number of ranks: of random access always, of streams
+    until a lane has drained.
+    """
     if topology.ranks == reference.topology.ranks:
         return None
     if reference.random_access:
@@ -485,7 +582,9 @@ def _promised(reference: Recording, topology: Topology) -> dict[int, int] | None
 
 
 def _before_errors(items: Sequence[Item]) -> dict[int, int] | None:
-    """A rank that loses whole batches to errors is ahead of the others by as many: from there on the order is another."""
+    """A rank that loses whole batches to errors is ahead of the others by as many: from there on
+    the order is another.
+    """
     ordered: dict[int, int] = {}
     counts: Counter[int] = Counter()
     for item in items:

@@ -23,7 +23,8 @@ class Recording:
         over: Whether all epochs came to their end (else the window did).
         stuck: The error that came for ever, where one did: reading ended there.
         whole: The epochs that were read from beginning to end.
-        ordered: For every epoch, after how many of its items the first lane of a stream had drained.
+        ordered: For every epoch, after how many of its items the first lane of a stream had
+            drained.
         reads: For every cut, source rows read so far, where they are counted.
         first_seconds: From making the loaders to the first batch.
         seconds: All of it.
@@ -116,7 +117,10 @@ def record(
                 counts[item.epoch] = counts.get(item.epoch, 0) + 1
             found.items.extend(step.items)
             epoch = step.items[-1].epoch if step.items else 0
-            cut(f"after step {done}" + (f" (batch {counts.get(epoch, 0)} of epoch {epoch})" if epoch else ""))
+            cut(
+                f"after step {done}"
+                + (f" (batch {counts.get(epoch, 0)} of epoch {epoch})" if epoch else "")
+            )
             if save and session.ours and session.stream and epoch not in found.ordered:
                 _, drained = session.lanes()
                 if drained:

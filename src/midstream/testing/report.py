@@ -51,7 +51,10 @@ class Difference:
 
     def lines(self) -> list[str]:
         """In words."""
-        lines = [f"{self.place}: expected {self.expected}", f"{' ' * len(self.place)}     found {self.found}"]
+        lines = [
+            f"{self.place}: expected {self.expected}",
+            f"{' ' * len(self.place)}     found {self.found}",
+        ]
         if self.num_repeated:
             lines.append(f"  repeated {self.num_repeated}: {some(self.repeated)}")
         if self.num_lost:
@@ -70,7 +73,8 @@ class Check:
         name: What.
         saved: Ranks and workers of the run that saved.
         resumed: Of the run that went on.
-        required: Whether it counts. What nobody promised (a foreign loader on another number of workers) does not.
+        required: Whether it counts. What nobody promised (a foreign loader on another number of
+            workers) does not.
         cuts: Places at which it was tried.
         of: Places there are.
         wrong: Cuts at which the outcome was not exact.
@@ -151,7 +155,8 @@ class ResumeReport:
         samples: Samples in them.
         epochs: Epochs that were read to their end.
         state_bytes: Size of the largest checkpoint, over all ranks, a pipeline's spec aside.
-        first_batch_seconds: Longest time from making a loader to its first batch after a resume, without workers.
+        first_batch_seconds: Longest time from making a loader to its first batch after a resume,
+            without workers.
         replayed_rows: Source rows that a resume read again, at most; None for foreign loaders.
         notes: What could not be tried, and why.
         seconds: What all of it took.
@@ -195,21 +200,35 @@ class ResumeReport:
         for check in self.checks:
             cuts = f"{check.cuts} of {check.of}" if check.of else ""
             outcome = check.verdict() + ("" if check.required else " [not promised]")
-            table.append([check.name if check.name != last else "", check.saved, check.resumed, cuts, outcome])
+            table.append(
+                [
+                    check.name if check.name != last else "",
+                    check.saved,
+                    check.resumed,
+                    cuts,
+                    outcome,
+                ]
+            )
             last = check.name
         return table
 
     def headline(self) -> str:
         """The verdict in a line."""
-        where = f"{self.batches} batches, {self.samples} samples, {self.epochs} whole epoch{'s' * (self.epochs != 1)}"
+        where = (
+            f"{self.batches} batches, {self.samples} samples, {self.epochs} whole"
+            f" epoch{'s' * (self.epochs != 1)}"
+        )
         return (
-            f"{'EXACT' if self.exact else 'NOT EXACT'}: {self.target} ({self.kind}), {where}, in {self.seconds:.0f} s"
+            f"{'EXACT' if self.exact else 'NOT EXACT'}: {self.target} ({self.kind}), {where}, in"
+            f" {self.seconds:.0f} s"
         )
 
     def costs(self) -> str:
         """State and replay in a line."""
         first = f"{1000 * self.first_batch_seconds:.0f} ms"
-        text = f"state {self.state_bytes:,} bytes at most; first batch after a resume within {first}"
+        text = (
+            f"state {self.state_bytes:,} bytes at most; first batch after a resume within {first}"
+        )
         if self.replayed_rows is not None:
             text += f"; at most {self.replayed_rows:,} source rows read again"
         return text
@@ -220,7 +239,11 @@ class ResumeReport:
         for check in self.checks:
             if check.passed:
                 continue
-            title = f"{check.name}, saved on {check.saved}, resumed on {check.resumed}" if check.resumed else check.name
+            title = (
+                f"{check.name}, saved on {check.saved}, resumed on {check.resumed}"
+                if check.resumed
+                else check.name
+            )
             lines.append(f"{title}: {check.verdict()}")
             if check.difference is not None:
                 lines.extend(f"  {line}" for line in check.difference.lines())
@@ -246,13 +269,17 @@ class ResumeReport:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         header, *rows = self.rows()
         for column in header:
-            table.add_column(column, justify="right" if column == "cuts" else "left", overflow="fold")
+            table.add_column(
+                column, justify="right" if column == "cuts" else "left", overflow="fold"
+            )
         for row, check in zip(rows, self.checks):
             style = "green" if check.passed else "bold red" if check.required else "yellow"
             table.add_row(*(Text(cell) for cell in row[:-1]), Text(row[-1], style=style))
         color = "bold green" if self.exact else "bold red"
         details = Text("\n".join(self.details()))
-        return Group(Text(self.headline(), style=color), Text(self.costs(), style="dim"), table, details)
+        return Group(
+            Text(self.headline(), style=color), Text(self.costs(), style="dim"), table, details
+        )
 
     def show(self) -> None:
         """Print it, with colours where rich is installed."""
@@ -284,24 +311,30 @@ def compare(
         place: Where the cut is, in words.
         over: Whether both were read to the end of all epochs.
         by_rank: Compare every rank by itself.
-        ordered: For every epoch, so many of its items come in the promised order, those after them in any; an epoch that is
-            not there is ordered to its end. None: all of them are.
+        ordered: For every epoch, so many of its items come in the promised order, those after them
+            in any; an epoch that is not there is ordered to its end. None: all of them are.
         slack: So many batches at the end of an epoch may be missing or there in addition.
     """
     if by_rank:
         for rank in sorted({item.rank for item in (*expected, *found)}):
-            one, two, three = ([item for item in items if item.rank == rank] for items in (before, expected, found))
+            one, two, three = (
+                [item for item in items if item.rank == rank] for items in (before, expected, found)
+            )
             of_rank, difference = compare(one, two, three, f"{place}, rank {rank}", over=over)
             if of_rank != "exact":
                 return of_rank, difference
         return "exact", None
     if not over and ordered is None:
-        found = found[: len(expected)]  # what comes after is known of neither, the end of an epoch there included
+        found = found[
+            : len(expected)
+        ]  # what comes after is known of neither, the end of an epoch there included
     epochs = sorted({item.epoch for item in (*expected, *found)})
     outcome: Outcome = "exact"
     at = 0
     for epoch in epochs:
-        earlier, rest, came = ([i for i in items if i.epoch == epoch] for items in (before, expected, found))
+        earlier, rest, came = (
+            [i for i in items if i.epoch == epoch] for items in (before, expected, found)
+        )
         last = epoch == epochs[-1] and not over
         if slack and not last and abs(len(rest) - len(came)) <= slack:
             size = min(len(rest), len(came))
@@ -312,7 +345,11 @@ def compare(
             came = came[: len(rest)]
         else:
             size, short = max(len(rest), len(came)), False
-        limit = size if ordered is None or epoch not in ordered else max(0, ordered[epoch] - len(earlier))
+        limit = (
+            size
+            if ordered is None or epoch not in ordered
+            else max(0, ordered[epoch] - len(earlier))
+        )
         wrong = next((i for i in range(min(size, limit)) if not _same_at(rest, came, i)), None)
         if wrong is None and limit < size:
             if last:
@@ -341,7 +378,13 @@ def _counts(items: Sequence[Item]) -> Counter[str]:
 
 
 def _difference(
-    earlier: Sequence[Item], rest: Sequence[Item], came: Sequence[Item], at: int, place: str, *, to_the_end: bool
+    earlier: Sequence[Item],
+    rest: Sequence[Item],
+    came: Sequence[Item],
+    at: int,
+    place: str,
+    *,
+    to_the_end: bool,
 ) -> Difference:
     should, did = _counts([*earlier, *rest]), _counts([*earlier, *came])
     more, less = did - should, should - did

@@ -21,7 +21,8 @@ _GRAIN = 64 << 10
 class Arena:
     """The slots of all workers of one loader: an anonymous file that main process and workers hold.
 
-    Byte ``i`` of its beginning says whether slot i is in use: the worker sets it, the main process clears it.
+    Byte ``i`` of its beginning says whether slot i is in use: the worker sets it, the main process
+    clears it.
 
     Args:
         num_workers: How many processes write.
@@ -40,14 +41,18 @@ class Arena:
     def _open(self, fd: int) -> None:
         self.fd = fd
         self._close = weakref.finalize(self, os.close, fd)
-        self.used = mmap.mmap(fd, mmap.PAGESIZE * (1 + self.num_workers * self.slots // mmap.PAGESIZE))
+        self.used = mmap.mmap(
+            fd, mmap.PAGESIZE * (1 + self.num_workers * self.slots // mmap.PAGESIZE)
+        )
         self._maps: dict[int, tuple[mmap.mmap, int]] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
         # Only while a worker is started; a fork inherits it.
         if get_spawning_popen() is None:
-            raise TypeError("the shared memory of a loader travels only to a worker that is being started")
+            raise TypeError(
+                "the shared memory of a loader travels only to a worker that is being started"
+            )
         return _attach, (reduction.DupFd(self.fd), self.num_workers, self.slots, self.token)
 
     def leave(self) -> None:
@@ -110,7 +115,9 @@ class _Lease(np.ndarray[Any, Any]):
         self.used = None
 
     def __del__(self) -> None:
-        if self.used is not None and self.pid == os.getpid():  # a fork has its own copy of this, but not a say
+        if (
+            self.used is not None and self.pid == os.getpid()
+        ):  # a fork has its own copy of this, but not a say
             with contextlib.suppress(ValueError):
                 self.used[self.slot] = 0
 

@@ -1,18 +1,20 @@
 """Several envelopes a trip: what goes from a worker process to the main one costs some 0.2 ms, however small it is.
 
-A worker bundles the envelopes it makes next, when they are quickly made and small. How many is told by the main process, which
-sees what a bundle took, for each worker's first, second, ... bundle of an epoch, and for all workers alike: envelopes are
-handed out one from each worker in turn, so that a worker whose bundles were larger would only be waited for by the others.
+A worker bundles the envelopes it makes next, when they are quickly made and small. How many is told
+by the main process, which sees what a bundle took, for each worker's first, second, ... bundle of
+an epoch, and for all workers alike: envelopes are handed out one from each worker in turn, so that
+a worker whose bundles were larger would only be waited for by the others.
 
     worker 0   | a | c | e g i k | m o q s |        totals  1 2 6 10
     worker 1   | b | d | f h j l | n p r t |        order   a b c d e f g h i j ...
 
-A bundle that gets late (`_LATE_S`) or large (`_FULL` bytes) leaves as it is. What is told are totals: the next ones bring
-what it lacks, and no difference between workers stays, whatever each of them saw told. As long as one is far behind, the others
-get no more than one envelope a bundle: so few wait in the main process, however long the run.
+A bundle that gets late (`_LATE_S`) or large (`_FULL` bytes) leaves as it is. What is told are
+totals: the next ones bring what it lacks, and no difference between workers stays, whatever each of
+them saw told. As long as one is far behind, the others get no more than one envelope a bundle: so
+few wait in the main process, however long the run.
 
-What is made waits for the rest of its bundle. Where the next row may never come before it arrives (a source that the training
-loop feeds, say), each envelope goes alone.
+What is made waits for the rest of its bundle. Where the next row may never come before it arrives
+(a source that the training loop feeds, say), each envelope goes alone.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ _FULL = 1 << 20
 
 
 def new_totals(workers: int, prefetch: int) -> torch.Tensor:
-    """How many envelopes a worker is to have sent with each bundle, by its number: int64, used in a ring, in shared memory."""
+    """How many envelopes a worker is to have sent with each bundle, by its number: int64, used in a
+    ring, in shared memory.
+    """
     totals = torch.arange(1, prefetch + workers + 9)
     return totals.share_memory_()  # type: ignore[no-untyped-call, no-any-return]
 
@@ -83,7 +87,13 @@ class Bundler:
         totals: See `new_totals`.
     """
 
-    def __init__(self, reader: Iterator[Any], pack: Callable[[Any], Parcel], worker: int, totals: torch.Tensor) -> None:
+    def __init__(
+        self,
+        reader: Iterator[Any],
+        pack: Callable[[Any], Parcel],
+        worker: int,
+        totals: torch.Tensor,
+    ) -> None:
         self._reader, self._pack, self._worker = reader, pack, worker
         self._totals = memoryview(totals.numpy().data)
         self._number, self._sent = 0, 0
@@ -130,7 +140,9 @@ class Unbundler:
         most: Envelopes in a bundle.
     """
 
-    def __init__(self, inner: Any, workers: int, prefetch: int, totals: torch.Tensor, most: int = MOST) -> None:
+    def __init__(
+        self, inner: Any, workers: int, prefetch: int, totals: torch.Tensor, most: int = MOST
+    ) -> None:
         self._inner, self._prefetch, self._most = inner, prefetch, most
         self._lines: list[deque[Parcel]] = [deque() for _ in range(workers)]
         self._ended = [False] * workers
@@ -155,7 +167,9 @@ class Unbundler:
                     return line.popleft()
                 if any(self._lines):
                     continue
-            self._receive(next(self._inner))  # with no worker left it lets them end, and raises StopIteration
+            self._receive(
+                next(self._inner)
+            )  # with no worker left it lets them end, and raises StopIteration
 
     def _receive(self, bundle: Bundle) -> None:
         self._lines[bundle.worker].extend(bundle.parcels)

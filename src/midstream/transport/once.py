@@ -19,8 +19,9 @@ from midstream.transport.packing import ALIGN
 class Once:
     """A value that is pickled once for all workers that are started as new interpreters.
 
-    Its large buffers (Arrow tables, numpy arrays) lie in an anonymous file, and every worker looks into that one. What only
-    multiprocessing can send, each worker with its own files, goes as it always did.
+    Its large buffers (Arrow tables, numpy arrays) lie in an anonymous file, and every worker looks
+    into that one. What only multiprocessing can send, each worker with its own files, goes as it
+    always did.
     """
 
     def __init__(self, value: Any) -> None:
@@ -78,4 +79,6 @@ def _unpack_once(header: bytes, spans: list[int], dup: Any) -> Once:
         memory = memoryview(mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE))
     finally:
         os.close(fd)
-    return Once(pickle.loads(header, buffers=[memory[start : start + size] for start, size in pairs]))
+    return Once(
+        pickle.loads(header, buffers=[memory[start : start + size] for start, size in pairs])
+    )

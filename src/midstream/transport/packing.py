@@ -1,31 +1,37 @@
 """How a batch leaves its worker process: as one buffer and a small header.
 
-A batch is any nesting of dicts, lists, tuples, dataclasses, strings, numbers, tensors and numpy arrays. It is pickled, and
-the bytes of its tensors and arrays go beside the pickle, one after the other:
+A batch is any nesting of dicts, lists, tuples, dataclasses, strings, numbers, tensors and numpy
+arrays. It is pickled, and the bytes of its tensors and arrays go beside the pickle, one after the
+other:
 
     smaller than `INLINE`    with the header, through the queue
     larger                   into a slot of the worker's, in shared memory; the header says which
 
-The main process makes tensors and arrays that look into the slot: same dtypes and shapes, writable, nothing copied. The slot
-is written again only after the last of them is gone. When a worker's slots are all looked at (``list(loader)``), the batch
-goes through the queue however large: nobody ever waits for a slot.
+The main process makes tensors and arrays that look into the slot: same dtypes and shapes, writable,
+nothing copied. The slot is written again only after the last of them is gone. When a worker's slots
+are all looked at (``list(loader)``), the batch goes through the queue however large: nobody ever
+waits for a slot.
 
     memory     a slot is as large as the largest batch it carried (up to a quarter more), and one that no batch needed yet
-               takes none; batches of a MB or more travel alone, and a worker has ``prefetch_factor + 4`` of them at once;
-               smaller ones travel in bundles (`midstream.transport.bundles`), for which there are up to eight times as many slots
+               takes none; batches of a MB or more travel alone, and a worker has ``prefetch_factor
+               + 4`` of them at once; smaller ones travel in bundles
+               (`midstream.transport.bundles`), for which there are up to eight times as many slots
     leaks      none is possible: the memory is one anonymous file (memfd), which has no name in /dev/shm, is not limited by
                its size, and is gone with the last process that holds it, however that ended
     no memory  a slot's pages are reserved before they are written, so that a full machine is an error that is caught
-               here and not a SIGBUS: then the batch goes through the queue, and the loader warns once
+               here and not a SIGBUS: then the batch goes through the queue, and the loader warns
+               once
 
-What is no plain tensor or array (a sparse tensor, a parameter, a masked array) is pickled whole; nothing goes by files, of
-which torch needs one for each tensor. What cannot be pickled is an error at its turn. Slots know of the main process alone: a
-process that it forks while it looks into one may see it change. Tensors that were views of one storage arrive as copies.
+What is no plain tensor or array (a sparse tensor, a parameter, a masked array) is pickled whole;
+nothing goes by files, of which torch needs one for each tensor. What cannot be pickled is an error
+at its turn. Slots know of the main process alone: a process that it forks while it looks into one
+may see it change. Tensors that were views of one storage arrive as copies.
 
 A list of tensors that were cut from one (`split`) travels as that one, unless somebody changed it.
 
-Large batches are written straight into the slot: `empty` gives an array that lies there, where there is a slot being filled,
-and an ordinary one elsewhere. Nothing has to be told about it afterwards. `pad`, `flat` and `ragged` make theirs so.
+Large batches are written straight into the slot: `empty` gives an array that lies there, where
+there is a slot being filled, and an ordinary one elsewhere. Nothing has to be told about it
+afterwards. `pad`, `flat` and `ragged` make theirs so.
 """
 
 from __future__ import annotations
@@ -48,7 +54,9 @@ INLINE = 16 << 10
 """Bytes of tensors and arrays from which on a batch goes by a slot."""
 
 DIRECT = 128 << 10
-"""Bytes of an array from which on it is worth to be made in the slot: smaller ones are copied in less time."""
+"""Bytes of an array from which on it is worth to be made in the slot: smaller ones are copied in
+less time.
+"""
 
 ALIGN = 64
 
@@ -56,7 +64,9 @@ _FEW = 16  # of a longer list nobody looks at the elements, to find what was spl
 
 
 class _Filling:
-    """A worker's slot while its batch is made: one that the main process does not look into, nor anyone here."""
+    """A worker's slot while its batch is made: one that the main process does not look into, nor
+    anyone here.
+    """
 
     def __init__(self, arena: Arena, worker: int) -> None:
         self.arena = arena
@@ -64,7 +74,9 @@ class _Filling:
         self.mine: dict[int, list[weakref.ref[Any]]] = {}  # arrays here that lie in a slot
         self.slot = -1
         self.at = 0
-        self.places: list[tuple[int, int]] = []  # (address, size) of each mapping of the slot, in this turn
+        self.places: list[
+            tuple[int, int]
+        ] = []  # (address, size) of each mapping of the slot, in this turn
         self.thread = threading.get_ident()
         self.notice = ""
         self.told = False
@@ -93,8 +105,9 @@ class _Filling:
             if not self.told:
                 self.told = True
                 self.notice = (
-                    f"no shared memory for a batch of {size:,} bytes ({error}), so batches go through a pipe, which is slower. "
-                    f"Raise the memory limit of the job, or use fewer workers or a smaller prefetch_factor."
+                    f"no shared memory for a batch of {size:,} bytes ({error}), so batches go"
+                    " through a pipe, which is slower. Raise the memory limit of the job, or use"
+                    " fewer workers or a smaller prefetch_factor."
                 )
             return None
         return memory
@@ -165,8 +178,8 @@ def begin(arena: Arena, worker: int) -> None:
     global _filling
     if _filling is None or _filling.arena is not arena:
         _filling = _Filling(arena, worker)
-        # What a fork inherited: the memory of other loaders must not live as long as this. (Slots that the parent looked into
-        # just then stay mapped here.)
+        # What a fork inherited: the memory of other loaders must not live as long as this. (Slots
+        # that the parent looked into just then stay mapped here.)
         for other in list(open_arenas.values()):
             if other is not arena:
                 other.leave()
@@ -207,8 +220,9 @@ def pack(value: Any) -> Parcel:
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """An uninitialised array; in a worker it lies where the batch in the making will leave from, so it is not copied again.
 
-    For whoever forms batches: such an array may be kept and written to as long as anyone likes (its slot is not used again
-    meanwhile), so it is right anywhere, and saves the copy when it is part of the batch of the turn it was made in.
+    For whoever forms batches: such an array may be kept and written to as long as anyone likes (its
+    slot is not used again meanwhile), so it is right anywhere, and saves the copy when it is part
+    of the batch of the turn it was made in.
 
     Args:
         shape: Of the array.
@@ -253,7 +267,8 @@ class _Whole:
 
 
 def _pieces(whole: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
-    # "Unsafe" are only two parts of the same rows: here each is a tensor of its own to autograd, not one of several views.
+    # "Unsafe" are only two parts of the same rows: here each is a tensor of its own to autograd,
+    # not one of several views.
     return list(whole.unsafe_split_with_sizes(lengths))
 
 
@@ -292,7 +307,12 @@ def _folded(value: Any, known: dict[int, _Cut], seen: dict[int, Any], depth: int
 def _joined(value: list[Any], found: _Cut) -> Any:
     """The list as one tensor, if its tensors lie side by side still; else the list."""
     first, dtype, lengths = found[0](), found[1], found[2]
-    if first is None or first is not value[0] or len(value) != len(lengths) or first.dtype is not dtype:
+    if (
+        first is None
+        or first is not value[0]
+        or len(value) != len(lengths)
+        or first.dtype is not dtype
+    ):
         return value
     # What lies where the pieces lay is what they are, whoever made these tensors.
     storage, start, size = first.untyped_storage(), first.storage_offset(), first.element_size()
@@ -300,9 +320,18 @@ def _joined(value: list[Any], found: _Cut) -> Any:
         return value
     address = storage.data_ptr() + start * size
     for tensor, length in zip(value, lengths):
-        if type(tensor) is not torch.Tensor or tensor.dtype is not dtype or tensor.requires_grad or tensor.__dict__:
+        if (
+            type(tensor) is not torch.Tensor
+            or tensor.dtype is not dtype
+            or tensor.requires_grad
+            or tensor.__dict__
+        ):
             return value
-        if (length and tensor.data_ptr() != address) or tensor.shape != (length,) or not tensor.is_contiguous():
+        if (
+            (length and tensor.data_ptr() != address)
+            or tensor.shape != (length,)
+            or not tensor.is_contiguous()
+        ):
             return value
         address += length * size
     return _Whole(first.as_strided((sum(lengths),), (1,), start), lengths)

@@ -20,7 +20,12 @@ class Parcel:
     __slots__ = ("_body", "_header", "_opened", "_route", "_spans", "notice")
 
     def __init__(
-        self, header: bytes, spans: list[int], body: Any, route: tuple[bytes, int] | None, notice: str
+        self,
+        header: bytes,
+        spans: list[int],
+        body: Any,
+        route: tuple[bytes, int] | None,
+        notice: str,
     ) -> None:
         self._header, self._spans, self._body, self._route = header, spans, body, route
         self.notice = notice
@@ -40,7 +45,9 @@ class Parcel:
             return self._opened[0]
         body, spans, self._body = self._body, iter(self._spans), None
         view = memoryview(bytearray(body) if self._route is None else body)
-        return pickle.loads(self._header, buffers=[view[start : start + size] for start, size in zip(spans, spans)])
+        return pickle.loads(
+            self._header, buffers=[view[start : start + size] for start, size in zip(spans, spans)]
+        )
 
     def pin_memory(self) -> Parcel:
         """The same in pinned memory: what torch's thread calls. The slot is free after it."""
@@ -48,8 +55,12 @@ class Parcel:
         return self
 
 
-def _arrive(header: bytes, spans: list[int], body: Any, route: tuple[bytes, int] | None, notice: str) -> Parcel:
-    """In the main process: hold the slot from now on, so that a parcel that nobody opens gives it back too."""
+def _arrive(
+    header: bytes, spans: list[int], body: Any, route: tuple[bytes, int] | None, notice: str
+) -> Parcel:
+    """In the main process: hold the slot from now on, so that a parcel that nobody opens gives it
+    back too.
+    """
     if route is not None:
         token, slot = route
         arena = open_arenas[token]

@@ -12,7 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-NUMPYS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float32, torch.float64}
+NUMPYS = {
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.float32,
+    torch.float64,
+}
 
 _MARK = pickle.PickleBuffer(bytearray(1))
 
@@ -97,13 +106,21 @@ def _reduce_tensor(tensor: torch.Tensor, parts: list[npt.NDArray[np.uint8]]) -> 
         tensor = tensor.contiguous()
     small = tuple(tensor.shape)
     parts.append(_storage(tensor))
-    return _strided, (_MARK, tensor.dtype, small, tensor.stride(), None if shape == small else shape)
+    return _strided, (
+        _MARK,
+        tensor.dtype,
+        small,
+        tensor.stride(),
+        None if shape == small else shape,
+    )
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
     """Whether its elements fill a piece of memory, each once."""
     expected = 1
-    for step, size in sorted((step, size) for step, size in zip(tensor.stride(), tensor.shape) if size > 1):
+    for step, size in sorted(
+        (step, size) for step, size in zip(tensor.stride(), tensor.shape) if size > 1
+    ):
         if step != expected:
             return False
         expected *= size
@@ -122,7 +139,11 @@ def _tensor(part: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tens
 
 
 def _strided(
-    part: Any, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], wide: tuple[int, ...] | None
+    part: Any,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    wide: tuple[int, ...] | None,
 ) -> torch.Tensor:
     tensor = torch.frombuffer(part, dtype=dtype).as_strided(shape, stride)
     return tensor if wide is None else tensor.expand(wide)

@@ -1,11 +1,12 @@
 """The wait for worker processes: one that dies is told when a batch is asked for, at once, and nowhere else.
 
-torch has its handler of SIGCHLD raise wherever the main thread happens to be: in the middle of a step of the optimizer,
-after which no checkpoint is right, or in the callback of a weak reference, where the error is printed and lost. It needs
-that, since whoever waits for a pipe does not see a process die, and a batch that is half in the pipe is waited for forever.
-Here the wait is for the pipe and for the ends of all workers at once, and every read of the pipe waits that way, so nothing
-has to be interrupted. It works in every thread, and costs less than a poll of multiprocessing, which makes a selector each
-time.
+torch has its handler of SIGCHLD raise wherever the main thread happens to be: in the middle of a
+step of the optimizer, after which no checkpoint is right, or in the callback of a weak reference,
+where the error is printed and lost. It needs that, since whoever waits for a pipe does not see a
+process die, and a batch that is half in the pipe is waited for forever. Here the wait is for the
+pipe and for the ends of all workers at once, and every read of the pipe waits that way, so nothing
+has to be interrupted. It works in every thread, and costs less than a poll of multiprocessing,
+which makes a selector each time.
 """
 
 from __future__ import annotations
@@ -77,19 +78,27 @@ class Wait:
         self._selector.register(self._pipe, selectors.EVENT_READ)
         for number, worker in enumerate(self._workers):
             self._selector.register(worker.sentinel, selectors.EVENT_READ, number)
-        batches._poll, batches._recv_bytes, reader._recv = self.poll, partial(self.receive, reader), self.read
+        batches._poll, batches._recv_bytes, reader._recv = (
+            self.poll,
+            partial(self.receive, reader),
+            self.read,
+        )
         self._pinned: queue.Queue[Any] | None = None
         if hasattr(iterator, "_pin_memory_thread"):
             self._pinned = iterator._data_queue
             iterator._data_queue = _Pinned(self._pinned)
 
     def begin(self, status: list[bool]) -> None:
-        """Another epoch, of which all workers owe batches until `let_go` or until they are False in torch's ``status``."""
+        """Another epoch, of which all workers owe batches until `let_go` or until they are False in
+        torch's ``status``.
+        """
         self._through.clear()
         self._status = status
 
     def let_go(self, number: int) -> None:
-        """That worker has sent all. Said before it is told to end: torch's ``status`` changes later, in another thread."""
+        """That worker has sent all. Said before it is told to end: torch's ``status`` changes
+        later, in another thread.
+        """
         self._through.add(number)
 
     @property
@@ -147,7 +156,9 @@ class Wait:
         if None in ready:
             return True
         # A process that a worker started may hold what tells of its end.
-        ready += [number for number in self._alive if not ready and not self._workers[number].is_alive()]
+        ready += [
+            number for number in self._alive if not ready and not self._workers[number].is_alive()
+        ]
         for number in ready:
             self._alive.remove(number)
             self._dead.add(number)
@@ -158,7 +169,11 @@ class Wait:
         """Dead workers that have not sent all."""
         if not self._dead:
             return []
-        return [number for number in sorted(self._dead - self._through) if not self._status or self._status[number]]
+        return [
+            number
+            for number in sorted(self._dead - self._through)
+            if not self._status or self._status[number]
+        ]
 
     def _tell(self) -> None:
         if self._told:
@@ -167,10 +182,18 @@ class Wait:
         words = []
         for number in numbers:
             worker, until = self._workers[number], time.monotonic() + _LOOK_S
-            while worker.is_alive() and time.monotonic() < until:  # it closes what it holds before its status is there
+            while (
+                worker.is_alive() and time.monotonic() < until
+            ):  # it closes what it holds before its status is there
                 time.sleep(0.001)
-            words.append(f"DataLoader worker {number} (pid {worker.pid}) {exit_status(worker.exitcode)}")
-        lost = Lost("; ".join(words) or "DataLoader worker: reading was interrupted in the middle of a batch", numbers)
+            words.append(
+                f"DataLoader worker {number} (pid {worker.pid}) {exit_status(worker.exitcode)}"
+            )
+        lost = Lost(
+            "; ".join(words)
+            or "DataLoader worker: reading was interrupted in the middle of a batch",
+            numbers,
+        )
         if self._pinned is None:
             raise lost
         self._told = True

@@ -24,7 +24,8 @@ class Message(NamedTuple):
     """One thing that a turn made.
 
     Attributes:
-        kind: A batch, a failure to raise, an error that ends the run, or nothing (counts and states only).
+        kind: A batch, a failure to raise, an error that ends the run, or nothing (counts and states
+            only).
         payload: The batch, the `SampleFailure`, or the error.
         origins: int64 [m, 5], or None.
         final: Whether the turn's batch number is done with after this.
@@ -88,10 +89,13 @@ def pack_message(envelope: tuple[int, int, list[Message]]) -> Parcel:
     try:
         return pack((number, lane, [_flat(out) for out in outs]))
     except Exception as error:
-        what = ", ".join(sorted({type(out.payload).__name__ for out in outs if out.kind != NOTHING}))
+        what = ", ".join(
+            sorted({type(out.payload).__name__ for out in outs if out.kind != NOTHING})
+        )
         failure = WorkerError(
-            f"batch {number} ({what}) cannot leave its worker process: {type(error).__name__}: {error}. Let the pipeline make "
-            f"what pickle can take, or read with worker_type='thread' or num_workers=0."
+            f"batch {number} ({what}) cannot leave its worker process: {type(error).__name__}:"
+            f" {error}. Let the pipeline make what pickle can take, or read with"
+            " worker_type='thread' or num_workers=0."
         )
         return pack((number, lane, [_flat(fatal_message(failure))]))
 
@@ -106,7 +110,12 @@ def unpack_message(arrived: Any) -> tuple[int, int, list[Message]]:
         return arrived  # type: ignore[no-any-return]
     number, lane, flat = arrived.open()
     outs = [
-        Message(kind, payload, None if origins is None else np.frombuffer(origins, np.int64).reshape(-1, 5), *rest)
+        Message(
+            kind,
+            payload,
+            None if origins is None else np.frombuffer(origins, np.int64).reshape(-1, 5),
+            *rest,
+        )
         for kind, payload, origins, *rest in flat
     ]
     return number, lane, outs

@@ -33,7 +33,8 @@ class InnerLoader(StatefulDataLoader):  # type: ignore[misc]
 class ProcessIterator(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[misc]
     """torchdata's iterator over worker processes, with our wait.
 
-    torch's handler is not to look at its workers: also not at exit, when multiprocessing ends those that still live.
+    torch's handler is not to look at its workers: also not at exit, when multiprocessing ends those
+    that still live.
     """
 
     _made_by = 0
@@ -47,7 +48,8 @@ class ProcessIterator(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[m
         try:
             super()._reset(loader, first_iter, prime_prefetch)
         except BaseException:
-            # Now: of a start that failed nobody else has this iterator, and an error that is kept would keep its workers.
+            # Now: of a start that failed nobody else has this iterator, and an error that is kept
+            # would keep its workers.
             self._shutdown_workers()
             raise
         self.wait.begin(self._workers_status)
@@ -66,7 +68,9 @@ class ProcessIterator(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[m
 
 def is_usable(iterator: Any) -> bool:
     """Whether its workers can make another epoch."""
-    return not (isinstance(iterator, ProcessIterator) and (iterator._shutdown or iterator.wait.broken))
+    return not (
+        isinstance(iterator, ProcessIterator) and (iterator._shutdown or iterator.wait.broken)
+    )
 
 
 def start_processes(double: InnerLoader) -> Any:
@@ -78,14 +82,16 @@ def start_processes(double: InnerLoader) -> Any:
         if lost is None and "DataLoader worker" not in str(error):
             raise
         raise WorkerError(
-            f"{lost or error}, before it had begun to read. The position is as it was; to go on from there: "
-            f"loader.load_state_dict(loader.state_dict()), and iterate again."
+            f"{lost or error}, before it had begun to read. The position is as it was; to go on"
+            " from there: loader.load_state_dict(loader.state_dict()), and iterate again."
         ) from error
 
 
 @contextlib.contextmanager
 def quiet_vital() -> Iter[None]:
-    """torchdata calls torch.set_vital, which torch 2.13 deprecates with a warning at every construction."""
+    """torchdata calls torch.set_vital, which torch 2.13 deprecates with a warning at every
+    construction.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*set_vital.*")
         yield

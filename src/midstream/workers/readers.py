@@ -1,7 +1,8 @@
 """What runs in a loader's worker processes (or in the main process without workers): lanes, one envelope a turn.
 
-An envelope is ``(batch number, lane, what came out)``. What comes out of a turn is at most one batch, and before it the
-failures met on the way, each with the state after it, so that the main process can publish state and hand out in step.
+An envelope is ``(batch number, lane, what came out)``. What comes out of a turn is at most one
+batch, and before it the failures met on the way, each with the state after it, so that the main
+process can publish state and hand out in step.
 """
 
 from __future__ import annotations
@@ -34,7 +35,16 @@ from midstream.transport.arena import Arena
 from midstream.transport.bundles import Bundler
 from midstream.transport.once import Once
 from midstream.transport.packing import begin
-from midstream.workers.messages import BATCH, ERROR, NOTHING, Message, Plan, fatal_message, pack_message, source_of
+from midstream.workers.messages import (
+    BATCH,
+    ERROR,
+    NOTHING,
+    Message,
+    Plan,
+    fatal_message,
+    pack_message,
+    source_of,
+)
 
 _ERRORS_A_TURN = 1000
 
@@ -42,9 +52,10 @@ _ERRORS_A_TURN = 1000
 class Runner(IterableDataset[Any]):
     """What a loader's worker processes iterate: the pipeline at one topology.
 
-    ``shared`` holds epoch and generation where workers live on: a plan is for one generation only, so that a worker that
-    was forked with one does not follow it again in the next epoch. ``crumbs`` is the table of `midstream.pipeline.breadcrumbs`,
-    ``totals`` that of `midstream.transport.bundles`.
+    ``shared`` holds epoch and generation where workers live on: a plan is for one generation only,
+    so that a worker that was forked with one does not follow it again in the next epoch. ``crumbs``
+    is the table of `midstream.pipeline.breadcrumbs`, ``totals`` that of
+    `midstream.transport.bundles`.
     """
 
     def __init__(
@@ -64,7 +75,9 @@ class Runner(IterableDataset[Any]):
         self.crumbs: torch.Tensor | None = None
         self.arena: Arena | None = None
         self.totals: torch.Tensor | None = None
-        self.edits: dict[str, list[dict[str, float]]] = {}  # streams: weights set on the way, by mix
+        self.edits: dict[
+            str, list[dict[str, float]]
+        ] = {}  # streams: weights set on the way, by mix
         self.paths = paths
         self.frozen = False
 
@@ -80,7 +93,11 @@ class Runner(IterableDataset[Any]):
         if worker is not None and not self.frozen:
             gc.freeze()  # what a fork inherited: collecting it here would run the parent's destructors and copy its pages
             self.frozen = True
-        if worker is not None and self.arena is not None and multiprocessing.parent_process() is not None:
+        if (
+            worker is not None
+            and self.arena is not None
+            and multiprocessing.parent_process() is not None
+        ):
             begin(self.arena, worker.id)
         epoch, plan = self.epoch, self.plan
         if self.shared is not None:
@@ -108,12 +125,17 @@ class Runner(IterableDataset[Any]):
 
 
 class _RandomReader:
-    """Makes every W-th batch of its rank, wherever the run continues; from the last one on, the first ones again (pad)."""
+    """Makes every W-th batch of its rank, wherever the run continues; from the last one on, the
+    first ones again (pad).
+    """
 
     def __init__(self, runner: Runner, worker: int, epoch: int, plan: Plan) -> None:
         topology = runner.topology
         self.stride = topology.world_size * topology.readers
-        self.batch = first_batch(plan.start, topology.rank, topology.world_size) + worker * topology.world_size
+        self.batch = (
+            first_batch(plan.start, topology.rank, topology.world_size)
+            + worker * topology.world_size
+        )
         self.turn, self.readers, self.turns = worker, topology.readers, plan.turns
         self.told, self.ahead = plan.told, plan.ahead
         self.bound, self.epoch = runner.bind(worker), epoch
@@ -172,8 +194,11 @@ class _RandomReader:
                 continue
             errors += 1
             if errors > told:
-                # What was skipped before it is told with the batch: a resume makes the whole batch again.
-                outs.append(Message(ERROR, failure, None, done, None, self.ledger.take() if done else None))
+                # What was skipped before it is told with the batch: a resume makes the whole batch
+                # again.
+                outs.append(
+                    Message(ERROR, failure, None, done, None, self.ledger.take() if done else None)
+                )
             elif done:
                 outs.append(Message(NOTHING, None, None, True, None, self.ledger.take()))
             if done:
@@ -181,7 +206,9 @@ class _RandomReader:
 
 
 class LaneReader:
-    """A stream lane in its worker: what an earlier epoch left over of it, then the epoch in progress."""
+    """A stream lane in its worker: what an earlier epoch left over of it, then the epoch in
+    progress.
+    """
 
     __slots__ = (
         "dealt",
@@ -199,14 +226,28 @@ class LaneReader:
     )
 
     def __init__(
-        self, bound: BoundNode, paths: Paths, index: int, num_lanes: int, epoch: int, state: Any, edits: Any = None
+        self,
+        bound: BoundNode,
+        paths: Paths,
+        index: int,
+        num_lanes: int,
+        epoch: int,
+        state: Any,
+        edits: Any = None,
     ) -> None:
         self.bound, self.paths, self.index, self.last_epoch = bound, paths, index, epoch
-        self.marks: dict[str, str] = {}  # by number of the node, as text: of hundreds of them, few move at a time
+        self.marks: dict[
+            str, str
+        ] = {}  # by number of the node, as text: of hundreds of them, few move at a time
         self.dealt = 0 if state is None else state.get("dealt", 0)
         placed = None if state is None else state.get("edits")
         self.lane = Lane(
-            index, num_lanes, 1, Ledger(tracks=True), self.dealt, LaneEdits(edits, placed) if edits else None
+            index,
+            num_lanes,
+            1,
+            Ledger(tracks=True),
+            self.dealt,
+            LaneEdits(edits, placed) if edits else None,
         )
         self.rounds, self.done = 0, False
         self.epoch = epoch if state is None else state["epoch"]
@@ -244,8 +285,8 @@ class LaneReader:
                 if not self.resumed:
                     raise
                 raise CheckpointError(
-                    f"lane {self.index} cannot go on from its state ({type(error).__name__}: {error}). The state is damaged, "
-                    f"or the data is not what it was."
+                    f"lane {self.index} cannot go on from its state ({type(error).__name__}:"
+                    f" {error}). The state is damaged, or the data is not what it was."
                 ) from error
 
     def _mark(self, marks: dict[str, list[int]]) -> None:
@@ -288,15 +329,30 @@ class _StreamReader:
         self.lanes = runner.lanes
         mine = slots(runner.topology, runner.lanes, worker)
         self.runs = [
-            None
-            if index < 0
-            else LaneReader(bound, runner.paths, index, runner.lanes, epoch, plan.lanes.get(index), runner.edits)
+            (
+                None
+                if index < 0
+                else LaneReader(
+                    bound,
+                    runner.paths,
+                    index,
+                    runner.lanes,
+                    epoch,
+                    plan.lanes.get(index),
+                    runner.edits,
+                )
+            )
             for index in mine
         ]
-        # All lanes of the rank count, not only this worker's: the turns of all workers start in the same round.
+        # All lanes of the rank count, not only this worker's: the turns of all workers start in the
+        # same round.
         rank_lanes = range(runner.topology.rank, runner.lanes, runner.topology.world_size)
         states = [plan.lanes.get(index) for index in rank_lanes]
-        live = [0 if state is None else state["rounds"] for state in states if state is None or not state["done"]]
+        live = [
+            0 if state is None else state["rounds"]
+            for state in states
+            if state is None or not state["done"]
+        ]
         self.round = min(live, default=0)
         self.slot = 0
 
@@ -337,6 +393,9 @@ class _StreamReader:
         return [
             *outs,
             fatal_message(
-                SourceError(f"{len(outs):,} samples in a row failed in lane {run.index}; the last: {sample.message}")
+                SourceError(
+                    f"{len(outs):,} samples in a row failed in lane {run.index}; the last:"
+                    f" {sample.message}"
+                )
             ),
         ]

@@ -1,19 +1,22 @@
 """Worker processes that signals do not kill: they obey their parent alone, and die with it.
 
-A cluster that preempts a job sends SIGTERM or SIGUSR1 to every process of it; Ctrl-C in a terminal sends SIGINT to all. The
-main process decides what happens then, and needs its workers meanwhile. So of the signals in `SIGNALS`
+A cluster that preempts a job sends SIGTERM or SIGUSR1 to every process of it; Ctrl-C in a terminal
+sends SIGINT to all. The main process decides what happens then, and needs its workers meanwhile. So
+of the signals in `SIGNALS`
 
     from its first instruction    a worker inherits them blocked (`Context` blocks them around the start)
     from worker_init_fn on        they call a function that does nothing (`WorkerInit`)
 
-Why a function, and neither ignored nor blocked to the end: programs that user code starts in a worker inherit both, and
-would not hear their own ``terminate()`` any more. A handler is not inherited by another program.
+Why a function, and neither ignored nor blocked to the end: programs that user code starts in a
+worker inherit both, and would not hear their own ``terminate()`` any more. A handler is not
+inherited by another program.
 
-Since SIGTERM does nothing, ``terminate()`` is SIGKILL here, which ends a worker whatever it is stuck in. When the parent is
-gone, a thread of the worker ends it.
+Since SIGTERM does nothing, ``terminate()`` is SIGKILL here, which ends a worker whatever it is
+stuck in. When the parent is gone, a thread of the worker ends it.
 
-With the start method ``forkserver``, the server must survive too: where the first worker starts it, it has these signals
-blocked for good, and so have other processes that the program makes with it, until they unblock them.
+With the start method ``forkserver``, the server must survive too: where the first worker starts it,
+it has these signals blocked for good, and so have other processes that the program makes with it,
+until they unblock them.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ from typing import Any
 __all__ = ["SIGNALS", "Context", "WorkerInit"]
 
 SIGNALS = frozenset(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
 )
 
 _LOOK_S = 1.0
@@ -49,7 +54,9 @@ class Context(BaseContext):
         self._context = context.get_context()
         self._name = self._context.get_start_method()
         if self._name != "fork":
-            with _blocked():  # the tracker of its semaphores, which by itself ignores SIGINT and SIGTERM alone
+            with (
+                _blocked()
+            ):  # the tracker of its semaphores, which by itself ignores SIGINT and SIGTERM alone
                 resource_tracker.ensure_running()
 
     def get_context(self, method: str | None = None) -> Any:
@@ -67,7 +74,9 @@ class Context(BaseContext):
                     process.start()
                 _terminate_is_kill(process)
             except BaseException:
-                if process.pid is not None:  # Ctrl-C came while it was started: nobody will know of it
+                if (
+                    process.pid is not None
+                ):  # Ctrl-C came while it was started: nobody will know of it
                     process.kill()
                 raise
 
@@ -111,7 +120,9 @@ class WorkerInit:
         signal.set_wakeup_fd(-1)  # a fork shares it with the parent, whose event loop would wake up
         _handle(_nothing)
         sys.excepthook = _HangUps(sys.excepthook)
-        atexit.register(_handle, signal.SIG_IGN)  # an ending interpreter (spawn) takes handlers away, but not this
+        atexit.register(
+            _handle, signal.SIG_IGN
+        )  # an ending interpreter (spawn) takes handlers away, but not this
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if self.init_fn is not None:
             self.init_fn(worker)
@@ -120,16 +131,19 @@ class WorkerInit:
 class _HangUps:
     """An excepthook that says nothing of a receiver that hung up.
 
-    Tensors leave a worker as file descriptors, handed over by a thread of multiprocessing, which calls `sys.excepthook`
-    for what it meets. When the main process stops receiving half-way (another worker died, or Ctrl-C), that is no failure
-    of this worker. Other threads tell of their errors by `threading.excepthook`.
+    Tensors leave a worker as file descriptors, handed over by a thread of multiprocessing, which
+    calls `sys.excepthook` for what it meets. When the main process stops receiving half-way
+    (another worker died, or Ctrl-C), that is no failure of this worker. Other threads tell of their
+    errors by `threading.excepthook`.
     """
 
     def __init__(self, hook: Callable[..., Any]) -> None:
         self.hook = hook
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if threading.current_thread() is threading.main_thread() or not isinstance(error, (EOFError, ConnectionError)):
+        if threading.current_thread() is threading.main_thread() or not isinstance(
+            error, (EOFError, ConnectionError)
+        ):
             self.hook(kind, error, trace)
 
 
@@ -147,8 +161,8 @@ def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is None:
         return
-    # Workers that were forked later hold the parent's end of this one's pipe too, so it may close late. Below a fork
-    # server the process above is the server, and the pipe closes in time.
+    # Workers that were forked later hold the parent's end of this one's pipe too, so it may close
+    # late. Below a fork server the process above is the server, and the pipe closes in time.
     mine = os.getppid()
     direct = mine == parent.pid
     while not connection.wait([parent.sentinel], timeout=_LOOK_S):

@@ -1,13 +1,14 @@
 """Readers in threads of the main process, instead of worker processes.
 
-Each reader makes what worker ``w`` of ``W`` would make, so order and checkpoints are the same. It reads ahead until so many
-envelopes wait; the iterator takes one from each in turn.
+Each reader makes what worker ``w`` of ``W`` would make, so order and checkpoints are the same. It
+reads ahead until so many envelopes wait; the iterator takes one from each in turn.
 
     right where    reading waits (network, disks) or works outside the GIL (decoding, numpy, pyarrow), or batches are so
                    large or so quickly made that the way from a process costs more than the work
     wrong where    samples are made by Python code: threads take turns there, and with the training loop
 
-User code runs in this process: it shares memory with it, and ``torch.utils.data.get_worker_info()`` is None.
+User code runs in this process: it shares memory with it, and ``torch.utils.data.get_worker_info()``
+is None.
 """
 
 from __future__ import annotations
@@ -69,11 +70,15 @@ class ThreadReaders:
         pin = pin and torch.accelerator.is_available()
         threads = [
             threading.Thread(
-                target=_read, args=(runner, number, line, init_fn, pin), name=f"midstream-reader-{number}", daemon=True
+                target=_read,
+                args=(runner, number, line, init_fn, pin),
+                name=f"midstream-reader-{number}",
+                daemon=True,
             )
             for number, line in enumerate(self._lines)
         ]
-        # Ends them when this goes, and before the interpreter does: they must not be in the middle of C code then.
+        # Ends them when this goes, and before the interpreter does: they must not be in the middle
+        # of C code then.
         self._end = weakref.finalize(self, _stop, self._lines, threads)
         for thread in threads:
             thread.start()
@@ -88,7 +93,9 @@ class ThreadReaders:
                 try:
                     kind, item = line.items.get(timeout=self._timeout)
                 except queue.Empty:
-                    raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
+                    raise RuntimeError(
+                        f"DataLoader timed out after {self._timeout} seconds"
+                    ) from None
                 if kind == _ITEM:
                     line.room.release()
                     self._turn = (self._turn + 1) % len(self._lines)
@@ -103,8 +110,9 @@ class ThreadReaders:
         if isinstance(error, Exception):
             return error
         failure = WorkerError(
-            f"reading thread {self._turn} was ended by {type(error).__name__}: {error}. The position stays at the last batch "
-            f"handed out; to go on from there: loader.load_state_dict(loader.state_dict()), and iterate again."
+            f"reading thread {self._turn} was ended by {type(error).__name__}: {error}. The"
+            " position stays at the last batch handed out; to go on from there:"
+            " loader.load_state_dict(loader.state_dict()), and iterate again."
         )
         failure.__cause__ = error
         return failure
@@ -126,7 +134,9 @@ def _stop(lines: list[_Line], threads: list[threading.Thread]) -> None:
                 thread.join(_JOIN_S)
 
 
-def _read(runner: Runner, number: int, line: _Line, init_fn: Callable[[int], None] | None, pin: bool) -> None:
+def _read(
+    runner: Runner, number: int, line: _Line, init_fn: Callable[[int], None] | None, pin: bool
+) -> None:
     try:
         if init_fn is not None:
             init_fn(number)

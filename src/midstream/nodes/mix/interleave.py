@@ -33,18 +33,20 @@ _STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replac
 class Interleave(Node):
     """Datasets mixed by integer quotas q_c over blocks of B picks.
 
-    In a block, pick j of dataset c has the key (j + u) / q_c with u uniform in [0, 1); the picks in key order are the
-    block's pattern. Sixteen patterns are made once and a hash of the block's number chooses one, so the dataset and the
-    position at any place of the mix are one lookup: dataset c's j-th pick of block b is its position b * q_c + j. In each
-    phase of a schedule blocks are counted anew, and dataset c goes on where it stood.
+    In a block, pick j of dataset c has the key (j + u) / q_c with u uniform in [0, 1); the picks in
+    key order are the block's pattern. Sixteen patterns are made once and a hash of the block's
+    number chooses one, so the dataset and the position at any place of the mix are one lookup:
+    dataset c's j-th pick of block b is its position b * q_c + j. In each phase of a schedule blocks
+    are counted anew, and dataset c goes on where it stood.
 
-    With ``weights_by`` there are no blocks: the dataset is picked that is furthest below its share of what was counted so
-    far (of those equally far, by a hash); counting starts again where the shares change.
+    With ``weights_by`` there are no blocks: the dataset is picked that is furthest below its share
+    of what was counted so far (of those equally far, by a hash); counting starts again where the
+    shares change.
 
-    State: random access: none but the position. Stream: ``{"picks", "ended", "inputs": {name: [pass, flags, state]}}``,
-    with a schedule ``"phase": [phase, its first pick, samples or tokens given]``, with ``weights_by`` a fourth entry of
-    each input: what it has given since the shares changed.
-    Resume: reads nothing again.
+    State: random access: none but the position. Stream: ``{"picks", "ended", "inputs": {name:
+    [pass, flags, state]}}``, with a schedule ``"phase": [phase, its first pick, samples or tokens
+    given]``, with ``weights_by`` a fourth entry of each input: what it has given since the shares
+    changed. Resume: reads nothing again.
     """
 
     datasets: tuple[tuple[str, Node], ...]
@@ -64,7 +66,9 @@ class Interleave(Node):
         require_choice(self.stopping_strategy, "stopping_strategy", _STRATEGIES, "interleave")
         for key, dataset in self.datasets:
             if not isinstance(key, str) or not key or "/" in key or "|" in key:
-                raise ValueError(f"interleave: a name is a string without '/' and '|'; found {key!r}")
+                raise ValueError(
+                    f"interleave: a name is a string without '/' and '|'; found {key!r}"
+                )
             require_text(key, "interleave: a name")
             require_dataset(dataset, f"interleave {key!r}")
         if self.weights_by is not None and not isinstance(self.weights_by, str):
@@ -79,7 +83,9 @@ class Interleave(Node):
 
     def with_inputs(self, inputs: Mapping[str, Node]) -> Interleave:
         """See `Node.with_inputs`."""
-        return dataclasses.replace(self, datasets=tuple((name, inputs[name]) for name, _ in self.datasets))
+        return dataclasses.replace(
+            self, datasets=tuple((name, inputs[name]) for name, _ in self.datasets)
+        )
 
     def taken_of(self, name: str, count: int) -> int:
         """See `Node.taken_of`.
@@ -90,7 +96,9 @@ class Interleave(Node):
         layout, index = self.layout(), [key for key, _ in self.datasets].index(name)
         taken = int(layout.counts(count)[index])
         if layout.repeats[index] != 1 and taken > layout.lengths[index]:
-            raise ValueError(f"set_weights: {name!r} has started over in this epoch; call it in the next one")
+            raise ValueError(
+                f"set_weights: {name!r} has started over in this epoch; call it in the next one"
+            )
         return taken
 
     @property
@@ -124,7 +132,9 @@ class Interleave(Node):
             fields["schedule"] = [[border, dict(weights)] for border, weights in self.later]
         if self.weights_by is not None:
             fields["weights_by"] = (
-                self.weights_by if isinstance(self.weights_by, str) else callable_name(self.weights_by)
+                self.weights_by
+                if isinstance(self.weights_by, str)
+                else callable_name(self.weights_by)
             )
         if self.name is not None:
             fields["label"] = self.name
@@ -221,16 +231,23 @@ class _Input:
 class _InterleaveIterator(Iterator):
     """Picks by the patterns of blocks, each lane by its own."""
 
-    def __init__(self, node: Interleave, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+    def __init__(
+        self, node: Interleave, bound: BoundNode, lane: Lane, key: int, pass_: int
+    ) -> None:
         self.node, self.bound, self.lane, self.key, self.pass_ = node, bound, lane, key, pass_
         self.names = [name for name, _ in node.datasets]
         self.children = [_Input(self._open(name, 0)) for name in self.names]
         self.picks, self.ended = 0, False
-        self.phase, self.start, self.given = 0, 0, 0  # of the schedule: phase, its first pick, what the mix has given
+        self.phase, self.start, self.given = (
+            0,
+            0,
+            0,
+        )  # of the schedule: phase, its first pick, what the mix has given
         self.edits = lane.edits.of(bound.path) if lane.edits is not None else None
         self.edit = -1  # which of them is in force
         self.watch = bool(node.later) or self.edits is not None
-        # The state of an input is made again only after it was read: with hundreds of them, most were not.
+        # The state of an input is made again only after it was read: with hundreds of them, most
+        # were not.
         self.texts = [""] * len(self.names)
         self.touched = set(range(len(self.names)))
         self.by_name = [index for _, index in sorted(zip(self.names, range(len(self.names))))]
@@ -239,7 +256,9 @@ class _InterleaveIterator(Iterator):
     def _open(self, name: str, number: int) -> Iterator:
         key = int(pass_key(np.array([self.key], dtype=np.uint64), np.array([number]))[0])
         pass_ = self.pass_
-        if self.node.stopping_strategy == "all_exhausted":  # how many passes there will be is not known
+        if (
+            self.node.stopping_strategy == "all_exhausted"
+        ):  # how many passes there will be is not known
             require_passes(np.array([pass_]), PASSES)
             pass_ = pass_ * PASSES + number
         return iterate(self.bound.inputs[name], self.lane, key, pass_)
@@ -254,7 +273,9 @@ class _InterleaveIterator(Iterator):
         self.pattern_of = -1
 
     def _turn(self) -> bool:
-        """See whether other weights are in force from this pick on; returns whether there is anything to pick."""
+        """See whether other weights are in force from this pick on; returns whether there is
+        anything to pick.
+        """
         node = self.node
         if self.edits is not None:
             number = self.edits.bound(self.pass_, self.picks, live=not replaying())
@@ -266,7 +287,9 @@ class _InterleaveIterator(Iterator):
                 self._settle()
             if self.edit >= 0:
                 return not self.ended
-        while self.phase + 1 < len(node.phases) and self.given >= self.lane.share(node.phases[self.phase + 1][0]):
+        while self.phase + 1 < len(node.phases) and self.given >= self.lane.share(
+            node.phases[self.phase + 1][0]
+        ):
             self._next_phase()
         return not self.ended
 
@@ -281,8 +304,14 @@ class _InterleaveIterator(Iterator):
         node, restarts = self.node, self.node.stopping_strategy == "all_exhausted"
         to_come = () if self.edit >= 0 else node.phases[self.phase + 1 :]
         here = [child for child, (_, weight) in zip(self.children, self.weights) if weight]
-        wanted = {key for _, weights in ((0, self.weights), *to_come) for key, weight in weights if weight}
-        live = [child for name, child in zip(self.names, self.children) if name in wanted and not child.flags & _EMPTY]
+        wanted = {
+            key for _, weights in ((0, self.weights), *to_come) for key, weight in weights if weight
+        }
+        live = [
+            child
+            for name, child in zip(self.names, self.children)
+            if name in wanted and not child.flags & _EMPTY
+        ]
         if not live or (
             all(child.flags & _EXHAUSTED for child in live)
             if node.stopping_strategy != "first_exhausted"
@@ -367,7 +396,11 @@ class _InterleaveIterator(Iterator):
             self.texts[index] = encode(self._input_state(index, self.children[index]))
         self.touched.clear()
         inputs = ",".join([self.texts[index] for index in self.by_name])
-        state: dict[str, State] = {"picks": self.picks, "ended": self.ended, "inputs": Fragment(f"[{inputs}]")}
+        state: dict[str, State] = {
+            "picks": self.picks,
+            "ended": self.ended,
+            "inputs": Fragment(f"[{inputs}]"),
+        }
         if self.node.later:
             state["phase"], state["of"] = [self.phase, self.start, self.given], self.bound.path
         return state
@@ -384,12 +417,16 @@ class _InterleaveIterator(Iterator):
             self._use(0, self.node.weights)
         self.edit = -1
         if self.edits is not None:
-            self.edit = self.edits.bound(self.pass_, self.picks - 1, live=False) if self.picks else -1
+            self.edit = (
+                self.edits.bound(self.pass_, self.picks - 1, live=False) if self.picks else -1
+            )
             if self.edit >= 0:
                 weights, self.start = self.edits.weights(self.edit, self.pass_)
                 self._use(-1 - self.edit, check_weights(weights, self.names, self.bound.path))
         self.touched = set(range(len(self.names)))
-        inputs = copy_plain(state["inputs"]) if type(state["inputs"]) is Fragment else state["inputs"]
+        inputs = (
+            copy_plain(state["inputs"]) if type(state["inputs"]) is Fragment else state["inputs"]
+        )
         if len(inputs) != len(self.names):
             raise ValueError(f"{len(inputs)} inputs of a mix of {len(self.names)}")
         for index, saved in zip(self.by_name, inputs):
@@ -405,11 +442,15 @@ class _InterleaveIterator(Iterator):
 class _MeasuredIterator(_InterleaveIterator):
     """Picks the dataset that is furthest below its share of what was counted."""
 
-    def __init__(self, node: Interleave, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
+    def __init__(
+        self, node: Interleave, bound: BoundNode, lane: Lane, key: int, pass_: int
+    ) -> None:
         by = node.weights_by
         self.counted = np.zeros(len(node.datasets), dtype=np.float64)
         super().__init__(node, bound, lane, key, pass_)
-        self.call = Call(bound, by if callable(by) else len, False, None, lambda sample, _: _measure(by, sample))
+        self.call = Call(
+            bound, by if callable(by) else len, False, None, lambda sample, _: _measure(by, sample)
+        )
 
     def _use(self, draws: int, weights: Weights) -> None:
         self.weights, self.seed = weights, fold(self.node.draws(draws), self.lane.index)
@@ -424,9 +465,16 @@ class _MeasuredIterator(_InterleaveIterator):
     def _share(self) -> None:
         """The shares of what can be picked; counting starts again where something has dropped out."""
         restarts = self.node.stopping_strategy == "all_exhausted"
-        gone = _EMPTY if restarts or self.node.stopping_strategy == "first_exhausted" else _EMPTY | _EXHAUSTED
+        gone = (
+            _EMPTY
+            if restarts or self.node.stopping_strategy == "first_exhausted"
+            else _EMPTY | _EXHAUSTED
+        )
         left = np.array(
-            [0.0 if child.flags & gone else weight for child, (_, weight) in zip(self.children, self.weights)]
+            [
+                0.0 if child.flags & gone else weight
+                for child, (_, weight) in zip(self.children, self.weights)
+            ]
         )
         self.counted[left == 0] = 0
         self.touched = set(range(len(self.counted)))
@@ -442,7 +490,9 @@ class _MeasuredIterator(_InterleaveIterator):
         if len(most) > 1:
             draw = (fold(self.seed, self.picks) >> 11) * 2.0**-53
             ends = np.cumsum(self.shares[most])
-            return int(most[min(int(np.searchsorted(ends, draw * ends[-1], side="right")), len(most) - 1)])
+            return int(
+                most[min(int(np.searchsorted(ends, draw * ends[-1], side="right")), len(most) - 1)]
+            )
         return int(most[0])
 
     def _counted(self, index: int, item: Item) -> Item:
@@ -453,7 +503,8 @@ class _MeasuredIterator(_InterleaveIterator):
                 item, size = (size, item[1]), 0
             self.counted[index] += size
             self.given += size
-        # What never counts anything stays furthest behind: if it started over, nothing else would ever be picked.
+        # What never counts anything stays furthest behind: if it started over, nothing else would
+        # ever be picked.
         if size or self.node.stopping_strategy != "all_exhausted":
             self.children[index].flags |= _YIELDED
         return item
@@ -477,5 +528,8 @@ def _measure(by: Any, sample: Any) -> int:
     """What a sample counts."""
     size = len(sample[by]) if isinstance(by, str) else by(sample)
     if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 0:
-        raise TypeError(f"weights_by counts what a sample has, in whole numbers of at least 0; found {size!r:.60}")
+        raise TypeError(
+            "weights_by counts what a sample has, in whole numbers of at least 0; found"
+            f" {size!r:.60}"
+        )
     return int(size)

@@ -34,7 +34,8 @@ class _Phase:
 class Layout:
     """The closed forms of a mix of random-access datasets: its length, and what stands at a position.
 
-    In each phase of a schedule the picks are counted anew, and dataset c goes on at its row ``taken[c]``.
+    In each phase of a schedule the picks are counted anew, and dataset c goes on at its row
+    ``taken[c]``.
 
     Attributes:
         length: Samples in all, None when endless.
@@ -60,7 +61,8 @@ class Layout:
             names: Of the datasets.
             lengths: Of the datasets; None where there is no end.
             strategy: When the mix ends.
-            many: Number passes as if there were many, whatever the length: it may change within an epoch.
+            many: Number passes as if there were many, whatever the length: it may change within an
+            epoch.
         """
         self.picks, self.names, self.strategy = picks, names, strategy
         self.lengths = [length or 0 for length in lengths]
@@ -72,8 +74,8 @@ class Layout:
             for index, length in enumerate(lengths):
                 if length == 0 and any(quota[index] for quota in quotas):
                     raise ValueError(
-                        f"interleave: {names[index]!r} has no rows, so with all_exhausted it can neither be read nor start "
-                        f"over; leave it out or give it the weight 0"
+                        f"interleave: {names[index]!r} has no rows, so with all_exhausted it can"
+                        " neither be read nor start over; leave it out or give it the weight 0"
                     )
         taken, start = np.zeros(len(lengths), dtype=np.int64), 0
         self.length: int | None = None
@@ -83,7 +85,8 @@ class Layout:
             phase = _Phase(start, taken, number, self._segments(number, taken))
             self.phases.append(phase)
             end = self._end(phase, later.tolist())
-            # What runs out just at a border ends the mix if it has a weight beyond it: the next phase says.
+            # What runs out just at a border ends the mix if it has a weight beyond it: the next
+            # phase says.
             inclusive = strategy == "all_exhausted"
             if strategy == "all_exhausted_without_replacement" and limit is not None:
                 limit = limit if end is None else min(limit, end)
@@ -106,7 +109,9 @@ class Layout:
             if self.endless[index] or not used:
                 continue
             most = int(last.taken[index]) + blocks * int(picks.quotas[index])
-            self.repeats[index] = PASSES if many or self.length is None else max(1, -(-most // length))
+            self.repeats[index] = (
+                PASSES if many or self.length is None else max(1, -(-most // length))
+            )
 
     def _segments(self, number: int, taken: I64) -> Segments | None:
         if self.strategy != "all_exhausted_without_replacement":
@@ -114,7 +119,9 @@ class Layout:
         picks = self.picks(number)
         left = [
             _far(quota) if endless else max(0, length - used)
-            for length, endless, used, quota in zip(self.lengths, self.endless, taken.tolist(), picks.quotas.tolist())
+            for length, endless, used, quota in zip(
+                self.lengths, self.endless, taken.tolist(), picks.quotas.tolist()
+            )
         ]
         return Segments(picks, left)
 
@@ -128,17 +135,27 @@ class Layout:
             if not self.endless[index]
         }
         if self.strategy == "first_exhausted":
-            ends = [picks.end(index, left[index]) if left[index] else 0 for index in here if index in left]
+            ends = [
+                picks.end(index, left[index]) if left[index] else 0
+                for index in here
+                if index in left
+            ]
             return min(ends, default=None)
         if self.strategy == "all_exhausted_without_replacement":
-            return sum(left[index] for index in here) if all(index in left for index in here) else None
+            return (
+                sum(left[index] for index in here) if all(index in left for index in here) else None
+            )
         missing = [index for index, counts in enumerate(later) if counts and left.get(index, 1)]
         if any(index not in left or index not in here for index in missing):
             return None
         return max((picks.end(index, left[index]) for index in missing), default=0)
 
     def _counts(self, phase: _Phase, count: int) -> I64:
-        return phase.segments.counts(count) if phase.segments is not None else self.picks(phase.number).counts(count)
+        return (
+            phase.segments.counts(count)
+            if phase.segments is not None
+            else self.picks(phase.number).counts(count)
+        )
 
     def counts(self, position: int) -> I64:
         """Rows of each dataset before a position, int64 of shape [k]."""
@@ -158,19 +175,26 @@ class Layout:
         return source, inside
 
     def _locate(self, phase: _Phase, positions: I64) -> tuple[npt.NDArray[Any], I64]:
-        return phase.segments.locate(positions) if phase.segments else self.picks(phase.number).locate(positions)
+        return (
+            phase.segments.locate(positions)
+            if phase.segments
+            else self.picks(phase.number).locate(positions)
+        )
 
 
 def _far(quota: int) -> int:
-    """A length for what never ends: 2**40 blocks, which no run reaches and no product of which overflows."""
+    """A length for what never ends: 2**40 blocks, which no run reaches and no product of which
+    overflows.
+    """
     return max(1, quota) << 40
 
 
 class Segments:
     """Every sample once: picks of a dataset that has run out are left out.
 
-    Between two blocks in which some dataset runs out, every block has the same limits: how many of each dataset's picks
-    are still served. So the block of a position is a division inside the right segment.
+    Between two blocks in which some dataset runs out, every block has the same limits: how many of
+    each dataset's picks are still served. So the block of a position is a division inside the right
+    segment.
     """
 
     def __init__(self, picks: Picks, lengths: list[int]) -> None:
@@ -189,7 +213,9 @@ class Segments:
     def _blocks(self, positions: I64) -> tuple[I64, I64, I64]:
         """Segment, block, and place among the picks served in it."""
         segment = np.searchsorted(self.before, positions, side="right") - 1
-        blocks, inside = np.divmod(positions - self.before[segment], np.maximum(self.rates[segment], 1))
+        blocks, inside = np.divmod(
+            positions - self.before[segment], np.maximum(self.rates[segment], 1)
+        )
         return segment, blocks + self.starts[segment], inside
 
     def locate(self, positions: I64) -> tuple[npt.NDArray[Any], I64]:

@@ -1,4 +1,6 @@
-"""What a mix picks when: integer quotas, choice sequences, schedules, and the closed forms of mixes with random access."""
+"""What a mix picks when: integer quotas, choice sequences, schedules, and the closed forms of mixes
+with random access.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class Picks:
         self._pattern = np.empty((PATTERNS, self.block), dtype=np.int32)
         self._number = np.empty((PATTERNS, self.block), dtype=np.int32)
         self._made = np.zeros(PATTERNS, dtype=bool)
-        # Everything is laid out by name, not by place in the dict: the same mix written in another order is the same.
+        # Everything is laid out by name, not by place in the dict: the same mix written in another
+        # order is the same.
         self._names = list(weights)
         self._by_name = sorted(range(len(self._names)), key=self._names.__getitem__)
 
@@ -41,10 +44,17 @@ class Picks:
         shares, names = self.quotas.tolist(), self._names
         for pool in np.unique(chosen).tolist():
             if not self._made[pool]:
-                source = np.concatenate([np.full(shares[index], index, dtype=np.int32) for index in self._by_name])
-                number = np.concatenate([np.arange(shares[index], dtype=np.int32) for index in self._by_name])
+                source = np.concatenate(
+                    [np.full(shares[index], index, dtype=np.int32) for index in self._by_name]
+                )
+                number = np.concatenate(
+                    [np.arange(shares[index], dtype=np.int32) for index in self._by_name]
+                )
                 unit = np.concatenate(
-                    [_unit(fold(self.seed, pool, salt(names[index])), shares[index]) for index in self._by_name]
+                    [
+                        _unit(fold(self.seed, pool, salt(names[index])), shares[index])
+                        for index in self._by_name
+                    ]
                 )
                 order = np.argsort((number + unit) / self.quotas[source], kind="stable")
                 self._pattern[pool], self._number[pool] = source[order], number[order]
@@ -69,7 +79,9 @@ class Picks:
         return found
 
     def locate(self, picks: I64) -> tuple[npt.NDArray[Any], I64]:
-        """For picks by number: the dataset, and how many times it was picked before; both of shape [k]."""
+        """For picks by number: the dataset, and how many times it was picked before; both of shape
+        [k].
+        """
         block, inside = np.divmod(picks, self.block)
         chosen = self.choose(block)
         self._make(chosen)
@@ -93,7 +105,9 @@ class Picks:
 
     def choose(self, blocks: I64 | int, lane: int = 0) -> npt.NDArray[np.int64]:
         """Which of the patterns each block has, int64."""
-        return (fold_array(fold(self.seed, -1 - lane), blocks) & np.uint64(PATTERNS - 1)).astype(np.int64)
+        return (fold_array(fold(self.seed, -1 - lane), blocks) & np.uint64(PATTERNS - 1)).astype(
+            np.int64
+        )
 
 
 def _unit(seed: int, count: int) -> npt.NDArray[np.float64]:

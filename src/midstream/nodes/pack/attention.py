@@ -20,11 +20,13 @@ class DocumentMask:
     Padding at the end of a row is a document of its own, so that every token attends to something.
 
     Attributes:
-        cu_seqlens: int32, shape [n + 1]: where each document starts in the rows laid end to end (``[batch * seq_len]``),
-            and their end: for variable-length attention kernels.
+        cu_seqlens: int32, shape [n + 1]: where each document starts in the rows laid end to end
+            (``[batch * seq_len]``), and their end: for variable-length attention kernels.
         max_seqlen: Tokens of the longest document.
-        document_ids: int32, shape [batch, seq_len]: number of the document within its row, -1 on padding.
-        mask_mod: ``(batch, head, q_idx, kv_idx) -> bool`` for ``torch.nn.attention.flex_attention.create_block_mask``.
+        document_ids: int32, shape [batch, seq_len]: number of the document within its row, -1 on
+            padding.
+        mask_mod: ``(batch, head, q_idx, kv_idx) -> bool`` for
+        ``torch.nn.attention.flex_attention.create_block_mask``.
     """
 
     cu_seqlens: torch.Tensor
@@ -33,7 +35,9 @@ class DocumentMask:
     mask_mod: Callable[[Any, Any, Any, Any], torch.Tensor]
 
     def dense(self) -> torch.Tensor:
-        """The mask in full, bool, shape [batch, 1, seq_len, seq_len], for ``scaled_dot_product_attention``."""
+        """The mask in full, bool, shape [batch, 1, seq_len, seq_len], for
+        ``scaled_dot_product_attention``.
+        """
         rows, size = self.document_ids.shape
         place = torch.arange(size, device=self.document_ids.device)
         batch = torch.arange(rows, device=self.document_ids.device)[:, None, None, None]
@@ -46,13 +50,15 @@ def document_mask(
     """Attention masks from the ``seq_lens`` of packed rows.
 
     Args:
-        seq_lens: Lengths of the pieces of one row, shape [pieces], or of a batch: [batch, pieces] with zeros behind, as
-            `collate` makes it, or a list of rows.
-        seq_len: Tokens per row with padding, ``batch["input_ids"].shape[-1]``. May be left out when rows are full.
+        seq_lens: Lengths of the pieces of one row, shape [pieces], or of a batch: [batch, pieces]
+            with zeros behind, as `collate` makes it, or a list of rows.
+        seq_len: Tokens per row with padding, ``batch["input_ids"].shape[-1]``. May be left out when
+            rows are full.
         device: Where the tensors go; by default where ``seq_lens`` is.
 
     Raises:
-        ValueError: If a row has more tokens than ``seq_len``, or it is left out and rows differ in length.
+        ValueError: If a row has more tokens than ``seq_len``, or it is left out and rows differ in
+            length.
 
     >>> import midstream as ms
     >>> mask = ms.document_mask([[3, 1], [2, 0]], seq_len=4)
@@ -67,19 +73,21 @@ def document_mask(
         seq_len = int(tokens.max())
         if int(tokens.min()) < seq_len:
             raise ValueError(
-                f"document_mask: rows have {int(tokens.min())} to {seq_len} tokens, so some are padded; give "
-                f"seq_len=batch['input_ids'].shape[-1]"
+                f"document_mask: rows have {int(tokens.min())} to {seq_len} tokens, so some are"
+                " padded; give seq_len=batch['input_ids'].shape[-1]"
             )
     require_int(seq_len, "seq_len", 1, "document_mask")
     if int(tokens.max()) > seq_len:
         raise ValueError(
-            f"document_mask: a row holds {int(tokens.max())} tokens, more than seq_len={seq_len}; seq_lens are the lengths "
-            f"of the documents of one row, not where they start"
+            f"document_mask: a row holds {int(tokens.max())} tokens, more than seq_len={seq_len};"
+            " seq_lens are the lengths of the documents of one row, not where they start"
         )
     rows = torch.cat([lengths, (seq_len - tokens)[:, None]], dim=1)
     ids = torch.arange(rows.shape[1], dtype=torch.int32)
     ids[-1] = -1
-    document_ids = ids.repeat(len(rows)).repeat_interleave(rows.reshape(-1)).reshape(len(rows), seq_len)
+    document_ids = (
+        ids.repeat(len(rows)).repeat_interleave(rows.reshape(-1)).reshape(len(rows), seq_len)
+    )
     flat = rows.reshape(-1)
     flat = flat[flat > 0]
     cu_seqlens = torch.nn.functional.pad(flat.cumsum(0), (1, 0)).to(torch.int32)
@@ -105,7 +113,7 @@ def _lengths(seq_lens: Any) -> torch.Tensor:
     lengths = lengths[None] if lengths.ndim == 1 else lengths
     if lengths.ndim != 2 or not lengths.numel() or int(lengths.min()) < 0 or not int(lengths.sum()):
         raise ValueError(
-            f"document_mask: seq_lens are lengths of documents, shape [pieces] or [batch, pieces]; found shape "
-            f"{tuple(lengths.shape)}"
+            "document_mask: seq_lens are lengths of documents, shape [pieces] or [batch, pieces];"
+            f" found shape {tuple(lengths.shape)}"
         )
     return lengths

@@ -33,12 +33,16 @@ class Concat(Iterator):
         self.pieces: list[Piece] = []
         self.filled = 0
         self.rest: Piece | None = None  # what did not fit in of the document taken last
-        self.start: State = None  # the input before the row's first document; None while the row is empty
+        self.start: State = (
+            None  # the input before the row's first document; None while the row is empty
+        )
         self.offset, self.taken = 0, 0
 
     def _next(self) -> Item:
         if self.ready is not None and self.ready.bound == len(self.ready.rows):
-            self.ready = None  # not before: its states do not know of documents taken beyond its last row
+            self.ready = (
+                None  # not before: its states do not know of documents taken beyond its last row
+            )
         if self.ready is None and self.cursor is not None and self.rest is None:
             self._make_ready(self.cursor)
         if self.ready is not None:
@@ -68,7 +72,8 @@ class Concat(Iterator):
     def _make_ready(self, cursor: Cursor) -> None:
         """Make several rows at once of documents that come as columns; what is left over is held as ever.
 
-        At a document that is empty, or too long and not split, this ends, and they are taken one by one.
+        At a document that is empty, or too long and not split, this ends, and they are taken one by
+        one.
         """
         source, seq_len, packer = self.source, self.seq_len, self.packer
         began, before = source.number, (source.state_at, source.state)
@@ -78,7 +83,10 @@ class Concat(Iterator):
             return
         views: list[Any] = []
         origins: list[Any] = []
-        row_of_first, need = 0, (packer.together - self.made % packer.together) * seq_len - self.filled
+        row_of_first, need = (
+            0,
+            (packer.together - self.made % packer.together) * seq_len - self.filled,
+        )
         while need > 0:
             found = packer.ahead(cursor)
             if found is None:
@@ -97,7 +105,15 @@ class Concat(Iterator):
         if not views:
             return
         ready = _Ready(
-            packer, self.pieces, views, np.concatenate(origins), began, row_of_first, cursor.block, before, self.made
+            packer,
+            self.pieces,
+            views,
+            np.concatenate(origins),
+            began,
+            row_of_first,
+            cursor.block,
+            before,
+            self.made,
         )
         held = ready.held()
         source.number = began + len(views)
@@ -210,7 +226,9 @@ class _Ready:
         self.rows: list[Item] = self._make(packer, count, done) if count else []
         # Those that are longer than a row all begin in one of these rows, and are told with it.
         long = np.flatnonzero(np.diff(self.starts[len(pieces) :]) > self.seq_len).tolist()
-        self.split = [(int(self.starts[len(pieces) + number]) // self.seq_len, number) for number in long]
+        self.split = [
+            (int(self.starts[len(pieces) + number]) // self.seq_len, number) for number in long
+        ]
 
     def _make(self, packer: Packer, count: int, done: int) -> list[Item]:
         seq_len, starts = self.seq_len, self.starts
@@ -226,7 +244,9 @@ class _Ready:
         document = np.searchsorted(starts, begins, side="right") - 1
         held = [(*origin[:3], origin[3] * PARTS, start) for _, start, _, origin in self.pieces]
         of_views = self.origins * np.array([1, 1, 1, PARTS, 0])
-        origins = np.concatenate([np.array(held, dtype=np.int64).reshape(-1, 5), of_views])[document]
+        origins = np.concatenate([np.array(held, dtype=np.int64).reshape(-1, 5), of_views])[
+            document
+        ]
         inside = begins - starts[document] + origins[:, 4]
         origins[:, 3] += -(-inside // seq_len)
         origins[:, 4] = lengths
@@ -246,7 +266,9 @@ class _Ready:
         return self.rows[self.bound - 1]
 
     def cut(self, rows: int) -> tuple[int, int]:
-        """The input in which so many rows end (or which comes next), and how many of its tokens are in them."""
+        """The input in which so many rows end (or which comes next), and how many of its tokens are
+        in them.
+        """
         tokens = rows * self.seq_len
         document = int(np.searchsorted(self.starts, tokens, side="right")) - 1
         return self.began + document - len(self.pieces), tokens - int(self.starts[document])
@@ -264,7 +286,11 @@ class _Ready:
 
     def upstream(self, number: int) -> State:
         """The state of the cursor before an input on the grid of safe points."""
-        return self.before[1] if number < self.began else [self.first + number - self.began, 0, self.block]
+        return (
+            self.before[1]
+            if number < self.began
+            else [self.first + number - self.began, 0, self.block]
+        )
 
     def snapshot(self, number: int) -> list[State]:
         """As `SafePoint.snapshot` before an input."""

@@ -12,7 +12,14 @@ import numpy.typing as npt
 from midstream.common.plain_state import State
 from midstream.common.validation import require_choice, require_int
 from midstream.errors import ReplayDiverged, SourceError
-from midstream.nodes.pack.rows import IGNORED, MOST_PIECES, MOST_TOKENS, OUTPUT_COLUMNS, Piece, first_source
+from midstream.nodes.pack.rows import (
+    IGNORED,
+    MOST_PIECES,
+    MOST_TOKENS,
+    OUTPUT_COLUMNS,
+    Piece,
+    first_source,
+)
 from midstream.pipeline.columns import rows_of_block
 from midstream.pipeline.cursor import Cursor
 from midstream.pipeline.failures import FailedSample, SampleFailure
@@ -71,26 +78,34 @@ class PackOptions:
             require_int(token, "separator", 0, "pack")
         require_int(self.pad_id, "pad_id", 0, "pack")
         if len(self.separator) >= self.seq_len:
-            raise ValueError(f"pack: a separator of {len(self.separator)} tokens leaves no room in {self.seq_len}")
+            raise ValueError(
+                f"pack: a separator of {len(self.separator)} tokens leaves no room in"
+                f" {self.seq_len}"
+            )
         names = [self.key, *self.columns, *([] if self.mask is None else [self.mask])]
         if len(set(names)) < len(names) or any(not isinstance(name, str) for name in names):
             raise ValueError(f"pack: key, columns and mask are different names; found {names}")
         for name in self.columns:
             if name in OUTPUT_COLUMNS:
                 raise ValueError(
-                    f"pack: {name!r} is a column that pack makes. Rename yours with .map before it; to leave tokens out of "
-                    f"the labels, give mask= a column that is 0 there"
+                    f"pack: {name!r} is a column that pack makes. Rename yours with .map before it;"
+                    " to leave tokens out of the labels, give mask= a column that is 0 there"
                 )
         if self.window is not None:
             require_int(self.window, "window", 1, "pack")
             if self.window > _MAX_WINDOW:
                 raise ValueError(
-                    f"pack: window is at most {_MAX_WINDOW:,} documents, which a resume reads again; found {self.window}"
+                    f"pack: window is at most {_MAX_WINDOW:,} documents, which a resume reads"
+                    f" again; found {self.window}"
                 )
         if self.min_fill is not None and not 0 <= self.min_fill <= 1:
-            raise ValueError(f"pack: min_fill is a fraction of seq_len, 0 to 1; found {self.min_fill}")
+            raise ValueError(
+                f"pack: min_fill is a fraction of seq_len, 0 to 1; found {self.min_fill}"
+            )
         if self.mode == "concat" and (self.window is not None or self.min_fill is not None):
-            raise ValueError('pack: window and min_fill are for mode="fit"; "concat" fills every row')
+            raise ValueError(
+                'pack: window and min_fill are for mode="fit"; "concat" fills every row'
+            )
 
     @property
     def fit_window(self) -> int:
@@ -109,7 +124,9 @@ class PackOptions:
             fields["window"], fields["min_fill"] = self.fit_window, self.fit_min_fill
         for name, default in _DEFAULTS.items():
             if (value := getattr(self, name)) != default:
-                fields[name] = list(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
+                fields[name] = (
+                    list(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
+                )
         return fields
 
 
@@ -131,17 +148,32 @@ def _plain(value: Any) -> State:
 class Packer:
     """What both modes do: documents of samples, rows of pieces, and the counting."""
 
-    def __init__(self, options: PackOptions, endless: bool, bound: BoundNode, lane: Lane, pass_: int) -> None:
-        self.options, self.path, self.bound, self.pass_, self.ledger = options, bound.path, bound, pass_, lane.ledger
+    def __init__(
+        self, options: PackOptions, endless: bool, bound: BoundNode, lane: Lane, pass_: int
+    ) -> None:
+        self.options, self.path, self.bound, self.pass_, self.ledger = (
+            options,
+            bound.path,
+            bound,
+            pass_,
+            lane.ledger,
+        )
         self.seq_len = int(options.seq_len)
-        self.names = [options.key, *options.columns, *([] if options.mask is None else [options.mask])]
+        self.names = [
+            options.key,
+            *options.columns,
+            *([] if options.mask is None else [options.mask]),
+        ]
         self.separator = np.array(options.separator, dtype=np.int64)
         self.bare, self.room = len(self.names) == 1, self.seq_len - len(options.separator)
         self.places = np.arange(self.seq_len, dtype=np.int64)
         self.splits = options.overflow == "split"
-        # Rows that are made together are a batch, which then needs no copy; of single ones, some thousand tokens.
+        # Rows that are made together are a batch, which then needs no copy; of single ones, some
+        # thousand tokens.
         self.alone = lane.block <= 1
-        self.together = min(max(1, MOST_TOKENS // self.seq_len) if self.alone else lane.block, MOST_PIECES)
+        self.together = min(
+            max(1, MOST_TOKENS // self.seq_len) if self.alone else lane.block, MOST_PIECES
+        )
         self.endless = endless
         self.fruitless = 0
 
@@ -150,7 +182,12 @@ class Packer:
         options, seq_len = self.options, self.seq_len
         if self.bare and type(sample) is dict:  # the hot path: a view, as a source gives it
             ids = sample.get(options.key)
-            if type(ids) is np.ndarray and ids.ndim == 1 and ids.dtype.kind in "iu" and 0 < len(ids) <= self.room:
+            if (
+                type(ids) is np.ndarray
+                and ids.ndim == 1
+                and ids.dtype.kind in "iu"
+                and 0 < len(ids) <= self.room
+            ):
                 self.fruitless = 0
                 if options.separator:
                     ids = np.concatenate((ids, self.separator))
@@ -159,24 +196,33 @@ class Packer:
             columns = self._columns(sample)
             size = len(columns[0])
             if size and options.separator:
-                tails = [self.separator, *(np.repeat(column[-1:], len(self.separator)) for column in columns[1:])]
+                tails = [
+                    self.separator,
+                    *(np.repeat(column[-1:], len(self.separator)) for column in columns[1:]),
+                ]
                 columns = tuple(map(np.concatenate, zip(columns, tails)))
                 size = len(columns[0])
             if size > seq_len and options.overflow == "error":
                 raise ValueError(
-                    f"the document has {size:,} tokens{' with its separator' if options.separator else ''}, and a row has "
-                    f'{seq_len:,}; overflow="split", "truncate" or "drop" says what to do with such documents'
+                    f"the document has {size:,}"
+                    f" tokens{' with its separator' if options.separator else ''}, and a row has "
+                    f'{seq_len:,}; overflow="split", "truncate" or "drop" says what to do with such'
+                    " documents"
                 )
         except Exception as error:
             origin = self.bound.origin(as_origin_array(origins)[0].tolist())
-            return FailedSample((SampleFailure(self.path, origin, f"pack({options.key!r})", error),))
+            return FailedSample(
+                (SampleFailure(self.path, origin, f"pack({options.key!r})", error),)
+            )
         if 0 < size <= seq_len:
             self.fruitless = 0
             return columns, 0, size, origins
         return self._odd(columns, size, origins, number)
 
     def ahead(self, cursor: Cursor, most: int | None = None) -> _Ahead | None:
-        """Documents that come as a column, up to the first that is empty, or too long and not split."""
+        """Documents that come as a column, up to the first that is empty, or too long and not
+        split.
+        """
         found = cursor.ahead_by_column()
         if found is None or self.options.key not in found[0].names:
             return None
@@ -191,7 +237,13 @@ class Packer:
         if not usable:
             return None
         self.fruitless = 0
-        return _Ahead(column.values, lengths[:usable] + len(self.separator), origins, first, usable < len(lengths))
+        return _Ahead(
+            column.values,
+            lengths[:usable] + len(self.separator),
+            origins,
+            first,
+            usable < len(lengths),
+        )
 
     def with_separator(self, documents: list[Any]) -> list[Any]:
         """The same, each with the separator at its end."""
@@ -204,7 +256,9 @@ class Packer:
         """Tell that input ``number`` was longer than a row."""
         self.ledger.count(self.path, self.pass_, number, {f"split|{self.path}|{source}": 1})
 
-    def _odd(self, columns: tuple[npt.NDArray[Any], ...], size: int, origins: Origins, number: int) -> Piece | None:
+    def _odd(
+        self, columns: tuple[npt.NDArray[Any], ...], size: int, origins: Origins, number: int
+    ) -> Piece | None:
         """Empty and over-long documents."""
         overflow, seq_len = self.options.overflow, self.seq_len
         counts = {"emptied": 1}
@@ -221,8 +275,9 @@ class Packer:
         self.fruitless = 0 if kept else self.fruitless + 1
         if self.fruitless >= _GIVE_UP and self.endless:
             raise SourceError(
-                f"{self.path}: {self.fruitless:,} documents in a row were empty, or dropped for having more than {seq_len:,} "
-                f"tokens, and the input never ends. Try it on a few samples"
+                f"{self.path}: {self.fruitless:,} documents in a row were empty, or dropped for"
+                f" having more than {seq_len:,} tokens, and the input never ends. Try it on a few"
+                " samples"
             )
         return (columns, 0, kept, origins) if kept else None
 
@@ -230,7 +285,10 @@ class Packer:
         """Token ids and further columns of a sample, of one length."""
         if type(sample) is not dict and not isinstance(sample, Mapping):
             if len(self.names) > 1:
-                raise TypeError(f"columns {self.names} are of a dict; found a sample that is {type(sample).__name__}")
+                raise TypeError(
+                    f"columns {self.names} are of a dict; found a sample that is"
+                    f" {type(sample).__name__}"
+                )
             return (_array(sample, "the sample", "iu"),)
         try:
             ids = _array(sample[self.names[0]], self.names[0], "iu")
@@ -239,12 +297,17 @@ class Packer:
             columns = (ids, *(_array(sample[name], name, "iubf") for name in self.names[1:]))
         except KeyError as error:
             raise KeyError(
-                f"the sample has no {error}; it has {sorted(map(str, sample))}. Give pack key=, columns= and mask= as they "
-                f"are named there; text is tokenized with .map before"
+                f"the sample has no {error}; it has {sorted(map(str, sample))}. Give pack key=,"
+                " columns= and mask= as they are named there; text is tokenized with .map before"
             ) from None
         if len({len(column) for column in columns}) > 1:
-            lengths = ", ".join(f"{name!r} {len(column)}" for name, column in zip(self.names, columns))
-            raise ValueError(f"columns of one document have one value per token each; found the lengths {lengths}")
+            lengths = ", ".join(
+                f"{name!r} {len(column)}" for name, column in zip(self.names, columns)
+            )
+            raise ValueError(
+                "columns of one document have one value per token each; found the lengths"
+                f" {lengths}"
+            )
         return columns
 
     def block(
@@ -260,7 +323,9 @@ class Packer:
         ``done`` rows were made before, so that those of one batch are made together.
         """
         if len({each.dtype for each in tokens}) == 1:
-            joined = np.concatenate(tokens)  # cast below: numpy's own cast takes twice as long for many short arrays
+            joined = np.concatenate(
+                tokens
+            )  # cast below: numpy's own cast takes twice as long for many short arrays
         else:
             joined = np.empty(count * self.seq_len, dtype=np.int64)
             np.concatenate(tokens, out=joined, casting="unsafe")
@@ -282,7 +347,9 @@ class Packer:
                 id_rows, label_rows, position_rows = (
                     [row.copy() for row in of] for of in (id_rows, label_rows, position_rows)
                 )
-            made += [dict(zip(OUTPUT_COLUMNS, of)) for of in zip(id_rows, label_rows, position_rows)]
+            made += [
+                dict(zip(OUTPUT_COLUMNS, of)) for of in zip(id_rows, label_rows, position_rows)
+            ]
             bound = last
         return made
 
@@ -320,7 +387,9 @@ class Packer:
         ends = lengths.cumsum()
         starts, total = ends - lengths, int(ends[-1])
         ids = np.empty(seq_len, dtype=np.int64)
-        np.concatenate([columns[0][a:b] for columns, a, b, _ in pieces], out=ids[:total], casting="unsafe")
+        np.concatenate(
+            [columns[0][a:b] for columns, a, b, _ in pieces], out=ids[:total], casting="unsafe"
+        )
         labels = ids.copy()
         labels[starts] = IGNORED
         positions = self.places.copy()
@@ -335,13 +404,17 @@ class Packer:
             if names[index] == self.options.mask:
                 labels[:total][values == 0] = IGNORED
             else:
-                column = np.zeros(seq_len, dtype=np.float32 if values.dtype.kind == "f" else np.int64)
+                column = np.zeros(
+                    seq_len, dtype=np.float32 if values.dtype.kind == "f" else np.int64
+                )
                 column[:total] = values
                 row[names[index]] = column
         return row, self._origins(pieces)
 
     def _origins(self, pieces: list[Piece]) -> npt.NDArray[np.int64]:
-        """Origins of pieces; where a document was made of several rows, its tokens are counted with the first."""
+        """Origins of pieces; where a document was made of several rows, its tokens are counted with
+        the first.
+        """
         found: list[Any] = []
         for _, start, stop, origins in pieces:
             number = -(-start // self.seq_len)
@@ -356,7 +429,9 @@ class Packer:
         return np.array(found, dtype=np.int64)
 
     def drop(self, pieces: list[Piece], number: int) -> None:
-        """Count a row that is dropped at the end: its tokens, and the documents of which this was all."""
+        """Count a row that is dropped at the end: its tokens, and the documents of which this was
+        all.
+        """
         counts: dict[str, int] = {}
         for _, start, stop, origins in pieces:
             source = first_source(origins)
@@ -380,16 +455,19 @@ def _array(value: Any, name: str, kinds: str) -> npt.NDArray[Any]:
     array = value if type(value) is np.ndarray else np.asarray(value)
     if array.ndim == 1 and (array.dtype.kind in kinds or not len(array)):
         return array
-    what = f"an array of {array.dtype} and shape {array.shape}" if array.ndim else type(value).__name__
+    what = (
+        f"an array of {array.dtype} and shape {array.shape}" if array.ndim else type(value).__name__
+    )
     raise TypeError(
-        f"{name} is {'token ids' if kinds == 'iu' else 'numbers'}, one for each token; found {what}. Tokenize text, and bring "
-        f"other values into that form, with .map before .pack"
+        f"{name} is {'token ids' if kinds == 'iu' else 'numbers'}, one for each token; found"
+        f" {what}. Tokenize text, and bring other values into that form, with .map before .pack"
     )
 
 
 def require_tokens(path: str, found: int, expected: int) -> None:
     if found != expected:
         raise ReplayDiverged(
-            f"{path}: what was read again is not what was read before: expected {expected:,} tokens held, found {found:,}. The "
-            f"data changed, or user code below failed on a document then and not now (or the reverse)."
+            f"{path}: what was read again is not what was read before: expected {expected:,} tokens"
+            f" held, found {found:,}. The data changed, or user code below failed on a document"
+            " then and not now (or the reverse)."
         )

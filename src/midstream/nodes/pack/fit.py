@@ -70,7 +70,9 @@ class Fit(Iterator):
         packer, number = self.packer, self.made + 2 + self.bound
         if not self.ready:
             group = rows[self.bound : self.bound + packer.together - self.given % packer.together]
-            self.ready = packer.rows(group, self.fill[self.bound :], self.given)[::-1] if packer.bare else []
+            self.ready = (
+                packer.rows(group, self.fill[self.bound :], self.given)[::-1] if packer.bare else []
+            )
         bound, self.bound = self.bound, self.bound + 1
         self.given += 1
         if not self.ready:
@@ -92,7 +94,9 @@ class Fit(Iterator):
         if not packer.options.separator:  # copied, as by `_split`
             whole, ends = np.concatenate(documents), found.lengths.cumsum().tolist()
             documents = [whole[end - size : end] for end, size in zip(ends, sizes)]
-        for number, (ids, size, origins) in enumerate(zip(documents, sizes, found.origins[here].tolist()), self.taken):
+        for number, (ids, size, origins) in enumerate(
+            zip(documents, sizes, found.origins[here].tolist()), self.taken
+        ):
             self.held[number] = cut_document((ids,), size, packer.seq_len, tuple(origins))
             if size > packer.seq_len:
                 packer.count_split(origins[0], self.number + number + 1)
@@ -116,14 +120,20 @@ class Fit(Iterator):
         return None if document is None else (document, origins)
 
     def _split(self, document: Piece) -> list[Piece]:
-        """A document in pieces of at most a row, copied: a view would keep its whole chunk in memory."""
+        """A document in pieces of at most a row, copied: a view would keep its whole chunk in
+        memory.
+        """
         columns, _, stop, origins = document
         columns = tuple(column if column.base is None else column.copy() for column in columns)
         return cut_document(columns, stop, self.packer.seq_len, origins)
 
     def _pack(self) -> None:
-        """Make the window's rows; those that are not full enough wait, unless this is the end or one has waited."""
-        numbers = [-1] * len(self.waiting) + [number for number, pieces in self.held.items() for _ in pieces]
+        """Make the window's rows; those that are not full enough wait, unless this is the end or
+        one has waited.
+        """
+        numbers = [-1] * len(self.waiting) + [
+            number for number, pieces in self.held.items() for _ in pieces
+        ]
         pieces = [*self.waiting, *(piece for pieces in self.held.values() for piece in pieces)]
         lengths = [stop - start for _, start, stop, _ in pieces]
         rows = best_fit(lengths, self.packer.seq_len)
@@ -131,14 +141,18 @@ class Fit(Iterator):
         self.next_waiting, self.bound = [], 0
         if self.taken == self.window:
             for index, row in enumerate(rows):
-                if fill[index] < self.least and numbers[row[0]] >= 0:  # ascending: what waited comes first
+                if (
+                    fill[index] < self.least and numbers[row[0]] >= 0
+                ):  # ascending: what waited comes first
                     self.next_waiting.extend(numbers[member] for member in row)
                     fill[index] = 0
         elif rows and self.packer.options.last == "drop" and min(fill) < self.least:
             dropped = fill.index(min(fill))
             self.packer.drop([pieces[member] for member in rows[dropped]], self.made + 1)
             fill[dropped] = 0
-        self.rows = [[pieces[member] for member in row] for row, tokens in zip(rows, fill) if tokens]
+        self.rows = [
+            [pieces[member] for member in row] for row, tokens in zip(rows, fill) if tokens
+        ]
         self.fill = [tokens for tokens in fill if tokens]
 
     def _roll(self) -> None:
@@ -156,7 +170,9 @@ class Fit(Iterator):
         """Tokens held, to tell whether a replay found what was there."""
         if self.tokens is None:
             fresh = (piece for pieces in self.held.values() for piece in pieces)
-            self.tokens = sum(stop - start for group in (self.waiting, fresh) for _, start, stop, _ in group)
+            self.tokens = sum(
+                stop - start for group in (self.waiting, fresh) for _, start, stop, _ in group
+            )
         return self.tokens
 
     def _state(self) -> State:
@@ -220,7 +236,9 @@ def best_fit(lengths: list[int], size: int) -> list[list[int]]:
     """
     rows: list[list[int]] = []
     room: list[int] = []  # free tokens and row in one integer, ascending
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # stable: equals stay in order
+    for index in sorted(
+        range(len(lengths)), key=lengths.__getitem__, reverse=True
+    ):  # stable: equals stay in order
         length = lengths[index]
         place = bisect_left(room, length << 32)
         if place < len(room):

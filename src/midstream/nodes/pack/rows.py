@@ -15,14 +15,18 @@ MOST_PIECES, MOST_TOKENS = 64, 1 << 14
 OUTPUT_COLUMNS = ("input_ids", "labels", "position_ids", "seq_lens")
 
 Piece = tuple[tuple[npt.NDArray[Any], ...], int, int, Origins]
-"""Part of a document: its columns (token ids first), the tokens from where to where, and the document's origins."""
+"""Part of a document: its columns (token ids first), the tokens from where to where, and the
+document's origins.
+"""
 
 
 def first_source(origins: Origins) -> int:
     return int(as_origin_array(origins)[0, 0])
 
 
-def cut_document(columns: tuple[npt.NDArray[Any], ...], size: int, room: int, origins: Origins) -> list[Piece]:
+def cut_document(
+    columns: tuple[npt.NDArray[Any], ...], size: int, room: int, origins: Origins
+) -> list[Piece]:
     """A document in pieces of at most a row."""
     if size <= room:
         return [(columns, 0, size, origins)]
