@@ -95,10 +95,10 @@ ORDERS = {
     )[:FIRST].tolist(),
     "generator": lambda: generator(4, 2).random(3).tolist(),
     # nodes that test_orders.py leaves out
-    "window shuffle": lambda: first(Blocks(range(1120)).shuffle(3, window_blocks=3)),
-    "window shuffle, sixteen blocks": lambda: first(Blocks(range(1120)).shuffle(3)),
+    "window shuffle": lambda: first(Dataset(Blocks(range(1120))).shuffle(3, window_blocks=3)),
+    "window shuffle, sixteen blocks": lambda: first(Dataset(Blocks(range(1120))).shuffle(3)),
     "window shuffle, second pass": lambda: first(
-        Blocks(range(28)).shuffle(3, window_blocks=2).repeat(3).skip(28)
+        Dataset(Blocks(range(28))).shuffle(3, window_blocks=2).repeat(3).skip(28)
     ),
     "buffered shuffle, lane 1 of 48": lambda: first(
         source(0, 20_000).shuffle(3, buffer_size=480), 1, 48

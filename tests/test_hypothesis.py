@@ -141,7 +141,7 @@ def build(plan: Plan, bomb: frozenset[int] = frozenset()) -> Dataset:
         if kind == "sequence":
             made: Dataset = ms.from_dataset(ids(k, count))
         elif kind == "blocks":
-            made = Blocks(ids(k, count))
+            made = Dataset(Blocks(ids(k, count)))
         elif kind == "stride":
             made = ms.from_iterable(Shards(k, count, 1), split="stride")
         else:

@@ -67,7 +67,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def searched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files searched for newlines so far."""
     names: list[str] = []
-    find = jsonl._find_rows
+    find = json_lines._find_rows
     monkeypatch.setattr(
         json_lines,
         "_find_rows",

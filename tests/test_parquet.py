@@ -24,7 +24,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import midstream as ms
+import midstream.sources.files as files
 import midstream.sources.parquet as parquet
+import midstream.sources.row_groups as row_groups
 import midstream.sources.read_ahead as ahead
 from midstream.pipeline.cursor import Cursor
 from midstream.pipeline.iterator import Lane
@@ -63,7 +65,7 @@ def ids(samples: Any) -> list[int]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the row groups decoded so far."""
     numbers: list[int] = []
-    decode = parquet._decode
+    decode = row_groups._decode
     monkeypatch.setattr(
         row_groups, "_decode", lambda *which: numbers.append(which[-1]) or decode(*which)
     )
@@ -325,7 +327,7 @@ def test_a_pickle_is_small_holds_nothing_open_and_spares_the_footers(
     assert fresh < 1000
     assert len(data) < 5000
     monkeypatch.setattr(row_groups, "_read_footer", None)
-    monkeypatch.setattr(row_groups, "list_files", None)
+    monkeypatch.setattr(parquet, "list_files", None)
     copy = pickle.loads(data)
     assert "_opened" not in copy.__dict__
     assert copy == ds
@@ -523,7 +525,7 @@ def decoding(monkeypatch: pytest.MonkeyPatch) -> Decoding:
     """Every read counts as a slow one, so that what comes next is read ahead."""
     monkeypatch.setattr(ahead, "WORTH_S", 0.0)
     found = Decoding()
-    decode = parquet._decode
+    decode = row_groups._decode
 
     def watched(index: Any, files: Any, number: int) -> Any:
         in_thread = threading.current_thread().name == THREAD
@@ -718,7 +720,7 @@ def test_what_is_read_ahead_takes_two_groups_more_than_the_cache_at_most(
     size = probe.node._handle().store.num_bytes
     monkeypatch.setattr(row_groups, "CACHE_BYTES", groups_kept * size)
     most = 0
-    watched = parquet._decode
+    watched = row_groups._decode
 
     def decode(index: Any, files: Any, number: int) -> Any:
         nonlocal most
@@ -996,7 +998,7 @@ def test_threads_that_read_one_source_disturb_each_other_in_nothing(
     store = ds.node._handle().store
     assert store.reading == set()
     assert store.num_bytes == sum(size for _, size in store.kept.values())
-    assert store.num_bytes <= parquet.CACHE_BYTES or len(store.kept) == 1
+    assert store.num_bytes <= row_groups.CACHE_BYTES or len(store.kept) == 1
 
 
 @pytest.mark.slow
@@ -1051,9 +1053,9 @@ def test_the_interpreter_ends_while_the_thread_reads(tmp_path: Path) -> None:
     code = f"""
 import threading, time
 import midstream as ms
-import midstream.sources.read_ahead as ahead, midstream.sources.parquet as parquet
+import midstream.sources.read_ahead as ahead, midstream.sources.row_groups as row_groups
 ahead.WORTH_S = 0.0
-decode, began = parquet._decode, threading.Event()
+decode, began = row_groups._decode, threading.Event()
 def slow(*which):
     if threading.current_thread().name == "{THREAD}":
         began.set()
@@ -1062,7 +1064,7 @@ def slow(*which):
         print("read", which[-1], flush=True)
         return found
     return decode(*which)
-parquet._decode = slow
+row_groups._decode = slow
 ds = ms.read_parquet("{tmp_path}/*.parquet")
 whole = iter(ds)
 next(whole)

@@ -207,7 +207,7 @@ class Blocks(SequenceSource):
 
 
 def blocks(sizes: list[int], start: int = 0, name: str | None = None) -> Dataset:
-    return Blocks(range(start, start + sum(sizes)), name, tuple(sizes))
+    return Dataset(Blocks(range(start, start + sum(sizes)), name, tuple(sizes)))
 
 
 sizes_of_blocks = st.lists(st.integers(1, 9), min_size=1, max_size=30)

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream.checkpoint import read as checkpoint
+from midstream import checkpoint
 from midstream.checkpoint import store as storage
 from simulate import Cluster
 
