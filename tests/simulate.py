@@ -56,9 +56,9 @@ def _first(loader: Any) -> int:
     """The first batch of the rank in the pass in progress (or, where weights were set, in the one
     that goes on for it).
     """
-    if loader._current is not None:
-        return int(loader._current.first)
-    return first_batch(loader._loaded[0].batches, loader.rank, loader.world_size)
+    if loader.run.position is not None:
+        return int(loader.run.position.first)
+    return first_batch(loader.run.loaded[0].batches, loader.rank, loader.world_size)
 
 
 class Cluster:

@@ -111,7 +111,7 @@ def test_gradients_are_accumulated_as_with_a_loader_of_torch(name: str, stops: i
     with_torch = steps(torch.utils.data.DataLoader(range(58), batch_size=4))
     loader = ms.DataLoader(PIPELINES[name]())
     if stops is not None:
-        loader._warned_restart = True
+        loader.run._noticed.add("restart")
     assert steps(loader) == with_torch
     if stops is None:
         assert with_torch == [[3, 7, 11, 14]] * 2  # the last step has three batches

@@ -786,7 +786,7 @@ def batches_in_step(loader: ms.DataLoader, num_lanes: int) -> int:
     """How many batches of an epoch come before the first lane has drained: those whose order ranks
     keep.
     """
-    pipeline = loader._pipeline
+    pipeline = loader.run.pipeline
     if pipeline.random_access:
         return len(pipeline)
     return min(

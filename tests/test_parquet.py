@@ -26,8 +26,8 @@ import pytest
 import midstream as ms
 import midstream.sources.files as files
 import midstream.sources.parquet as parquet
-import midstream.sources.row_groups as row_groups
 import midstream.sources.read_ahead as ahead
+import midstream.sources.row_groups as row_groups
 from midstream.pipeline.cursor import Cursor
 from midstream.pipeline.iterator import Lane
 from midstream.pipeline.ledger import Ledger

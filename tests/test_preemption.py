@@ -572,7 +572,7 @@ def test_between_two_turns_nothing_is_in_hand() -> None:
     for ds in (ms.from_dataset(range(40)), ms.from_dataset(range(40)).filter(lambda x: True)):
         loader = ms.DataLoader(ds.batch(4), num_workers=1, lanes=2, multiprocessing_context="fork")
         assert len(list(loader)) == 10
-        runner = loader._runner
+        runner = loader._pool.runner
         assert runner is not None
         assert runner.crumbs is not None
         crumbs = runner.crumbs.numpy()

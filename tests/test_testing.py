@@ -256,7 +256,7 @@ def test_a_state_that_comes_back_as_another_is_found() -> None:
     class Forgets(ms.DataLoader):
         def state_dict(self) -> dict[str, Any]:
             state = super().state_dict()
-            return {**state, "steps_done": 0} if self._loaded is not None else state
+            return {**state, "steps_done": 0} if self.run.loaded is not None else state
 
     found = check_resume(
         lambda: Forgets(ms.from_dataset(range(40)), batch_size=4, rank=0, world_size=1),

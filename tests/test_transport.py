@@ -348,7 +348,7 @@ def test_memory_is_bounded_and_slots_come_back(caplog: pytest.LogCaptureFixture)
         for batch in made:
             assert made.trace()
     del batch, _
-    arena = made._runner.arena  # type: ignore[union-attr]
+    arena = made._pool.runner.arena  # type: ignore[union-attr]
     assert arena is not None
     number = arena.num_workers * arena.slots
     assert not any(arena.used[:number]), "a slot is held by nobody"

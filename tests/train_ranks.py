@@ -70,7 +70,7 @@ def main() -> None:
 
     def after_step(loader: Any, batch: Any, step: int) -> None:
         nonlocal taken
-        current = loader._current
+        current = loader.run.position
         number = (
             current.first + (current.steps - current.first_step - 1) * current.topology.world_size
         )

@@ -28,6 +28,7 @@ from midstream.checkpoint.whole_run import gather_states
 from midstream.errors import CheckpointError
 from midstream.loader.loader import DataLoader
 from midstream.loader.position import Position
+from midstream.loader.render import state_at
 
 try:
     from lightning.pytorch import Callback
@@ -142,7 +143,7 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         stateful = [loader for loader in combined.flattened if _stateful(loader)]
         ours = _ours(trainer)
         for loader in ours:
-            loader._guided = True
+            loader.run.guided = True
         if self._saved is not None:
             if len(self._saved) != len(stateful):
                 raise CheckpointError(
@@ -248,16 +249,16 @@ class ResumeCallback(Callback):  # type: ignore[misc]
     def _tell(self, ours: list[DataLoader], marks: list[Mark]) -> None:
         """Let the loaders know what was trained: they go on there when they are iterated again."""
         for loader, mark in zip(ours, marks):
-            if mark.position is loader._current:
-                loader._trained = mark
-            elif loader._current is not None and loader._next_epoch < mark.position.epoch:
+            if mark.position is loader.run.position:
+                loader.run.trained = mark
+            elif loader.run.position is not None and loader.run.next_epoch < mark.position.epoch:
                 loader.set_epoch(mark.position.epoch)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """The loaders are on their own again."""
         if stage == "fit":
             for loader in _ours(trainer):
-                loader._guided, loader._trained = False, None
+                loader.run.guided, loader.run.trained = False, None
             if self._group is not None:
                 with contextlib.suppress(
                     Exception
@@ -367,7 +368,9 @@ def _stateful(loader: Any) -> bool:
 def _ours(trainer: Any) -> list[DataLoader]:
     combined = trainer.fit_loop._combined_loader
     loaders = combined.flattened if combined is not None else []
-    return [loader for loader in loaders if isinstance(loader, DataLoader) and not loader._foreign]
+    return [
+        loader for loader in loaders if isinstance(loader, DataLoader) and not loader.passes_through
+    ]
 
 
 def _over(loader: DataLoader, mark: Mark) -> Mark:
@@ -375,10 +378,10 @@ def _over(loader: DataLoader, mark: Mark) -> Mark:
     too.
     """
     position = mark.position
-    begun = position is loader._current and mark.step > position.first_step
-    if loader._endless or not begun or (position.complete and mark.step == position.steps):
+    begun = position is loader.run.position and mark.step > position.first_step
+    if loader.run.endless or not begun or (position.complete and mark.step == position.steps):
         return mark
-    following = loader._epoch_from(
+    following = loader.run.start_of(
         position.topology, position.num_lanes, position.epoch + 1, position
     )
     return Mark(following, 0)
@@ -386,31 +389,35 @@ def _over(loader: DataLoader, mark: Mark) -> Mark:
 
 def _mark(loader: DataLoader, *, begun: bool = False) -> Mark:
     """Where a loader stands that is being read, or where this pass over it began."""
-    current = loader._current
+    current = loader.run.position
     assert current is not None
     return Mark(current, current.first_step if begun else current.steps)
 
 
 def _state(loader: DataLoader, mark: Mark) -> dict[str, Any]:
-    current = loader._current
-    if loader._loaded is not None:  # set_weights was called in this step
+    current = loader.run.position
+    if loader.run.loaded is not None:  # set_weights was called in this step
         state = loader.state_dict()
         if (state["epoch"], state["steps_done"]) == (mark.position.epoch, mark.step):
             return state
     if current is None or mark.position is current or not mark.position.applied:
-        return dict(mark.position.state_at(mark.step))
+        return state_at(mark.position, mark.step)
     # Iterated anew since, and nothing of that was trained: it began where this mark stands.
-    return dict(current.state_at(current.first_step))
+    return state_at(current, current.first_step)
 
 
 def _stands_at(loader: DataLoader, state: Any, ahead: int) -> bool:
     """Whether a loader was given this state and nothing was taken of it but what Lightning reads
     ahead.
     """
-    current = loader._current
-    if current is None or loader._loaded is not None or current.steps - current.first_step > ahead:
+    current = loader.run.position
+    if (
+        current is None
+        or loader.run.loaded is not None
+        or current.steps - current.first_step > ahead
+    ):
         return False
-    lanes = current.state_at(current.first_step)["lanes"]
+    lanes = state_at(current, current.first_step)["lanes"]
     place = (current.epoch, current.first_step)
     return place == (state["epoch"], state["steps_done"]) and all(
         state["lanes"].get(key) == text for key, text in lanes.items()

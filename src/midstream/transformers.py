@@ -21,6 +21,7 @@ from midstream.dataset import Dataset
 from midstream.errors import CheckpointError
 from midstream.loader.loader import DataLoader
 from midstream.loader.position import Position
+from midstream.loader.render import state_at
 from midstream.sources import from_dataset
 
 try:
@@ -108,7 +109,7 @@ class ResumeMixin:
 
     def _check_ranks(self, loader: DataLoader, saved: int, path: str) -> None:
         """Batches of an epoch on a rank are what the ``Trainer`` finds epoch and step by."""
-        here = loader._topology().world_size
+        here = loader.run.topology().world_size
         if here == saved or not _trainer.has_length(loader):
             return
         step = self.state.global_step  # type: ignore[attr-defined]
@@ -135,7 +136,7 @@ class ResumeMixin:
         return found
 
     def _here(self) -> tuple[Position, int] | None:
-        current = self._loader._current if self._loader is not None else None
+        current = self._loader.run.position if self._loader is not None else None
         return (current, current.steps) if current is not None else None
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
@@ -146,7 +147,7 @@ class ResumeMixin:
                 name = f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
                 folder = os.path.join(self._get_output_dir(trial=trial), name)  # type: ignore[attr-defined]
                 os.makedirs(folder, exist_ok=True)
-                kept = {"ranks": self._loader._topology().world_size, "state": state}
+                kept = {"ranks": self._loader.run.topology().world_size, "state": state}
                 write_whole(os.path.join(folder, _FILE), json.dumps(kept).encode())
         super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
 
@@ -155,14 +156,12 @@ class ResumeMixin:
         loader = self._loader
         assert loader is not None
         mark = self._marks.get(self.state.global_step)  # type: ignore[attr-defined]
-        current = loader._current
+        current = loader.run.position
         if mark is None or current is None:
             return loader.state_dict()
-        return dict(
-            mark[0].state_at(mark[1])
-            if mark[0] is current
-            else current.state_at(current.first_step)
-        )
+        if mark[0] is current:
+            return state_at(*mark)
+        return state_at(current, current.first_step)
 
     def _inner_training_loop(
         self, *args: Any, resume_from_checkpoint: Any = None, **kwargs: Any
@@ -175,9 +174,8 @@ class ResumeMixin:
 
         self._checkpoint, _trainer.skip_first_batches = resume_from_checkpoint, skip_first_batches
         try:
-            return super()._inner_training_loop(
-                *args, resume_from_checkpoint=resume_from_checkpoint, **kwargs
-            )  # type: ignore[misc]
+            loop = super()._inner_training_loop  # type: ignore[misc]
+            return loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._checkpoint, _trainer.skip_first_batches = None, skip
             if self._loader is not None:

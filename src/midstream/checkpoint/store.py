@@ -30,6 +30,7 @@ from typing import Any
 import fsspec
 import torch
 
+from midstream.checkpoint.read import parse
 from midstream.errors import CheckpointError
 
 __all__ = ["latest", "load", "save"]
@@ -86,10 +87,10 @@ def save(
     if keep is not None and keep < 1:
         raise ValueError(f"keep is at least 1, or None for all; found {keep}")
     found = loader.state_dict() if step is None else loader.state_at(step)
-    topology = loader._topology()
+    topology = loader.run.topology()
     rank, ranks = topology.rank, topology.world_size
     if global_step is None:
-        if loader._alone(found):
+        if parse(found).finished:
             raise ValueError(
                 "this rank has come to its end of the epoch and others perhaps have not, so epoch"
                 " and step do not name the same checkpoint on all ranks: give global_step, the"
@@ -107,7 +108,7 @@ def save(
         state_file = store.write(name, "state-{}.pt", buffer.getvalue())
     body = {"rank": rank, "world_size": ranks, "state_file": state_file, "loader": found}
     lineage = _hash(
-        repr((loader._resumed_at, ranks, found["num_lanes"], found["fingerprint"])).encode()
+        repr((loader.run.resumed_at, ranks, found["num_lanes"], found["fingerprint"])).encode()
     )[:8]
     mine = store.write(name, f"rank-{rank:05d}-of-{ranks:05d}-{lineage}-{{}}.json", _json(body))
     if _commit(store, name, mine, ranks, lineage) and keep is not None:

@@ -47,3 +47,16 @@ class Agreement:
         ]
         torch.distributed.all_gather(found, mine, group=self.group)
         return [int(part) for part in found]
+
+
+def from_rank_zero(value: Any) -> Any:
+    """The value that rank 0 has, on every rank: a collective.
+
+    Raises:
+        RuntimeError: If torch.distributed is not initialised.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise RuntimeError("torch.distributed is not initialised")
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]

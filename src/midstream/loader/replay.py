@@ -104,8 +104,7 @@ def replay(
         require_int(num_batches, "num_batches", 0, "replay")
     common: dict[str, Any] = {"rank": rank, "world_size": world_size, "num_workers": num_workers}
     if isinstance(dataset, DataLoader):
-        dataset._no_foreign("replay")
-        loader = DataLoader(Dataset(dataset._pipeline), None, **common)
+        loader = DataLoader(Dataset(dataset.run.pipeline), None, **common)
     else:
         loader = DataLoader(
             dataset, batch_size, collate_fn=collate_fn, drop_last=drop_last, **common

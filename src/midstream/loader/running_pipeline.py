@@ -1,4 +1,4 @@
-"""The pipeline of an epoch, and facts about it that the loader needs."""
+"""The pipeline of one epoch with all changes of the run, and facts about it that a loader needs."""
 
 from __future__ import annotations
 
@@ -13,49 +13,58 @@ from midstream.pipeline.node import Node, bind
 
 
 class RunningPipeline:
-    """What a position has to know of its loader's pipeline. No way back to the loader: no cycle
-    keeps workers alive.
+    """A pipeline as it runs in one epoch. It knows no loader: no cycle keeps workers alive.
+
+    Args:
+        given: The pipeline as the loader was given it.
+        rest: What is left of the epoch, where it began with another pipeline.
+        edits: Changed weights.
+        epoch: The epoch; -1 for any epoch in which no weights were changed midway.
+        excluded: Samples that are left out.
+
+    Attributes:
+        node: The pipeline that runs.
+        bound: The same, bound.
+        names: The names of its sources.
     """
 
     def __init__(
-        self, pipeline: Node, rest: str = "", edits: str = "", epoch: int = -1, excluded: str = ""
+        self, given: Node, rest: str = "", edits: str = "", epoch: int = -1, excluded: str = ""
     ) -> None:
-        self.pipeline, self.rest, self.edits, self.excluded = pipeline, rest, edits, excluded
-        self.running = running(pipeline, rest, edits, epoch, excluded)
-        self.bound = bind(self.running)
+        self.given, self.rest, self.edits, self.excluded = given, rest, edits, excluded
+        self.node = running(given, rest, edits, epoch, excluded)
+        self.bound = bind(self.node)
         self.names = self.bound.names
 
     @functools.cached_property
     def spec(self) -> str:
-        """The pipeline as data, encoded: made when a state is first asked for."""
-        return encode(describe.spec(self.pipeline))
+        """The given pipeline as data, encoded: made when a state is first asked for."""
+        return encode(describe.spec(self.given))
 
     @functools.cached_property
     def paths(self) -> Paths:
-        """Numbers of the nodes."""
+        """The numbers of the nodes."""
         return Paths(decode(self.spec))
 
     def left_out(self, batch: int) -> int:
-        """Rows that an epoch of a sized pipeline leaves out when ``batch`` is the first batch that nobody makes.
+        """Rows that a sized epoch leaves out when no rank makes ``batch`` and the batches after it.
 
-        Those of the batches from there on, and what a ``.batch(n, drop_last=True)`` drops.
+        They are the rows of these batches, and those that ``.batch(n, drop_last=True)`` drops.
         """
-        if not self.running.random_access or (total := self.running.length()) is None:
+        if not self.node.random_access or (total := self.node.length()) is None:
             return 0
         node = self._batch
         if node is None:
             return max(0, total - batch)
         rows = node.source.length() or 0
-        return (
-            max(0, rows - batch * node.batch_size)
-            if batch < total
-            else rows - min(rows, total * node.batch_size)
-        )
+        if batch < total:
+            return max(0, rows - batch * node.batch_size)
+        return rows - min(rows, total * node.batch_size)
 
     def samples(self, first: int, end: int) -> tuple[int, int] | None:
-        """How many there are in batches ``first`` to ``end`` of a sized pipeline, and how many if all were there and whole.
+        """Samples in the batches ``first`` to ``end``, and as many as there would be in whole ones.
 
-        None if batches are not the last thing that it makes.
+        None if the pipeline does not end in batches.
         """
         node = self._batch
         if node is None:
@@ -64,7 +73,7 @@ class RunningPipeline:
 
     @property
     def _batch(self) -> Batch | None:
-        node = self.running
+        node = self.node
         while node.one_to_one:
             (node,) = node.inputs().values()
         return node if isinstance(node, Batch) else None

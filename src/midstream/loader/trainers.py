@@ -18,6 +18,8 @@ from typing import Any
 
 from torch.utils.data.dataloader import _InfiniteConstantSampler
 
+from midstream.loader.position import Position
+
 __all__ = ["LIGHTNING_ALONE", "EpochHint", "AccelerateIterator", "asked_by", "not_registered"]
 
 LIGHTNING_ALONE = (
@@ -52,11 +54,11 @@ class EpochHint(_InfiniteConstantSampler):
     def set_epoch(self, epoch: int) -> None:
         """The trainer begins ``epoch`` by its own count."""
         loader = self._loader()
-        if loader is None or loader._guided:
+        if loader is None or loader.run.guided:
             return
         if self._offset is None:
-            self._offset = loader._epoch_in_use - epoch
-        elif loader._left_midway and epoch + self._offset > loader.epoch:
+            self._offset = loader.run.epoch_in_use - epoch
+        elif loader.run.left_midway and epoch + self._offset > loader.epoch:
             type(loader).set_epoch(
                 loader, epoch + self._offset
             )  # its own, where an adapter put this in its place
@@ -138,3 +140,43 @@ def not_registered(loader: Any, caller: FrameType | None) -> bool:
     return kept is not None and not any(
         part is loader or getattr(part, "loader", None) is loader for part in kept
     )
+
+
+def samples_of_last_round(
+    position: Position, remainder: str, warn_once: Callable[[str, str], None]
+) -> int:
+    """The number that Accelerate calls the remainder of an epoch.
+
+    So many samples of the last step, of all ranks in their order, come first and are no repeats.
+
+    Args:
+        position: Of the epoch.
+        remainder: The loader's argument.
+        warn_once: Warns by key.
+
+    Returns:
+        0 where all are no repeats; -1 where the repeats are not those that come last.
+    """
+    ranks = position.topology.world_size
+    if ranks == 1 or position.total is None or position.turns is None or remainder == "uneven":
+        return 0
+    first = position.start + (position.turns - 1) * ranks
+    repeats = max(0, first + ranks - position.total)
+    in_order = position.start % ranks == 0 and not position.done_early
+    samples = position.pipeline.samples(first, first + ranks)
+    if samples is not None and in_order:
+        return samples[0] if samples[0] < samples[1] else 0
+    if not repeats:
+        return 0
+    reason = (
+        "the epoch was begun on another number of ranks"
+        if samples
+        else "the pipeline does not end in .batch"
+    )
+    warn_once(
+        "gather",
+        f"the ranks have {repeats} batches twice in the last step of epoch {position.epoch}"
+        " (remainder='pad'), and Accelerate's gather_for_metrics can leave out only what comes"
+        f" last: {reason}. Leave out yourself what a rank has where loader.trace().padded is true.",
+    )
+    return -1

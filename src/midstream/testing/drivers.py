@@ -205,7 +205,7 @@ def fitting_lanes(
 
 
 def _is_ours(loader: Any) -> bool:
-    return isinstance(loader, ms.DataLoader) and not loader._foreign
+    return isinstance(loader, ms.DataLoader) and not loader.passes_through
 
 
 class Step(NamedTuple):
@@ -236,7 +236,7 @@ class Session:
         self._epoch = 0
         self._empty = True  # whether nothing came in the epoch in progress
         if self.ours:
-            if topology.ranks > 1 and self.loaders[0]._synced:
+            if topology.ranks > 1 and self.loaders[0].run.synced:
                 raise ValueError(
                     "sync_end=True needs the real ranks, and check_resume runs all of them in one"
                     " process: let the function leave it out here, or give ranks=(1,)"
@@ -282,7 +282,7 @@ class Session:
             self._epoch, self._empty = epoch, True
             self._iterators = [iter(loader) for loader in self.loaders]
             order = sorted(
-                range(len(self.loaders)), key=lambda rank: self.loaders[rank]._current.first
+                range(len(self.loaders)), key=lambda rank: self.loaders[rank].run.position.first
             )
             self._order = order
         items: list[Item] = []
@@ -373,7 +373,7 @@ class Session:
     @property
     def stream(self) -> bool:
         """Ours: whether the order holds only until the first lane has drained."""
-        return not self.loaders[0]._pipeline.random_access
+        return not self.loaders[0].run.pipeline.random_access
 
     def lanes(self) -> tuple[int, bool]:
         """Ours: the number of lanes, and whether any of them has drained."""

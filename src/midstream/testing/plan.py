@@ -87,7 +87,7 @@ class Plan:
         whether lanes begin.
         """
         loader = self.target.make(Topology(1, 0), 0, self.setup)
-        if loader._pipeline.random_access:
+        if loader.run.pipeline.random_access:
             return window
         lanes = loader.state_dict()["num_lanes"]
         if window >= 3 * lanes:

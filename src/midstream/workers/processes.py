@@ -1,4 +1,7 @@
-"""Worker processes: torchdata's iterator over them, with our wait for batches."""
+"""Worker processes: torchdata's iterator over them, with midstream's own wait for batches.
+
+The only file, beside the base class in loader/loader.py, that knows torchdata.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,23 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator as Iter
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.utils.data._utils import signal_handling
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter
 
 from midstream.errors import WorkerError
 from midstream.workers.liveness import Wait, lost_in
-
-
-def starts_slowly(context: Any) -> bool:
-    return bool(context.get_context().get_start_method() != "fork")
+from midstream.workers.messages import collate_nothing
+from midstream.workers.readers import Runner
+from midstream.workers.signals import Context, WorkerInit
 
 
 class InnerLoader(StatefulDataLoader):  # type: ignore[misc]
-    """The loader as torchdata is to see it."""
+    """A loader as torchdata sees it: its dataset is the `Runner`, its batches are messages."""
 
     def _get_iterator(self) -> Any:
         if self.num_workers == 0 or os.name != "posix":
@@ -31,13 +35,27 @@ class InnerLoader(StatefulDataLoader):  # type: ignore[misc]
 
 
 class ProcessIterator(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[misc]
-    """torchdata's iterator over worker processes, with our wait.
+    """torchdata's iterator over worker processes, with midstream's own wait for batches.
 
-    torch's handler is not to look at its workers: also not at exit, when multiprocessing ends those
-    that still live.
+    The workers are hidden from torch's SIGCHLD handler, also at exit, when multiprocessing ends
+    those that are still alive.
     """
 
     _made_by = 0
+
+    @property
+    def workers(self) -> Sequence[Any]:
+        """The processes, by number."""
+        return self._workers  # type: ignore[no-any-return]
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the workers can read another epoch."""
+        return not (self._shutdown or self.wait.broken)
+
+    def shut(self) -> None:
+        """End the worker processes."""
+        self._shutdown_workers()
 
     def _reset(self, loader: Any, first_iter: bool = False, prime_prefetch: bool = True) -> None:
         if first_iter:
@@ -48,8 +66,8 @@ class ProcessIterator(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[m
         try:
             super()._reset(loader, first_iter, prime_prefetch)
         except BaseException:
-            # Now: of a start that failed nobody else has this iterator, and an error that is kept
-            # would keep its workers.
+            # The caller gets no iterator from a failed start, and an error that is kept would keep
+            # the workers alive: end them now.
             self._shutdown_workers()
             raise
         self.wait.begin(self._workers_status)
@@ -59,24 +77,47 @@ class ProcessIterator(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[m
         super()._mark_worker_as_unavailable(worker_id, shutdown)
 
     def __del__(self) -> None:
-        if self._made_by in (
-            0,
-            os.getpid(),
-        ):  # not the copy in a worker that was forked later: its workers are not there
+        # A worker that is forked later holds a copy of this iterator: it must end nobody's workers.
+        if self._made_by in (0, os.getpid()):
             super().__del__()
 
 
-def is_usable(iterator: Any) -> bool:
-    """Whether its workers can make another epoch."""
-    return not (
-        isinstance(iterator, ProcessIterator) and (iterator._shutdown or iterator.wait.broken)
+def inner_loader(loader: StatefulDataLoader, runner: Runner) -> InnerLoader:
+    """The loader as torchdata sees it: it iterates ``runner`` and draws no global random numbers."""
+    inner = object.__new__(InnerLoader)
+    inner.__dict__.update(
+        loader.__dict__,
+        dataset=runner,
+        collate_fn=collate_nothing,
+        batch_size=None,
+        drop_last=False,
+        snapshot_every_n_steps=0,  # our messages carry the state; torchdata's own would be empty
+        generator=torch.Generator().manual_seed(runner.epoch),
     )
+    if loader.num_workers > 0 and os.name == "posix":
+        inner.__dict__["worker_init_fn"] = WorkerInit(loader.worker_init_fn)
+        inner.multiprocessing_context = Context(
+            loader.multiprocessing_context or torch.multiprocessing
+        )
+    return inner
 
 
-def start_processes(double: InnerLoader) -> Any:
-    """Start its workers, and wait until they are there."""
+def starts_slowly(context: Any) -> bool:
+    """Whether processes of this context import everything again, which takes seconds."""
+    return bool(context.get_context().get_start_method() != "fork")
+
+
+def start_processes(inner: InnerLoader) -> Any:
+    """Start the workers of ``inner`` and wait until they run.
+
+    Returns:
+        An iterator over what they send.
+
+    Raises:
+        WorkerError: If one of them died before it had begun to read.
+    """
     try:
-        return iter(double)
+        return iter(inner)
     except RuntimeError as error:
         lost = lost_in(error)
         if lost is None and "DataLoader worker" not in str(error):
@@ -89,9 +130,7 @@ def start_processes(double: InnerLoader) -> Any:
 
 @contextlib.contextmanager
 def quiet_vital() -> Iter[None]:
-    """torchdata calls torch.set_vital, which torch 2.13 deprecates with a warning at every
-    construction.
-    """
+    """Silences a deprecation warning: torchdata calls `torch.set_vital` at every construction."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*set_vital.*")
         yield

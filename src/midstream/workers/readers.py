@@ -114,6 +114,18 @@ class Runner(IterableDataset[Any]):
         kind = _RandomReader if self.dataset.random_access else _StreamReader
         return kind(self, worker, epoch, plan)
 
+    def announce(self, renewed: bool) -> None:
+        """Publish the epoch to workers that live on.
+
+        Args:
+            renewed: Whether the workers are new: only then do they follow `plan`.
+        """
+        if self.shared is not None:
+            self.shared[0] = self.epoch
+            self.shared[1] += 1
+            if renewed:
+                self.generation = int(self.shared[1])
+
     def bind(self, worker: int) -> BoundNode:
         """The pipeline's places; in a worker, with the trail it leaves."""
         bound = bind(self.dataset)

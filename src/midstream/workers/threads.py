@@ -17,7 +17,7 @@ import contextlib
 import queue
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,9 @@ class ThreadReaders:
         init_fn: Called in each thread with its number.
         pin: Whether batches are pinned, in the thread.
     """
+
+    workers: Sequence[Any] = ()
+    is_usable = True
 
     def __init__(
         self,
@@ -117,7 +120,7 @@ class ThreadReaders:
         failure.__cause__ = error
         return failure
 
-    def _shutdown_workers(self) -> None:
+    def shut(self) -> None:
         """End the threads; each after the batch that it is making."""
         self._end()
         for line in self._lines:
@@ -162,10 +165,12 @@ def _pinned(payload: Any) -> Any:
 
 
 class Launch:
-    """Worker processes that come up in the background: a new interpreter takes seconds to import torch.
+    """Worker processes that start in the background, while the caller does something else.
+
+    A new interpreter takes seconds to import torch.
 
     Args:
-        start: Starts them, waits, and returns what reads from them.
+        start: Starts the processes, waits for them, and returns their `Readers`.
     """
 
     def __init__(self, start: Callable[[], Any]) -> None:
@@ -180,10 +185,15 @@ class Launch:
         except BaseException as error:
             self._error = error
 
-    def result(self) -> Any:
-        """What ``start`` returned or raised, once, when it has."""
+    def ready(self) -> Any:
+        """Wait, then return or raise what ``start`` returned or raised. May be called once."""
         self._thread.join()
         if self._error is not None:
             raise self._error
         found, self._found = self._found, None
         return found
+
+    def shut(self) -> None:
+        """End the processes as soon as they have started."""
+        with contextlib.suppress(Exception):  # nobody will read from them
+            self.ready().shut()
