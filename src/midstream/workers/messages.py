@@ -1,7 +1,12 @@
-"""Messages from a reader to the loader."""
+"""Messages from a reader to the loader, and the plan by which a reader continues.
+
+In each turn a reader makes the messages of one batch: ``(batch number, lane, messages)``; the lane
+is -1 for random access. A turn without messages keeps the readers in step.
+"""
 
 from __future__ import annotations
 
+import enum
 import pickle
 import traceback
 from typing import Any, NamedTuple
@@ -17,20 +22,35 @@ from midstream.transport.bundles import Bundle
 from midstream.transport.packing import pack
 from midstream.transport.parcel import Parcel
 
-BATCH, ERROR, FATAL, NOTHING = range(4)
+
+class MessageKind(enum.IntEnum):
+    """What a message carries.
+
+    BATCH is a batch; ERROR a failed sample, to be raised; FATAL an error that ends the pass;
+    NOTHING only counts and states.
+    """
+
+    BATCH = 0
+    ERROR = 1
+    FATAL = 2
+    NOTHING = 3
+
+
+BATCH, ERROR, FATAL, NOTHING = MessageKind
+Turn = tuple[int, int, "list[Message]"]
+"""Batch number, lane (-1: random access), and the messages of one turn of a reader."""
 
 
 class Message(NamedTuple):
-    """One thing that a turn made.
+    """One thing that a reader made in its turn.
 
     Attributes:
-        kind: A batch, a failure to raise, an error that ends the run, or nothing (counts and states
-            only).
+        kind: A `MessageKind`, as an integer.
         payload: The batch, the `SampleFailure`, or the error.
-        origins: int64 [m, 5], or None.
-        final: Whether the turn's batch number is done with after this.
+        origins: Of the batch's samples, int64 of shape [m, 5], or None.
+        final: Whether nothing more comes of this batch number.
         state: Streams: the lane's state as canonical JSON, or None when it did not change.
-        notes: What the lane's ledger has to tell, or None.
+        notes: The lane's report: events, warnings, limits and metrics; None where there is none.
     """
 
     kind: int
@@ -45,27 +65,27 @@ class Plan(NamedTuple):
     """Where a run continues.
 
     Attributes:
-        start: The first batch not delivered yet, over all ranks (random access).
+        start: The first batch of all ranks that is not delivered yet (random access).
         turns: Batches this rank makes from there; None: as many as there are.
-        told: Errors already raised, by batch number.
+        raised: Errors already raised, by batch number.
         lanes: Streams: the decoded lane states by number.
-        ahead: Batches from ``start`` on that are done already (random access).
+        done_early: Batches from ``start`` on that are done already (random access).
     """
 
     start: int
     turns: int | None
-    told: dict[int, int]
+    raised: dict[int, int]
     lanes: dict[int, Any]
-    ahead: frozenset[int] = frozenset()
+    done_early: frozenset[int] = frozenset()
 
 
-def source_of(place: BoundNode, failure: SampleFailure) -> int:
+def source_of(bound: BoundNode, failure: SampleFailure) -> int:
     """Index of the source a failed sample came from; -1 for a whole batch."""
-    return place.names.index(failure.origin.source) if failure.origin is not None else -1
+    return bound.names.index(failure.origin.source) if failure.origin is not None else -1
 
 
 def fatal_message(error: Exception) -> Message:
-    """An error that is no sample's: shipped whole where it can be, else as text."""
+    """An error that is not of one sample: pickled where that is possible, else as text."""
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     try:
         data = pickle.dumps(error)
@@ -75,41 +95,41 @@ def fatal_message(error: Exception) -> Message:
     return Message(FATAL, (f"{type(error).__name__}: {error}", text, data))
 
 
-def collate_nothing(made: tuple[int, int, list[Message]] | Bundle) -> Any:
-    """The collate function of what a `Runner` makes: nothing is left to do."""
+def collate_nothing(made: Turn | Bundle) -> Any:
+    """Identity collate_fn: the `Runner` already yields finished messages."""
     return made
 
 
-def pack_message(envelope: tuple[int, int, list[Message]]) -> Parcel:
-    """An envelope, packed for the way to the main process.
+def pack_message(turn: Turn) -> Parcel:
+    """Pack the messages of a turn for the main process.
 
-    Origins go in the header: the main process keeps them for long, and would keep a slot with them.
+    Origins are packed as bytes: the main process keeps them for long, and as an array they would
+    keep a slot of shared memory occupied.
     """
-    number, lane, outs = envelope
+    number, lane, messages = turn
     try:
-        return pack((number, lane, [_flat(out) for out in outs]))
+        return pack((number, lane, [_flat(message) for message in messages]))
     except Exception as error:
-        what = ", ".join(
-            sorted({type(out.payload).__name__ for out in outs if out.kind != NOTHING})
-        )
+        kinds = {type(each.payload).__name__ for each in messages if each.kind != NOTHING}
         failure = WorkerError(
-            f"batch {number} ({what}) cannot leave its worker process: {type(error).__name__}:"
-            f" {error}. Let the pipeline make what pickle can take, or read with"
-            " worker_type='thread' or num_workers=0."
+            f"batch {number} ({', '.join(sorted(kinds))}) cannot leave its worker process:"
+            f" {type(error).__name__}: {error}. Let the pipeline make what pickle can take, or"
+            " read with worker_type='thread' or num_workers=0."
         )
         return pack((number, lane, [_flat(fatal_message(failure))]))
 
 
-def _flat(out: Message) -> tuple[Any, ...]:
-    return (out.kind, out.payload, None if out.origins is None else out.origins.tobytes(), *out[3:])
+def _flat(message: Message) -> tuple[Any, ...]:
+    origins = None if message.origins is None else message.origins.tobytes()
+    return (int(message.kind), message.payload, origins, *message[3:])
 
 
-def unpack_message(arrived: Any) -> tuple[int, int, list[Message]]:
-    """The envelope that `pack_message` was given."""
+def unpack_message(arrived: Any) -> Turn:
+    """The turn that `pack_message` was given, or ``arrived`` itself where it was not packed."""
     if not isinstance(arrived, Parcel):
         return arrived  # type: ignore[no-any-return]
     number, lane, flat = arrived.open()
-    outs = [
+    messages = [
         Message(
             kind,
             payload,
@@ -118,4 +138,4 @@ def unpack_message(arrived: Any) -> tuple[int, int, list[Message]]:
         )
         for kind, payload, origins, *rest in flat
     ]
-    return number, lane, outs
+    return number, lane, messages

@@ -1,8 +1,7 @@
-"""What runs in a loader's worker processes (or in the main process without workers): lanes, one envelope a turn.
+"""Readers: the two ways to read a pipeline for a loader, by position and by lane.
 
-An envelope is ``(batch number, lane, what came out)``. What comes out of a turn is at most one
-batch, and before it the failures met on the way, each with the state after it, so that the main
-process can publish state and hand out in step.
+A reader makes one batch per turn. `Runner` is what worker processes iterate: it knows the topology
+and makes the reader of each worker.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ from midstream.workers.messages import (
     NOTHING,
     Message,
     Plan,
+    Turn,
     fatal_message,
     pack_message,
     source_of,
@@ -50,12 +50,25 @@ _ERRORS_A_TURN = 1000
 
 
 class Runner(IterableDataset[Any]):
-    """What a loader's worker processes iterate: the pipeline at one topology.
+    """The dataset that worker processes iterate: the pipeline at one topology.
 
-    ``shared`` holds epoch and generation where workers live on: a plan is for one generation only,
-    so that a worker that was forked with one does not follow it again in the next epoch. ``crumbs``
-    is the table of `midstream.pipeline.breadcrumbs`, ``totals`` that of
-    `midstream.transport.bundles`.
+    Args:
+        dataset: The pipeline that runs.
+        paths: The numbers of its nodes.
+        topology: Ranks and workers.
+        lanes: Number of lanes of the run.
+        epoch: The epoch to read.
+        plan: Where to continue in it.
+        next_turns: Batches of this rank in the epochs that follow; None if only reading shows.
+
+    Attributes:
+        shared: Epoch and generation, int64 of shape [2] in shared memory, where workers live on. A
+            plan is for one generation only: a worker that was started with it does not follow it
+            again in the next epoch.
+        crumbs: The table of `midstream.pipeline.breadcrumbs`, where processes read.
+        totals: The table of `midstream.transport.bundles`, likewise.
+        arena: Shared memory for batches, likewise.
+        edits: Streams: weights changed during the run, by mix.
     """
 
     def __init__(
@@ -75,9 +88,7 @@ class Runner(IterableDataset[Any]):
         self.crumbs: torch.Tensor | None = None
         self.arena: Arena | None = None
         self.totals: torch.Tensor | None = None
-        self.edits: dict[
-            str, list[dict[str, float]]
-        ] = {}  # streams: weights set on the way, by mix
+        self.edits: dict[str, list[dict[str, float]]] = {}
         self.paths = paths
         self.frozen = False
 
@@ -91,7 +102,8 @@ class Runner(IterableDataset[Any]):
     def __iter__(self) -> Iter[Any]:
         worker = get_worker_info()
         if worker is not None and not self.frozen:
-            gc.freeze()  # what a fork inherited: collecting it here would run the parent's destructors and copy its pages
+            # Collecting what a fork inherited would run the parent's destructors and copy its pages.
+            gc.freeze()
             self.frozen = True
         if (
             worker is not None
@@ -110,7 +122,7 @@ class Runner(IterableDataset[Any]):
         return Bundler(self.read(worker.id, epoch, plan), pack_message, worker.id, self.totals)
 
     def read(self, worker: int, epoch: int, plan: Plan) -> Iter[Any]:
-        """The envelopes of one reader of `Topology.readers`."""
+        """The turns of reader number ``worker``."""
         kind = _RandomReader if self.dataset.random_access else _StreamReader
         return kind(self, worker, epoch, plan)
 
@@ -127,7 +139,7 @@ class Runner(IterableDataset[Any]):
                 self.generation = int(self.shared[1])
 
     def bind(self, worker: int) -> BoundNode:
-        """The pipeline's places; in a worker, with the trail it leaves."""
+        """The pipeline, bound; in a worker process with the trail that tells what it was reading."""
         bound = bind(self.dataset)
         if self.crumbs is not None:
             trail = Trail(self.crumbs[worker].numpy())
@@ -137,19 +149,18 @@ class Runner(IterableDataset[Any]):
 
 
 class _RandomReader:
-    """Makes every W-th batch of its rank, wherever the run continues; from the last one on, the
-    first ones again (pad).
+    """Reads by position: makes every W-th batch of its rank, wherever the run continues.
+
+    After the last batch of the pipeline come its first ones again (``remainder="pad"``).
     """
 
     def __init__(self, runner: Runner, worker: int, epoch: int, plan: Plan) -> None:
         topology = runner.topology
         self.stride = topology.world_size * topology.readers
-        self.batch = (
-            first_batch(plan.start, topology.rank, topology.world_size)
-            + worker * topology.world_size
-        )
+        first = first_batch(plan.start, topology.rank, topology.world_size)
+        self.batch = first + worker * topology.world_size
         self.turn, self.readers, self.turns = worker, topology.readers, plan.turns
-        self.told, self.ahead = plan.told, plan.ahead
+        self.raised, self.done_early = plan.raised, plan.done_early
         self.bound, self.epoch = runner.bind(worker), epoch
         self.total = runner.dataset.length()
         self.ledger = Ledger(tracks=True)
@@ -157,7 +168,7 @@ class _RandomReader:
         self.broken: Message | None = None
 
     def _cursor(self, batch: int) -> Cursor:
-        self.ledger.marks.clear()  # what comes by is new: nothing is replayed here
+        self.ledger.marks.clear()  # nothing is replayed here: all that is read is new
         lane = Lane(batch, self.stride, 1, self.ledger)
         kind = TrackingCursor if self.bound.tracking else Cursor
         return kind(self.bound, lane, int(epoch_key(self.epoch)[0]), self.epoch)
@@ -165,66 +176,72 @@ class _RandomReader:
     def __iter__(self) -> _RandomReader:
         return self
 
-    def __next__(self) -> tuple[int, int, list[Message]]:
+    def __next__(self) -> Turn:
         if self.turns is not None and self.turn >= self.turns:
             raise StopIteration
         number = self.batch
         self.turn += self.readers
         self.batch += self.stride
-        if number in self.ahead:
+        if number in self.done_early:
             self.cursor = self._cursor(self.batch)
             return -1, -1, []
         if self.total and number >= self.total and self.turns is not None:
             self.cursor = self._cursor(number % self.total)  # a rank's last turn
-        outs = [self.broken] if self.broken is not None else self._make(self.told.get(number, 0))
+        if self.broken is not None:
+            messages = [self.broken]
+        else:
+            messages = self._make(self.raised.get(number, 0))
         if self.bound.trail is not None:
             self.bound.trail.clear()
-        return number, -1, outs
+        return number, -1, messages
 
-    def _make(self, told: int) -> list[Message]:
+    def _make(self, raised: int) -> list[Message]:
+        """The messages of the next batch.
+
+        Args:
+            raised: How many of its errors were raised already, before a resume.
+        """
         cursor = self.cursor
         before = cursor.number
-        outs: list[Message] = []
+        messages: list[Message] = []
         errors = 0
         while True:
             try:
                 sample, origins = next(cursor)
             except StopIteration:
-                return [*outs, Message(NOTHING, final=True)]
+                return [*messages, Message(NOTHING, final=True)]
             except Exception as error:
                 self.broken = fatal_message(error)
-                return [*outs, self.broken]
+                return [*messages, self.broken]
             done = cursor.number > before
             if type(sample) is not FailedSample:
                 origins = as_origin_array(origins)
-                return [*outs, Message(BATCH, sample, origins, True, None, self.ledger.take())]
+                batch = Message(BATCH, sample, origins, True, None, self.ledger.take())
+                return [*messages, batch]
             failure = sample.errors[0]
             if failure.quiet:
                 self.ledger.failed(failure, source_of(self.bound, failure))
                 if done:
-                    return [*outs, Message(NOTHING, None, None, True, None, self.ledger.take())]
+                    return [*messages, Message(NOTHING, None, None, True, None, self.ledger.take())]
                 continue
             errors += 1
-            if errors > told:
-                # What was skipped before it is told with the batch: a resume makes the whole batch
-                # again.
-                outs.append(
-                    Message(ERROR, failure, None, done, None, self.ledger.take() if done else None)
-                )
+            if errors > raised:
+                # Samples skipped before it are reported with the batch: a resume makes the whole
+                # batch again.
+                report = self.ledger.take() if done else None
+                messages.append(Message(ERROR, failure, None, done, None, report))
             elif done:
-                outs.append(Message(NOTHING, None, None, True, None, self.ledger.take()))
+                messages.append(Message(NOTHING, None, None, True, None, self.ledger.take()))
             if done:
-                return outs
+                return messages
 
 
 class LaneReader:
-    """A stream lane in its worker: what an earlier epoch left over of it, then the epoch in
-    progress.
-    """
+    """Reads one lane of a stream: what an earlier epoch left over, then the epoch in progress."""
 
     __slots__ = (
         "dealt",
-        "delivery",
+        "output",
         "done",
         "epoch",
         "index",
@@ -248,9 +265,8 @@ class LaneReader:
         edits: Any = None,
     ) -> None:
         self.bound, self.paths, self.index, self.last_epoch = bound, paths, index, epoch
-        self.marks: dict[
-            str, str
-        ] = {}  # by number of the node, as text: of hundreds of them, few move at a time
+        # By number of the node, as text: of hundreds of marks, few move at a time.
+        self.marks: dict[str, str] = {}
         self.dealt = 0 if state is None else state.get("dealt", 0)
         placed = None if state is None else state.get("edits")
         self.lane = Lane(
@@ -263,22 +279,22 @@ class LaneReader:
         )
         self.rounds, self.done = 0, False
         self.epoch = epoch if state is None else state["epoch"]
-        self.delivery, self.resumed = self._delivery(), False
+        self.output, self.resumed = self._open(), False
         if state is not None:
             self.rounds, self.done = state["rounds"], state["done"]
             self._mark(state["marks"])
             if not self.done and state["state"] is not None:
-                self.delivery.iterator.load(state["state"])
+                self.output.iterator.load(state["state"])
                 self.resumed = True
 
-    def _delivery(self) -> LaneOutput:
+    def _output(self) -> LaneOutput:
         return LaneOutput(self.bound, self.lane, int(epoch_key(self.epoch)[0]), self.epoch)
 
     def next(self) -> Item:
         """The next batch with its origins, or a `SampleFailure`."""
         while True:
             try:
-                item = self.delivery.next()
+                item = self.output.next()
                 self.resumed = False
                 return item
             except MidstreamError:
@@ -292,7 +308,7 @@ class LaneReader:
                 self._mark({})
                 if self.lane.edits is not None:
                     self.lane.edits.forget()
-                self.delivery = self._delivery()
+                self.output = self._open()
             except Exception as error:
                 if not self.resumed:
                     raise
@@ -302,7 +318,7 @@ class LaneReader:
                 ) from error
 
     def _mark(self, marks: dict[str, list[int]]) -> None:
-        """Begin with these marks."""
+        """Take over the marks of a state."""
         self.lane.ledger.marks, self.lane.ledger.moved, self.marks = marks, set(marks), {}
 
     def _marks(self) -> Iterable[str]:
@@ -323,7 +339,7 @@ class LaneReader:
             "epoch": self.epoch,
             "rounds": self.rounds,
             "done": self.done,
-            "state": None if self.done else self.delivery.iterator.snapshot(),
+            "state": None if self.done else self.output.iterator.snapshot(),
             "marks": {} if self.done else Fragment(f"{{{','.join(self._marks())}}}"),
         }
         if self.dealt:
@@ -334,32 +350,24 @@ class LaneReader:
 
 
 class _StreamReader:
-    """Runs this worker's lanes in turn, one batch each."""
+    """Reads by lane: runs the lanes of this worker in turn, one batch each."""
 
     def __init__(self, runner: Runner, worker: int, epoch: int, plan: Plan) -> None:
         bound = self.bound = runner.bind(worker)
-        self.lanes = runner.lanes
-        mine = slots(runner.topology, runner.lanes, worker)
-        self.runs = [
-            (
-                None
-                if index < 0
-                else LaneReader(
-                    bound,
-                    runner.paths,
-                    index,
-                    runner.lanes,
-                    epoch,
-                    plan.lanes.get(index),
-                    runner.edits,
-                )
+        self.num_lanes = runner.lanes
+        paths, edits = runner.paths, runner.edits
+        self.lanes: list[LaneReader | None] = [
+            None
+            if index < 0
+            else LaneReader(
+                bound, paths, index, self.num_lanes, epoch, plan.lanes.get(index), edits
             )
-            for index in mine
+            for index in slots(runner.topology, self.num_lanes, worker)
         ]
         # All lanes of the rank count, not only this worker's: the turns of all workers start in the
         # same round.
-        rank_lanes = range(runner.topology.rank, runner.lanes, runner.topology.world_size)
-        states = [plan.lanes.get(index) for index in rank_lanes]
+        of_rank = range(runner.topology.rank, self.num_lanes, runner.topology.world_size)
+        states = [plan.lanes.get(index) for index in of_rank]
         live = [
             0 if state is None else state["rounds"]
             for state in states
@@ -371,43 +379,42 @@ class _StreamReader:
     def __iter__(self) -> _StreamReader:
         return self
 
-    def __next__(self) -> tuple[int, int, list[Message]]:
-        if all(run is None or run.done for run in self.runs):
+    def __next__(self) -> Turn:
+        if all(lane is None or lane.done for lane in self.lanes):
             raise StopIteration
-        run = self.runs[self.slot]
+        lane = self.lanes[self.slot]
         round_ = self.round
         self.slot += 1
-        if self.slot == len(self.runs):
+        if self.slot == len(self.lanes):
             self.slot, self.round = 0, round_ + 1
-        if run is None or run.done or run.rounds > round_:
+        if lane is None or lane.done or lane.rounds > round_:
             return -1, -1, []
-        number, outs = run.rounds * self.lanes + run.index, self._make(run)
+        number, messages = lane.rounds * self.num_lanes + lane.index, self._make(lane)
         if self.bound.trail is not None:
             self.bound.trail.clear()
-        return number, run.index, outs
+        return number, lane.index, messages
 
-    def _make(self, run: LaneReader) -> list[Message]:
-        outs: list[Message] = []
-        ledger = run.lane.ledger
-        while len(outs) < _ERRORS_A_TURN:
+    def _make(self, lane: LaneReader) -> list[Message]:
+        """The messages of the lane's next batch."""
+        messages: list[Message] = []
+        ledger = lane.lane.ledger
+        while len(messages) < _ERRORS_A_TURN:
             try:
-                sample, origins = run.next()
+                sample, origins = lane.next()
             except StopIteration:
-                return [*outs, Message(NOTHING, None, None, True, run.state(), ledger.take())]
+                end = Message(NOTHING, None, None, True, lane.state(), ledger.take())
+                return [*messages, end]
             except Exception as error:
-                return [*outs, fatal_message(error)]
+                return [*messages, fatal_message(error)]
             if type(sample) is not SampleFailure:
-                run.rounds += 1
+                lane.rounds += 1
                 origins = as_origin_array(origins)
-                return [*outs, Message(BATCH, sample, origins, True, run.state(), ledger.take())]
-            outs.append(Message(ERROR, sample, None, False, run.state(), ledger.take()))
-        # One turn is one batch, or the turns of the workers would no longer be in step.
-        return [
-            *outs,
-            fatal_message(
-                SourceError(
-                    f"{len(outs):,} samples in a row failed in lane {run.index}; the last:"
-                    f" {sample.message}"
-                )
-            ),
-        ]
+                batch = Message(BATCH, sample, origins, True, lane.state(), ledger.take())
+                return [*messages, batch]
+            messages.append(Message(ERROR, sample, None, False, lane.state(), ledger.take()))
+        # A turn ends after one batch, or the workers would get out of step.
+        failure = SourceError(
+            f"{len(messages):,} samples in a row failed in lane {lane.index}; the last:"
+            f" {sample.message}"
+        )
+        return [*messages, fatal_message(failure)]
