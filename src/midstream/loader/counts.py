@@ -1,4 +1,4 @@
-"""Counts of one lane: samples, rows, tokens and events by source."""
+"""Counts of one lane over the whole run: samples, rows, tokens and events by source."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from midstream.pipeline.ledger import add_counts
 from midstream.pipeline.rows import I64, PARTS
 
 END = "/end of epoch|"
-"""In the events of one of several ranks: counted at its end of the epoch, which others may not have
-come to.
+"""Part of the key of an event that a rank counted at its end of the epoch.
+
+It is provisional on several ranks: other ranks may not have come to their end.
 """
 
 
@@ -39,10 +40,14 @@ class LaneCounts:
             self.events = dict(lane["events"])
 
     def plus(self, origins: I64 | None, events: Mapping[str, int] | None) -> LaneCounts:
-        """The counts after a batch, and what was dropped on the way to it. These stay as they are."""
-        other = LaneCounts.__new__(
-            LaneCounts
-        )  # once a batch in the main process: copy.copy would be the dearest part of it
+        """The counts after a batch, as another object.
+
+        Args:
+            origins: Of its samples, int64 of shape [m, 5]; None for no batch.
+            events: What was dropped before it.
+        """
+        # Once per batch in the main process: copy.copy would be the slowest part of it.
+        other = LaneCounts.__new__(LaneCounts)
         other.samples, other.rows, other.tokens, other.events = (
             self.samples,
             self.rows,
@@ -53,7 +58,7 @@ class LaneCounts:
         if origins is not None and len(origins):
             size = len(self.samples)
             source = origins[:, 0]
-            if not origins[:, 3:].any():  # whole rows, no tokens told
+            if not origins[:, 3:].any():  # whole rows, and no node that counts tokens
                 counts = np.bincount(source, minlength=size)
                 other.rows, other.samples = self.rows + counts, self.samples + counts
                 return other._with(events)
@@ -71,8 +76,9 @@ class LaneCounts:
         return other._with(events)
 
     def texts(self) -> dict[str, Fragment]:
-        """The counts by source as a checkpoint has them, encoded once: a state has most lanes as
-        the one before had them.
+        """The counts by source as in a checkpoint.
+
+        Encoded once: from one state to the next most lanes do not change.
         """
         if self._texts is None:
             samples = Fragment(encode(self.samples.tolist()))
@@ -88,8 +94,9 @@ class LaneCounts:
     def passed_over(
         self, origins: I64 | None, events: Mapping[str, int] | None, path: str
     ) -> LaneCounts:
-        """The counts after a batch that `DataLoader.skip` passed over: its rows were read, and
-        nothing was delivered.
+        """The counts after a batch that `DataLoader.skip` passed over.
+
+        Its rows were read, and nothing was delivered.
         """
         other = self.plus(origins, events)
         skipped: dict[str, int] = {}
@@ -104,8 +111,11 @@ class LaneCounts:
         return other._with(skipped)
 
     def settled(self, keep: bool) -> LaneCounts:
-        """The counts with what was left out at the end of the epoch counted for good, or not at
-        all: the epoch goes on.
+        """Resolves provisional end-of-epoch counts.
+
+        Args:
+            keep: True makes them permanent. False removes them, when the epoch turns out not to be
+                over.
         """
         ends = {key: count for key, count in self.events.items() if END in key}
         if not ends:
@@ -114,7 +124,7 @@ class LaneCounts:
         return self.plus(None, add_counts(kept, {key: -count for key, count in ends.items()}))
 
     def _with(self, events: Mapping[str, int] | None) -> LaneCounts:
-        """Itself, with more events; for one that nobody else has yet."""
+        """Add events in place: for an object that nobody else holds yet."""
         if events:
             self.events = dict(self.events)
             for key, count in events.items():

@@ -1,8 +1,8 @@
-"""What a trainer expects of a loader that it did not make, as far as the loader itself can give it.
+"""Hooks that Lightning, Fabric and Accelerate look for on a DataLoader.
 
-    `EpochHint`        Lightning and Fabric tell the epoch to ``loader.sampler``, counting from where their run began
-    `AccelerateIterator`             Accelerate asks the loader whether the batch in hand is the last one, and moves batches to the device
-    `asked_by`         what in a trainer reads an attribute or calls a method just now
+    `EpochHint`             stands in place of a sampler: Lightning and Fabric call its ``set_epoch``
+    `AccelerateIterator`    says which batch is the last, and moves batches to the device
+    `asked_by`              finds which function of a trainer is calling
 
 Adapters that need the trainer are files of their own: lightning.py, transformers.py. Nothing here
 imports a trainer: when one is running, it has been imported.
@@ -33,11 +33,11 @@ LIGHTNING_ALONE = (
 
 
 class EpochHint(_InfiniteConstantSampler):
-    """Stands where torch puts a sampler, for trainers that call ``loader.sampler.set_epoch(e)`` before an epoch.
+    """In place of a sampler: for trainers that call ``loader.sampler.set_epoch(e)``.
 
-    They count from 0 in each run, or a step too far after a resume; so the first call only says
-    what their count is worth, and a later one moves the loader on where it left a finite epoch
-    before its end, never back.
+    These trainers count from 0 in each run, or one too many after a resume. So the first call only
+    sets the difference between their count and the loader's. A later call moves the loader on,
+    where a finite epoch was left before its end, and never back.
 
     Args:
         loader: The loader, which is not kept alive.
@@ -48,24 +48,23 @@ class EpochHint(_InfiniteConstantSampler):
         self._offset: int | None = None
 
     def forget(self) -> None:
-        """A state was loaded: the trainer's count is worth something else."""
+        """Forget the difference: a state was loaded."""
         self._offset = None
 
     def set_epoch(self, epoch: int) -> None:
-        """The trainer begins ``epoch`` by its own count."""
+        """Note that the trainer begins ``epoch`` by its own count."""
         loader = self._loader()
         if loader is None or loader.run.guided:
             return
         if self._offset is None:
             self._offset = loader.run.epoch_in_use - epoch
         elif loader.run.left_midway and epoch + self._offset > loader.epoch:
-            type(loader).set_epoch(
-                loader, epoch + self._offset
-            )  # its own, where an adapter put this in its place
+            # The class's own method, where an adapter has put another one in its place.
+            type(loader).set_epoch(loader, epoch + self._offset)
 
 
 class AccelerateIterator:
-    """Iterates for Accelerate: moves each batch to the device, and tells its gradient accumulation which one is the last.
+    """Iterates for Accelerate: moves batches to the device, and marks the last one.
 
     The loader knows the last batch when it hands it out, so nothing is fetched ahead and its state
     stays what was trained.
@@ -76,7 +75,7 @@ class AccelerateIterator:
         last: Whether the batch just handed out was the last one.
         samples: At the last one: how many of the samples that the ranks have together come first
             and are no repeats; 0 for all, -1 where that is no number of first samples.
-        place: Whether batches go to the device.
+        on_device: Whether batches go to the device.
 
     Attributes:
         end_of_dataloader: Read by Accelerate, which takes this for its loader: whether the last
@@ -91,13 +90,13 @@ class AccelerateIterator:
         batches: Iter[Any],
         last: Callable[[], bool],
         samples: Callable[[], int],
-        place: bool,
+        on_device: bool,
     ) -> None:
         from accelerate.state import AcceleratorState, GradientState
         from accelerate.utils import send_to_device
 
         self._loader, self._batches, self._last, self._samples = loader, batches, last, samples
-        self._send, self._device = send_to_device, AcceleratorState().device if place else None
+        self._send, self._device = send_to_device, AcceleratorState().device if on_device else None
         self._gradients = GradientState()
         self.end_of_dataloader, self.remainder = False, -1
         self._gradients._add_dataloader(self)
@@ -120,7 +119,13 @@ class AccelerateIterator:
 
 
 def asked_by(caller: FrameType | None, module: str, function: str) -> bool:
-    """Whether a frame is this function of a trainer, whatever the package around it is called."""
+    """Whether a frame runs this function of a trainer.
+
+    Args:
+        caller: The frame.
+        module: How the name of its module ends: lightning and pytorch_lightning are the same.
+        function: The name of the function.
+    """
     return (
         caller is not None
         and caller.f_code.co_name in (function, "<listcomp>")

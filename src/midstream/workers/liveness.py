@@ -1,12 +1,14 @@
-"""The wait for worker processes: one that dies is told when a batch is asked for, at once, and nowhere else.
+"""Detects dead workers while the loader waits for a batch.
 
-torch has its handler of SIGCHLD raise wherever the main thread happens to be: in the middle of a
-step of the optimizer, after which no checkpoint is right, or in the callback of a weak reference,
-where the error is printed and lost. It needs that, since whoever waits for a pipe does not see a
-process die, and a batch that is half in the pipe is waited for forever. Here the wait is for the
-pipe and for the ends of all workers at once, and every read of the pipe waits that way, so nothing
-has to be interrupted. It works in every thread, and costs less than a poll of multiprocessing,
-which makes a selector each time.
+The error is raised from ``next()``, at once, never from a signal handler. torch's own handler of
+SIGCHLD raises wherever the main thread happens to be: in the middle of an optimizer step, after
+which no checkpoint is right, or in the callback of a weak reference, where the error is printed and
+lost. torch needs it because a process that waits for a pipe does not see another one die, and would
+wait forever for a batch of which half is in the pipe.
+
+Here a wait is for the pipe and for the ends of all workers at once, and every read of the pipe
+waits that way. So nothing has to be interrupted. It works in every thread, and costs less than a
+poll of multiprocessing, which makes a selector each time.
 """
 
 from __future__ import annotations
@@ -24,15 +26,20 @@ from typing import Any
 
 __all__ = ["Lost", "Wait", "exit_status", "lost_in"]
 
-_LOOK_S = 1.0  # a wait looks that often by itself; and so long the rest of a batch may take once its worker may be dead
+_LOOK_S = 1.0
+"""Seconds between two looks at the workers during a wait.
+
+Also how long the rest of a batch may take once its worker may be dead.
+"""
+
 _NAP_S = 0.05
 
 
 class Lost(RuntimeError):
-    """Workers ended that should have sent more, or the pipe is of no use any more.
+    """Workers ended that should have sent more, or the pipe cannot be read any more.
 
     Attributes:
-        numbers: Of the workers.
+        numbers: The numbers of these workers.
     """
 
     def __init__(self, text: str, numbers: list[int]) -> None:
@@ -41,15 +48,15 @@ class Lost(RuntimeError):
 
 
 def lost_in(error: BaseException) -> Lost | None:
-    """That, if it is behind an error; torch raises one of its own from it."""
+    """The `Lost` that is behind an error, if any: torch raises an error of its own from it."""
     found = error if isinstance(error, Lost) else error.__cause__
     return found if isinstance(found, Lost) else None
 
 
 def exit_status(code: int | None) -> str:
-    """What became of a process, in words."""
+    """How a process ended, in words."""
     if code is None:
-        return "ended, and somebody else was told how"
+        return "ended, and another process has taken its exit status"
     if code >= 0:
         return f"ended with exit status {code}"
     with contextlib.suppress(ValueError):
@@ -58,20 +65,23 @@ def exit_status(code: int | None) -> str:
 
 
 class Wait:
-    """What a queue calls for its pipe, in the one thread that reads it: the loader's, or torch's that pins memory.
+    """Waits for the pipe of torch's result queue, and for the ends of all workers.
+
+    The queue calls it in the one thread that reads the pipe: the loader's, or torch's thread that
+    pins memory.
 
     Args:
-        iterator: torch's, over worker processes; its queue waits here from now on.
+        iterator: torch's iterator over worker processes. Its queue waits here from now on.
     """
 
     def __init__(self, iterator: Any) -> None:
         batches = iterator._worker_result_queue
-        reader = batches._reader  # not held here: it holds this
+        reader = batches._reader  # not kept in a field: it holds this object
         self._pipe = reader.fileno()
         self._dead: set[int] = set()
-        self._through: set[int] = set()
+        self._finished: set[int] = set()
         self._status: list[bool] = []
-        self._torn = self._told = False
+        self._torn = self._reported = False
         self._workers = iterator._workers
         self._alive = set(range(len(self._workers)))
         self._selector = selectors.DefaultSelector()
@@ -89,36 +99,40 @@ class Wait:
             iterator._data_queue = _Pinned(self._pinned)
 
     def begin(self, status: list[bool]) -> None:
-        """Another epoch, of which all workers owe batches until `let_go` or until they are False in
-        torch's ``status``.
+        """Begin an epoch: all workers have batches to send.
+
+        Args:
+            status: torch's list of the workers that have not ended, by number.
         """
-        self._through.clear()
+        self._finished.clear()
         self._status = status
 
     def let_go(self, number: int) -> None:
-        """That worker has sent all. Said before it is told to end: torch's ``status`` changes
-        later, in another thread.
+        """Note that a worker has sent everything.
+
+        Called before the worker is asked to end: torch's ``status`` changes later, in another
+        thread.
         """
-        self._through.add(number)
+        self._finished.add(number)
 
     @property
     def broken(self) -> bool:
-        """Whether a worker is gone, or what comes next begins in the middle."""
+        """Whether a worker is dead, or the pipe stands in the middle of a batch."""
         return self._torn or bool(self._dead)
 
     def poll(self, timeout: float = 0.0) -> bool:
-        """Whether something comes within so many seconds.
+        """Whether something arrives within ``timeout`` seconds.
 
         Raises:
-            Lost: When all that was sent is taken, and a worker ended that should have sent more.
+            Lost: If everything sent was taken, and a worker ended that should have sent more.
         """
         until = time.monotonic() + timeout
         while True:
             left = max(0.0, until - time.monotonic())
-            if self._ready(0.0 if self._owing() and not self._told else min(left, _LOOK_S)):
+            if self._ready(0.0 if self._owing() and not self._reported else min(left, _LOOK_S)):
                 return True
             if self._torn or self._owing():
-                self._tell()
+                self._report()
             if self._torn or left == 0.0:
                 return False
 
@@ -131,14 +145,14 @@ class Wait:
             raise
 
     def read(self, size: int) -> io.BytesIO:
-        """So many bytes of the pipe."""
+        """``size`` bytes of the pipe."""
         found, before = io.BytesIO(), self._dead.copy()
         while (left := size - found.tell()) > 0:
             doubtful = False
             while not self._ready(_LOOK_S):
-                if doubtful:  # nothing more comes: the rest was the dead one's
+                if doubtful:  # nothing more comes: a dead worker should have sent the rest
                     self._torn = True
-                    self._tell()
+                    self._report()
                     raise queue.Empty
                 doubtful = not before.issuperset(self._owing())
             chunk = os.read(self._pipe, left)
@@ -148,14 +162,14 @@ class Wait:
         return found
 
     def _ready(self, timeout: float) -> bool:
-        """Whether the pipe has something. If not, all that the dead have sent was taken."""
+        """Whether the pipe has something. If not, everything that dead workers sent was taken."""
         if self._torn:
             time.sleep(min(timeout, _NAP_S))
             return False
         ready = [key.data for key, _ in self._selector.select(timeout)]
         if None in ready:
             return True
-        # A process that a worker started may hold what tells of its end.
+        # A process that a worker started may hold the sentinel that shows its end.
         ready += [
             number for number in self._alive if not ready and not self._workers[number].is_alive()
         ]
@@ -166,25 +180,25 @@ class Wait:
         return False
 
     def _owing(self) -> list[int]:
-        """Dead workers that have not sent all."""
+        """Dead workers that have not sent everything."""
         if not self._dead:
             return []
         return [
             number
-            for number in sorted(self._dead - self._through)
+            for number in sorted(self._dead - self._finished)
             if not self._status or self._status[number]
         ]
 
-    def _tell(self) -> None:
-        if self._told:
+    def _report(self) -> None:
+        """Raise `Lost`, or put it where the pinning thread passes it on. Once."""
+        if self._reported:
             return
         numbers = self._owing()
         words = []
         for number in numbers:
             worker, until = self._workers[number], time.monotonic() + _LOOK_S
-            while (
-                worker.is_alive() and time.monotonic() < until
-            ):  # it closes what it holds before its status is there
+            # A process closes its files before its exit status is there.
+            while worker.is_alive() and time.monotonic() < until:
                 time.sleep(0.001)
             words.append(
                 f"DataLoader worker {number} (pid {worker.pid}) {exit_status(worker.exitcode)}"
@@ -196,24 +210,24 @@ class Wait:
         )
         if self._pinned is None:
             raise lost
-        self._told = True
+        self._reported = True
         self._pinned.put(lost)
 
 
 class _Pinned:
-    """The queue between the thread that pins memory and the loader, as the loader sees it."""
+    """The queue from the thread that pins memory, as the loader reads it."""
 
     def __init__(self, batches: queue.Queue[Any]) -> None:
         self._batches = batches
 
     def get(self, timeout: float | None = None) -> Any:
-        """What comes next.
+        """The next batch.
 
         Raises:
-            Lost: When that is the end of a worker.
+            Lost: If a worker has died.
         """
         found = self._batches.get(timeout=timeout)
         if isinstance(found, Lost):
-            self._batches.put(found)  # nor does anything else come after it
+            self._batches.put(found)  # nothing else comes after it
             raise found
         return found

@@ -287,7 +287,7 @@ class LaneReader:
                 self.output.iterator.load(state["state"])
                 self.resumed = True
 
-    def _output(self) -> LaneOutput:
+    def _open(self) -> LaneOutput:
         return LaneOutput(self.bound, self.lane, int(epoch_key(self.epoch)[0]), self.epoch)
 
     def next(self) -> Item:

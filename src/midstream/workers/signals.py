@@ -1,21 +1,20 @@
-"""Worker processes that signals do not kill: they obey their parent alone, and die with it.
+"""Worker processes that signals do not kill: they obey only their parent, and die with it.
 
 A cluster that preempts a job sends SIGTERM or SIGUSR1 to every process of it; Ctrl-C in a terminal
-sends SIGINT to all. The main process decides what happens then, and needs its workers meanwhile. So
-of the signals in `SIGNALS`
+sends SIGINT to all. The main process decides what happens then, and needs its workers until it has
+saved. So the signals in `SIGNALS`
 
-    from its first instruction    a worker inherits them blocked (`Context` blocks them around the start)
-    from worker_init_fn on        they call a function that does nothing (`WorkerInit`)
+    are blocked         from the first instruction of a worker (`Context` blocks them around its start)
+    do nothing          from worker_init_fn on: their handler is an empty function (`WorkerInit`)
 
-Why a function, and neither ignored nor blocked to the end: programs that user code starts in a
-worker inherit both, and would not hear their own ``terminate()`` any more. A handler is not
-inherited by another program.
+They are neither ignored nor blocked to the end, because programs that user code starts in a worker
+would inherit that, and would not react to their own ``terminate()``. A handler is not inherited.
 
-Since SIGTERM does nothing, ``terminate()`` is SIGKILL here, which ends a worker whatever it is
-stuck in. When the parent is gone, a thread of the worker ends it.
+Since SIGTERM does nothing, ``terminate()`` sends SIGKILL here. When the parent is gone, a thread of
+the worker ends it.
 
-With the start method ``forkserver``, the server must survive too: where the first worker starts it,
-it has these signals blocked for good, and so have other processes that the program makes with it,
+With the start method ``forkserver`` the server must survive too. Where the first worker starts it,
+it has these signals blocked for good. So have other processes that the program starts with it,
 until they unblock them.
 """
 
@@ -54,29 +53,25 @@ class Context(BaseContext):
         self._context = context.get_context()
         self._name = self._context.get_start_method()
         if self._name != "fork":
-            with (
-                _blocked()
-            ):  # the tracker of its semaphores, which by itself ignores SIGINT and SIGTERM alone
+            with _blocked():  # by itself the tracker ignores only SIGINT and SIGTERM
                 resource_tracker.ensure_running()
 
     def get_context(self, method: str | None = None) -> Any:
-        """The real one: queues and events are its own."""
+        """The real context, which makes queues and events."""
         return self._context
 
     def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:  # noqa: N802
-        """A process of the real context. Only its start and its end differ."""
+        """A process of the real context, started with the signals blocked."""
         process: Any = self._context.Process(*args, **kwargs)
 
         def start() -> None:
-            del process.start  # it must not travel with the process
+            del process.start  # or it would be pickled with the process
             try:
                 with _blocked():
                     process.start()
                 _terminate_is_kill(process)
             except BaseException:
-                if (
-                    process.pid is not None
-                ):  # Ctrl-C came while it was started: nobody will know of it
+                if process.pid is not None:  # Ctrl-C during the start: nobody would end it later
                     process.kill()
                 raise
 
@@ -94,7 +89,7 @@ def _blocked() -> Iter[None]:
 
 
 def _terminate_is_kill(process: Any) -> None:
-    """Replace it where multiprocessing itself, which terminates what is left at exit, finds it."""
+    """Let ``terminate`` send SIGKILL, also where multiprocessing itself calls it at exit."""
     popen = weakref.ref(process._popen)  # no cycle: the pipes of a process close with it
 
     def terminate() -> None:
@@ -115,26 +110,24 @@ class WorkerInit:
         self.init_fn = init_fn
 
     def __call__(self, worker: int) -> None:
-        """Shield this process, then call the user's."""
+        """Protect this process from signals, then call the user's function."""
         threading.Thread(target=_die_with_parent, name="midstream-parent", daemon=True).start()
         signal.set_wakeup_fd(-1)  # a fork shares it with the parent, whose event loop would wake up
         _handle(_nothing)
         sys.excepthook = _HangUps(sys.excepthook)
-        atexit.register(
-            _handle, signal.SIG_IGN
-        )  # an ending interpreter (spawn) takes handlers away, but not this
+        # An interpreter that ends (spawn) removes handlers, but not this.
+        atexit.register(_handle, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if self.init_fn is not None:
             self.init_fn(worker)
 
 
 class _HangUps:
-    """An excepthook that says nothing of a receiver that hung up.
+    """An excepthook that is silent when the receiver of a tensor has closed its connection.
 
-    Tensors leave a worker as file descriptors, handed over by a thread of multiprocessing, which
-    calls `sys.excepthook` for what it meets. When the main process stops receiving half-way
-    (another worker died, or Ctrl-C), that is no failure of this worker. Other threads tell of their
-    errors by `threading.excepthook`.
+    Tensors leave a worker as file descriptors, sent by a thread of multiprocessing that calls
+    `sys.excepthook` for its errors. When the main process stops receiving half-way (another worker
+    died, or Ctrl-C), this worker has not failed. Other threads use `threading.excepthook`.
     """
 
     def __init__(self, hook: Callable[..., Any]) -> None:
@@ -150,7 +143,7 @@ class _HangUps:
 def _handle(handler: Any) -> None:
     for number in SIGNALS:
         signal.signal(number, handler)
-        signal.siginterrupt(number, False)  # system calls go on
+        signal.siginterrupt(number, False)  # system calls are not interrupted
 
 
 def _nothing(number: int, frame: Any) -> None:

@@ -1,11 +1,12 @@
 """Readers in threads of the main process, instead of worker processes.
 
-Each reader makes what worker ``w`` of ``W`` would make, so order and checkpoints are the same. It
-reads ahead until so many envelopes wait; the iterator takes one from each in turn.
+Each reader makes the batches that worker ``w`` of ``W`` would make, so order and checkpoints are
+the same. It reads ahead until a given number of turns wait; the loader takes one from each reader
+in turn.
 
-    right where    reading waits (network, disks) or works outside the GIL (decoding, numpy, pyarrow), or batches are so
-                   large or so quickly made that the way from a process costs more than the work
-    wrong where    samples are made by Python code: threads take turns there, and with the training loop
+    use threads where      reading waits (network, disks) or works outside the GIL (decoding, numpy,
+                           pyarrow), or a batch costs less to make than to send from a process
+    use processes where    samples are made by Python code: threads would wait for each other there
 
 User code runs in this process: it shares memory with it, and ``torch.utils.data.get_worker_info()``
 is None.
@@ -24,6 +25,7 @@ import torch
 from torch.utils.data._utils import pin_memory
 
 from midstream.errors import WorkerError
+from midstream.workers.messages import Turn
 from midstream.workers.readers import Runner
 
 __all__ = ["Launch", "ThreadReaders"]
@@ -34,23 +36,23 @@ _ITEM, _END, _ERROR = range(3)
 
 
 class _Line:
-    """Between one reading thread and who takes: what waits, room for more, and whether it is over."""
+    """The queue of one reading thread: what waits, room for more, and whether it has ended."""
 
     def __init__(self, room: int) -> None:
         self.items: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         self.room = threading.Semaphore(room)
         self.stopped = False
-        self.ended = False  # known to who takes
+        self.ended = False  # set by the reader of this queue
 
 
 class ThreadReaders:
-    """Iterates the envelopes of all readers, in the order of turns.
+    """Iterates over the turns of all readers, in order.
 
     Args:
-        runner: What they read.
+        runner: What the threads read.
         readers: How many threads.
-        prefetch: How many envelopes each keeps ready.
-        timeout: Seconds to wait for one; 0 for ever.
+        prefetch: How many turns each keeps ready.
+        timeout: Seconds to wait for a turn; 0: without limit.
         init_fn: Called in each thread with its number.
         pin: Whether batches are pinned, in the thread.
     """
@@ -80,8 +82,8 @@ class ThreadReaders:
             )
             for number, line in enumerate(self._lines)
         ]
-        # Ends them when this goes, and before the interpreter does: they must not be in the middle
-        # of C code then.
+        # Ends the threads when this object is collected, and before the interpreter ends: they must
+        # not be in the middle of C code then.
         self._end = weakref.finalize(self, _stop, self._lines, threads)
         for thread in threads:
             thread.start()
@@ -150,18 +152,20 @@ def _read(
                 return
             item = next(reader)
             if pin:
-                batch, lane, outs = item
-                item = batch, lane, [out._replace(payload=_pinned(out.payload)) for out in outs]
+                item = _pinned(item)
             line.items.put((_ITEM, item))
-            del item  # else it lives until the next one is made
+            del item  # or it would live until the next one is made
     except StopIteration:
         line.items.put((_END, None))
     except BaseException as error:
         line.items.put((_ERROR, error))
 
 
-def _pinned(payload: Any) -> Any:
-    return pin_memory.pin_memory(payload)  # type: ignore[no-untyped-call]
+def _pinned(turn: Turn) -> Turn:
+    """The turn with its batches in pinned memory."""
+    number, lane, messages = turn
+    pin = pin_memory.pin_memory
+    return number, lane, [each._replace(payload=pin(each.payload)) for each in messages]  # type: ignore[no-untyped-call]
 
 
 class Launch:
