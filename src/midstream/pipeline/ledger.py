@@ -11,7 +11,7 @@ from midstream.errors import (
     bullet_list,
 )
 from midstream.metrics.tracked import Gathered, Tracked
-from midstream.pipeline.failures import ErrorRate, Excluded, SampleFailure
+from midstream.pipeline.failures import ErrorRate, SampleFailure
 from midstream.pipeline.quarantine import write_record
 
 
@@ -108,7 +108,7 @@ class Ledger:
         """Count a skipped sample. It is met once: failures pass every buffer at once and replays
         swallow them.
         """
-        kind = "excluded" if type(failure) is Excluded else f"failed {failure.error_type}"
+        kind = "excluded" if failure.outcome == "exclude" else f"failed {failure.error_type}"
         key = f"{kind}|{failure.node}|{source}"
         self.events[key] = self.events.get(key, 0) + 1
         if failure.limit is not None:

@@ -25,7 +25,7 @@ class LaneOutput:
     counted on the way.
     """
 
-    __slots__ = ("iterator", "lane", "bound", "skipped")
+    __slots__ = ("bound", "iterator", "lane", "skipped")
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class LaneOutput:
             if type(sample) is not FailedSample:
                 return sample, origins
             failure = sample.errors[0]
-            if not failure.quiet:
+            if failure.outcome == "raise":
                 return failure, origins
             source = (
                 self.bound.names.index(failure.origin.source) if failure.origin is not None else -1

@@ -187,7 +187,7 @@ class _RandomReader:
                 origins = as_origin_array(origins)
                 return [*outs, Message(BATCH, sample, origins, True, None, self.ledger.take())]
             failure = sample.errors[0]
-            if failure.quiet:
+            if failure.outcome != "raise":
                 self.ledger.failed(failure, source_of(self.bound, failure))
                 if done:
                     return [*outs, Message(NOTHING, None, None, True, None, self.ledger.take())]
