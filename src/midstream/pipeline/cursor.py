@@ -162,7 +162,7 @@ class Cursor(Iterator):
         return numbers
 
     def _hint(self) -> None:
-        """Give the sources a prefetch hint: they may read the next rows while this chunk is used."""
+        """Give the sources a prefetch hint: they may read on while this chunk is used."""
         after = self.first + self.count
         first = max(after, self.hinted)
         stop = min(first + _HINT_CHUNKS * self.chunk, after + _HINT_ROWS)
@@ -305,22 +305,22 @@ class TrackingCursor(Cursor):
             row = sample
         else:
             row = self.items[self.taken - (self.raised == 0)][0]
-        whole: list[tuple[int, ...]] = []
+        keys: list[tuple[int, ...]] = []  # of all rows that make up the sample
         if type(row) is not FailedSample or row.rest is not MISSING:
-            whole = (
+            keys = (
                 [origins[:4]]
                 if type(origins) is tuple
                 else list(map(tuple, origins[:, :4].tolist()))
             )
         for error in row.errors if type(row) is FailedSample else ():
             if error.rows is not None:
-                whole.extend(map(tuple, error.rows[:, :4].tolist()))
+                keys.extend(map(tuple, error.rows[:, :4].tolist()))
             elif error.origin is not None and error.outcome != "exclude":
                 name, epoch, row_number, part, _ = error.origin
-                whole.append((self.bound.names.index(name), epoch, row_number, part))
+                keys.append((self.bound.names.index(name), epoch, row_number, part))
         for (each, kinds), stash in zip(self.tracking, self.stashes):
             found: dict[int, list[tuple[Any, ...]]] = {}
-            for key in whole:
+            for key in keys:
                 known = stash.pop(key, None)
                 if known is not None:
                     found.setdefault(known[0], []).append(known[1])

@@ -8,7 +8,7 @@ from midstream.pipeline.node import BoundNode, Node, bind
 
 
 def spec(node: Node) -> dict[str, State]:
-    """A pipeline as plain data: nodes, names, seeds, weights, lengths. Its hash is the `fingerprint`.
+    """A pipeline as plain data: nodes, names, seeds, weights, lengths. `fingerprint` is its hash.
 
     A callable is recorded by its name only, so that editing a file does not void a checkpoint.
     """
@@ -52,14 +52,14 @@ def access(node: Node) -> str:
 
 
 def tree(node: Node) -> str:
-    """A pipeline as a tree, one line per node: its arguments, and after ``#`` its kind of access."""
+    """A pipeline as a tree: one line per node with its arguments and, after ``#``, its access."""
     lines = tree_lines(bind(node))
     width = min(72, max(len(line) for line, _ in lines))
     return "\n".join(f"{line.ljust(width)}  # {note}" for line, note in lines)
 
 
 def tree_lines(bound: BoundNode) -> list[tuple[str, str]]:
-    """The lines of a tree, top down: for each node its text with branches, and its kind of access."""
+    """The lines of a tree, top down: for each node its text with branches, and its access."""
     label = bound.node.summary()
     if bound.source >= 0:
         label = f"{bound.names[bound.source]}: {label}"

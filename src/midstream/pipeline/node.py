@@ -22,6 +22,8 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import numpy as np
+
 from midstream.common.plain_state import State
 from midstream.common.randomness import salt
 from midstream.errors import Origin
@@ -194,6 +196,23 @@ def bind(root: Node) -> BoundNode:
     return build(root, ())
 
 
+def row_origins(bound: BoundNode, passes: I64, rows: I64) -> I64:
+    """Origins of rows that a source is about to read, int64, shape [k, 5].
+
+    Call it before reading: a dead worker's error names the rows that it was reading.
+
+    Args:
+        bound: The source.
+        passes: int64, shape [1] or [k]: as `Node._rows` was given them.
+        rows: Numbers of the rows, int64, shape [k].
+    """
+    origins = np.zeros((len(rows), 5), dtype=np.int64)
+    origins[:, 0], origins[:, 1], origins[:, 2] = bound.source, passes, rows
+    if bound.trail is not None:
+        bound.trail.rows(origins)
+    return origins
+
+
 class Node:
     """An immutable description of one operation and its inputs; sources are the leaves of a tree.
 
@@ -224,7 +243,7 @@ class Node:
     loop does first.
     """
 
-    # -- the tree -----------------------------------------------------------------------------------------------------
+    # -- the tree ----------------------------------------------------------------------------------
 
     def inputs(self) -> dict[str, Node]:
         """The inputs by name. A single input has the empty name; sources have none."""
@@ -256,7 +275,7 @@ class Node:
     def __repr__(self) -> str:
         return self.summary()
 
-    # -- size and kind ------------------------------------------------------------------------------------------------
+    # -- size and kind -----------------------------------------------------------------------------
 
     @property
     def random_access(self) -> bool:
@@ -332,7 +351,7 @@ class Node:
         ]
         return min(limits) if limits else None
 
-    # -- reading with random access -----------------------------------------------------------------------------------
+    # -- reading with random access ----------------------------------------------------------------
 
     def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
         """The samples at ``positions``.
@@ -378,7 +397,7 @@ class Node:
         next, in this order. It changes no sample.
         """
 
-    # -- reading as a stream ------------------------------------------------------------------------------------------
+    # -- reading as a stream -----------------------------------------------------------------------
 
     def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
         """The node's iterator in one lane, for one pass.
@@ -392,7 +411,7 @@ class Node:
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be read as a stream")
 
-    # -- caches and pickling ------------------------------------------------------------------------------------------
+    # -- caches and pickling -----------------------------------------------------------------------
 
     _kept_slots: ClassVar[tuple[str, ...]] = ()
     """Caches that are pickled. All others are left out."""

@@ -18,7 +18,7 @@ from midstream.dataset import Dataset
 from midstream.errors import SourceError
 from midstream.pipeline.failures import FailedSample, SampleFailure
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node
+from midstream.pipeline.node import BoundNode, Node, row_origins
 from midstream.pipeline.rows import I64, U64, Rows
 from midstream.sources.files import File, Paths, count, is_remote, list_files, plain_paths
 from midstream.sources.json_lines import (
@@ -31,7 +31,6 @@ from midstream.sources.json_lines import (
     load_line_index,
 )
 from midstream.sources.shards import ShardIterator, Shards
-from midstream.sources.source_rows import row_origins
 
 try:
     import orjson as _orjson
