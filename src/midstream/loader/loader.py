@@ -42,6 +42,7 @@ from midstream.common.tables import MONO
 from midstream.common.validation import require_int
 from midstream.dataset import Dataset
 from midstream.distributed.agreement import Agreement
+from midstream.distributed.collectives import broadcast, is_initialized
 from midstream.distributed.topology import (
     Topology,
     batches_of_rank,
@@ -1040,16 +1041,15 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         """torch's seed may differ between ranks, and then each would shuffle in its own order: rank
         0's is taken.
         """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not is_initialized():
             raise ValueError(
                 "shuffle=True takes its seed from torch, and several ranks cannot agree on one"
                 " without torch.distributed. Shuffle with a seed of your own:"
                 " DataLoader(midstream.from_dataset(data).shuffle(seed), ...)"
             )
-        seed = [shuffle_seed(self._pipeline)]
-        torch.distributed.broadcast_object_list(seed, src=0)
-        if seed[0] != shuffle_seed(self._pipeline):
-            self._set_pipeline(with_seed(self._pipeline, seed[0]))
+        seed = broadcast(shuffle_seed(self._pipeline))
+        if seed != shuffle_seed(self._pipeline):
+            self._set_pipeline(with_seed(self._pipeline, seed))
         self._seed_from_torch = False  # agreed once
 
     def _begin(self, topology: Topology) -> tuple[Position, bool]:

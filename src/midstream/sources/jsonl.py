@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from midstream.common.plain_state import State
-from midstream.common.progress_bar import watched
+from midstream.common.progress_bar import with_progress_bar
 from midstream.common.validation import require_name
 from midstream.dataset import Dataset
 from midstream.errors import SourceError
@@ -128,7 +128,9 @@ class JsonSource(Node):
         if offsets is None:
             offsets = [
                 load_line_index(found)
-                for found in watched(self._found(), "read_json: finding the rows of files")
+                for found in with_progress_bar(
+                    self._found(), "read_json: finding the rows of files"
+                )
             ]
             self._set("_row_offsets", offsets)
         return offsets
