@@ -84,7 +84,7 @@ def test_a_bar_comes_after_a_second_and_goes_at_the_end(clock: Clock, terminal: 
 def test_what_takes_less_shows_nothing_and_makes_no_bar(
     clock: Clock, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(_bar, "_open")
+    monkeypatch.delattr(_bar, "_open_bar")
     assert list(with_progress_bar(items(clock, 100, 0.009), "looking", 100)) == list(range(100))
     assert terminal.getvalue() == ""
 
