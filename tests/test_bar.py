@@ -19,7 +19,7 @@ import pytest
 
 import midstream as ms
 from midstream.common import progress_bar as _bar
-from midstream.common.progress_bar import watched
+from midstream.common.progress_bar import with_progress_bar
 
 
 class Terminal(io.StringIO):
@@ -69,7 +69,7 @@ def items(clock: Clock, number: int, seconds: float) -> Iterator[int]:
 
 def test_a_bar_comes_after_a_second_and_goes_at_the_end(clock: Clock, terminal: Terminal) -> None:
     seen = []
-    for item in watched(range(8), "looking"):
+    for item in with_progress_bar(range(8), "looking"):
         seen.append((item, terminal.getvalue()))
         clock.pass_(0.3)
     assert [item for item, _ in seen] == list(range(8))
@@ -84,24 +84,24 @@ def test_a_bar_comes_after_a_second_and_goes_at_the_end(clock: Clock, terminal: 
 def test_what_takes_less_shows_nothing_and_makes_no_bar(
     clock: Clock, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(_bar, "_open")
-    assert list(watched(items(clock, 100, 0.009), "looking", 100)) == list(range(100))
+    monkeypatch.delattr(_bar, "_open_bar")
+    assert list(with_progress_bar(items(clock, 100, 0.009), "looking", 100)) == list(range(100))
     assert terminal.getvalue() == ""
 
 
 def test_no_thread_is_left(clock: Clock, terminal: Terminal) -> None:
     before = threading.active_count()
-    assert len(list(watched(items(clock, 4, 2.0), "looking", 4))) == 4
+    assert len(list(with_progress_bar(items(clock, 4, 2.0), "looking", 4))) == 4
     assert "looking" in terminal.getvalue()
     assert threading.active_count() == before
 
 
 def test_how_many_there_are_is_asked_of_the_items(clock: Clock, terminal: Terminal) -> None:
-    for _ in watched(["a", "b", "c"], "looking"):
+    for _ in with_progress_bar(["a", "b", "c"], "looking"):
         clock.pass_(2)
     assert " 1/3 " in terminal.getvalue()
     terminal.truncate(0)
-    for _ in watched(iter("abc"), "looking"):
+    for _ in with_progress_bar(iter("abc"), "looking"):
         clock.pass_(2)
     assert "looking: 1it" in terminal.getvalue()
 
@@ -114,9 +114,9 @@ def test_an_error_and_a_loop_that_is_left_take_the_bar_with_them(
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        list(watched(fails(), "looking"))
+        list(with_progress_bar(fails(), "looking"))
     assert terminal.getvalue().rsplit("\r", 2)[1].strip() == ""
-    going = watched(items(clock, 9, 2.0), "looking")
+    going = with_progress_bar(items(clock, 9, 2.0), "looking")
     next(going), next(going)
     going.close()
     assert terminal.getvalue().rsplit("\r", 2)[1].strip() == ""
@@ -145,12 +145,12 @@ OFF: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
 def test_no_bar_where_nobody_looks(
     clock: Clock, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
-    assert len(list(watched(items(clock, 4, 2.0), "looking", 4))) == 4
+    assert len(list(with_progress_bar(items(clock, 4, 2.0), "looking", 4))) == 4
     assert "looking" in terminal.getvalue()
     terminal.truncate(0)
     terminal.seek(0)
     OFF[why](monkeypatch)
-    assert list(watched(items(clock, 4, 2.0), "looking", 4)) == [0, 1, 2, 3]
+    assert list(with_progress_bar(items(clock, 4, 2.0), "looking", 4)) == [0, 1, 2, 3]
     assert terminal.getvalue() == ""
 
 
@@ -158,10 +158,10 @@ def test_the_switch_of_datasets_is_heard(clock: Clock, terminal: Terminal) -> No
     was_off = datasets.are_progress_bars_disabled()
     try:
         datasets.disable_progress_bars()
-        assert len(list(watched(items(clock, 4, 2.0), "looking", 4))) == 4
+        assert len(list(with_progress_bar(items(clock, 4, 2.0), "looking", 4))) == 4
         assert terminal.getvalue() == ""
         datasets.enable_progress_bars()
-        assert len(list(watched(items(clock, 4, 2.0), "looking", 4))) == 4
+        assert len(list(with_progress_bar(items(clock, 4, 2.0), "looking", 4))) == 4
         assert "looking" in terminal.getvalue()
     finally:
         (datasets.disable_progress_bars if was_off else datasets.enable_progress_bars)()
@@ -172,7 +172,7 @@ def test_tqdm_disable_means_what_it_says(
     clock: Clock, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, value: str, shown: bool
 ) -> None:
     monkeypatch.setenv("TQDM_DISABLE", value)
-    assert len(list(watched(items(clock, 4, 2.0), "looking", 4))) == 4
+    assert len(list(with_progress_bar(items(clock, 4, 2.0), "looking", 4))) == 4
     assert ("looking" in terminal.getvalue()) == shown
 
 
@@ -195,7 +195,7 @@ def test_a_real_worker_shows_nothing(
 ) -> None:
     monkeypatch.setattr(_bar, "_AFTER_S", 0.0)
     ds = ms.from_dataset([1, 2, 3, 4]).map(
-        lambda x: (x, os.getpid(), list(watched([x, x], "looking")), _bar._is_wanted())
+        lambda x: (x, os.getpid(), list(with_progress_bar([x, x], "looking")), _bar._is_wanted())
     )
     found = list(ms.DataLoader(ds, batch_size=1, num_workers=1, collate_fn=list))
     assert [sample[2:] for (sample,) in found] == [([x, x], False) for x in (1, 2, 3, 4)]

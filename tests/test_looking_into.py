@@ -255,7 +255,7 @@ def test_a_torn_line_is_passed_over_with_a_warning(tmp_path: Path) -> None:
     (file,) = folder.glob("*.jsonl")
     whole = file.read_bytes()
     file.write_bytes(whole[:-10])
-    with pytest.warns(RuntimeWarning, match="1 lines are torn"):
+    with pytest.warns(RuntimeWarning, match="1 lines are incomplete"):
         found = ms.read_quarantine(folder)
     assert len(found) == 19
     with pytest.raises(FileNotFoundError, match="no quarantine"):

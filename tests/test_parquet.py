@@ -926,7 +926,7 @@ def test_an_error_while_a_larger_chunk_is_tried_does_not_end_in_no_chunk_at_all(
     len(ds)
     spoil(tmp_path / "0.parquet", 1)
     cursor = Cursor(bind(ds.node), Lane(0, 1, 1, Ledger()), 0, 0)
-    cursor.chunk, cursor.tried = (
+    cursor.chunk, cursor.cost_before_trial = (
         8,
         1e-12,
     )  # as after a chunk was doubled, which will turn out not to pay

@@ -56,8 +56,8 @@ BUGS = {
     ),
     "read-ahead counts as delivered": Bug(
         "core.py",
-        "        return [self.number, self.told, self.block]\n",
-        "        return [self.first + len(self.items), self.told, self.block]\n",
+        "        return [self.number, self.raised, self.block]\n",
+        "        return [self.first + len(self.items), self.raised, self.block]\n",
         ("test_contract.py", "restore_at_every_step and shuffle"),
     ),
     "the end of an epoch is one batch late": Bug(

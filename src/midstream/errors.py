@@ -1,15 +1,15 @@
-"""Every error midstream raises while it runs or resumes.
+"""The errors that midstream raises while it runs or resumes, and Origin.
 
     MidstreamError
-    ├── SampleError          user code raised on one sample; that sample is lost, the next one follows
+    ├── SampleError          user code raised on one sample, which is lost; the next one follows
     ├── TooManyErrors        more samples were skipped than ``max_errors`` allows
-    ├── SourceError          a source cannot go on (a generator that died, a file that vanished)
-    ├── WorkerError          something other than a sample failed inside a worker process
-    └── CheckpointError      a state that this pipeline cannot take
-        └── ReplayDiverged   what was read again on resume is not what was read before
+    ├── SourceError          a source cannot read its next row (a missing file, for instance)
+    ├── WorkerError          a worker process failed, outside of user code for one sample
+    └── CheckpointError      a state that cannot be loaded into this pipeline
+        └── ReplayDiverged   a resume read other data again than before the checkpoint
 
-Wrong arguments are ``ValueError`` or ``TypeError`` at construction. Everything here can be rebuilt
-from its message alone, so it survives pickling from a worker process.
+Wrong arguments raise ``ValueError`` or ``TypeError`` at construction. Every error here is rebuilt
+from its message alone, so it survives pickling in a worker process.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any, NamedTuple
 
 
 class Origin(NamedTuple):
-    """Where a sample came from.
+    """Where a sample came from: source, epoch, row and part.
 
     Attributes:
         source: Name of the source in the pipeline's tree.
-        epoch: The pass over that source (outer epoch and every enclosing ``repeat`` included), from
-            0.
-        row: Row of the source.
-        part: What ``flat_map`` made of the row, or the piece that ``pack`` cut of it: 0 for the row
-            itself, its first output or piece, then 1, 2, ...
-        tokens: How many tokens of it a packed row has (its separator included); 0 where tokens are
-            not counted.
+        epoch: Number of the pass over that source, from 0: outer epochs and passes of every
+            enclosing ``repeat`` are counted together.
+        row: Number of the row in the source.
+        part: Number of the output of ``flat_map``, or of the piece cut by ``pack``, from 0; 0 for
+            a whole row.
+        tokens: Number of its tokens in a packed row, its separator included; 0 where tokens are not
+            counted.
 
     >>> str(Origin("web", epoch=2, row=7))
     'web[7] epoch 2'
@@ -53,13 +53,13 @@ class Origin(NamedTuple):
 
 
 class MidstreamError(Exception):
-    """Base of everything that can go wrong while a pipeline runs or resumes."""
+    """Base class of the errors that a pipeline raises while it runs or resumes."""
 
 
 class SampleError(MidstreamError, RuntimeError):
-    """User code raised on one sample. The sample is lost; the next ``next()`` goes on with the one after it.
+    """User code raised on one sample. It is lost; the next ``next()`` returns the one after it.
 
-    ``__cause__`` is the original exception where it could be carried over from the worker process.
+    ``__cause__`` is the original exception where it could be pickled in the worker process.
 
     Attributes:
         node: Path of the node whose code raised.
@@ -68,7 +68,7 @@ class SampleError(MidstreamError, RuntimeError):
         function: The callable as ``name @ file:line``.
         error_type: Qualified name of the original exception's type.
         original_message: ``str()`` of the original exception.
-        original_traceback: The formatted traceback where it happened.
+        original_traceback: The formatted original traceback.
     """
 
     node: str = ""
@@ -84,21 +84,21 @@ class TooManyErrors(MidstreamError, RuntimeError):
 
 
 class SourceError(MidstreamError, RuntimeError):
-    """A source cannot deliver its next row, nor any after it."""
+    """A source cannot read its next row, nor any after it."""
 
 
 class WorkerError(MidstreamError, RuntimeError):
-    """A worker process failed outside of user code for one sample; the message holds its traceback."""
+    """A worker process failed, not on one sample; the message contains its traceback."""
 
 
 class CheckpointError(MidstreamError, ValueError):
-    """A state that this pipeline cannot take. Nothing was loaded."""
+    """A state cannot be loaded into this pipeline. Nothing was loaded."""
 
 
 class ReplayDiverged(CheckpointError):
-    """What a buffering node read again on resume is not what it had read when the state was saved."""
+    """On resume, a buffering node read other data again than before the state was saved."""
 
 
 def bullet_list(lines: Sequence[Any]) -> str:
-    """Lines of an error message, indented, one below the other."""
+    """Items of an error message as an indented list, one per line."""
     return "".join(f"\n  - {line}" for line in lines)

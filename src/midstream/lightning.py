@@ -21,10 +21,14 @@ import logging
 import warnings
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-
 from midstream.checkpoint.whole_run import gather_states
+from midstream.distributed.collectives import (
+    broadcast,
+    destroy_group,
+    new_cpu_group,
+    size_of_group,
+    smallest,
+)
 from midstream.errors import CheckpointError
 from midstream.loader.loader import DataLoader
 from midstream.loader.position import Position
@@ -110,8 +114,8 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         if stage != "fit":
             return
         self._saved, self._spent, self._marks, self._seen = None, [], {}, {}
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
+        if size_of_group() > 1:
+            self._group = new_cpu_group()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep the states until training starts."""
@@ -175,9 +179,7 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         """Ranks begin to read together, or wait for each other in vain."""
         if self._group is None:
             return true
-        answer = torch.tensor([int(true)])
-        dist.all_reduce(answer, op=dist.ReduceOp.MIN, group=self._group)
-        return bool(answer)
+        return bool(smallest(int(true), self._group))
 
     def _fit_lengths(self, trainer: Any, ours: list[DataLoader]) -> None:
         """Lightning took the length of an epoch before the state was there; on other ranks what is
@@ -260,10 +262,7 @@ class ResumeCallback(Callback):  # type: ignore[misc]
             for loader in _ours(trainer):
                 loader.run.guided, loader.run.trained = False, None
             if self._group is not None:
-                with contextlib.suppress(
-                    Exception
-                ):  # all of torch.distributed may have been shut down before
-                    dist.destroy_process_group(self._group)
+                destroy_group(self._group)
                 self._group = None
 
     # -- saving -------------------------------------------------------------------------------------------------------
@@ -274,10 +273,10 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         if not kept.get("combined_loader") or not self._marks:
             return
         ours = _ours(trainer)
-        done = [_trained(trainer)]
+        done = _trained(trainer)
         if self._group is not None:
-            dist.broadcast_object_list(done, src=0, group=self._group)  # rank 0's weights are saved
-        merged = iter(gather_states(lambda: self._states(ours, done[0]), self._group))
+            done = broadcast(done, self._group)  # rank 0's weights are saved
+        merged = iter(gather_states(lambda: self._states(ours, done), self._group))
         stateful = [
             loader for loader in trainer.fit_loop._combined_loader.flattened if _stateful(loader)
         ]
@@ -285,7 +284,7 @@ class ResumeCallback(Callback):  # type: ignore[misc]
             next(merged) if loader in ours else state
             for loader, state in zip(stateful, kept["combined_loader"])
         ]
-        checkpoint[_KEY] = {"spent": self._spent_now(trainer, done[0])}
+        checkpoint[_KEY] = {"spent": self._spent_now(trainer, done)}
 
     def _spent_now(self, trainer: Any, done: int) -> list[bool]:
         """Which loaders have come to their end in Lightning's epoch: until it is over, "max_size" takes no more of them, and

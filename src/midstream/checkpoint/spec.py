@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from midstream.common.plain_state import State
+from midstream.pipeline.node import unique_labels
 
 __all__ = ["Node", "Paths", "walk"]
 
@@ -44,15 +45,10 @@ def walk(spec: Mapping[str, Any], prefix: tuple[str, ...] = (), first: int = 0) 
         nodes = list(walk(child, (*prefix, key), after))
         after = nodes[0].sources.stop
         below += nodes
-    seen: dict[str, int] = {}
-    here = []
-    for node in reversed(chain):
-        label = str(node.get("label", node["node"]))
-        seen[label] = seen.get(label, 0) + 1
-        label = label if seen[label] == 1 else f"{label}#{seen[label]}"
-        here.append(
-            Node("/".join((*prefix, label)), node, range(first, after + ("name" in chain[-1])))
-        )
+    chain.reverse()
+    labels = unique_labels(str(node.get("label", node["node"])) for node in chain)
+    sources = range(first, after + ("name" in chain[0]))
+    here = [Node("/".join((*prefix, label)), node, sources) for node, label in zip(chain, labels)]
     yield from reversed(here)
     yield from below
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
-
 from midstream.checkpoint.merge import merge_states
+from midstream.distributed.collectives import ProcessGroup, gather_objects, size_of_group
 from midstream.errors import CheckpointError
 
 __all__ = ["WholeRun", "gather_states"]
 
 
 def gather_states(
-    states: Callable[[], list[Any]], group: dist.ProcessGroup | None = None
+    states: Callable[[], list[Any]], group: ProcessGroup | None = None
 ) -> list[dict[str, Any]]:
     """The merged states of all ranks, for each of several loaders: the same on every rank. A collective.
 
@@ -28,15 +27,14 @@ def gather_states(
     Raises:
         CheckpointError: If a rank has none to give, or they do not fit together.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+    if size_of_group(group) == 1:
         return states()
     mine: list[Any] | str
     try:
         mine = states()
     except Exception as error:
         mine = f"{type(error).__name__}: {error}"
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group=group)
+    found = gather_objects(mine, group)
     failed = {rank: answer for rank, answer in enumerate(found) if isinstance(answer, str)}
     if failed:
         rank, answer = min(failed.items())
@@ -76,7 +74,7 @@ class WholeRun:
     tensor([2, 3])
     """
 
-    def __init__(self, loader: Any, *, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, loader: Any, *, group: ProcessGroup | None = None) -> None:
         self.loader, self.group = getattr(loader, "_dataloader", loader), group
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""."""
+"""Helpers without knowledge of pipelines: plain state, randomness, validation, tables."""

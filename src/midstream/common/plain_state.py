@@ -1,7 +1,6 @@
-"""Plain-value state: what a checkpoint may hold, how it is copied, encoded and fingerprinted.
+"""Plain JSON values, as states and checkpoints hold them: copy, encode, fingerprint, seal.
 
-A state is JSON: dict with string keys, list, str, int, float, bool, None. Nothing here knows what a
-state means.
+A state consists of dicts with string keys, lists, str, int, float, bool and None.
 """
 
 from __future__ import annotations
@@ -27,21 +26,19 @@ __all__ = [
 ]
 
 FORMAT = 1
-"""Version of every state midstream writes."""
+"""Version of the states that midstream writes."""
 
 State = Any
-"""A plain JSON value. (A recursive alias would say more and check less: every use narrows it at
-once.)
-"""
+"""A plain JSON value. (A recursive type alias would need a cast at every use.)"""
 
 
 class Missing:
-    """The type of `MISSING`; survives pickling as the same object."""
+    """The type of `MISSING`, of which pickling makes no second instance."""
 
     _instance: Missing | None = None
 
     def __new__(cls) -> Missing:
-        """The one instance."""
+        """Return the only instance."""
         if cls._instance is None:
             cls._instance = super().__new__(cls)
         return cls._instance
@@ -54,11 +51,11 @@ class Missing:
 
 
 MISSING = Missing()
-"""Stands for "no value" where None is a value."""
+"""Means "no value" where None is a value."""
 
 
 class Fragment:
-    """A part of a state that is JSON text already, so that what has not changed is not encoded again.
+    """A part of a state that is encoded already, so that unchanged parts are encoded once.
 
     >>> encode({"a": Fragment('{"b":1}')}), copy_plain([Fragment('{"b":1}')])
     ('{"a":{"b":1}}', [{'b': 1}])
@@ -71,10 +68,10 @@ class Fragment:
 
 
 def copy_plain(state: State) -> State:
-    """A copy that shares nothing mutable with ``state``.
+    """A deep copy of ``state``.
 
     Raises:
-        TypeError: If there is anything but plain JSON values inside.
+        TypeError: If it contains anything but plain JSON values.
 
     >>> copy_plain({"at": [1, 2]})
     {'at': [1, 2]}
@@ -94,25 +91,25 @@ def copy_plain(state: State) -> State:
     raise TypeError(f"a state holds plain JSON values; found {kind.__name__}: {state!r:.80}")
 
 
-_HERE = "\x00fragment\x00"
-_PLACED = json.dumps(_HERE)
+_PLACEHOLDER = "\x00fragment\x00"
+_ENCODED_PLACEHOLDER = json.dumps(_PLACEHOLDER)
 
 
 def encode(state: State) -> str:
-    """One canonical string for a plain state: sorted keys, no spaces.
+    """The canonical JSON text of a state: sorted keys, no spaces.
 
     >>> encode({"b": 1, "a": None})
     '{"a":null,"b":1}'
     """
     texts: list[str] = []
 
-    def place(value: Any) -> str:
+    def placeholder_of(value: Any) -> str:
         if type(value) is not Fragment:
             raise TypeError(
                 f"a state holds plain JSON values; found {type(value).__name__}: {value!r:.80}"
             )
         texts.append(value.text)
-        return _HERE
+        return _PLACEHOLDER
 
     text = json.dumps(
         state,
@@ -120,13 +117,13 @@ def encode(state: State) -> str:
         separators=(",", ":"),
         ensure_ascii=True,
         allow_nan=False,
-        default=place,
+        default=placeholder_of,
     )
     if not texts:
         return text
-    parts = text.split(_PLACED)
+    parts = text.split(_ENCODED_PLACEHOLDER)
     if len(parts) != len(texts) + 1:
-        raise ValueError("a state holds a string that stands for something else")
+        raise ValueError(f"a state contains the reserved string {_PLACEHOLDER!r}")
     return "".join(part for pair in zip(parts, [*texts, ""]) for part in pair)
 
 
@@ -136,7 +133,7 @@ def decode(text: str) -> State:
 
 
 def fingerprint(spec: State) -> str:
-    """16 hexadecimal digits that change when anything in ``spec`` does (BLAKE2b of its canonical string).
+    """16 hexadecimal digits that depend on all of ``spec``: BLAKE2b of its canonical text.
 
     >>> fingerprint({"node": "shuffle"}) == fingerprint({"node": "shuffle"})
     True
@@ -145,12 +142,12 @@ def fingerprint(spec: State) -> str:
 
 
 def digest(text: str) -> str:
-    """`fingerprint` of what is encoded already."""
+    """The `fingerprint` of a state that is encoded already."""
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def seal(text: str) -> str:
-    """A JSON object with a check number of its text as the last entry, so that a damaged one is noticed.
+    """Add a CRC-32 of its text to a JSON object, as the last entry, to detect damage.
 
     >>> seal('{"a":1}')
     '{"a":1,"crc":"561bacaf"}'
@@ -158,15 +155,15 @@ def seal(text: str) -> str:
     return f'{text[:-1]},"crc":"{zlib.crc32(text.encode()):08x}"}}'
 
 
-_SEAL = len(',"crc":"00000000"}')
+_SEAL_LENGTH = len(',"crc":"00000000"}')
 
 
 def unseal(text: str) -> State:
-    """The object that `seal` sealed.
+    """Decode an object that `seal` returned.
 
     Raises:
-        ValueError: If it is not as it was sealed.
+        ValueError: If its CRC does not match.
     """
-    if seal(text[:-_SEAL] + "}") != text:
-        raise ValueError("its check number does not fit")
-    return decode(text[:-_SEAL] + "}")
+    if seal(text[:-_SEAL_LENGTH] + "}") != text:
+        raise ValueError("its CRC does not match")
+    return decode(text[:-_SEAL_LENGTH] + "}")

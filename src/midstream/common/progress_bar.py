@@ -1,4 +1,4 @@
-"""A progress bar over whatever takes longer than a second."""
+"""with_progress_bar: a tqdm bar for loops that take longer than a second."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from typing import Any, TypeVar
 
 from torch.utils.data import get_worker_info
 
-__all__ = ["watched"]
+__all__ = ["with_progress_bar"]
 
 T = TypeVar("T")
 
 _AFTER_S = 1.0
-_OFF = ("", "0", "false", "no", "off")
+_OFF_VALUES = ("", "0", "false", "no", "off")
 
 
-def watched(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """The items; from the second second on, a bar on standard error says how far they are, and goes when they end.
+def with_progress_bar(items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items; after one second, show a progress bar on standard error until they end.
+
+    The bar is tqdm's. It is shown only at a terminal or in a notebook, in the main process, on the
+    first rank, and unless ``TQDM_DISABLE`` is set or `datasets.disable_progress_bars` was called.
 
     Args:
-        items: What is looked through; anything that takes long happens while they are iterated.
-        what: What is done, in words; read beside the bar.
-        total: How many there are; None: ``len(items)``, where they have one.
+        items: The items to iterate over; the work is done while they are iterated.
+        text: Label beside the bar.
+        total: Number of items; None: ``len(items)``, where they have a length.
 
-    The bar is tqdm's. It is there only where someone looks: at a terminal or in a notebook, in the
-    main process, on the first rank; and not where ``TQDM_DISABLE`` is set or
-    `datasets.disable_progress_bars` was called.
-
-    >>> [name.upper() for name in watched(["a", "b"], "shouting")]
+    >>> [name.upper() for name in with_progress_bar(["a", "b"], "shouting")]
     ['A', 'B']
     """
     begin, done = time.perf_counter(), 0
@@ -44,9 +43,9 @@ def watched(items: Iterable[T], what: str, total: int | None = None) -> Iterator
             if bar is not None:
                 bar.update()
             elif wanted and time.perf_counter() - begin > _AFTER_S:
-                bar = _open(
-                    what, len(items) if total is None and isinstance(items, Sized) else total
-                )
+                if total is None and isinstance(items, Sized):
+                    total = len(items)
+                bar = _open_bar(text, total)
                 bar.n = done
                 bar.start_t -= time.perf_counter() - begin
                 bar.refresh()
@@ -55,15 +54,15 @@ def watched(items: Iterable[T], what: str, total: int | None = None) -> Iterator
             bar.close()
 
 
-def _open(what: str, total: int | None) -> Any:
-    # Not before it is shown: the import takes a while, and tqdm makes a lock shared by processes.
+def _open_bar(text: str, total: int | None) -> Any:
+    # Imported on first use: the import takes a while, and tqdm creates a lock shared by processes.
     from tqdm.auto import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
-        monitor_interval = 0  # no thread that outlives it
+        monitor_interval = 0  # no monitor thread, which would outlive the bar
 
     return Bar(
-        desc=what,
+        desc=text,
         total=total,
         file=sys.stderr,
         delay=_AFTER_S,
@@ -82,14 +81,14 @@ def _is_wanted() -> bool:
         return False
     if _is_set("TQDM_DISABLE") or _is_set("HF_DATASETS_DISABLE_PROGRESS_BARS"):
         return False
-    datasets = sys.modules.get("datasets")  # who has not imported it has not switched its bars off
+    datasets = sys.modules.get("datasets")  # if it is not imported, its bars are not disabled
     if datasets is not None and datasets.are_progress_bars_disabled():
         return False
     return _in_notebook() or (sys.stderr is not None and sys.stderr.isatty())
 
 
 def _is_set(name: str) -> bool:
-    return os.environ.get(name, "").strip().lower() not in _OFF
+    return os.environ.get(name, "").strip().lower() not in _OFF_VALUES
 
 
 def _in_notebook() -> bool:

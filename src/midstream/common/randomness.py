@@ -1,7 +1,7 @@
-"""Counter-based randomness: every draw is a hash of (seed, salt, key, index), every permutation a formula.
+"""Counter-based randomness: draws hash (seed, salt, key, index), permutations are formulas.
 
-Nothing here has state and nothing touches a global generator. All arithmetic is modulo 2**64. The
-values are frozen by tests/golden: an order, once released, never changes within a format version.
+No function has state or uses a global generator. All arithmetic is modulo 2**64. The values are
+frozen by tests/golden: a released order never changes within a format version.
 
 The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014); the permutation is a
 keyed generalised Feistel network with cycle walking (Black and Rogaway 2002).
@@ -39,9 +39,9 @@ _M2 = 0x94D049BB133111EB
 _U = np.uint64
 _GOLDEN_U, _M1_U, _M2_U = _U(_GOLDEN), _U(_M1), _U(_M2)
 _S30, _S27, _S31, _S32, _S64 = _U(30), _U(27), _U(31), _U(32), 64
-_ROUNDS = 6
-_SMALL = 256
-_FEW = 8
+_ROUNDS = 6  # of the Feistel network
+_SMALL = 256  # rows up to which a permutation is drawn whole
+_FEW = 8  # values up to which Python's integers are faster than numpy
 
 
 def mix(value: int) -> int:
@@ -67,7 +67,7 @@ def mix_array(values: U64) -> U64:
 
 
 def fold(*values: int) -> int:
-    """Hash a chain of integers into one of 64 bits; the order counts.
+    """Hash a chain of integers into one of 64 bits; their order matters.
 
     >>> fold(1, 2) != fold(2, 1)
     True
@@ -79,8 +79,11 @@ def fold(*values: int) -> int:
 
 
 def fold_array(head: int | U64, values: Any) -> U64:
-    """``fold`` of one more link: ``head`` (an integer or uint64 array) and an integer array,
-    elementwise, at least 1-d.
+    """Extend a `fold` by one more value, elementwise.
+
+    Args:
+        head: The fold so far: an integer, or uint64 of a shape that broadcasts with ``values``.
+        values: Integers, at least 1-d.
     """
     values = np.atleast_1d(np.asarray(values)).astype(np.uint64)
     if isinstance(head, int):
@@ -89,15 +92,15 @@ def fold_array(head: int | U64, values: Any) -> U64:
 
 
 def salt(text: str) -> int:
-    """A 64-bit integer for a name (BLAKE2b, never Python's ``hash``)."""
+    """A 64-bit integer for a name: BLAKE2b, which unlike ``hash`` never varies."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def pass_key(keys: U64, passes: Any) -> U64:
-    """The seed key of a pass: pass 0 keeps the key it was given, so that ``repeat(1)`` changes no order.
+    """The seed keys of passes. Pass 0 keeps its key, so that ``repeat(1)`` changes no order.
 
     Args:
-        keys: uint64, shape [1] (the same for all) or [k].
+        keys: uint64, shape [1] (one for all) or [k].
         passes: int64, shape [k] (or [1]).
     """
     passes = np.asarray(passes)
@@ -107,30 +110,26 @@ def pass_key(keys: U64, passes: Any) -> U64:
 
 
 def draw(seed: int, start: int, count: int) -> U64:
-    """The hashes number ``start`` ... ``start + count - 1`` of the stream ``seed``, shape [count],
-    uint64.
-    """
+    """Hashes number ``start`` ... ``start + count - 1`` of the seed, uint64, shape [count]."""
     return fold_array(seed, np.arange(start, start + count, dtype=np.uint64))
 
 
 def uniform32(seed: int, start: int, count: int) -> I64:
-    """``count`` integers uniform in [0, 2**32), shape [count], int64."""
+    """Integers uniform in [0, 2**32), int64, shape [count]. Arguments as for `draw`."""
     return (draw(seed, start, count) >> _S32).astype(np.int64)
 
 
 def generator(*key: int) -> np.random.Generator:
-    """A numpy generator that depends on ``key`` alone (Philox, 12 µs: only where user code wants
-    one).
-    """
+    """A numpy generator that depends on ``key`` alone. Philox takes 12 µs: for user code only."""
     return np.random.Generator(np.random.Philox(key=[fold(*key), fold(1, *key)]))
 
 
 def permute(positions: I64, length: int, seed: int, keys: U64) -> I64:
-    """Where a random permutation of [0, length) sends ``positions``: O(1) memory for any length.
+    """The images of ``positions`` under a random permutation of [0, length), in O(1) memory.
 
-    Up to 256 rows the permutation is drawn whole, by sorting hashes. Beyond, it is a six-round
-    Feistel network over pairs (high, low) with about as many values each, as few as hold the range,
-    walked along its cycles on the rare occasion that it lands outside.
+    Up to 256 rows the permutation is drawn whole, by sorting hashes. Beyond that, it is a six-round
+    Feistel network over pairs (high, low), with about as many values for each and as few pairs as
+    cover the range. A result outside [0, length) is permuted again until it lies inside.
 
     Args:
         positions: int64, shape [k], each in [0, length).
@@ -148,9 +147,7 @@ def permute(positions: I64, length: int, seed: int, keys: U64) -> I64:
     if keys.size == 1:
         base = mix(fold(seed) * _GOLDEN + int(keys[0]) + _GOLDEN)
         plain = [mix(base + index * _GOLDEN) for index in range(_ROUNDS)]
-        if (
-            len(positions) <= _FEW
-        ):  # numpy's overhead would be most of it: many sources are asked for a few rows each
+        if len(positions) <= _FEW:  # frequent in a mix of many sources
             few = [
                 _permute_one(position, length, plain, high_size, low_size)
                 for position in positions.tolist()
@@ -164,19 +161,19 @@ def permute(positions: I64, length: int, seed: int, keys: U64) -> I64:
     limit = _U(length)
     outside = np.flatnonzero(values >= limit)
     if keys.size == 1 and outside.size <= _FEW:
-        for place in outside.tolist():
-            values[place] = _permute_one(int(values[place]), length, plain, high_size, low_size)
+        for index in outside.tolist():
+            values[index] = _permute_one(int(values[index]), length, plain, high_size, low_size)
         return values.astype(np.int64)
     while outside.size:
         inner = rounds if keys.size == 1 else [key[outside] for key in rounds]
-        walked = _feistel(values[outside], inner, high_size, low_size)
-        values[outside] = walked
-        outside = outside[walked >= limit]
+        again = _feistel(values[outside], inner, high_size, low_size)
+        values[outside] = again
+        outside = outside[again >= limit]
     return values.astype(np.int64)
 
 
 def _permute_one(value: int, length: int, rounds: list[int], high_size: int, low_size: int) -> int:
-    """The network of `_feistel` in Python's integers, walked until it lands inside."""
+    """`_feistel` for one value in Python's integers, repeated until the result is below length."""
     while True:
         high, low = divmod(value, low_size)
         size, other = high_size, low_size
@@ -192,7 +189,7 @@ def _permute_one(value: int, length: int, rounds: list[int], high_size: int, low
 
 
 def _permute_small(positions: I64, length: int, seed: int, keys: U64) -> I64:
-    """All permutations that are asked for, whole: one row of ``length`` hashes for each key."""
+    """`permute` by sorting: one row of ``length`` hashes for each distinct key."""
     distinct, which = np.unique(keys, return_inverse=True)
     bases = fold_array(fold(seed), distinct)
     order = np.argsort(
@@ -204,8 +201,9 @@ def _permute_small(positions: I64, length: int, seed: int, keys: U64) -> I64:
 
 
 def _feistel(values: U64, rounds: list[Any], high_size: int, low_size: int) -> U64:
-    """One pass of the network over pairs in [0, high_size) x [0, low_size); each round adds a hash
-    of one to the other.
+    """Apply the network to pairs in [0, high_size) x [0, low_size), encoded in one integer.
+
+    Each round adds a hash of one half to the other half.
     """
     low_count = _U(low_size)
     high, low = np.divmod(values, low_count)

@@ -1,4 +1,4 @@
-"""Rows of text as a table in a notebook."""
+"""Tables of text as HTML, for notebooks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ NOTE = "opacity:.65;font-size:85%"
 
 
 def table_html(table: list[list[str]], left: int, last: bool) -> str:
-    """A table: its first columns, and with ``last`` the last one, to the left, numbers to the
-    right.
+    """An HTML table.
+
+    Args:
+        table: Rows of cells; the first row is the header.
+        left: Number of first columns that are aligned to the left; the others hold numbers, and
+            are aligned to the right.
+        last: Whether the last column is aligned to the left too.
     """
 
     def cells(row: list[str], tag: str) -> str:

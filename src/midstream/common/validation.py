@@ -1,4 +1,4 @@
-"""Refusals of wrong arguments, worded alike everywhere."""
+"""Checks of arguments, with the same error texts everywhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["require_callable", "require_choice", "require_int", "require_name", 
 
 
 def require_int(value: Any, name: str, minimum: int, where: str) -> None:
-    """Refuse what is not an integer of at least ``minimum``."""
+    """Raise TypeError unless ``value`` is an integer, ValueError if it is below ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{where}: {name} is an integer; found {value!r}")
     if value < minimum:
@@ -19,13 +19,13 @@ def require_int(value: Any, name: str, minimum: int, where: str) -> None:
 
 
 def require_callable(value: Any, where: str) -> None:
-    """Refuse what cannot be called."""
+    """Raise TypeError unless ``value`` is callable."""
     if not callable(value):
         raise TypeError(f"{where} takes a callable; found {type(value).__name__}")
 
 
 def require_choice(value: Any, name: str, choices: Sequence[str], where: str) -> None:
-    """Refuse what is not one of ``choices``."""
+    """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(
             f"{where}: {name} is one of {', '.join(map(repr, choices))}; found {value!r}"
@@ -33,7 +33,7 @@ def require_choice(value: Any, name: str, choices: Sequence[str], where: str) ->
 
 
 def require_name(value: Any, where: str) -> None:
-    """Refuse what is no name (None is: the node then takes one from its place)."""
+    """Raise ValueError unless ``value`` is a valid name of a node, or None for a default name."""
     if value is not None and (not isinstance(value, str) or not value or "|" in value):
         raise ValueError(f"{where}: a name is a string without '|'; found {value!r}")
     if value is not None:
@@ -41,8 +41,9 @@ def require_name(value: Any, where: str) -> None:
 
 
 def require_text(value: str, what: str) -> None:
-    """Refuse what is no text in UTF-8: a lone surrogate, as file names of other encodings have in
-    Python.
+    """Raise ValueError if ``value`` cannot be encoded as UTF-8.
+
+    Python decodes bytes of file names in other encodings to lone surrogates.
     """
     try:
         value.encode()

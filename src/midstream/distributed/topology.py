@@ -1,15 +1,17 @@
-"""Lanes to ranks and workers: who makes which batch. The only file that knows about topology.
+"""Topology: which rank and worker makes which batch, as pure arithmetic.
 
-A run's batches are numbered n = 0, 1, 2, ... over all ranks; batch n is made by lane n mod L.
+A run's batches are numbered n = 0, 1, 2, ... over all ranks. Batch n is made by lane n mod L.
 
-    rank r of R      makes the batches n = r (mod R), from the first one not below n0, where the run continues
-    worker w of W    makes every W-th of those, beginning with the w-th
+    rank r of R      makes the batches n = r (mod R), n >= n0, where n0 is the batch at which the
+                     run continues
+    worker w of W    makes every W-th of its rank's batches, beginning with number w
 
-Random access needs no lanes: a worker computes its batch numbers and reads there. Streams give lane
-l to rank l mod R, which is the rank of batch n when R divides L; for another R the lanes are dealt
-just so, exactly once and as evenly as can be, but the ranks' batches come in another order. Within
-the rank, lanes are its slots 0, 1, 2, ... in turn, slot s on worker s mod W, padded with empty
-slots to a multiple of W so that the turns stay in step.
+Random access needs no lanes: a worker computes its batch numbers and reads at their positions.
+
+Streams assign lane l to rank l mod R, which is the rank of batch n when R divides L. For another R
+the lanes are assigned the same way, exactly once and as evenly as possible, but the ranks' batches
+come in another order. A rank's lanes are its slots 0, 1, 2, ...; worker s mod W reads slot s. Empty
+slots pad them to a multiple of W, so that the workers' turns stay in step.
 """
 
 from __future__ import annotations
@@ -24,9 +26,7 @@ DEFAULT_LANES = 48
 
 
 class Topology(NamedTuple):
-    """One rank among ``world_size``, with ``num_workers`` worker processes (0: the main process
-    reads).
-    """
+    """One rank among ``world_size``, with ``num_workers`` workers (0: the main process reads)."""
 
     rank: int
     world_size: int
@@ -34,7 +34,7 @@ class Topology(NamedTuple):
 
     @property
     def readers(self) -> int:
-        """Processes that read on this rank."""
+        """Number of readers on this rank: the workers, or the main process."""
         return max(1, self.num_workers)
 
     def __str__(self) -> str:
@@ -42,7 +42,10 @@ class Topology(NamedTuple):
 
 
 def current_topology(rank: int | None, world_size: int | None, num_workers: int) -> Topology:
-    """Rank and world size: as given, else of ``torch.distributed``, else of RANK and WORLD_SIZE, else one rank.
+    """This process's topology.
+
+    Rank and world size are those given, else those of ``torch.distributed``, else the environment
+    variables RANK and WORLD_SIZE, else one rank.
 
     Raises:
         ValueError: If only one of the two is given, or the rank is out of range.
@@ -59,15 +62,15 @@ def current_topology(rank: int | None, world_size: int | None, num_workers: int)
 
 
 def choose_lanes(asked: int | None, topology: Topology, limit: tuple[int, str] | None) -> int:
-    """The number of lanes of a first run; it is kept in the checkpoint from then on.
+    """The number of lanes of a first run. The checkpoint records it, and it never changes again.
 
     Args:
-        asked: ``lanes=`` of the loader.
-        topology: Of the first run.
-        limit: The most lanes the sources can feed, with the reason in words.
+        asked: The loader's argument ``lanes``.
+        topology: The topology of the first run.
+        limit: The most lanes that the sources can feed, with the reason in words; None: no limit.
 
     Raises:
-        ValueError: If the sources cannot feed so many lanes, or one for each rank.
+        ValueError: If the sources cannot feed that many lanes, or cannot feed one for each rank.
     """
     ranks = topology.world_size
     if asked is not None:
@@ -96,15 +99,16 @@ def first_batch(start: int, rank: int, world_size: int) -> int:
 
 
 def batches_of_rank(total: int, start: int, rank: int, world_size: int, remainder: str) -> int:
-    """How many of the batches ``start`` ... ``total - 1`` a rank makes.
+    """Number of the batches ``start`` ... ``total - 1`` that a rank makes.
 
     Args:
         total: Batches of the epoch over all ranks.
-        start: The first one that was not delivered yet.
+        start: The first batch that was not delivered yet.
         rank: The rank.
-        world_size: Ranks.
-        remainder: ``"drop"``: as many as every rank can make; ``"pad"``: as many as it takes to
-            make all, those from ``total`` on being repeats; ``"uneven"``: all there are.
+        world_size: Number of ranks.
+        remainder: Of a last round without a batch for every rank. ``"drop"``: it is left out.
+            ``"pad"``: every rank makes a batch; those from ``total`` on repeat earlier ones.
+            ``"uneven"``: some ranks make one batch more than others.
 
     >>> [batches_of_rank(10, 0, rank, 4, "uneven") for rank in range(4)]
     [3, 3, 2, 2]
@@ -120,7 +124,7 @@ def batches_of_rank(total: int, start: int, rank: int, world_size: int, remainde
 
 
 def slots(topology: Topology, lanes: int, worker: int) -> list[int]:
-    """The lanes of a worker in the order of its turns; -1 for an empty slot.
+    """A worker's lanes in the order of its turns; -1 for an empty slot.
 
     >>> slots(Topology(0, 2, 2), 6, 0), slots(Topology(0, 2, 2), 6, 1)
     ([0, 4], [2, -1])

@@ -19,7 +19,8 @@ from midstream.checkpoint.merge import agreed, merge_states
 from midstream.checkpoint.read import RunState, parse
 from midstream.checkpoint.write import to_state
 from midstream.dataset import Dataset
-from midstream.distributed.agreement import Agreement, from_rank_zero
+from midstream.distributed.agreement import Agreement
+from midstream.distributed.collectives import broadcast, is_initialized
 from midstream.distributed.topology import (
     Topology,
     batches_of_rank,
@@ -187,15 +188,14 @@ class Run:
         """
         if not self.seed_from_torch or topology.world_size == 1 or self.was_loaded:
             return
-        own = shuffle_seed(self.pipeline)
-        try:
-            seed = from_rank_zero(own)
-        except RuntimeError:
+        if not is_initialized():
             raise ValueError(
                 "shuffle=True takes its seed from torch, and several ranks cannot agree on one"
                 " without torch.distributed. Shuffle with a seed of your own:"
                 " DataLoader(midstream.from_dataset(data).shuffle(seed), ...)"
-            ) from None
+            )
+        own = shuffle_seed(self.pipeline)
+        seed = broadcast(own)
         if seed != own:
             self._set_pipeline(with_seed(self.pipeline, seed))
         self.seed_from_torch = False  # agreed once

@@ -14,7 +14,6 @@ from midstream.errors import ReplayDiverged
 from midstream.nodes.collate import collate, over_columns
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import (
-    Excluded,
     FailedSample,
     SampleFailure,
     callable_name,
@@ -204,7 +203,7 @@ class _BatchIterator(Iterator):
                 return self._last()
             self.number += 1
             self.since += 1
-            if type(item[0]) is FailedSample and type(item[0].errors[0]) is not Excluded:
+            if type(item[0]) is FailedSample and item[0].errors[0].outcome != "exclude":
                 if not self.held:
                     self.since, self.start = 0, None
                 return item
@@ -267,5 +266,5 @@ class _BatchIterator(Iterator):
                     " progress were read again; has the data changed since the checkpoint was"
                     " saved?"
                 ) from None
-            if type(item[0]) is not FailedSample or type(item[0].errors[0]) is Excluded:
+            if type(item[0]) is not FailedSample or item[0].errors[0].outcome == "exclude":
                 self.held.append(item)

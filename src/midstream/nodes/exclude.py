@@ -11,7 +11,7 @@ import numpy as np
 
 from midstream.common.plain_state import State
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import Excluded, FailedSample
+from midstream.pipeline.failures import FailedSample, SampleFailure
 from midstream.pipeline.iterator import Iterator, Lane
 from midstream.pipeline.node import BoundNode, Node
 from midstream.pipeline.rows import I64, U64, Item, Origins, Rows, as_origin_array
@@ -19,7 +19,7 @@ from midstream.pipeline.rows import I64, U64, Item, Origins, Rows, as_origin_arr
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Exclude(Node):
-    """The input with a quiet `FailedSample` in place of each sample that is left out. Positions stay.
+    """The input with a `FailedSample` (outcome "exclude") in place of each sample that is left out. Positions stay.
 
     State: the input's: this node is in no checkpoint.
     Resume: reads nothing again.
@@ -87,4 +87,5 @@ class _Wanted:
 
 
 def _hole(bound: BoundNode, origins: Origins) -> FailedSample:
-    return FailedSample((Excluded(bound.path, bound.origin(as_origin_array(origins)[0])),))
+    origin = bound.origin(as_origin_array(origins)[0])
+    return FailedSample((SampleFailure(bound.path, origin, outcome="exclude"),))

@@ -80,7 +80,12 @@ class Call:
         origin = self.bound.origin(array[0].tolist()) if len(array) else None
         function = self.label or describe_callable(self.fn)
         failure = SampleFailure(
-            self.bound.path, origin, function, error, quiet=self.quiet, limit=self.limit
+            self.bound.path,
+            origin,
+            function,
+            error,
+            outcome="skip" if self.quiet else "raise",
+            limit=self.limit,
         )
         failure.rows = array if len(array) > 1 else None
         return FailedSample(

@@ -1,12 +1,12 @@
-"""What a worker has in hand, written where its parent can still read it when the worker is dead.
+"""Trail: the origins of the rows a worker is working on, readable by its parent after its death.
 
 The table is shared memory: int64, shape [workers, 1 + ROWS, 5]. The first row of a worker's part is
-``(n, 0, 0, 0, 0)``: how many rows it has in hand, 0 between two turns. Their origins follow; where
-they are more than `ROWS`, the smallest and the largest do.
+``(n, 0, 0, 0, 0)``: the number of rows in progress, 0 between two turns. Their origins follow;
+where there are more than `ROWS`, only the smallest and the largest.
 
-Written before a source is read and before user code is called: once a chunk on the random-access
-face, once a sample on the stream face (0.1 µs), because there a buffer may lie between what was
-read last and what is worked on.
+It is written before a source is read and before user code is called: once per chunk with random
+access, once per sample in a stream (0.1 µs). In a stream a buffer may lie between the row that was
+read last and the one that is worked on.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ __all__ = ["ROWS", "Trail", "describe_trail", "new_table"]
 I64 = npt.NDArray[np.int64]
 
 ROWS = 1024
-"""The most origins that are kept one by one."""
+"""The most origins that are stored one by one."""
 
-_WIDTH = 5  # of an origin
+_WIDTH = 5  # numbers of an origin
 
-_NAMED = 6
+_NAMED = 6  # rows or sources are listed by name up to so many
 
 
 def new_table(num_workers: int) -> torch.Tensor:
-    """A table for so many workers: 32 KB each, freed with the last process that holds it."""
+    """A table in shared memory, 40 KB per worker; freed with the last process that holds it."""
     table = torch.zeros(num_workers, 1 + ROWS, _WIDTH, dtype=torch.int64)
     return table.share_memory_()  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Trail:
-    """One worker's part of the table, for writing.
+    """Writes one worker's part of the table.
 
     Attributes:
-        row: ``row(source, pass, row, part, tokens)``: one sample is in hand.
+        row: ``row(source, pass, row, part, tokens)`` records that one sample is in progress.
     """
 
     __slots__ = ("_count", "_last", "_rows", "row")
@@ -51,44 +51,41 @@ class Trail:
         self._count = memoryview(table.data).cast("B").cast("q")
         self._rows = table[1:]
         self.row = functools.partial(struct.Struct("q32x5q").pack_into, self._count, 0, 1)
-        self._last: Callable[[], I64 | None] = lambda: (
-            None
-        )  # weak: a large array kept makes the next one dear
+        # A weak reference: keeping a large array alive would make the next one slower to allocate.
+        self._last: Callable[[], I64 | None] = lambda: None
 
     def rows(self, origins: I64) -> None:
-        """These samples are in hand: int64, shape [n, 5]."""
+        """Record that these samples are in progress: int64, shape [n, 5]."""
         self._count[0] = 0
         number = len(origins)
         if number > ROWS:
-            self._rows[0], self._rows[1] = (
-                _reduce(np.minimum, origins),
-                _reduce(np.maximum, origins),
-            )
+            self._rows[0] = _reduce(np.minimum, origins)
+            self._rows[1] = _reduce(np.maximum, origins)
         else:
             self._rows[:number] = origins
         self._count[0] = number
         self._last = weakref.ref(origins)
 
     def passed_on(self, origins: I64) -> None:
-        """A node returned these samples; most return the very array that is written already."""
+        """As `rows`, for samples that a node returned; often they are recorded already."""
         if origins is not self._last() or self._count[0] != len(origins):
             self.rows(origins)
 
     def clear(self) -> None:
-        """Nothing is in hand."""
+        """Record that nothing is in progress."""
         self._count[0] = 0
 
 
 def _reduce(function: np.ufunc, origins: I64) -> I64:
-    """Over the rows, in long strides: numpy takes 30 times as long for such short rows."""
-    stride = 64
-    whole = origins[: len(origins) // stride * stride].reshape(-1, stride * _WIDTH)
-    strides = function.reduce(whole).reshape(stride, _WIDTH)
-    return function.reduce(np.concatenate([strides, origins[-stride:]]))  # type: ignore[no-any-return]
+    """Reduce over the rows, 64 at a time: numpy is 30 times slower on rows of five numbers."""
+    step = 64
+    whole = origins[: len(origins) // step * step].reshape(-1, step * _WIDTH)
+    reduced = function.reduce(whole).reshape(step, _WIDTH)
+    return function.reduce(np.concatenate([reduced, origins[-step:]]))  # type: ignore[no-any-return]
 
 
 def describe_trail(table: I64, names: Sequence[str]) -> str:
-    """One worker's part of the table in words; "" when nothing was in hand.
+    """One worker's part of the table in words; empty when nothing was in progress.
 
     >>> table = np.zeros((1 + ROWS, 5), dtype=np.int64)
     >>> Trail(table).rows(np.array([[1, 0, 96, 0, 0], [1, 0, 97, 0, 0], [0, 2, 5, 0, 0]]))

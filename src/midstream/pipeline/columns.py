@@ -1,9 +1,9 @@
-"""Samples held as columns: what a table gives, until someone needs the rows.
+"""Column and Columns: samples stored by column, as a table has them.
 
-A source over a table has one list per column in hand, not one dict per sample. `Columns` passes
-them on as they are: nodes that only move samples (shuffle, interleave, take, ...) never make a
-dict, `batch` puts a column into its tensor in one go, and the first node that looks at a sample
-(map, filter) turns them into the dicts it would have got.
+A source over a table reads one list per column, not one dict per sample. Nodes that only move
+samples (shuffle, interleave, take, ...) pass `Columns` on and never make a dict. `batch` copies a
+whole column into its tensor. The first node that reads a sample (map, filter) turns the columns
+into dicts.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["Block", "Column", "Columns", "rows_of_block", "whole_block"]
 
 
 class Column:
-    """One value per sample.
+    """One column: a value per sample.
 
     Attributes:
-        values: The values as a sample holds them.
+        values: The values, as Python objects or array views.
         dtype: Set where every value is a one-dimensional array of this dtype.
-        array: Set where every value is a number: the same numbers, of the stored dtype, shape [k].
+        array: Set where every value is a number: all of them, of the stored dtype, shape [k].
     """
 
     __slots__ = ("_lengths", "_values", "array", "dtype")
@@ -41,7 +41,7 @@ class Column:
 
     @property
     def values(self) -> list[Any]:
-        """As Python objects and views; of numbers made when first asked for."""
+        """As Python objects or array views. Numbers are converted from ``array`` on first use."""
         if self._values is None:
             assert self.array is not None
             self._values = self.array.tolist()
@@ -49,7 +49,7 @@ class Column:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Of sequences: int64, shape [k]."""
+        """Lengths of the values, which are sequences: int64, shape [k]."""
         if self._lengths is None:
             self._lengths = np.fromiter(
                 map(len, self.values), dtype=np.int64, count=len(self.values)
@@ -68,7 +68,7 @@ class Column:
         )
 
     def own(self) -> Column:
-        """The same values without views into someone else's memory."""
+        """A column whose arrays are copies, not views into a table."""
         if self.array is not None:
             return self
         return Column(
@@ -78,10 +78,10 @@ class Column:
 
 
 class Columns:
-    """The columns of some samples, all of one length.
+    """Several samples as columns of one length.
 
     Attributes:
-        names: In the order of a sample's keys.
+        names: Names of the columns, in the order of a sample's keys.
         columns: One for each name.
         length: Number of samples.
     """
@@ -92,7 +92,7 @@ class Columns:
         self.names, self.columns, self.length = names, columns, length
 
     def samples(self) -> list[dict[str, Any]]:
-        """The rows, as dicts."""
+        """The samples as dicts."""
         names, columns = self.names, self.columns
         if len(columns) == 1:
             name = names[0]
@@ -107,15 +107,19 @@ class Columns:
         return Columns(self.names, [column[part] for column in self.columns], length)
 
     def own(self) -> Columns:
-        """The same samples without views into someone else's memory."""
+        """The samples with arrays that are copies, not views into a table."""
         return Columns(self.names, [column.own() for column in self.columns], self.length)
 
     @staticmethod
     def join(parts: Sequence[Columns], order: npt.NDArray[np.int64]) -> Columns | None:
-        """The samples of several parts, one after the other, then picked by ``order`` (int64, shape [k]).
+        """Concatenate several parts, then reorder the samples.
 
-        None where the parts differ in names, their order, or what the columns hold: then there is
-        no such column.
+        Args:
+            parts: Columns of one or several inputs.
+            order: Indices into the concatenated samples, int64, shape [k].
+
+        Returns:
+            None where the parts differ in the names of the columns, their order, or their types.
         """
         first = parts[0]
         if any(part.names != first.names for part in parts):
@@ -146,10 +150,10 @@ class Columns:
 
 
 class Block(np.ndarray):
-    """Rows that one node made together and hands out one by one, each to one owner.
+    """A two-dimensional array whose rows a node returns as single samples.
 
     Attributes:
-        refs: Weak references to the arrays that are its rows.
+        refs: Weak references to its rows, in order.
     """
 
     refs: list[weakref.ref[Any]]
@@ -158,7 +162,7 @@ class Block(np.ndarray):
 def rows_of_block(
     shape: tuple[int, int], dtype: Any
 ) -> tuple[npt.NDArray[Any], list[npt.NDArray[Any]]]:
-    """An array to be filled, and its rows, which `whole_block` knows again."""
+    """An array to be filled, and its rows, from which `whole_block` finds it again."""
     block = Block(shape, dtype)
     whole = block.view(np.ndarray)
     rows = list(whole)
@@ -167,7 +171,9 @@ def rows_of_block(
 
 
 def whole_block(rows: Sequence[Any]) -> npt.NDArray[Any] | None:
-    """The array of which these are all rows, in order; None if they are anything else."""
+    """The array whose rows these are, all of them and in order, so that `batch` need not stack;
+    else None.
+    """
     whole = rows[0].base
     if (
         type(whole) is not np.ndarray

@@ -1,4 +1,4 @@
-"""The stream face of random-access nodes: a cursor that reads chunks of positions."""
+"""Iterates over a node in one lane: `iterate`, and the `Cursor` that reads random-access nodes."""
 
 from __future__ import annotations
 
@@ -10,36 +10,45 @@ import numpy as np
 
 from midstream.common.plain_state import MISSING, State
 from midstream.pipeline.columns import Columns
-from midstream.pipeline.failures import Excluded, FailedSample
+from midstream.pipeline.failures import FailedSample
 from midstream.pipeline.iterator import Iterator, Lane
 from midstream.pipeline.node import BoundNode
 from midstream.pipeline.rows import I64, Item, LazyBatches, Origins, Rows, Stash, num_bytes
 
-_MAX_CHUNK = 512
-
+_MAX_CHUNK = 512  # rows
 _CHUNK_BYTES = 8 << 20
 
-_FAST, _SLOW, _LONG = 2e-3, 8e-3, 16e-3
+_FAST_S, _SLOW_S, _LONG_S = 2e-3, 8e-3, 16e-3  # times to read one chunk, in seconds
 
-_SETTLED = 64  # chunks until a larger one is tried again
+_CHUNKS_BETWEEN_TRIALS = 64  # after a larger chunk did not pay
 
-_FORETOLD, _FAR = (
-    8,
-    1 << 16,
-)  # sources are told of so many chunks at a time, and of no row further off
+_HINT_CHUNKS = 8  # one prefetch hint covers so many chunks,
+_HINT_ROWS = 1 << 16  # and no row further ahead than this
+
+
+def iterate(bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
+    """Iterate over a node in one lane, for one pass.
+
+    Returns:
+        A `Cursor` for a node with random access, else the node's own iterator.
+    """
+    if bound.node.random_access:
+        return (TrackingCursor if bound.tracking else Cursor)(bound, lane, key, pass_)
+    return bound.open(lane, key, pass_)
 
 
 class Cursor(Iterator):
-    """Reads a random-access dataset forward, in chunks of positions.
+    """Reads a random-access node forward, in chunks of positions.
 
     Lane l reads the blocks of ``lane.block`` positions whose number is l modulo ``lane.num_lanes``.
-    Chunks grow while reading is fast and shrink when it is slow, so a cheap pipeline is vectorised
-    and an expensive one starts at once; in between a larger chunk is tried, and kept where it makes
-    a row cheaper (a mix of many sources). That changes when rows are read, never which.
+    Chunks grow while reading is fast and shrink when it is slow: a cheap pipeline is vectorised and
+    an expensive one returns its first sample early. Between the two a larger chunk is tried from
+    time to time, and kept where it makes reading a row faster (a mix of many sources). The size of
+    a chunk changes when rows are read, never which.
 
-    State: ``[at, told, block]``: rows of this lane delivered; errors of the next row already
-        raised; block size.
-    Resume: nothing is read again but the row in progress when part of it failed.
+    State: ``[number, raised, block]``: rows of this lane delivered; errors of the next row that
+        were raised already; block size.
+    Resume: reads nothing again, except the row in progress when part of it failed.
     """
 
     def __init__(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
@@ -48,69 +57,68 @@ class Cursor(Iterator):
         self.passes = np.array([pass_], dtype=np.int64)
         self.block = lane.block
         self.length = bound.node.length()
-        self.first = 0  # number, in this lane, of the first item read ahead
+        # The chunk that was read: as items, as columns (no items until one is asked for), or as
+        # batches that are collated when they are taken.
         self.items: list[Item] = []
-        self.ahead: Rows | None = (
-            None  # the same, where they are taken by column; then no items until one is asked for
-        )
-        self.later: LazyBatches | None = None  # the same, where each is made when it is taken
-        self.count = 0  # how many are read ahead
-        self.by_block = False
-        self.at = 0
-        self.told = 0
-        self.floor, self.cost = 1, 0.0
-        self.tried, self.paid, self.settled = (
-            0.0,
-            False,
-            0,
-        )  # cost of a row before the chunk was doubled; did that pay?
-        self.chunk = min(
-            lane.block, _MAX_CHUNK
-        )  # what takes rows by blocks needs a whole one at once
-        self.sources = [each.node for each in bound.walk() if each.node.reads_ahead]
-        self.foretold = 0  # up to which row of this lane
+        self.columns_ready: Rows | None = None
+        self.lazy_batches: LazyBatches | None = None
+        self.first = 0  # number, in this lane, of the chunk's first row
+        self.count = 0  # rows of the chunk
+        self.taken = 0  # rows of the chunk that were delivered
+        self.raised = 0  # errors of the next row that were raised already
+        self.by_column = False
+        # How many rows the next chunk has. A consumer of whole blocks needs one at once.
+        self.chunk = min(lane.block, _MAX_CHUNK)
+        self.min_chunk = 1
+        self.cost_before_shrink = 0.0  # seconds a row
+        self.cost_before_trial = 0.0  # seconds a row; 0 when the last chunk was no trial
+        self.trial_paid = False
+        self.chunks_until_trial = 0
+        self.prefetching = [each.node for each in bound.walk() if each.node.reads_ahead]
+        self.hinted = 0  # rows of this lane that prefetch hints have covered
 
     @property
     def number(self) -> int:
         """Rows of this lane delivered."""
-        return self.first + self.at
+        return self.first + self.taken
 
     def __next__(self) -> Item:
-        at, items = self.at, self.items
-        if self._loaded is None and at < len(items):  # the hot path of every pipeline
-            item = items[at]
+        taken, items = self.taken, self.items
+        if self._loaded is None and taken < len(items):  # the hot path of every pipeline
+            item = items[taken]
             if type(item[0]) is not FailedSample:
-                self.at = at + 1
+                self.taken = taken + 1
                 return item
         return super().__next__()
 
     def _next(self) -> Item:
-        if self.at == self.count:
+        if self.taken == self.count:
             self._fill()
-        at = self.at
-        if self.later is not None:
-            item = self.later.item(at, self.bound.trail)
+        taken = self.taken
+        if self.lazy_batches is not None:
+            item = self.lazy_batches.item(taken, self.bound.trail)
         else:
-            if not self.items and self.ahead is not None:
-                self.items = self.ahead.items()
-            item = self.items[at]
+            if not self.items and self.columns_ready is not None:
+                self.items = self.columns_ready.items()
+            item = self.items[taken]
         if type(item[0]) is FailedSample:
-            return self._hole(item[0], item[1])
-        self.at = at + 1
+            return self._next_error(item[0], item[1])
+        self.taken = taken + 1
         return item
 
-    def _hole(self, hole: FailedSample, origins: Origins) -> Item:
-        """One failure at a time, then what is left of the sample."""
-        if self.told < len(hole.errors):
-            error = hole.errors[self.told]
-            self.told += 1
-            if self.told == len(hole.errors) and hole.rest is MISSING:
-                self.at, self.told = self.at + 1, 0
+    def _next_error(self, failed: FailedSample, origins: Origins) -> Item:
+        """Deliver the errors of a sample one at a time, then the rest of the sample."""
+        if self.raised < len(failed.errors):
+            error = failed.errors[self.raised]
+            self.raised += 1
+            if self.raised == len(failed.errors) and failed.rest is MISSING:
+                self.taken, self.raised = self.taken + 1, 0
             return FailedSample((error,)), origins
-        self.at, self.told = self.at + 1, 0
-        return hole.rest, origins
+        self.taken, self.raised = self.taken + 1, 0
+        return failed.rest, origins
 
     def _fill(self) -> None:
+        """Read the next chunk."""
         first = self.first + self.count
         positions = self._positions(first, first + self.chunk)
         if not positions.size:
@@ -122,31 +130,29 @@ class Cursor(Iterator):
         except Exception:
             if len(positions) == 1:
                 raise
-            self.chunk = 1  # what can still be read comes first; then the error meets whoever asks for its row
-            self.tried = 0.0
+            # Read row by row: what can be read is delivered before the error is raised.
+            self.chunk = 1
+            self.cost_before_trial = 0.0
             rows = self._read(positions[:1])
             items = self._items(rows)
         elapsed = time.perf_counter() - start
-        self.first, self.items, self.at = first, items, 0
-        self.ahead, self.later = None, None
+        self.first, self.items, self.taken = first, items, 0
+        self.columns_ready, self.lazy_batches = None, None
         if isinstance(rows, LazyBatches):
-            self.later, self.count, size = rows, len(rows), rows.num_bytes()
+            self.lazy_batches, self.count, size = rows, len(rows), rows.num_bytes()
         elif items or rows.columns is None:
             self.count, size = len(items), num_bytes(items[0][0])
         else:
-            self.ahead, self.count, size = (
-                rows,
-                len(rows.origins),
-                num_bytes(rows.columns[:1].samples()[0]),
-            )
+            self.columns_ready, self.count = rows, len(rows.origins)
+            size = num_bytes(rows.columns[:1].samples()[0])
         self.lane.ledger.reads += 1
         most = min(_MAX_CHUNK, _CHUNK_BYTES // max(1, size))
         self._adapt(elapsed, elapsed / self.count, most)
-        if self.sources:
+        if self.prefetching:
             self._hint()
 
     def _positions(self, first: int, stop: int) -> I64:
-        """Positions of the rows of this lane with these numbers, up to the end of the data."""
+        """Positions of this lane's rows ``first`` to ``stop - 1``, up to the end of the data."""
         numbers = np.arange(first, stop, dtype=np.int64)
         if self.lane.num_lanes > 1 or self.lane.index:
             blocks, inside = np.divmod(numbers, self.block)
@@ -156,15 +162,13 @@ class Cursor(Iterator):
         return numbers
 
     def _hint(self) -> None:
-        """While the consumer has the rows just read, sources that want to may read those that
-        follow.
-        """
+        """Give the sources a prefetch hint: they may read on while this chunk is used."""
         after = self.first + self.count
-        first = max(after, self.foretold)
-        stop = min(first + _FORETOLD * self.chunk, after + _FAR)
-        if first < stop and any(node.wants_more() for node in self.sources):
-            self.foretold = stop
-            # Whatever is wrong with rows that nobody has asked for is told with them.
+        first = max(after, self.hinted)
+        stop = min(first + _HINT_CHUNKS * self.chunk, after + _HINT_ROWS)
+        if first < stop and any(node.wants_more() for node in self.prefetching):
+            self.hinted = stop
+            # An error in rows that nobody has asked for is raised when they are read.
             with contextlib.suppress(Exception):
                 self.bound.hint(self._positions(first, stop), self.keys, self.passes)
 
@@ -172,87 +176,100 @@ class Cursor(Iterator):
         return self.bound.lazy_rows(positions, self.keys, self.passes)
 
     def _items(self, rows: Rows | LazyBatches) -> list[Item]:
-        """Samples that were made one by one."""
-        return (
-            []
-            if isinstance(rows, LazyBatches) or (self.by_block and rows.columns is not None)
-            else rows.items()
-        )
+        """The rows as items; empty where they are taken as columns or as lazy batches."""
+        if isinstance(rows, LazyBatches) or (self.by_column and rows.columns is not None):
+            return []
+        return rows.items()
 
-    def ahead_by_column(self) -> tuple[Columns, I64, int] | None:
-        """What was read together, as columns, with its origins, and the number of the first that is still ahead; call
-        `pass_by` for what was taken.
+    def ready_columns(self) -> tuple[Columns, I64, int] | None:
+        """The current chunk as columns, for a consumer that takes many samples at once.
 
-        None where samples must be taken one by one: there are no columns, a failure is being told,
-        or this is the end.
+        Call `advance` for the samples that were taken.
+
+        Returns:
+            The chunk's columns, its origins (int64, shape [k, 5]), and the index in both of the
+            first sample not delivered yet. None where samples must be taken one by one: the chunk
+            has no columns, errors of a sample are being delivered, or this is the end.
         """
-        self.by_block = True
+        self.by_column = True
         if self._loaded is not None:
             self._load(self._loaded)
             self._loaded = None
-        if self.at == self.count:
+        if self.taken == self.count:
             try:
                 self._fill()
             except StopIteration:
                 return None
-        rows = self.ahead
-        if rows is None or rows.columns is None or self.told:
+        rows = self.columns_ready
+        if rows is None or rows.columns is None or self.raised:
             return None
-        return rows.columns, rows.origins, self.at
+        return rows.columns, rows.origins, self.taken
 
-    def pass_by(self, number: int) -> None:
-        """So many samples of `ahead_by_column` were taken."""
-        self.at += number
+    def advance(self, number: int) -> None:
+        """Record that ``number`` samples of `ready_columns` were taken."""
+        self.taken += number
 
     def _adapt(self, elapsed: float, cost: float, most: int) -> None:
-        """Choose the size of the next chunk, ``most`` rows if it grows; ``cost`` is of a row, both
-        in seconds.
+        """Choose the size of the next chunk.
+
+        Args:
+            elapsed: Seconds that the last chunk took.
+            cost: Seconds that a row of it took.
+            most: The size that it may grow to, in rows.
         """
-        if self.tried:
-            self.paid, self.tried = cost < 0.75 * self.tried, 0.0
-            if not self.paid:
-                self.chunk, self.settled = self.chunk // 2, _SETTLED
+        if self.cost_before_trial:
+            self.trial_paid = cost < 0.75 * self.cost_before_trial
+            self.cost_before_trial = 0.0
+            if not self.trial_paid:
+                self.chunk, self.chunks_until_trial = self.chunk // 2, _CHUNKS_BETWEEN_TRIALS
                 return
-            self.floor = self.chunk
-        room = self.chunk < most
-        if elapsed < _FAST:
-            # A run has many lanes, each with a cursor that begins small: four times where that is
-            # fast enough too.
-            self.chunk = (
-                min((4 if 4 * elapsed < _FAST else 2) * self.chunk, most) if room else self.chunk
-            )
-        elif room and not self.settled and elapsed < (_LONG if self.paid else _SLOW):
-            self.tried, self.chunk = cost, min(2 * self.chunk, most)
-        elif elapsed > _SLOW:
+            self.min_chunk = self.chunk
+        can_grow = self.chunk < most
+        if elapsed < _FAST_S:
+            if can_grow:
+                # A run has many lanes, and the cursor of each starts small: grow fourfold where
+                # that is still fast.
+                factor = 4 if 4 * elapsed < _FAST_S else 2
+                self.chunk = min(factor * self.chunk, most)
+        elif (
+            can_grow
+            and not self.chunks_until_trial
+            and elapsed < (_LONG_S if self.trial_paid else _SLOW_S)
+        ):
+            self.cost_before_trial, self.chunk = cost, min(2 * self.chunk, most)
+        elif elapsed > _SLOW_S:
             self._shrink(cost)
-        self.settled = max(0, self.settled - 1)
+        self.chunks_until_trial = max(0, self.chunks_until_trial - 1)
 
     def _shrink(self, cost: float) -> None:
-        """Read less at a time, unless that made a row dearer (where one row costs a whole row
-        group, say).
+        """Halve the chunk, or undo that where it made a row slower.
+
+        It does where one row costs as much as its whole row group.
         """
-        if self.cost and cost > 1.5 * self.cost:
-            self.chunk = self.floor = min(2 * self.chunk, _MAX_CHUNK)
-            self.cost = 0.0
-        elif self.chunk > self.floor:
-            self.chunk, self.cost = max(self.floor, self.chunk // 2), cost
+        if self.cost_before_shrink and cost > 1.5 * self.cost_before_shrink:
+            self.chunk = self.min_chunk = min(2 * self.chunk, _MAX_CHUNK)
+            self.cost_before_shrink = 0.0
+        elif self.chunk > self.min_chunk:
+            self.chunk = max(self.min_chunk, self.chunk // 2)
+            self.cost_before_shrink = cost
 
     def snapshot(self) -> State:
-        """As ever, but made anew each time: the way around `Iterator.__next__` does not forget it."""
+        """As `Iterator.snapshot`, without its cache, which the hot path of ``next()`` bypasses."""
         return self._loaded if self._loaded is not None else self._state()
 
     def _state(self) -> State:
-        return [self.number, self.told, self.block]
+        return [self.number, self.raised, self.block]
 
     def _load(self, state: State) -> None:
-        self.first, self.told, self.block = state
-        self.items, self.at, self.ahead, self.later, self.count = [], 0, None, None, 0
-        self.foretold = 0
+        self.first, self.raised, self.block = state
+        self.items, self.columns_ready, self.lazy_batches = [], None, None
+        self.taken = self.count = self.hinted = 0
 
 
 class TrackingCursor(Cursor):
-    """A `Cursor` over nodes that track metrics: what they tracked of a row counts when the row is
-    handed out, or fails.
+    """A `Cursor` over nodes that track metrics.
+
+    The metrics of a row are counted when the row is delivered, or when it fails.
     """
 
     def __init__(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
@@ -262,7 +279,7 @@ class TrackingCursor(Cursor):
 
     def __next__(self) -> Item:
         item = super().__next__()
-        number = self.number + (self.told > 0)
+        number = self.number + (self.raised > 0)
         if self.lane.ledger.first_time(self.bound.path, int(self.passes[0]), number):
             self._count(*item)
         return item
@@ -278,40 +295,34 @@ class TrackingCursor(Cursor):
             each.stash = {}
         return super()._read(positions)
 
-    def ahead_by_column(self) -> None:
-        """Samples are taken one by one."""
+    def ready_columns(self) -> None:
+        """None: samples are taken one by one."""
         return
 
     def _count(self, sample: Any, origins: Origins) -> None:
-        """Count what was tracked of a row: of all that it is made of, whether it failed later on or
-        not.
-        """
-        row = sample if self.later is not None else self.items[self.at - (self.told == 0)][0]
-        whole: list[tuple[int, ...]] = []
+        """Count the metrics of all rows that make up a sample, also of those that failed later."""
+        if self.lazy_batches is not None:
+            row = sample
+        else:
+            row = self.items[self.taken - (self.raised == 0)][0]
+        keys: list[tuple[int, ...]] = []  # of all rows that make up the sample
         if type(row) is not FailedSample or row.rest is not MISSING:
-            whole = (
+            keys = (
                 [origins[:4]]
                 if type(origins) is tuple
                 else list(map(tuple, origins[:, :4].tolist()))
             )
         for error in row.errors if type(row) is FailedSample else ():
             if error.rows is not None:
-                whole.extend(map(tuple, error.rows[:, :4].tolist()))
-            elif error.origin is not None and type(error) is not Excluded:
+                keys.extend(map(tuple, error.rows[:, :4].tolist()))
+            elif error.origin is not None and error.outcome != "exclude":
                 name, epoch, row_number, part, _ = error.origin
-                whole.append((self.bound.names.index(name), epoch, row_number, part))
+                keys.append((self.bound.names.index(name), epoch, row_number, part))
         for (each, kinds), stash in zip(self.tracking, self.stashes):
             found: dict[int, list[tuple[Any, ...]]] = {}
-            for key in whole:
+            for key in keys:
                 known = stash.pop(key, None)
                 if known is not None:
                     found.setdefault(known[0], []).append(known[1])
             for source, values in found.items():
                 self.lane.ledger.track(each.path, source, kinds, values)
-
-
-def iterate(bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
-    """The stream face of a node: a `Cursor` where it has random access, its own iterator elsewhere."""
-    if bound.node.random_access:
-        return (TrackingCursor if bound.tracking else Cursor)(bound, lane, key, pass_)
-    return bound.open(lane, key, pass_)

@@ -1,4 +1,4 @@
-"""A pipeline as plain data and in words."""
+"""Describes a pipeline: as plain data (`spec`, `fingerprint`), and in words (`tree`, `access`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from midstream.pipeline.node import BoundNode, Node, bind
 
 
 def spec(node: Node) -> dict[str, State]:
-    """A pipeline as plain data: nodes, names, seeds, weights, lengths. Its hash is the `fingerprint`.
+    """A pipeline as plain data: nodes, names, seeds, weights, lengths. `fingerprint` is its hash.
 
     A callable is recorded by its name only, so that editing a file does not void a checkpoint.
     """
@@ -26,15 +26,11 @@ def _spec(bound: BoundNode) -> dict[str, State]:
 
 def fingerprint(node: Node) -> str:
     """16 hexadecimal digits: the hash of `spec`. Computed once per node."""
-    known = node.__dict__.get("_fingerprint")
-    if known is None:
-        known = hash_of_spec(spec(node))
-        node._set("_fingerprint", known)
-    return str(known)
+    return node.cached("_fingerprint", lambda: hash_of_spec(spec(node)))
 
 
 def access(node: Node) -> str:
-    """Random access or stream, how long, and how much a resume reads again, in words.
+    """The kind of access, the length, and how much a resume reads again, in words.
 
     >>> import midstream as ms
     >>> access(ms.from_dataset(range(1000)).node)
@@ -49,18 +45,21 @@ def access(node: Node) -> str:
             return "random access"
         return "random access, endless" if length is None else f"random access, {length:,}"
     again = node.replay_bound()
-    return f"stream{', endless' if node.infinite else ''}{f', a resume reads again {again}' if again else ''}"
+    return (
+        f"stream{', endless' if node.infinite else ''}"
+        f"{f', a resume reads again {again}' if again else ''}"
+    )
 
 
 def tree(node: Node) -> str:
-    """A pipeline as a tree, one line per node: its arguments, and behind ``#`` its kind of access."""
+    """A pipeline as a tree: one line per node with its arguments and, after ``#``, its access."""
     lines = tree_lines(bind(node))
     width = min(72, max(len(line) for line, _ in lines))
     return "\n".join(f"{line.ljust(width)}  # {note}" for line, note in lines)
 
 
 def tree_lines(bound: BoundNode) -> list[tuple[str, str]]:
-    """A tree in words: for each node its line, and its face."""
+    """The lines of a tree, top down: for each node its text with branches, and its access."""
     label = bound.node.summary()
     if bound.source >= 0:
         label = f"{bound.names[bound.source]}: {label}"

@@ -1,4 +1,4 @@
-"""What goes wrong with one sample, and how it is counted."""
+"""Failures of single samples: what happened, what is done about it, and how a callable is named."""
 
 from __future__ import annotations
 
@@ -11,23 +11,29 @@ import numpy as np
 import numpy.typing as npt
 
 from midstream.common.plain_state import MISSING
-from midstream.errors import (
-    Origin,
-    SampleError,
-)
+from midstream.errors import Origin, SampleError
 from midstream.pipeline.quarantine import Record
+
+OnError = Literal["raise", "skip", "refill"]
+"""What a node does when user code raises on a sample: the argument ``on_error`` of the verbs."""
+
+Outcome = Literal["raise", "skip", "exclude"]
+"""What happens to a failed sample: its error is raised, or it is skipped and counted, or it was
+excluded by `DataLoader.exclude` and is counted as excluded.
+"""
 
 
 class ErrorRate(NamedTuple):
-    """How many samples a node may skip, as a part of those that a rank reads.
+    """A limit for skipped samples, as a share of the samples that a rank reads.
 
     Attributes:
-        rate: Part of the samples of a window, in (0, 1).
-        window: Samples looked at together. More than ``rate * window`` failures among so many
-            raise, wherever they lie; the window begins anew at a resume.
+        rate: Share of the samples of a window, in (0, 1).
+        window: Number of samples counted together. More than ``rate * window`` failures among any
+            so many consecutive samples raise; the window starts empty at a resume.
 
     >>> import midstream as ms
-    >>> ds = ms.from_dataset(range(1000)).map(lambda x: 1 // (x % 100), on_error="skip", max_errors=ms.ErrorRate(0.02, 500))
+    >>> ds = ms.from_dataset(range(1000)).map(
+    ...     lambda x: 1 // (x % 100), on_error="skip", max_errors=ms.ErrorRate(0.02, 500))
     >>> sum(1 for _ in ds)
     990
     """
@@ -37,7 +43,7 @@ class ErrorRate(NamedTuple):
 
     @property
     def most(self) -> int:
-        """Failures that a window may have."""
+        """The largest allowed number of failures in a window."""
         return int(self.rate * self.window + 1e-9)
 
     def __str__(self) -> str:
@@ -45,7 +51,7 @@ class ErrorRate(NamedTuple):
 
 
 def describe_callable(fn: Any) -> str:
-    """``name @ file:line`` of a callable, as far as it can be known.
+    """``name @ file:line`` of a callable; the name alone where it has no Python code.
 
     >>> def tokenize(x): return x
     >>> describe_callable(tokenize).startswith("tokenize @ ")
@@ -62,7 +68,7 @@ def describe_callable(fn: Any) -> str:
 
 
 def callable_name(fn: Any) -> str:
-    """The qualified name of a callable: what a checkpoint remembers of it."""
+    """The qualified name of a callable, as it is recorded in a checkpoint."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
@@ -70,16 +76,21 @@ def callable_name(fn: Any) -> str:
 
 
 class SampleFailure:
-    """What is known of a sample that user code raised on. Picklable whatever was raised.
+    """A failure of user code on one sample, or a sample that was excluded. Always picklable.
 
     Attributes:
         node: Path of the node.
-        origin: Where the sample came from; None when a whole batch failed.
-        quiet: Counted (``on_error="skip"``) instead of raised.
+        origin: Origin of the sample; None when a whole batch failed.
+        function: The callable as ``name @ file:line``.
+        outcome: ``"raise"``: the error is raised from ``next()``. ``"skip"``: the sample is counted
+            as failed (``on_error="skip"``). ``"exclude"``: it is counted as excluded.
         limit: ``max_errors`` of the node, or None.
-        record: What is written to the node's quarantine when it is counted, or None.
-        rows: Origins of all that was lost with it, as int64 [m, 5], where it was more than one row;
-        else None.
+        error_type: Qualified name of the exception's type; empty for an excluded sample.
+        message: ``str()`` of the exception.
+        traceback: Formatted traceback; kept only where the error is raised.
+        exception: The pickled exception, or empty where it cannot be pickled or is not raised.
+        record: Written to the node's quarantine when the failure is counted, or None.
+        rows: Origins of all rows that were lost, int64 [m, 5], where there are several; else None.
     """
 
     __slots__ = (
@@ -90,7 +101,7 @@ class SampleFailure:
         "message",
         "node",
         "origin",
-        "quiet",
+        "outcome",
         "record",
         "rows",
         "traceback",
@@ -100,29 +111,25 @@ class SampleFailure:
         self,
         node: str,
         origin: Origin | None,
-        function: str,
-        error: BaseException,
+        function: str = "",
+        error: BaseException | None = None,
         *,
-        quiet: bool = False,
+        outcome: Outcome = "raise",
         limit: int | ErrorRate | None = None,
     ) -> None:
-        self.node, self.origin, self.function, self.quiet, self.limit = (
-            node,
-            origin,
-            function,
-            quiet,
-            limit,
-        )
-        self.error_type = type(error).__qualname__
-        self.message = _words(error)
-        # The first frame is ours: the call of the user's function.
-        self.traceback = "" if quiet else _traceback(error)
-        self.exception = b"" if quiet else _pickle_exception(error)
+        self.node, self.origin, self.function = node, origin, function
+        self.outcome, self.limit = outcome, limit
+        self.error_type = self.message = self.traceback = ""
+        self.exception = b""
         self.record: Record | None = None
         self.rows: npt.NDArray[np.int64] | None = None
+        if error is not None:
+            self.error_type, self.message = type(error).__qualname__, _message_of(error)
+            if outcome == "raise":
+                self.traceback, self.exception = _traceback_of(error), _pickle_exception(error)
 
     def quarantined(self, folder: str, error: BaseException, sample: Any) -> SampleFailure:
-        """The same, to be written to a quarantine when it is counted."""
+        """Add a record for the quarantine in ``folder``; returns this failure."""
         self.record = Record(
             folder,
             self.node,
@@ -130,15 +137,13 @@ class SampleFailure:
             self.function,
             self.error_type,
             self.message,
-            _traceback(error),
+            _traceback_of(error),
             sample,
         )
         return self
 
     def error(self) -> SampleError:
-        """The exception to raise for it, with the original as its cause where that could be carried
-        over.
-        """
+        """The exception to raise; its cause is the original one where that could be pickled."""
         kind = self.node.split("/")[-1].split("#")[0]
         if kind in ("from_dataset", "read_parquet", "read_json", "from_iterable"):
             advice = "Mend or remove that row to be rid of it."
@@ -148,13 +153,13 @@ class SampleFailure:
             advice = "Look at the samples it was given: loader.trace() and ds.rows() help."
         else:
             advice = 'To skip and count such samples, give the node on_error="skip".'
-        place = f"on {self.origin}" if self.origin is not None else "on a whole batch"
+        where = f"on {self.origin}" if self.origin is not None else "on a whole batch"
         message = (
-            f"{self.node} raised {self.error_type} {place}: {self.message}\n"
+            f"{self.node} raised {self.error_type} {where}: {self.message}\n"
             f"  node:      {self.node}\n"
             f"  sample:    {self.origin if self.origin is not None else 'all of one batch'}\n"
             f"  function:  {self.function}\n"
-            f"  What next: the next next() goes on with the sample after it. {advice}\n"
+            f"  What next: the next next() returns the sample after it. {advice}\n"
             f"  Original traceback:\n{_indent(self.traceback)}"
         )
         error = SampleError(message)
@@ -165,36 +170,39 @@ class SampleFailure:
             try:
                 error.__cause__ = pickle.loads(self.exception)
             except Exception:
-                pass  # a type that only the worker could import; the text has it all
+                pass  # its type can be imported in the worker only; the text has all of it
         return error
 
 
-class Excluded(SampleFailure):
-    """A sample that `DataLoader.exclude` left out: it goes the way of a quiet failure, and is
-    counted as what it is.
+class FailedSample:
+    """Takes the place of a sample when user code failed on it, or on part of it.
+
+    It flows through the pipeline like a sample, so that no exception crosses a node.
+
+    Attributes:
+        errors: The failures, one or more.
+        rest: The part of the sample that is left (a shorter batch), or `MISSING`.
     """
 
-    __slots__ = ()
+    __slots__ = ("errors", "rest")
 
-    def __init__(self, node: str, origin: Origin) -> None:
-        self.node, self.origin, self.function, self.quiet, self.limit = node, origin, "", True, None
-        self.error_type = self.message = self.traceback = ""
-        self.exception, self.record, self.rows = b"", None, None
+    def __init__(self, errors: tuple[SampleFailure, ...], rest: Any = MISSING) -> None:
+        self.errors, self.rest = errors, rest
 
 
 def _indent(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
-def _words(error: BaseException) -> str:
-    """``str(error)``, whatever its author did to it."""
+def _message_of(error: BaseException) -> str:
+    """``str(error)``, or a substitute where its ``__str__`` raises."""
     try:
         return str(error)
     except Exception as second:
         return f"(its __str__ raised {type(second).__qualname__})"
 
 
-def _traceback(error: BaseException) -> str:
+def _traceback_of(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(type(error), error, error.__traceback__))
     except Exception:
@@ -202,8 +210,8 @@ def _traceback(error: BaseException) -> str:
 
 
 def _pickle_exception(error: BaseException) -> bytes:
-    """The exception as bytes, or nothing where it would not survive (a constructor with two
-    arguments, say).
+    """The pickled exception; empty where unpickling would not restore it (for instance a
+    constructor with two arguments).
     """
     try:
         data = pickle.dumps(error)
@@ -213,20 +221,3 @@ def _pickle_exception(error: BaseException) -> bytes:
     except Exception:
         pass
     return b""
-
-
-class FailedSample:
-    """Stands in a sample's place when user code failed on it, or on part of it.
-
-    Attributes:
-        errors: What failed, one or more.
-        rest: The sample that is left (a shorter batch), or `MISSING`.
-    """
-
-    __slots__ = ("errors", "rest")
-
-    def __init__(self, errors: tuple[SampleFailure, ...], rest: Any = MISSING) -> None:
-        self.errors, self.rest = errors, rest
-
-
-OnError = Literal["raise", "skip", "refill"]

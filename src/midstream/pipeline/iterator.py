@@ -1,4 +1,4 @@
-"""The stream face of a node, running in one lane: `Iterator`, `Lane` and `SafePoint`."""
+"""Iterator, Lane and SafePoint: reading one lane of a stream."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ class Lane:
         num_lanes: How many there are.
         block: How many consecutive positions of a random-access input belong to one lane (the batch
             size).
-        ledger: Where the lane counts what it drops.
-        dealt: The batch size by which this epoch's rows were dealt to lanes, where the pipeline has
-            another one by now.
-        edits: Weights of mixes that were changed on the way
-        (`midstream.nodes.mix.picks.LaneEdits`), or None.
+        ledger: Counts what the lane drops.
+        dealt: The batch size by which this epoch's rows were divided among the lanes, where the
+            pipeline has another one by now; else 0.
+        edits: Changed weights of mixes (`midstream.nodes.mix.weight_changes.LaneEdits`), or None.
     """
 
     index: int
@@ -40,7 +39,7 @@ class Lane:
         return dataclasses.replace(self, block=self.block * (self.dealt or factor), dealt=0)
 
     def share(self, count: int) -> int:
-        """How many of ``count`` things are this lane's."""
+        """This lane's share of ``count`` samples."""
         return count // self.num_lanes + (self.index < count % self.num_lanes)
 
 
@@ -52,22 +51,23 @@ _loading = _Loading()
 
 
 def replaying() -> bool:
-    """Whether what is read now was read before: some iterator of this thread is taking a state."""
+    """Whether an iterator of this thread is loading a state, so that samples are read again."""
     return _loading.depth > 0
 
 
 class Iterator:
-    """The running form of a dataset in one lane.
+    """Iterates over a node in one lane; its state is plain values.
 
-    A subclass implements ``_next`` (return the next item or raise StopIteration, again and again
-    once it ended), ``_state`` (plain values; it may share them, the base class copies) and
-    ``_load`` (take such a state, whatever the iterator did before). A loaded state is applied by
-    the first ``next()``, so loading costs nothing and ``state_dict()`` after it returns what was
-    loaded.
+    A subclass implements three methods. ``_next`` returns the next item or raises StopIteration;
+    after the end it raises it again. ``_state`` returns plain values, which need not be copies.
+    ``_load`` takes such a state, whatever was read before.
+
+    A loaded state is applied by the first ``next()``. So loading costs nothing, and
+    ``state_dict()`` after it returns the state that was loaded.
     """
 
-    _loaded: State = None
-    _known: State = None  # the state, since it was last asked for: of hundreds of inputs of a mix, one moves at a time
+    _loaded: State = None  # a state that the next ``next()`` applies
+    _known: State = None  # the state, cached until ``next()``: most inputs of a wide mix rest
 
     def __iter__(self) -> Iterator:
         return self
@@ -99,8 +99,8 @@ class Iterator:
         self.load(copy_plain(state))
 
     def snapshot(self) -> State:
-        """`state_dict` without the copy: for a caller that encodes it at once or keeps it
-        unchanged.
+        """`state_dict` without the copy, for a caller that encodes it at once or never changes
+        it.
         """
         if self._loaded is not None:
             return self._loaded
@@ -123,11 +123,11 @@ class Iterator:
 
 
 class SafePoint:
-    """The upstream of a buffering node, with a state that can be rebuilt.
+    """Reads the input of a buffering node; its state is a safe point and a number of inputs.
 
-    The state of ``upstream`` is taken every ``every`` inputs (a deep state costs more than an
-    input), at input numbers that are multiples of ``every``, so that the state at a position does
-    not depend on where the run was resumed.
+    A safe point is a state of ``upstream`` from which the buffer can be rebuilt by reading forward.
+    One is taken at input numbers that are multiples of ``every``, as the state of a deep pipeline
+    costs more than an input. So the state at a position does not depend on where the run resumed.
     """
 
     __slots__ = ("every", "number", "state", "state_at", "upstream")
@@ -147,17 +147,21 @@ class SafePoint:
         return item
 
     def snapshot(self) -> list[State]:
-        """``[number of inputs taken, how many since the state, upstream state]``."""
+        """``[inputs taken, inputs since the safe point, upstream state at the safe point]``."""
         if self.number % self.every == 0 and self.state_at != self.number:
             self.state, self.state_at = self.upstream.snapshot(), self.number
         return [self.number, self.number - self.state_at, self.state]
 
     def before(self) -> list[State]:
-        """The snapshot before the input that was taken last."""
+        """The snapshot as it was before the last input."""
         return [self.number - 1, self.number - 1 - self.state_at, self.state]
 
     def load(self, state: list[State]) -> None:
-        """Go back to the safe point and read forward to where the state was taken."""
+        """Return to the safe point and read forward to where the state was taken.
+
+        Raises:
+            ReplayDiverged: If the input ends before that.
+        """
         number, since, upstream = state
         self.upstream.load(upstream)
         self.number = number - since

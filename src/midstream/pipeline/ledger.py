@@ -1,4 +1,4 @@
-"""Counts what a lane dropped, each event once, and checks the limits (max_errors)."""
+"""Ledger: counts what a lane dropped, each event once; `check_limits` enforces max_errors."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from midstream.errors import (
-    TooManyErrors,
-    bullet_list,
-)
+from midstream.errors import TooManyErrors, bullet_list
 from midstream.metrics.tracked import Gathered, Tracked
-from midstream.pipeline.failures import ErrorRate, Excluded, SampleFailure
+from midstream.pipeline.failures import ErrorRate, SampleFailure
 from midstream.pipeline.quarantine import write_record
 
 
 class LaneReport(NamedTuple):
-    """What a lane has to tell with a delivery: counts, warnings, limits of the nodes that failed,
-    and tracked metrics.
+    """The news of a lane since its last report, sent with a batch.
+
+    Attributes:
+        events: Counts, keyed ``kind|path|source index``.
+        notices: Warnings for the user: (key, text).
+        limits: ``max_errors`` of the nodes that failed, by path.
+        tracked: Totals of the tracked metrics.
     """
 
     events: dict[str, int]
@@ -26,22 +28,24 @@ class LaneReport(NamedTuple):
     tracked: Tracked
 
 
-_NEVER = [-1, -1]
+_NEVER = [-1, -1]  # before the first mark
 
 
 class Ledger:
-    """What one lane lost or dropped, counted once however often it is replayed.
+    """Counts the samples that one lane dropped or failed on, once however often they are replayed.
 
     Attributes:
-        marks: For each node that drops samples the highest (pass, input number) it has counted.
-        moved: Which of them moved since whoever keeps their text has looked.
-        events: Counts since the last delivery, keyed ``kind|path|source index``.
-        tracks: Whether somebody takes what is tracked.
-        notices: (key, text) of warnings for the user, to be given once.
-        limits: ``max_errors`` of the nodes that failed.
-        writes: Whether quarantines are written; not where somebody only looks.
-        reads: Grows when a source of the lane gives anything: tells an empty pass from one of which
-        nothing was left.
+        marks: For each node that drops samples, the highest [pass, input number] it has counted.
+            They are saved with the lane's state.
+        moved: The marks that changed since their text was last encoded.
+        events: Counts since the last report, keyed ``kind|path|source index``.
+        tracked: Metrics since the last report, by (path, source index).
+        tracks: Whether tracked metrics are collected.
+        notices: (key, text) of warnings for the user, each shown once.
+        limits: ``max_errors`` of the nodes that failed since the last report.
+        writes: Whether quarantines are written; False for previews.
+        reads: Grows with every read of a source. A pass without reads is empty; one with reads
+            and without samples dropped them all.
     """
 
     __slots__ = (
@@ -69,23 +73,19 @@ class Ledger:
     def dropped(
         self, kind: str, path: str, source: int, pass_: int, number: int, count: int = 1
     ) -> None:
-        """Count what node ``path`` dropped on its input ``number`` of pass ``pass_``, unless a
-        replay did already.
+        """Count ``count`` samples that node ``path`` dropped at input ``number`` of pass ``pass_``,
+        unless they were counted before.
         """
         self.count(path, pass_, number, {f"{kind}|{path}|{source}": count})
 
     def count(self, mark: str, pass_: int, number: int, counts: Mapping[str, int]) -> None:
-        """Count several things at once, unless the mark has been at ``number`` of pass ``pass_``
-        already.
-        """
+        """Add to counts, unless ``mark`` has reached ``number`` of pass ``pass_`` before."""
         if self.first_time(mark, pass_, number):
             for key, count in counts.items():
                 self.events[key] = self.events.get(key, 0) + count
 
     def first_time(self, mark: str, pass_: int, number: int) -> bool:
-        """Whether the mark comes by ``number`` of pass ``pass_`` for the first time; remembers that
-        it did.
-        """
+        """Move ``mark`` to ``number`` of pass ``pass_``; False if it was there or beyond."""
         if self.marks.get(mark, _NEVER) >= [pass_, number]:
             return False
         self.marks[mark] = [pass_, number]
@@ -95,9 +95,7 @@ class Ledger:
     def track(
         self, path: str, source: int, kinds: Mapping[str, str], values: Sequence[tuple[Any, ...]]
     ) -> None:
-        """Take in what was tracked of some samples: for each of them a value by metric, in the
-        order of ``kinds``.
-        """
+        """Collect tracked metrics: for each sample a tuple of values, in the order of ``kinds``."""
         if self.tracks:
             found = self.tracked.get((path, source))
             if found is None:
@@ -105,25 +103,26 @@ class Ledger:
             found.add(values)
 
     def failed(self, failure: SampleFailure, source: int) -> None:
-        """Count a skipped sample. It is met once: failures pass every buffer at once and replays
-        swallow them.
+        """Count a skipped or excluded sample, and write it to its quarantine.
+
+        It needs no mark: failures pass every buffer at once, and replays do not return them.
         """
-        kind = "excluded" if type(failure) is Excluded else f"failed {failure.error_type}"
+        kind = "excluded" if failure.outcome == "exclude" else f"failed {failure.error_type}"
         key = f"{kind}|{failure.node}|{source}"
         self.events[key] = self.events.get(key, 0) + 1
         if failure.limit is not None:
             self.limits[failure.node] = failure.limit
         if failure.record is not None and self.writes:
-            trouble = write_record(failure.record)
-            if trouble:
-                self.notice(f"quarantine|{failure.node}", f"{failure.node}: {trouble}")
+            problem = write_record(failure.record)
+            if problem:
+                self.notice(f"quarantine|{failure.node}", f"{failure.node}: {problem}")
 
     def notice(self, key: str, text: str) -> None:
-        """Leave a warning for the user."""
+        """Add a warning for the user."""
         self.notices.append((key, text))
 
     def take(self) -> LaneReport | None:
-        """What there is to tell since the last call; None when there is nothing."""
+        """Report everything since the last call and reset it; None when there is nothing."""
         if not (self.events or self.notices or self.tracked):
             return None
         tracked = {key: found.totals() for key, found in self.tracked.items()}
@@ -133,7 +132,7 @@ class Ledger:
 
 
 def add_counts(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
-    """Two counts as one."""
+    """The sum of two counts, key by key."""
     total = dict(counts)
     for key, count in more.items():
         total[key] = total.get(key, 0) + count
@@ -141,13 +140,14 @@ def add_counts(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, 
 
 
 def failed_in(events: Mapping[str, int]) -> int:
-    """Samples that failed, of all nodes."""
+    """Number of failed samples, over all nodes."""
     return sum(count for key, count in events.items() if key.startswith("failed "))
 
 
 class RecentFailures:
-    """The last failures of nodes that have a rate for a limit: after how many samples, and how
-    many, for each node.
+    """Counts recent failures for limits that are rates (`ErrorRate`).
+
+    For each node it keeps the failures of one window: after how many samples, and how many.
     """
 
     def __init__(self) -> None:
@@ -155,12 +155,17 @@ class RecentFailures:
         self._last: dict[str, deque[tuple[int, int]]] = {}
 
     def begin(self, events: Mapping[str, int]) -> None:
-        """What failed before does not count."""
+        """Start empty: the failures in ``events`` are not counted."""
         self._known, self._last = _failed_by_node(events), {}
 
     def add(self, path: str, failed: int, seen: int, limit: ErrorRate) -> int:
-        """Failures of a node among the last samples, when it has ``failed`` in all after ``seen``
-        samples of the rank.
+        """Number of failures of a node within the current window.
+
+        Args:
+            path: The node.
+            failed: Its failures in all.
+            seen: Samples of the rank so far.
+            limit: Its limit.
         """
         last = self._last.setdefault(path, deque())
         new = failed - self._known.get(path, 0)
@@ -175,15 +180,15 @@ class RecentFailures:
 def check_limits(
     events: Mapping[str, int],
     limits: Mapping[str, int | ErrorRate],
-    windows: RecentFailures,
+    recent: RecentFailures,
     seen: int,
 ) -> None:
     """Compare the failures counted so far with every node's ``max_errors``.
 
     Args:
         events: Counts of the rank.
-        limits: Of the nodes that failed just now.
-        windows: What is remembered for limits that are rates.
+        limits: ``max_errors`` of the nodes that failed since the last check, by path.
+        recent: Recent failures, for limits that are rates.
         seen: Samples of the rank so far, failed ones included.
 
     Raises:
@@ -201,10 +206,10 @@ def check_limits(
         ]
         total = sum(failed.values())
         if isinstance(limit, ErrorRate):
-            recent = windows.add(path, total, seen, limit)
-            if recent > limit.most:
+            found = recent.add(path, total, seen, limit)
+            if found > limit.most:
                 raise TooManyErrors(
-                    f"{path} skipped {recent:,} of the last {min(seen, limit.window):,} samples,"
+                    f"{path} skipped {found:,} of the last {min(seen, limit.window):,} samples,"
                     f" more than max_errors={limit} allows ({limit.most:,}); in"
                     f" all:{bullet_list(kinds)}\nLook at one of them with on_error='raise' or in a"
                     " quarantine=..., or raise max_errors."

@@ -1,28 +1,28 @@
-"""Descriptions, their places in a tree, and what runs them.
+"""Node: one operation of a pipeline; BoundNode and `bind`: a node within one tree.
 
-    Node    a frozen description: a node with its inputs. Opens nothing until it is read.
-    Place      a node at its place in one tree: path, salt, inputs. Made by `bind` when a tree is about to run.
-    Rows       what the random-access face returns for an array of positions.
-    Later      the same, where each sample is made when it is taken: batches.
-    Iterator   the stream face, running in one lane. All state in fields, none in a generator's frame.
-    Cursor     the one Iterator of every random-access dataset: reads chunks of positions ahead.
-    Run        ``iter(dataset)``: one lane without a loader; what a bare StatefulDataLoader drives too.
+    Node       describes one operation and its inputs; frozen, opens nothing until it is read
+    BoundNode  a node with its path, salt and bound inputs in one tree; made by `bind`
+    Selection  which positions of an input make up the samples that are asked of a node
 
-A node implements ``inputs``, ``random_access``, ``length`` and then ``_rows`` (random access) or
-``_iterate`` (stream). What flows between nodes is a pair ``(sample, origins)``. A sample that user
-code failed on travels in band, as a `Hole` in its place, so no exception ever crosses a node and no
-buffer is left half filled.
+A node is read in one of two ways. With random access, `Node._rows` returns the samples at an array
+of positions, and a `midstream.pipeline.cursor.Cursor` iterates over them. As a stream,
+`Node._iterate` returns an `Iterator` of the node's own. A subclass implements ``inputs`` (unless
+its only input is the field ``source``), ``random_access``, and ``_length`` with ``_rows``, or
+``_iterate``.
 
-This file is the longest in the package: both faces, and every rule that all nodes share, read here
-top to bottom.
+Samples travel between nodes with their origins. A sample that user code failed on is replaced by a
+`midstream.pipeline.failures.FailedSample`: no exception crosses a node, so no buffer is left half
+filled.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
 
 from midstream.common.plain_state import State
 from midstream.common.randomness import salt
@@ -32,44 +32,46 @@ from midstream.pipeline.iterator import Iterator, Lane
 from midstream.pipeline.pickling import PickledByValue
 from midstream.pipeline.rows import I64, U64, LazyBatches, Rows, Stash
 
+T = TypeVar("T")
+
 
 class Selection(NamedTuple):
-    """Positions of an input that make up (a part of) what is asked of a node.
+    """Positions of one input that make up all or some of the samples asked of a node.
 
     Attributes:
-        place: The input.
-        positions: Its positions, int64, shape [j].
+        bound: The input.
+        positions: Positions in the input, int64, shape [j].
         keys: uint64, shape [1] or [j]: see `Node._rows`.
         passes: int64, shape [1] or [j].
-        here: Their places in what was asked for, int64, shape [j]; None where they are all of it,
-        in order.
+        indices: Which of the samples asked for they make up, int64, shape [j]; None: all of them,
+            in order.
     """
 
     bound: BoundNode
     positions: I64
     keys: U64
     passes: I64
-    here: I64 | None = None
+    indices: I64 | None = None
 
     def rows(self) -> Rows:
-        """The samples there."""
+        """The samples at these positions."""
         return self.bound.rows(self.positions, self.keys, self.passes)
 
 
 class BoundNode:
-    """A node at its place in a tree.
+    """A node within one tree: its path, salt and bound inputs.
 
     Attributes:
-        node: The description.
+        node: The node.
         path: Unique in the tree, like ``web/shuffle``; the prefix is the names chosen in interleave
             and concatenate.
-        salt: 64 bits that depend on the path alone: two shuffles of one seed differ.
-        inputs: Places of the inputs, by name; the key of a single input is the empty string.
+        salt: 64 bits that depend on the path alone, so that two shuffles of one seed differ.
+        inputs: The bound inputs by name; the key of a single input is the empty string.
         source: Index in ``names`` of a source, -1 for other nodes.
-        names: The names of all sources in the tree, shared by all its places.
-        trail: In a worker: where it writes what it has in hand.
-        stash: Where a node leaves what it tracked of the rows that are read, by origin; None while
-        nobody takes it.
+        names: The names of all sources in the tree; one list, shared by all its bound nodes.
+        trail: In a worker: where the origins of the rows in progress are written.
+        stash: Where a node that tracks metrics leaves their values, by origin; None while they are
+            not collected.
     """
 
     __slots__ = ("_tracking", "inputs", "names", "node", "path", "salt", "source", "stash", "trail")
@@ -85,27 +87,18 @@ class BoundNode:
 
     @property
     def input(self) -> BoundNode:
-        """The place of the only input."""
+        """The only input."""
         return self.inputs[""]
 
     def rows(self, positions: I64, keys: U64, passes: I64) -> Rows:
-        """The random-access face. See `Node._rows`."""
+        """The samples at ``positions``. Arguments as for `Node._rows`."""
         rows = self.node._rows(self, positions, keys, passes)
         if self.trail is not None:
             self.trail.passed_on(rows.origins)
         return rows
 
-    def hint(self, positions: I64, keys: U64, passes: I64) -> None:
-        """Tell the sources below, where they want to know, that these positions are read next. Only
-        a hint.
-        """
-        if self.node.reads_ahead:
-            self.node._hint(positions)
-        for part in self.node._select(self, positions, keys, passes) or ():
-            part.bound.hint(part.positions, part.keys, part.passes)
-
     def lazy_rows(self, positions: I64, keys: U64, passes: I64) -> Rows | LazyBatches:
-        """The same, for a reader that takes samples in their order. See `Node._lazy_rows`."""
+        """As `rows`, for a reader that takes the samples in order. See `Node._lazy_rows`."""
         rows = self.node._lazy_rows(self, positions, keys, passes)
         if rows is None:
             return self.rows(positions, keys, passes)
@@ -113,68 +106,87 @@ class BoundNode:
             self.trail.passed_on(rows.origins)
         return rows
 
+    def hint(self, positions: I64, keys: U64, passes: I64) -> None:
+        """Prefetch hint: these positions will probably be read next. Sources may ignore it."""
+        if self.node.reads_ahead:
+            self.node._hint(positions)
+        for part in self.node._select(self, positions, keys, passes) or ():
+            part.bound.hint(part.positions, part.keys, part.passes)
+
     def open(self, lane: Lane, key: int, pass_: int) -> Iterator:
-        """The stream face of a node that has no random access. See `Node._iterate`; most callers
-        want `iterate`.
+        """The iterator of a node without random access; for any node, call
+        `midstream.pipeline.cursor.iterate`.
         """
         return self.node._iterate(self, lane, key, pass_)
 
     @property
     def tracking(self) -> list[BoundNode]:
-        """The places from here down that track metrics."""
+        """This node and those below it, as far as they track metrics."""
         if self._tracking is None:
             self._tracking = [bound for bound in self.walk() if bound.node.tracks]
         return self._tracking
 
     def origin(self, origin: Sequence[int]) -> Origin:
-        """Five integers with the source's name in place of its index."""
+        """An origin of five integers, with the source's name in place of its index."""
         return Origin(self.names[origin[0]], *map(int, origin[1:]))
 
     def walk(self) -> Iterable[BoundNode]:
-        """This place and all below it, top down."""
+        """This node and all below it, top down."""
         yield self
         for child in self.inputs.values():
             yield from child.walk()
 
 
+def unique_labels(labels: Iterable[str]) -> list[str]:
+    """Labels with a number where one of them was there before.
+
+    >>> unique_labels(["map", "filter", "map"])
+    ['map', 'filter', 'map#2']
+    """
+    counts: dict[str, int] = {}
+    unique = []
+    for label in labels:
+        counts[label] = counts.get(label, 0) + 1
+        unique.append(label if counts[label] == 1 else f"{label}#{counts[label]}")
+    return unique
+
+
 def bind(root: Node) -> BoundNode:
-    """Give every node of a tree its place.
+    """Give every node of a tree its path, and every source its name and index.
+
+    A chain of nodes with one input each shares a prefix; its labels are numbered from the source
+    up, so that a verb added at the end renames no other node. Sources are indexed in the order of
+    the inputs' names, not in that of a dict literal.
 
     Raises:
         ValueError: If two sources have the same name.
     """
     names: list[str] = []
-    where: dict[str, str] = {}
+    paths: dict[str, str] = {}  # of the sources, by name
 
     def build(node: Node, prefix: tuple[str, ...]) -> BoundNode:
         chain = [node]
         while list(chain[-1].inputs()) == [""]:
             chain.append(chain[-1].inputs()[""])
+        chain.reverse()
         below: BoundNode | None = None
-        seen: dict[str, int] = {}
-        for item in reversed(chain):
-            label = item.label
-            seen[label] = seen.get(label, 0) + 1
-            if seen[label] > 1:
-                label = f"{label}#{seen[label]}"
+        for item, label in zip(chain, unique_labels(item.label for item in chain)):
             bound = BoundNode(item, "/".join((*prefix, label)), names)
             if below is not None:
                 bound.inputs[""] = below
             elif inputs := item.inputs():
-                bound.inputs = dict.fromkeys(inputs, bound)
-                for key in sorted(
-                    inputs
-                ):  # sources are numbered by name, not by the order of a dict literal
+                bound.inputs = dict.fromkeys(inputs, bound)  # keeps the order of the inputs
+                for key in sorted(inputs):
                     bound.inputs[key] = build(inputs[key], (*prefix, key))
             else:
                 name = getattr(item, "name", None) or "/".join(prefix) or "data"
-                if name in where:
+                if name in paths:
                     raise ValueError(
-                        f"two sources are named {name!r}: one at {where[name]!r}, one at"
-                        f" {bound.path!r}. Progress and origins are told by name, so give each"
-                        " source its own name=..."
+                        f"two sources are named {name!r}: one at {paths[name]!r}, one at"
+                        f" {bound.path!r}. Progress and origins refer to sources by name, so give"
+                        " each source its own name=..."
                     )
-                where[name] = bound.path
+                paths[name] = bound.path
                 bound.source = len(names)
                 names.append(name)
             below = bound
@@ -184,22 +196,38 @@ def bind(root: Node) -> BoundNode:
     return build(root, ())
 
 
+def row_origins(bound: BoundNode, passes: I64, rows: I64) -> I64:
+    """Origins of rows that a source is about to read, int64, shape [k, 5].
+
+    Call it before reading: a dead worker's error names the rows that it was reading.
+
+    Args:
+        bound: The source.
+        passes: int64, shape [1] or [k]: as `Node._rows` was given them.
+        rows: Numbers of the rows, int64, shape [k].
+    """
+    origins = np.zeros((len(rows), 5), dtype=np.int64)
+    origins[:, 0], origins[:, 1], origins[:, 2] = bound.source, passes, rows
+    if bound.trail is not None:
+        bound.trail.rows(origins)
+    return origins
+
+
 class Node:
-    """An immutable description of a stream of samples: a node of a tree with sources at its leaves.
+    """An immutable description of one operation and its inputs; sources are the leaves of a tree.
 
-    Subclasses are frozen dataclasses (``@dataclass(frozen=True, eq=False, repr=False)``). Every
-    verb returns a new dataset. Nothing is opened until it is read.
+    Subclasses are frozen dataclasses (``@dataclass(frozen=True, eq=False, repr=False)``). A node
+    opens nothing until it is read, and holds no state but caches. `midstream.Dataset` wraps a node
+    and adds the verbs.
 
-    A dataset implements torchdata's ``Stateful`` protocol, so a bare ``StatefulDataLoader(ds,
-    num_workers=k)`` resumes exactly on the same number of workers.
+    ``random_access``, ``infinite``, ``batch_rows`` and ``label`` are properties here. Where the
+    answer of a subclass is constant, it is a plain class attribute, without an annotation, which
+    would make it a field: ``random_access = False``.
 
-    >>> ds = ms.from_dataset(list("abcdef"), name="letters").shuffle(seed=1).take(4)
-    >>> ds
-    take(n=4)                                  # random access, 4
-    └─ shuffle(seed=1)                         # random access, 6
-       └─ letters: from_dataset(list, 6 rows)  # random access, 6
-    >>> list(ds) == list(ds), len(ds)
-    (True, 4)
+    >>> import midstream as ms
+    >>> node = ms.from_dataset(list("abcdef"), name="letters").shuffle(seed=1).take(4).node
+    >>> node, node.inputs(), node.length()
+    (take(n=4), {'': shuffle(seed=1)}, 4)
     """
 
     kind: ClassVar[str] = "dataset"
@@ -207,15 +235,15 @@ class Node:
     one_to_one: ClassVar[bool] = False
     """Whether it gives one sample for each of its only input, in that order."""
     tracks: ClassVar[bool] = False
-    """Whether it leaves something in its place's stash. It has ``kinds()`` then."""
+    """Whether it leaves metrics in `BoundNode.stash`. Such a node has a method ``kinds()``."""
     reads_ahead: ClassVar[bool] = False
-    """Whether this is a source that may read what comes next before it is asked for: see `_hint`."""
+    """Whether this is a source that takes prefetch hints: see `_hint`."""
     may_wait: ClassVar[bool] = False
-    """Whether this is a source that runs code of others, which may wait for what the training loop
-    does first.
+    """Whether this is a source that runs user code, which may wait for something that the training
+    loop does first.
     """
 
-    # -- what a node implements ---------------------------------------------------------------------------------------
+    # -- the tree ----------------------------------------------------------------------------------
 
     def inputs(self) -> dict[str, Node]:
         """The inputs by name. A single input has the empty name; sources have none."""
@@ -230,11 +258,24 @@ class Node:
         """
         return dataclasses.replace(self, source=inputs[""])  # type: ignore[type-var,call-arg,unused-ignore]
 
-    def taken_of(self, name: str, count: int) -> int | None:
-        """How many samples of the input ``name`` make up the first ``count`` samples of this node;
-        None if unknown.
-        """
-        return count if self.one_to_one else None
+    def spec_fields(self) -> dict[str, State]:
+        """What a checkpoint records of this node: plain values by name."""
+        return {}
+
+    @property
+    def label(self) -> str:
+        """The last part of the node's path: the verb, or the name that the node was given."""
+        return self.kind
+
+    def summary(self) -> str:
+        """The node's line of a printed tree: its verb and arguments."""
+        fields = ((key, value) for key, value in self.spec_fields().items() if key != "length")
+        return f"{self.kind}({', '.join(f'{key}={_short(value)}' for key, value in fields)})"
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    # -- size and kind -----------------------------------------------------------------------------
 
     @property
     def random_access(self) -> bool:
@@ -246,70 +287,51 @@ class Node:
         """Whether the stream never ends by itself."""
         return any(child.infinite for child in self.inputs().values())
 
+    @property
+    def batch_rows(self) -> int | None:
+        """Samples per batch when the pipeline ends in ``.batch``, perhaps with one-to-one nodes
+        after it; else None.
+        """
+        inputs = self.inputs()
+        if not inputs:
+            return None
+        sizes = {child.batch_rows for child in inputs.values()}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def length(self) -> int | None:
+        """Number of samples of a node with random access; None when it is infinite. Cached."""
+        return self.cached("_known_length", self._length)
+
     def _length(self) -> int | None:
-        """Number of samples of a random-access dataset; None when it is infinite."""
+        """Computes `length`."""
         if self.one_to_one:
             return self.inputs()[""].length()
         raise NotImplementedError(f"{type(self).__name__} has no length")
 
     def block_sizes(self) -> I64 | None:
-        """Sizes of the natural blocks, in which reading one row costs a whole block; None where a
-        block is a row.
+        """Sizes of the natural blocks, int64: reading one row costs as much as reading its block.
+        None where every row can be read by itself.
         """
         return self.inputs()[""].block_sizes() if self.one_to_one else None
 
-    def spec_fields(self) -> dict[str, State]:
-        """What a checkpoint remembers of this node: plain values by name."""
-        return {}
+    def taken_of(self, name: str, count: int) -> int | None:
+        """How many samples of the input ``name`` make up the first ``count`` samples of this node;
+        None if unknown.
+        """
+        return count if self.one_to_one else None
 
-    def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
-        """The samples at ``positions``.
+    def passes_over(self, key: str, exact: bool) -> int:
+        """The most passes over the input ``key`` in one pass over this node, for numbering.
 
         Args:
-            at: This node's place.
-            positions: int64, shape [k], each in [0, length).
-            keys: uint64, shape [1] or [k]: the seed key of the pass each position belongs to.
-            passes: int64, shape [1] or [k]: the number of that pass, for origins.
-
-        What only chooses and orders rows of its inputs says so in `_select`, and needs no `_rows`
-        of its own.
+            key: Name of the input.
+            exact: Whether lengths may be looked up; else an upper bound without them.
         """
-        parts = self._select(bound, positions, keys, passes)
-        if parts is None:
-            raise NotImplementedError(f"{type(self).__name__} has no random access")
-        if len(parts) == 1:
-            return parts[0].rows()
-        return Rows.scatter(len(positions), [(part.here, part.rows()) for part in parts])  # type: ignore[misc]
+        return 1
 
-    def _select(
-        self, bound: BoundNode, positions: I64, keys: U64, passes: I64
-    ) -> list[Selection] | None:
-        """The positions of the inputs that the samples at ``positions`` are made of; None where that is not known.
-
-        Arguments as for `_rows`. So that sources can be told what comes next (`BoundNode.hint`).
-        """
-        return [Selection(bound.input, positions, keys, passes)] if self.one_to_one else None
-
-    def wants_more(self) -> bool:
-        """Whether `_hint` would be of use just now. Asked once a chunk."""
-        return False
-
-    def _hint(self, positions: I64) -> None:
-        """Hear which positions (int64, shape [k]) are likely to be read next, in this order. May
-        change no sample.
-        """
-
-    def _lazy_rows(
-        self, bound: BoundNode, positions: I64, keys: U64, passes: I64
-    ) -> Rows | LazyBatches | None:
-        """As `_rows`, for a node whose samples are large: each may be made when it is taken. None:
-        as `_rows` has them.
-        """
-        return None
-
-    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
-        """The running form in one lane, for one pass."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be read as a stream")
+    def replay_bound(self) -> str:
+        """What this node itself reads again on a resume, at most, in words; empty for nothing."""
+        return ""
 
     def full_lanes(self, num_lanes: int, block: int) -> tuple[int, str]:
         """How many of the lanes 0, 1, 2, ... can have any data, and the reason in words."""
@@ -323,70 +345,92 @@ class Node:
         )
 
     def max_lanes(self) -> tuple[int, str] | None:
-        """The largest useful number of lanes and the source that limits it, or None when nothing
-        does.
-        """
+        """The largest useful number of lanes and the source that limits it; None for no limit."""
         limits = [
             limit for child in self.inputs().values() if (limit := child.max_lanes()) is not None
         ]
         return min(limits) if limits else None
 
-    def length(self) -> int | None:
-        """`_length`, asked once."""
-        known = self.__dict__.get("_known_length")
-        if known is None:
-            known = (self._length(),)
-            self._set("_known_length", known)
-        length: int | None = known[0]
-        return length
+    # -- reading with random access ----------------------------------------------------------------
 
-    # -- identity -----------------------------------------------------------------------------------------------------
+    def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
+        """The samples at ``positions``.
 
-    @property
-    def label(self) -> str:
-        """The node's name within its place: the verb, or the name it was given."""
-        return self.kind
+        A node that only chooses and orders samples of its inputs implements `_select` instead.
 
-    @property
-    def batch_rows(self) -> int | None:
-        """Samples per element when the pipeline ends in ``.batch`` (perhaps with one-to-one nodes
-        after it).
+        Args:
+            bound: This node within its tree.
+            positions: int64, shape [k], each in [0, length).
+            keys: uint64, shape [1] or [k]: the seed key of the pass each position belongs to.
+            passes: int64, shape [1] or [k]: the number of that pass, for origins.
         """
-        inputs = self.inputs()
-        if not inputs:
-            return None
-        sizes = {child.batch_rows for child in inputs.values()}
-        return sizes.pop() if len(sizes) == 1 else None
+        parts = self._select(bound, positions, keys, passes)
+        if parts is None:
+            raise NotImplementedError(f"{type(self).__name__} has no random access")
+        if len(parts) == 1:
+            return parts[0].rows()
+        return Rows.scatter(len(positions), [(part.indices, part.rows()) for part in parts])  # type: ignore[misc]
 
-    def __repr__(self) -> str:
-        return self.summary()
+    def _select(
+        self, bound: BoundNode, positions: I64, keys: U64, passes: I64
+    ) -> list[Selection] | None:
+        """The positions of the inputs that make up the samples at ``positions``; None if unknown.
 
-    def summary(self) -> str:
-        """This node in one line of a tree: its arguments."""
-        fields = ((key, value) for key, value in self.spec_fields().items() if key != "length")
-        return f"{self.kind}({', '.join(f'{key}={_short(value)}' for key, value in fields)})"
-
-    def passes_over(self, key: str, exact: bool) -> int:
-        """How many passes over an input one pass over this node may take, for numbering; ``exact``:
-        as its length says.
+        Arguments as for `_rows`. Prefetch hints reach the sources through it (`BoundNode.hint`).
         """
-        return 1
+        return [Selection(bound.input, positions, keys, passes)] if self.one_to_one else None
 
-    def replay_bound(self) -> str:
-        """What this node itself reads again on a resume, at most, in words; empty where nothing."""
-        return ""
+    def _lazy_rows(
+        self, bound: BoundNode, positions: I64, keys: U64, passes: I64
+    ) -> Rows | LazyBatches | None:
+        """As `_rows`, for a node with large samples, each of which may be made when it is taken.
+        None: call `_rows` instead.
+        """
+        return None
 
-    # -- pickling and hidden slots ------------------------------------------------------------------------------------
+    def wants_more(self) -> bool:
+        """Whether a prefetch hint is of use now. Asked once per chunk."""
+        return False
+
+    def _hint(self, positions: I64) -> None:
+        """Prefetch hint for a source: these positions (int64, shape [k]) will probably be read
+        next, in this order. It changes no sample.
+        """
+
+    # -- reading as a stream -----------------------------------------------------------------------
+
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
+        """The node's iterator in one lane, for one pass.
+
+        Args:
+            bound: This node within its tree; its input is iterated with
+                `midstream.pipeline.cursor.iterate`.
+            lane: The lane.
+            key: The seed key of the pass, 64 bits.
+            pass_: The number of the pass, for origins.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be read as a stream")
+
+    # -- caches and pickling -----------------------------------------------------------------------
 
     _kept_slots: ClassVar[tuple[str, ...]] = ()
+    """Caches that are pickled. All others are left out."""
     _by_value: ClassVar[tuple[str, ...]] = ()
+    """Fields that are pickled by value, as callables are: see `PickledByValue`."""
+
+    def cached(self, key: str, compute: Callable[[], T]) -> T:
+        """The result of ``compute``, called once for this node and kept under ``key``."""
+        if key not in self.__dict__:
+            self._set(key, compute())
+        value: T = self.__dict__[key]
+        return value
 
     def _set(self, name: str, value: Any) -> None:
-        """Set one of the few slots that are no fields: caches, handles, a state that waits."""
+        """Set a cache. (The dataclass is frozen, so ordinary assignment is refused.)"""
         object.__setattr__(self, name, value)
 
     def _handle(self) -> Any:
-        """What `_open` returns, opened once per process."""
+        """The result of `_open`, called once per process."""
         pid = os.getpid()
         cached = self.__dict__.get("_opened")
         if cached is None or cached[0] != pid:
@@ -395,6 +439,7 @@ class Node:
         return cached[1]
 
     def _open(self) -> Any:
+        """Open the files or readers of a source."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
@@ -415,7 +460,11 @@ class Node:
 
 
 def require_dataset(value: Any, where: str) -> None:
-    """Refuse what is not a dataset, and say how to make it one."""
+    """Raise unless ``value`` is a node; the error says how to wrap data in a dataset.
+
+    Raises:
+        TypeError: If it is not.
+    """
     if not isinstance(value, Node):
         raise TypeError(
             f"{where} takes midstream datasets; found {type(value).__name__}. Wrap data with"

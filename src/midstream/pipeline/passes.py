@@ -1,4 +1,4 @@
-"""Epochs and passes, numbered in 64 bits."""
+"""Epochs and passes in 64 bits: the seed key of an epoch, and limits on nested passes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from midstream.pipeline.rows import I64, U64
 
 
 def epoch_key(epoch: int) -> U64:
-    """The seed key of an outer epoch: where every chain of passes starts. uint64, shape [1]."""
+    """The seed key of an epoch, uint64, shape [1]. The keys of passes are derived from it."""
     return np.array([fold(epoch) if epoch else 0], dtype=np.uint64)
 
 
@@ -19,21 +19,28 @@ _TOO_DEEP = (
     " repeat a number of epochs, or an inner mix max_epochs= or 'all_exhausted_without_replacement'"
 )
 
-_EPOCHS = 1 << 16  # of a loader at least
+_EPOCHS = 1 << 16  # a loader can run at least so many
 
 
 def require_passes(passes: I64, times: int) -> None:
-    """Refuse passes nested so deep that they cannot be numbered in 64 bits."""
+    """Check that ``times`` passes in each of these passes can be numbered in 64 bits.
+
+    Raises:
+        ValueError: If they cannot.
+    """
     if int(passes.max()) * times >= 1 << 62:
         raise ValueError(_TOO_DEEP.format(""))
 
 
 def require_epochs(root: BoundNode) -> None:
-    """Refuse the same before anything is read: of every source, the passes of 65,536 epochs can be
-    numbered.
+    """Check, before anything is read, that every source's passes in 65,536 epochs can be numbered.
+
+    Raises:
+        ValueError: If they cannot; names the nodes that are nested.
     """
 
     def most(bound: BoundNode, exact: bool) -> tuple[int, list[str]]:
+        """The most passes over any source in one pass over ``bound``, and the nodes that repeat."""
         below: list[tuple[int, list[str]]] = [(1, [])]
         for key, child in bound.inputs.items():
             times, paths = most(child, exact)
@@ -41,9 +48,8 @@ def require_epochs(root: BoundNode) -> None:
             below.append((times * own, [bound.path, *paths] if own > 1 else paths))
         return max(below, key=lambda found: found[0])
 
-    if (
-        most(root, False)[0] * _EPOCHS > 1 << 62
-    ):  # lengths may have to be looked up: only where they could matter
+    # Lengths may have to be looked up in files: only where the bound without them is too large.
+    if most(root, False)[0] * _EPOCHS > 1 << 62:
         times, paths = most(root, True)
         if times * _EPOCHS > 1 << 62:
             raise ValueError(_TOO_DEEP.format(f"{' > '.join(paths)}: "))

@@ -1,4 +1,4 @@
-"""Callables that are pickled by value."""
+"""PickledByValue: callables and data that are pickled by value."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any
 
 import dill
 
-# -- running ------------------------------------------------------------------------------------------------------
-
 
 class PickledByValue:
-    """A callable (or data) that pickles by value when a reference would not do: lambdas, closures,
-    notebooks.
+    """Wraps a callable, or data, and pickles it by value where pickle's reference by name fails.
+
+    So lambdas, closures and functions of a notebook reach worker processes under spawn.
     """
 
     __slots__ = ("value",)

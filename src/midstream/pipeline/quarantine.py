@@ -1,9 +1,9 @@
-"""The quarantine: samples that were skipped, each with what is needed to look into it, in files of JSON Lines.
+"""The quarantine: skipped samples and their errors, in JSON Lines files.
 
-Every process writes a file of its own, a line with one system call at the end of the file, so lines
-of several processes never mix and a killed process leaves at most one torn line, which the reader
-passes over. A sample is written when it is counted, which replays do once. What a killed run did
-after its last checkpoint is done again, and written again: the reader drops what is there twice.
+Every process appends to a file of its own, one system call per line. So lines of several processes
+never mix, and a killed process leaves at most one incomplete line, which the reader ignores.
+A sample is written when it is counted; a replay does not count it again. After a kill, the samples
+skipped since the last checkpoint are read and written again: the reader removes duplicates.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PREVIEW_CHARACTERS = 2000
 
 
 class Record(NamedTuple):
-    """A sample on its way to a quarantine."""
+    """A skipped sample before it is written: see `Quarantined`."""
 
     folder: str
     node: str
@@ -38,16 +38,16 @@ class Record(NamedTuple):
 
 
 class Quarantined(NamedTuple):
-    """One skipped sample.
+    """One skipped sample, as it was read from a quarantine.
 
     Attributes:
         origin: Where it came from; ``dataset.row(origin)`` fetches the row.
         node: Path of the node that failed on it.
         function: The function, with file and line.
         error_type: Name of the exception's class.
-        message: Its text.
-        traceback: Where it was raised.
-        preview: The sample that the function was given, shortened to 2,000 characters.
+        message: The exception's text.
+        traceback: The formatted traceback.
+        preview: The sample that the function was called with, at most 2,000 characters.
     """
 
     origin: Origin | None
@@ -63,7 +63,8 @@ def write_record(record: Record) -> str:
     """Append a record to this process's file.
 
     Returns:
-        What went wrong, in words; empty when nothing did. A full disk must not end a training run.
+        Why it could not be written, in words; empty when it was. (A full disk does not end a
+        training run.)
     """
     line = {
         "origin": None if record.origin is None else list(record.origin),
@@ -93,10 +94,10 @@ def write_record(record: Record) -> str:
 
 
 def read_quarantine(folder: str | os.PathLike[str]) -> list[Quarantined]:
-    """The samples in a quarantine, each once for every node that failed on it, by origin.
+    """Read the samples of a quarantine, sorted by node and origin, without duplicates.
 
     Args:
-        folder: What a node was given as ``quarantine``.
+        folder: The folder that a node was given as ``quarantine``.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -104,7 +105,8 @@ def read_quarantine(folder: str | os.PathLike[str]) -> list[Quarantined]:
     >>> import tempfile
     >>> import midstream as ms
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     ds = ms.from_dataset([1, 0, 2], name="n").map(lambda x: 1 // x, on_error="skip", quarantine=folder)
+    ...     ds = ms.from_dataset([1, 0, 2], name="n").map(
+    ...         lambda x: 1 // x, on_error="skip", quarantine=folder)
     ...     kept, found = list(ds), ms.read_quarantine(folder)
     >>> kept, [(one.error_type, ds.row(one.origin)) for one in found]
     ([1, 0], [('ZeroDivisionError', 0)])
@@ -115,7 +117,7 @@ def read_quarantine(folder: str | os.PathLike[str]) -> list[Quarantined]:
             f"there is no quarantine {root}: a folder that a node was given as quarantine=..."
         )
     found: dict[tuple[Any, ...], Quarantined] = {}
-    torn = 0
+    unreadable = 0
     for path in sorted(root.glob("skipped-*.jsonl")):
         for line in path.read_bytes().splitlines():
             try:
@@ -123,13 +125,13 @@ def read_quarantine(folder: str | os.PathLike[str]) -> list[Quarantined]:
                 origin = body.pop("origin")
                 record = Quarantined(None if origin is None else Origin(*origin), **body)
             except (ValueError, TypeError, KeyError):
-                torn += 1
+                unreadable += 1
                 continue
-            # Failures of whole batches have no origin: told apart by what they were given.
+            # Failures of whole batches have no origin: the preview distinguishes them.
             found.setdefault((record.node, record.origin or record.preview), record)
-    if torn:
+    if unreadable:
         warnings.warn(
-            f"{root}: {torn} lines are torn or are no records, and were passed over",
+            f"{root}: {unreadable} lines are incomplete or not records, and were ignored",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -144,7 +146,7 @@ class _Shortened(reprlib.Repr):
         self.maxlevel = 4
 
     def repr_ndarray(self, value: Any, level: int) -> str:
-        """A few numbers, with type and shape."""
+        """The first 20 numbers, with shape and dtype."""
         head = np.asarray(value).reshape(-1)[:20].tolist()
         return f"array({self.repr(head)}, shape={tuple(value.shape)}, dtype={value.dtype})"
 
@@ -152,6 +154,6 @@ class _Shortened(reprlib.Repr):
 def _preview(sample: Any) -> str:
     try:
         text = _Shortened().repr(sample)
-    except Exception as error:  # a __repr__ of somebody's
+    except Exception as error:  # user code may define __repr__
         text = f"<{type(sample).__qualname__}, whose repr raised {type(error).__qualname__}>"
     return text if len(text) <= _PREVIEW_CHARACTERS else f"{text[: _PREVIEW_CHARACTERS - 1]}…"

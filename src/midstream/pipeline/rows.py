@@ -1,4 +1,4 @@
-"""Rows and samples that flow between nodes, each with its origins."""
+"""Rows and LazyBatches: samples at an array of positions, with their origins."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
 Origins = Any
-"""Origins of one sample: a tuple (source, pass, row, part, tokens), or an int64 array [m, 5] for a sample made of several.
+"""Origins of one sample: a tuple (source, pass, row, part, tokens), or an int64 array [m, 5] for a
+sample made of several rows.
 
-``tokens`` is 0 until a node that knows (pack) sets it; the other four alone say which row it is,
-and key every draw.
+``tokens`` is 0 unless pack set it. The other four identify the row, and key every random draw.
 """
 
 PARTS = 1 << 20
 """Parts of a part are numbered in one integer: ``part * PARTS + number``."""
 
 Item = tuple[Any, Origins]
+"""What an iterator returns: a sample and its origins."""
 
 Stash = dict[tuple[int, ...], tuple[int, tuple[Any, ...]]]
-"""By the first four numbers of a sample's first origin: its source (-1: several), and a value of
-each metric.
+"""Tracked metrics of samples that were read, by the first four numbers of a sample's first origin:
+the sample's source (-1 for several) and a value for each metric.
 """
 
 
@@ -40,8 +41,8 @@ class Rows:
     Attributes:
         origins: int64, shape [m, 5]: source index, pass, row, part, tokens.
         sizes: Origins per sample, int64 of shape [k], or None when every sample has exactly one.
-        columns: The samples as a table gives them, where they still are so; no sample is a
-        `FailedSample` then.
+        columns: The samples as columns, where they come from a table and no node has needed them
+            as rows. None of them is a `FailedSample` then.
     """
 
     __slots__ = ("_samples", "columns", "origins", "sizes")
@@ -57,8 +58,8 @@ class Rows:
 
     @property
     def samples(self) -> list[Any]:
-        """One per position; a `FailedSample` where user code failed. Dicts are made of columns when
-        first asked for.
+        """One per position; a `FailedSample` where user code failed. Columns become dicts on first
+        use.
         """
         if self._samples is None:
             assert self.columns is not None
@@ -66,7 +67,7 @@ class Rows:
         return self._samples
 
     def items(self) -> list[Item]:
-        """The samples, each with its origins, as streams pass them on."""
+        """The samples, each with its origins, as iterators return them."""
         if self.sizes is None:
             return list(zip(self.samples, map(tuple, self.origins.tolist())))
         ends = np.cumsum(self.sizes).tolist()
@@ -75,35 +76,36 @@ class Rows:
 
     @staticmethod
     def scatter(length: int, parts: Sequence[tuple[I64, Rows]]) -> Rows:
-        """Put the rows of several inputs in their places.
+        """Put the rows of several inputs in one order.
 
         Args:
             length: Number of samples in all.
-            parts: For each input the places (int64, shape [j]) and its rows.
+            parts: For each input the indices of its samples in the result (int64, shape [j]), and
+                its rows.
         """
         if all(rows.sizes is None for _, rows in parts):
             if len(parts) == 1 and parts[0][0].size == length:
-                return parts[0][1]  # the places of an only part are 0, 1, 2, ...
+                return parts[0][1]  # the indices of an only part are 0, 1, 2, ...
             origins = np.empty((length, 5), dtype=np.int64)
-            for places, rows in parts:
-                origins[places] = rows.origins
+            for indices, rows in parts:
+                origins[indices] = rows.origins
             tables = [rows.columns for _, rows in parts if rows.columns is not None]
             if len(tables) == len(parts) > 0:
                 order = np.empty(length, dtype=np.int64)
-                order[np.concatenate([places for places, _ in parts])] = np.arange(length)
+                order[np.concatenate([indices for indices, _ in parts])] = np.arange(length)
                 if (columns := Columns.join(tables, order)) is not None:
                     return Rows(None, origins, None, columns)
             samples: list[Any] = [None] * length
-            for places, rows in parts:
-                for place, sample in zip(places.tolist(), rows.samples):
-                    samples[place] = sample
+            for indices, rows in parts:
+                for index, sample in zip(indices.tolist(), rows.samples):
+                    samples[index] = sample
             return Rows(samples, origins)
         samples = [None] * length
         pieces: list[I64] = [np.empty((0, 5), dtype=np.int64)] * length
-        for places, rows in parts:
-            for place, (sample, origin) in zip(places.tolist(), rows.items()):
-                samples[place] = sample
-                pieces[place] = as_origin_array(origin)
+        for indices, rows in parts:
+            for index, (sample, origin) in zip(indices.tolist(), rows.items()):
+                samples[index] = sample
+                pieces[index] = as_origin_array(origin)
         sizes = np.array([len(piece) for piece in pieces], dtype=np.int64)
         return Rows(
             samples, np.concatenate(pieces) if pieces else np.empty((0, 5), dtype=np.int64), sizes
@@ -111,16 +113,16 @@ class Rows:
 
 
 class LazyBatches:
-    """Samples that are made when their turn comes, each of some rows of those that were read together.
+    """Lazily collated batches.
 
-    Many batches made ahead would be memory that is touched for the first time, again and again, and
-    cold when it is used.
+    A chunk of rows is read in one call; each batch is collated when it is taken, so that its memory
+    is reused and still in cache.
 
     Attributes:
-        rows: The rows.
-        bounds: Sample i is made of the rows from ``bounds[i]`` to ``bounds[i + 1]``.
-        make: Makes the sample of the rows from here to there; a `FailedSample` where user code
-        failed.
+        rows: The rows of all batches.
+        bounds: Batch i is made of the rows from ``bounds[i]`` to ``bounds[i + 1]``.
+        make: ``make(first, last)`` collates these rows; it returns a `FailedSample` where user code
+            failed.
     """
 
     __slots__ = ("bounds", "make", "rows")
@@ -133,11 +135,11 @@ class LazyBatches:
 
     @property
     def origins(self) -> I64:
-        """Of all rows."""
+        """Origins of all rows, int64, shape [m, 5]."""
         return self.rows.origins
 
     def item(self, index: int, trail: Trail | None) -> Item:
-        """A sample with its origins; there are none of one that is lost."""
+        """Collate batch ``index``; its origins, or none where collating it failed."""
         first, last = self.bounds[index], self.bounds[index + 1]
         origins = self.origins[first:last]
         if trail is not None:
@@ -149,7 +151,7 @@ class LazyBatches:
         return sample, origins[:0]
 
     def num_bytes(self) -> int:
-        """Roughly how much is held for one sample."""
+        """Roughly how large the rows of one batch are, in bytes."""
         rows = self.rows
         one = rows.samples[0] if rows.columns is None else rows.columns[:1].samples()[0]
         return num_bytes(one) * self.bounds[1]
@@ -170,7 +172,7 @@ def join_origins(items: Sequence[Item]) -> I64:
 
 
 def pick(values: npt.NDArray[Any], index: I64) -> npt.NDArray[Any]:
-    """``values[index]`` of an array that holds one value per position, or one for all (shape [1])."""
+    """``values[index]``; ``values`` itself where it has one value for all positions (shape [1])."""
     return values if values.size == 1 else values[index]
 
 

@@ -1,4 +1,4 @@
-"""Iterates over a dataset without a loader: one lane."""
+"""LaneOutput and SingleLaneIterator: the finished samples of one lane; ``iter(dataset)``."""
 
 from __future__ import annotations
 
@@ -21,11 +21,19 @@ from midstream.pipeline.rows import Item
 
 
 class LaneOutput:
-    """Pulls the deliverable out of a lane: a sample, or a failure to be raised. Quiet failures are
-    counted on the way.
+    """Returns the finished samples of a lane, and the failures to be raised.
+
+    Skipped and excluded samples are counted in the lane's ledger and not returned.
+
+    Args:
+        bound: The root of the pipeline.
+        lane: The lane.
+        key: Seed key of the epoch.
+        pass_: The epoch.
+        skipped: Called after each skipped sample. It may raise: no sample is lost then.
     """
 
-    __slots__ = ("iterator", "lane", "bound", "skipped")
+    __slots__ = ("bound", "iterator", "lane", "skipped")
 
     def __init__(
         self,
@@ -39,29 +47,33 @@ class LaneOutput:
         self.iterator = iterate(bound, lane, key, pass_)
 
     def next(self) -> Item:
-        """The next sample with its origins, or a `SampleFailure` in the sample's place; raises
-        StopIteration at the end.
+        """The next sample, or a `SampleFailure` in its place, with the origins.
+
+        Raises:
+            StopIteration: At the end of the lane.
         """
         while True:
             sample, origins = next(self.iterator)
             if type(sample) is not FailedSample:
                 return sample, origins
             failure = sample.errors[0]
-            if not failure.quiet:
+            if failure.outcome == "raise":
                 return failure, origins
             source = (
                 self.bound.names.index(failure.origin.source) if failure.origin is not None else -1
             )
             self.lane.ledger.failed(failure, source)
             if self.skipped is not None:
-                self.skipped()  # may raise, while no sample is in hand that could be lost
+                self.skipped()
 
 
 class SingleLaneIterator:
-    """``iter(dataset)``: the samples of one lane, one after the other.
+    """``iter(dataset)``: iterates over one lane without a loader.
 
     State: ``{"midstream", "fingerprint", "epoch", "lane": [index, number of lanes], "done",
-    "state", "marks", "events"}``: the root's state, and what was dropped or skipped so far.
+        "state", "marks", "events"}``: the state of the pipeline, and counts of the samples dropped
+        or skipped so far.
+    Resume: reads again what the pipeline's nodes say.
     """
 
     def __init__(self, dataset: Node, index: int, num_lanes: int, epoch: int) -> None:
@@ -69,70 +81,75 @@ class SingleLaneIterator:
         self._dataset = dataset
         self._ledger = Ledger()
         self._lane = Lane(index, num_lanes, 1, self._ledger)
-        self._place = bind(dataset)
+        self._bound = bind(dataset)
         self._epoch = epoch
         self._events: dict[str, int] = {}
-        self._over: list[TooManyErrors] = []
-        self._windows, self._seen = RecentFailures(), [0]
-        self._noticed: set[str] = set()
+        self._limit_errors: list[TooManyErrors] = []
+        self._recent, self._seen = RecentFailures(), [0]
+        self._warned: set[str] = set()
         self._done = False
         self._waiting: State = None
-        self._delivery: LaneOutput | None = None
+        self._output: LaneOutput | None = None
 
     def __iter__(self) -> SingleLaneIterator:
         return self
 
     def __del__(self) -> None:
-        """Leave the position with the dataset, which may be asked for it after a loop was left."""
+        """Pass the position to the dataset, which is asked for it after a loop was left early."""
         with contextlib.suppress(Exception):
             if self.on_end is not None:
                 self.on_end(self)
 
     def __next__(self) -> Any:
         if self._ledger.notices:
-            self._tell()  # of what was met on the way to the sample before: no sample is in hand that could be lost
-        if self._over:
-            raise self._over[0]
+            self._warn()  # before a sample is read: a warning raised as an error loses none
+        if self._limit_errors:
+            raise self._limit_errors[0]
         if self._done:
             raise StopIteration
         self._seen[0] += 1
         try:
-            sample = (self._delivery or self._start()).next()[0]
+            sample = (self._output or self._start()).next()[0]
         except StopIteration:
             self._done = True
-            self._tell()
+            self._warn()
             raise
         if type(sample) is SampleFailure:
             raise sample.error()
         return sample
 
     def _start(self) -> LaneOutput:
-        # Not a method of this object: that would be a cycle.
+        # A bound method of this object would be a reference cycle, which delays `__del__`.
         skipped = functools.partial(
-            _check_skipped, self._events, self._ledger, self._over, self._windows, self._seen
+            _check_skipped,
+            self._events,
+            self._ledger,
+            self._limit_errors,
+            self._recent,
+            self._seen,
         )
-        delivery = LaneOutput(
-            self._place, self._lane, int(epoch_key(self._epoch)[0]), self._epoch, skipped
+        output = LaneOutput(
+            self._bound, self._lane, int(epoch_key(self._epoch)[0]), self._epoch, skipped
         )
         if self._waiting is not None:
-            delivery.iterator.load(self._waiting["state"])
+            output.iterator.load(self._waiting["state"])
             self._ledger.marks = copy_plain(self._waiting["marks"])
             self._waiting = None
-        self._delivery = delivery
-        return delivery
+        self._output = output
+        return output
 
-    def _tell(self) -> None:
+    def _warn(self) -> None:
         notices, self._ledger.notices = self._ledger.notices, []
         for key, text in notices:
-            if key not in self._noticed:
-                self._noticed.add(key)
+            if key not in self._warned:
+                self._warned.add(key)
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def state_dict(self) -> State:
-        """The state after the last sample returned; plain values, fresh each time."""
+        """The state after the last sample returned, as fresh plain values."""
         if self._waiting is not None:
             return copy_plain(self._waiting)
-        delivery = self._delivery or self._start()
+        output = self._output or self._start()
         return copy_plain(
             {
                 "midstream": FORMAT,
@@ -140,7 +157,7 @@ class SingleLaneIterator:
                 "epoch": self._epoch,
                 "lane": [self._lane.index, self._lane.num_lanes],
                 "done": self._done,
-                "state": delivery.iterator.snapshot(),
+                "state": output.iterator.snapshot(),
                 "marks": self._ledger.marks,
                 "events": add_counts(self._events, self._ledger.events),
             }
@@ -150,7 +167,7 @@ class SingleLaneIterator:
         """Continue from ``state`` with the next ``next()``.
 
         Raises:
-            CheckpointError: If another pipeline, or another number of lanes, wrote it.
+            CheckpointError: If it was saved by another pipeline, or with another number of lanes.
         """
         check_run_state(self._dataset, state)
         if state["lane"] != [self._lane.index, self._lane.num_lanes]:
@@ -163,25 +180,25 @@ class SingleLaneIterator:
         self._waiting = copy_plain(state)
         self._epoch, self._done = state["epoch"], state["done"]
         self._events = dict(self._waiting["events"])
-        self._ledger.events, self._over = {}, []
-        self._windows.begin(self._events)
+        self._ledger.events, self._limit_errors = {}, []
+        self._recent.begin(self._events)
         self._seen[0] = 0
-        self._delivery = None
+        self._output = None
 
 
 def _check_skipped(
     events: Mapping[str, int],
     ledger: Ledger,
-    over: list[TooManyErrors],
-    windows: RecentFailures,
+    limit_errors: list[TooManyErrors],
+    recent: RecentFailures,
     seen: list[int],
 ) -> None:
-    """A sample was skipped: is that one too many?"""
+    """Check the limits after a sample was skipped; the error is also added to ``limit_errors``."""
     seen[0] += 1
     try:
-        check_limits(add_counts(events, ledger.events), ledger.limits, windows, seen[0])
+        check_limits(add_counts(events, ledger.events), ledger.limits, recent, seen[0])
     except TooManyErrors as error:
-        over.append(error)
+        limit_errors.append(error)
         raise
 
 
@@ -197,7 +214,11 @@ _RUN_KEYS = {
 
 
 def check_run_state(dataset: Node, state: State) -> None:
-    """Refuse what is not a state of this dataset."""
+    """Check that ``state`` was saved by `SingleLaneIterator` of the same pipeline.
+
+    Raises:
+        CheckpointError: If it was not.
+    """
     if (
         not isinstance(state, dict)
         or "state" not in state

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from midstream.common.plain_state import State
-from midstream.pipeline.node import BoundNode, Node
+from midstream.pipeline.node import BoundNode, Node, row_origins
 from midstream.pipeline.rows import I64, U64, Rows
 from midstream.sources.arrow_table import TableReader
-from midstream.sources.source_rows import ReturnedOthers, require_rows, row_failure, row_origins
+from midstream.sources.source_rows import ReturnedOthers, require_rows, row_failure
 
 
 @dataclass(frozen=True, eq=False, repr=False)

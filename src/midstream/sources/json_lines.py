@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from midstream.common.progress_bar import watched
+from midstream.common.progress_bar import with_progress_bar
 from midstream.errors import SourceError
 from midstream.pipeline.rows import I64
 from midstream.sources.files import File, OpenFiles
@@ -210,7 +210,7 @@ def _row_starts(file: io.FileIO, first: int) -> list[I64]:
     base, line = 0, first  # bytes read, and start of the line that goes on into the next chunk
     num_chunks = -(-os.fstat(file.fileno()).st_size // _CHUNK)
     chunks = iter(lambda: file.readinto(room), 0)
-    for size in watched(
+    for size in with_progress_bar(
         chunks, f"read_json: finding the rows of {os.path.basename(str(file.name))}", num_chunks
     ):
         ends = np.flatnonzero(buffer[:size] == 10) + base

@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from midstream.common.plain_state import State
-from midstream.common.progress_bar import watched
+from midstream.common.progress_bar import with_progress_bar
 from midstream.common.validation import require_name
 from midstream.dataset import Dataset
 from midstream.errors import SourceError
 from midstream.pipeline.failures import FailedSample, SampleFailure
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node
+from midstream.pipeline.node import BoundNode, Node, row_origins
 from midstream.pipeline.rows import I64, U64, Rows
 from midstream.sources.files import File, Paths, count, is_remote, list_files, plain_paths
 from midstream.sources.json_lines import (
@@ -31,7 +31,6 @@ from midstream.sources.json_lines import (
     load_line_index,
 )
 from midstream.sources.shards import ShardIterator, Shards
-from midstream.sources.source_rows import row_origins
 
 try:
     import orjson as _orjson
@@ -129,7 +128,9 @@ class JsonSource(Node):
         if offsets is None:
             offsets = [
                 load_line_index(found)
-                for found in watched(self._found(), "read_json: finding the rows of files")
+                for found in with_progress_bar(
+                    self._found(), "read_json: finding the rows of files"
+                )
             ]
             self._set("_row_offsets", offsets)
         return offsets

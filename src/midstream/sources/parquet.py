@@ -16,11 +16,10 @@ from midstream.common.plain_state import State, fingerprint
 from midstream.common.validation import require_name
 from midstream.dataset import Dataset
 from midstream.pipeline.failures import FailedSample, SampleFailure
-from midstream.pipeline.node import BoundNode, Node
+from midstream.pipeline.node import BoundNode, Node, row_origins
 from midstream.pipeline.rows import I64, U64, Rows
 from midstream.sources.files import Paths, count, plain_paths
 from midstream.sources.row_groups import FileIndex, RowGroups, read_file_index
-from midstream.sources.source_rows import row_origins
 
 
 def read_parquet(

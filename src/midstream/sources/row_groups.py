@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import get_worker_info
 
-from midstream.common.progress_bar import watched
+from midstream.common.progress_bar import with_progress_bar
 from midstream.errors import SourceError, bullet_list
 from midstream.pipeline.rows import I64
 from midstream.sources.arrow_table import TableReader
@@ -62,7 +62,9 @@ def read_file_index(paths: tuple[str, ...], columns: tuple[str, ...] | None) -> 
     # Each footer is a few round trips on an object store, so many are asked for at once.
     with ThreadPoolExecutor(min(16, len(files))) as pool:
         footers = list(
-            watched(pool.map(_read_footer, files), "read_parquet: reading footers", len(files))
+            with_progress_bar(
+                pool.map(_read_footer, files), "read_parquet: reading footers", len(files)
+            )
         )
     names = list(footers[0].types) if columns is None else list(columns)
     _check_columns(files, footers, names, everything=columns is None)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from midstream.common.plain_state import State
-from midstream.pipeline.node import BoundNode, Node
+from midstream.pipeline.node import BoundNode, Node, row_origins
 from midstream.pipeline.rows import I64, U64, Rows
-from midstream.sources.source_rows import require_rows, row_failure, row_origins
+from midstream.sources.source_rows import require_rows, row_failure
 
 
 @dataclass(frozen=True, eq=False, repr=False)

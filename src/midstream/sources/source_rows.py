@@ -1,23 +1,12 @@
-"""Origins and failures of rows that a source reads."""
+"""Failures of rows that a source reads."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from midstream.pipeline.failures import FailedSample, SampleFailure
 from midstream.pipeline.node import BoundNode
 from midstream.pipeline.rows import I64
-
-
-def row_origins(bound: BoundNode, passes: I64, rows: I64) -> I64:
-    """Origins of rows of a source that are about to be read: int64, shape [k, 5]."""
-    origins = np.zeros((len(rows), 5), dtype=np.int64)
-    origins[:, 0], origins[:, 1], origins[:, 2] = bound.source, passes, rows
-    if bound.trail is not None:
-        bound.trail.rows(origins)
-    return origins
 
 
 def row_failure(bound: BoundNode, data: Any, origin: I64, error: Exception) -> FailedSample:

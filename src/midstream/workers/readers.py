@@ -219,7 +219,7 @@ class _RandomReader:
                 batch = Message(BATCH, sample, origins, True, None, self.ledger.take())
                 return [*messages, batch]
             failure = sample.errors[0]
-            if failure.quiet:
+            if failure.outcome != "raise":
                 self.ledger.failed(failure, source_of(self.bound, failure))
                 if done:
                     return [*messages, Message(NOTHING, None, None, True, None, self.ledger.take())]

@@ -98,7 +98,7 @@ class Concat(Iterator):
             here = slice(found.first, found.first + taken)
             views.extend(packer.with_separator(found.values[here]))
             origins.append(found.origins[here])
-            cursor.pass_by(taken)
+            cursor.advance(taken)
             need -= int(ends[taken - 1])
             if found.odd and taken == len(ends):
                 break

@@ -223,7 +223,7 @@ class Packer:
         """Documents that come as a column, up to the first that is empty, or too long and not
         split.
         """
-        found = cursor.ahead_by_column()
+        found = cursor.ready_columns()
         if found is None or self.options.key not in found[0].names:
             return None
         columns, origins, first = found

@@ -100,7 +100,7 @@ class Fit(Iterator):
             self.held[number] = cut_document((ids,), size, packer.seq_len, tuple(origins))
             if size > packer.seq_len:
                 packer.count_split(origins[0], self.number + number + 1)
-        self.cursor.pass_by(taken)
+        self.cursor.advance(taken)
         self.taken += taken
         self.tokens = None
         return True
