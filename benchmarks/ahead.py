@@ -46,7 +46,7 @@ def make(folder: Path, groups: int, rows: int) -> None:
 
 def seconds(url: str, shuffled: bool, on: bool, step: float) -> tuple[float, int, float]:
     """Seconds for all batches, how many there are, and the longest wait for one after the first."""
-    ahead.WORTH_S = 0.02 if on else float("inf")
+    ahead.SLOW_READ_S = 0.02 if on else float("inf")
     ds = ms.read_parquet(f"{url}/*.parquet")
     ds = ds.shuffle(1) if shuffled else ds
     loader = ms.DataLoader(ds, batch_size=BATCH, collate_fn=ms.flat)
