@@ -17,7 +17,13 @@ from midstream.distributed.topology import Topology, first_batch
 from midstream.errors import Origin
 from midstream.loader.counts import END, LaneCounts
 from midstream.loader.running_pipeline import RunningPipeline
-from midstream.metrics.tracked import History, Tracked, decode_tracked, encode_tracked, join_tracked
+from midstream.metrics.tracked import (
+    TotalsHistory,
+    Tracked,
+    decode_tracked,
+    encode_tracked,
+    merge_tracked,
+)
 from midstream.pipeline import describe
 from midstream.pipeline.ledger import add_counts, failed_in
 from midstream.pipeline.rows import I64
@@ -141,7 +147,7 @@ class Position:
                 for index, lane in run_state.lanes.items()
                 if lane is not None and index in self.own
             ]
-            known = join_tracked(
+            known = merge_tracked(
                 decode_tracked(lane["tracked"]) for lane in mine if "tracked" in lane
             )
             self.done = run_state.ahead
@@ -160,7 +166,7 @@ class Position:
         for number, errors in self.told_before.items():
             if number >= self.start and self._mine(number):
                 self.told = {**self.told, number: errors}
-        self.history = History(known)
+        self.history = TotalsHistory(known)
         self.passed = self._skip_ahead(0)
         fewest = (
             0 if turns is None or run_state is None else self._fewest_ahead(run_state.ahead, turns)
@@ -271,7 +277,7 @@ class Position:
         while len(self.log) > _LOG_BATCHES or (self.log_bytes > _LOG_BYTES and len(self.log) > 64):
             old = self.log.popleft()
             self.log_bytes -= old.origins.nbytes if old.origins is not None else 0
-        self.history.settle(entry.number, self.log[0].number)
+        self.history.finish(entry.number, self.log[0].number)
 
     def finish(self) -> None:
         """The epoch is over and there was nothing more to hand out."""
@@ -371,7 +377,7 @@ class Position:
     @property
     def tracked(self) -> Tracked:
         """Metrics of this rank over the whole run."""
-        return self.history.at(self.applied)
+        return self.history.after(self.applied)
 
     @property
     def left_over(self) -> bool:
@@ -434,7 +440,7 @@ class Position:
                 steps,
                 int(complete and not over),
             ]
-            if tracked := self.history.at(number):
+            if tracked := self.history.after(number):
                 extra[self.own[0]]["tracked"] = Fragment(encode_tracked(tracked))
         if over:
             leaves = {
