@@ -1,4 +1,5 @@
-"""How cost grows: microseconds for one batch against sources, lanes, workers, buffer sizes and position.
+"""Measures how cost grows: microseconds for one batch against sources, lanes, workers, buffer sizes
+and position.
 
     python benchmarks/growth.py [--quick] [--json FILE] [--plot FILE] [--only NAME ...]
 
@@ -6,8 +7,8 @@ Two figures: one batch of 8 samples pulled from the loader, whose state is kept 
 median over blocks of batches, best of some rounds; of processor time, with workers of wall time),
 and ``state_dict()``, which writes that state out and so grows with what there is to write. Data
 takes no memory and no time, so nothing but the pipeline is measured. The figures go to
-``benchmarks/results/growth.json`` and ``growth.png`` unless told otherwise (needs matplotlib: the
-extra ``bench``).
+``benchmarks/results/growth.json`` and ``growth.png`` unless an option says otherwise
+(needs matplotlib: the extra ``bench``).
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def document(sample: int) -> dict[str, Any]:
 
 
 def placed(batches: int) -> ms.DataLoader:
-    """A loader that goes on after so many batches: a state of that batch, made by hand."""
+    """A loader resumed after so many batches, from a state that is made by hand."""
     made = loader(mix(3, False), lanes=1)
     next(iter(made))
     state = made.state_dict()

@@ -1,4 +1,4 @@
-"""What other loaders do when they are stopped: the same `check_resume` run over them, as a table for the README.
+"""Runs `check_resume` over other loaders: a table for the README of how they resume.
 
     python benchmarks/others.py --environments /tmp/others
 
@@ -257,14 +257,14 @@ CASES: dict[str, Case] = {
     ),
     "grain-error": Case(
         "Grain",
-        "threads; one row raises, the loop goes on",
+        "threads; one row raises, the loop continues",
         grain_error,
         {"workers": (0,), "expected": [row for row in range(64) if row != 20]},
         "grain",
     ),
     "grain-error-workers": Case(
         "Grain",
-        "2 workers; one row raises, the loop goes on",
+        "2 workers; one row raises, the loop continues",
         grain_error_workers,
         {"workers": (0,), "expected": [row for row in range(64) if row != 20]},
         "grain",
@@ -277,7 +277,7 @@ CASES: dict[str, Case] = {
         "midstream", "interleave 7:3, shuffle buffer over it", ours_interleave
     ),
     "midstream-error": Case(
-        "midstream", "one row raises, the loop goes on", ours_error, {"ranks": (1,)}
+        "midstream", "one row raises, the loop continues", ours_error, {"ranks": (1,)}
     ),
 }
 

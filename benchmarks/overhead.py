@@ -1,4 +1,5 @@
-"""What midstream itself costs: per sample, per state, per batch, and to resume. Ratios within one run.
+"""Measures the cost of midstream itself: per sample, per state, per batch and per resume, as ratios
+within one run.
 
     python benchmarks/overhead.py [--quick] [--json FILE]
 

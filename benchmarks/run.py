@@ -9,7 +9,7 @@
 
 Contestants take turns: round by round, each in a fresh process in its environment, starting with
 another one each round. One that fails or takes too long is recorded as such. Every measurement is
-written down when it is made; ``--resume`` goes on with the last run where it stopped.
+written down when it is made; ``--resume`` continues the last run where it stopped.
 """
 
 from __future__ import annotations

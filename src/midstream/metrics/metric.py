@@ -94,7 +94,8 @@ def _number(value: Any) -> int | float:
             value = value.item()  # of an array or tensor with one element
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
-                f"a metric is one number for each sample; the function returned {type(value).__name__}"
+                "a metric is one number for each sample; the function returned"
+                f" {type(value).__name__}"
             ) from None
         if isinstance(value, bool):
             return int(value)

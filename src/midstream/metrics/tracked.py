@@ -1,4 +1,4 @@
-"""Totals of tracked metrics by node and source: merged, encoded, and after each of the last batches."""
+"""Totals of tracked metrics by node and source: merged, encoded, and kept for the last batches."""
 
 from __future__ import annotations
 

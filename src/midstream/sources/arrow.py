@@ -1,4 +1,4 @@
-"""A source over a Hugging Face ``datasets.Dataset``: rows of its Arrow table, as zero-copy views."""
+"""A source over a Hugging Face ``datasets.Dataset``: zero-copy views of its Arrow table."""
 
 from __future__ import annotations
 

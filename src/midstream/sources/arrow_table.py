@@ -127,7 +127,7 @@ class _Column:
         return spans
 
     def _arrays(self, chunk: int) -> list[npt.NDArray[Any]] | None:
-        """The arrays behind one chunk, in the order of `_spans`; None if some of its rows are null."""
+        """The arrays behind one chunk, ordered as in `_spans`; None if some rows are null."""
         opened = self.opened[chunk] or self._read(chunk)
         if opened[-1] is not None:
             return None
@@ -166,7 +166,7 @@ class _Column:
         return Column(rows, None if has_nulls else self.dtype)
 
     def _numbers(self, chunks: I64 | None, inside: I64) -> Column:
-        """Numbers as one array. Where nulls are among them: as a list of Python numbers and None."""
+        """Numbers as one array; if some are null, as a list of Python numbers and None."""
         opened = self.opened
         if chunks is None:
             values, valid = opened[0] or self._read(0)
@@ -202,9 +202,10 @@ class _Column:
 
 
 class _Span:
-    """One array over the memory from a column's first chunk to its last, as in a memory-mapped file.
+    """One array over the memory from a column's first chunk to its last.
 
-    Read only the parts that `add` has located: the memory between two chunks need not exist.
+    In a memory-mapped file the chunks of a column lie in one stretch of memory. Read only the parts
+    that `add` has located: the memory between two chunks need not exist.
 
     Attributes:
         array: Of the chunks' dtype. It and every view of it keep the chunks alive.

@@ -37,7 +37,7 @@ def from_dataset(data: Any, *, name: str | None = None) -> Dataset:
     require_name(name, "from_dataset")
     if isinstance(data, Dataset):
         raise TypeError(f"this already is a midstream dataset; use it as it is:\n{data!r}")
-    # Not imported here, which takes a second: an object of that package exists only if it is loaded.
+    # datasets is not imported here (that takes a second): if data is of that package, it is loaded.
     datasets = sys.modules.get("datasets")
     if datasets is not None:
         if isinstance(data, datasets.Dataset):

@@ -129,7 +129,9 @@ def is_remote(path: str) -> bool:
 
 
 def list_files(paths: tuple[str, ...], where: str) -> list[File]:
-    """Find the files of paths, patterns and URLs, in the order given; matches of a pattern are sorted.
+    """Find the files of paths, patterns and URLs, in the order given.
+
+    The matches of a pattern are sorted.
 
     Raises:
         FileNotFoundError: If one of them matches nothing.

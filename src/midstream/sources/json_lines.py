@@ -1,4 +1,4 @@
-"""Finds and reads the lines of JSON Lines files: an index of where each row starts, cached on disk."""
+"""Finds and reads the rows of JSON Lines files, by an index of where each starts, cached on disk."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class LineReader:
 
 
 def load_line_index(found: FoundFile) -> I64:
-    """The byte at which each row of a file starts, and the size of the file: int64, shape [rows + 1].
+    """The byte at which each row starts, and the size of the file: int64, shape [rows + 1].
 
     The index is loaded from the cache folder. If it is not there, it is made, and written to that
     folder if possible.

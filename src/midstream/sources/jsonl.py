@@ -167,8 +167,8 @@ class JsonSource(Node):
         return (
             number,
             (
-                f"source {self.name or 'data'!r} is read_json of {plural(number, 'file')}, read as a"
-                " stream because a compressed or remote one is among them, and each file is one"
+                f"source {self.name or 'data'!r} is read_json of {plural(number, 'file')}, read as"
+                " a stream because a compressed or remote one is among them, and each file is one"
                 " shard. Use fewer workers, split the data into more files, or give it plain local"
                 " files: they have random access and feed any number of workers"
             ),

@@ -231,9 +231,9 @@ class RowGroups:
             self.warned = True
             _LOG.warning(
                 "read_parquet: of %d rows decoded only one is used, because row groups are dropped"
-                " from the cache (%d MiB, midstream.sources.row_groups.CACHE_BYTES) and soon decoded"
-                " again: %s takes %.0f MiB. Use .shuffle(window_blocks=k) with k groups that fit,"
-                " read fewer columns, or write the files with a smaller row_group_size.",
+                " from the cache (%d MiB, midstream.sources.row_groups.CACHE_BYTES) and soon"
+                " decoded again: %s takes %.0f MiB. Use .shuffle(window_blocks=k) with k groups that"
+                " fit, read fewer columns, or write the files with a smaller row_group_size.",
                 self.rows_decoded // max(1, self.rows_used),
                 CACHE_BYTES >> 20,
                 self.index.describe(number),

@@ -1,4 +1,4 @@
-"""Reads streams shard by shard: independent parts of the data, each of which only one lane reads."""
+"""Reads streams shard by shard: independent parts of the data, each read by one lane."""
 
 from __future__ import annotations
 
