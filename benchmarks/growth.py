@@ -160,7 +160,7 @@ def run(names: list[str], batches: int, rounds: int) -> list[dict[str, Any]]:
                 row = {
                     "question": name,
                     "label": label,
-                    "face": "stream" if stream else "random access",
+                    "access": "stream" if stream else "random access",
                     "value": value,
                 }
                 row |= measure(
@@ -170,7 +170,7 @@ def run(names: list[str], batches: int, rounds: int) -> list[dict[str, Any]]:
                 )  # type: ignore[misc]
                 found.append(row)
                 print(
-                    f"{name:10} {row['face']:14} {value:>13,}  "
+                    f"{name:10} {row['access']:14} {value:>13,}  "
                     + "  ".join(f"{k} {row[k]:>8}" for k in list(row)[4:])
                 )
     return found
@@ -187,16 +187,16 @@ def plot(rows: list[dict[str, Any]], path: Path, machine: str) -> None:
     colours = {"random access": "tab:blue", "stream": "tab:orange"}
     for axis, name in zip(axes.flat, names):
         here = [row for row in rows if row["question"] == name]
-        for face in dict.fromkeys(row["face"] for row in here):
-            values = [row["value"] for row in here if row["face"] == face]
+        for access in dict.fromkeys(row["access"] for row in here):
+            values = [row["value"] for row in here if row["access"] == access]
             for kind, style in (("step µs", "o-"), ("state_dict µs", "s:")):
-                figures = [row[kind] for row in here if row["face"] == face]
+                figures = [row[kind] for row in here if row["access"] == access]
                 axis.plot(
                     values,
                     figures,
                     style,
-                    color=colours[face],
-                    label=f"{face}: {kind[:-3]}",
+                    color=colours[access],
+                    label=f"{access}: {kind[:-3]}",
                     markersize=4,
                 )
         if name == "workers":

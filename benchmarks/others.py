@@ -212,7 +212,7 @@ def ours_shuffle(**options: Any) -> Any:
 def ours_interleave(**options: Any) -> Any:
     import midstream as ms
 
-    # A stream of the same shape: the filter keeps everything, but nobody can know that.
+    # A stream of the same shape: the filter keeps everything, but the pipeline cannot know that.
     web, code = (
         ms.from_dataset(rows(f, 200)).shuffle(1).filter(number_is_known) for f in (0, 1000)
     )

@@ -147,7 +147,7 @@ def states() -> list[dict[str, Any]]:
         size = len(json.dumps({**state, "spec": ""}))
         rows.append(
             {
-                "face": "stream" if stream else "random access",
+                "access": "stream" if stream else "random access",
                 "sources": sources,
                 "lanes": lanes,
                 "µs": round(elapsed * 1e6, 1),
@@ -199,7 +199,7 @@ def whole_state(batches: int) -> list[dict[str, Any]]:
             theirs.append(per_batch(bare, batches, None))
         rows.append(
             {
-                "face": "stream" if stream else "random access",
+                "access": "stream" if stream else "random access",
                 "sources": sources,
                 "lanes": lanes,
                 "ours, µs a batch": round(min(ours)),

@@ -205,7 +205,7 @@ def end_session(session: int) -> None:
 
 
 def warm(question: Any, one: Contestant, cache: Path, scale: str) -> None:
-    """Read the files once, so that nobody is measured against the disk."""
+    """Read the files once, so that no measurement waits for the disk."""
     for name in question.SETS:
         for part in prepare.parts_of(name, scale):
             folder = prepare.folder_of(cache, scale, name, part)
