@@ -1,13 +1,14 @@
-"""What reading row groups ahead gains: the time to read parquet and to work on it, with and without the thread.
+"""Measures the gain from reading row groups ahead: time to read parquet and work on it, with and
+without the thread.
 
     python benchmarks/ahead.py [--quick] [--json FILE]
 
 Data is made here: one column of variable-length int32 lists (mean 300) in zstd row groups. It is
 read from the local disk and through s3fs from an S3 endpoint on the loopback (moto, a Python
 program on the same cores), in order and shuffled with the default window. The consumer sleeps after
-each batch, as who waits for an accelerator does: as long in all as reading takes alone, which is
-where overlap can gain most (half). The best of some rounds, in turns. No workers: the loader reads
-in the training process.
+each batch, like a training loop that waits for its accelerator. In all it sleeps as long as reading
+takes alone, because there overlap gains most (half of the time). Figures are the best of some
+rounds, in turns. There are no workers: the loader reads in the training process.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ def make(folder: Path, groups: int, rows: int) -> None:
 
 def seconds(url: str, shuffled: bool, on: bool, step: float) -> tuple[float, int, float]:
     """Seconds for all batches, how many there are, and the longest wait for one after the first."""
-    ahead.WORTH_S = 0.02 if on else float("inf")
+    ahead.SLOW_READ_S = 0.02 if on else float("inf")
     ds = ms.read_parquet(f"{url}/*.parquet")
     ds = ds.shuffle(1) if shuffled else ds
     loader = ms.DataLoader(ds, batch_size=BATCH, collate_fn=ms.flat)
-    len(loader)  # the footers are no part of this
+    len(loader)  # reads the footers, which are not measured
     batches, longest = 0, 0.0
     start = time.perf_counter()
     asked = start

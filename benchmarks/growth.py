@@ -1,4 +1,5 @@
-"""How cost grows: microseconds for one batch against sources, lanes, workers, buffer sizes and position.
+"""Measures how cost grows: microseconds for one batch against sources, lanes, workers, buffer sizes
+and position.
 
     python benchmarks/growth.py [--quick] [--json FILE] [--plot FILE] [--only NAME ...]
 
@@ -6,8 +7,8 @@ Two figures: one batch of 8 samples pulled from the loader, whose state is kept 
 median over blocks of batches, best of some rounds; of processor time, with workers of wall time),
 and ``state_dict()``, which writes that state out and so grows with what there is to write. Data
 takes no memory and no time, so nothing but the pipeline is measured. The figures go to
-``benchmarks/results/growth.json`` and ``growth.png`` unless told otherwise (needs matplotlib: the
-extra ``bench``).
+``benchmarks/results/growth.json`` and ``growth.png`` unless an option says otherwise
+(needs matplotlib: the extra ``bench``).
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def document(sample: int) -> dict[str, Any]:
 
 
 def placed(batches: int) -> ms.DataLoader:
-    """A loader that goes on after so many batches: a state of that batch, made by hand."""
+    """A loader resumed after so many batches, from a state that is made by hand."""
     made = loader(mix(3, False), lanes=1)
     next(iter(made))
     state = made.state_dict()
@@ -159,7 +160,7 @@ def run(names: list[str], batches: int, rounds: int) -> list[dict[str, Any]]:
                 row = {
                     "question": name,
                     "label": label,
-                    "face": "stream" if stream else "random access",
+                    "access": "stream" if stream else "random access",
                     "value": value,
                 }
                 row |= measure(
@@ -169,7 +170,7 @@ def run(names: list[str], batches: int, rounds: int) -> list[dict[str, Any]]:
                 )  # type: ignore[misc]
                 found.append(row)
                 print(
-                    f"{name:10} {row['face']:14} {value:>13,}  "
+                    f"{name:10} {row['access']:14} {value:>13,}  "
                     + "  ".join(f"{k} {row[k]:>8}" for k in list(row)[4:])
                 )
     return found
@@ -186,16 +187,16 @@ def plot(rows: list[dict[str, Any]], path: Path, machine: str) -> None:
     colours = {"random access": "tab:blue", "stream": "tab:orange"}
     for axis, name in zip(axes.flat, names):
         here = [row for row in rows if row["question"] == name]
-        for face in dict.fromkeys(row["face"] for row in here):
-            values = [row["value"] for row in here if row["face"] == face]
+        for access in dict.fromkeys(row["access"] for row in here):
+            values = [row["value"] for row in here if row["access"] == access]
             for kind, style in (("step µs", "o-"), ("state_dict µs", "s:")):
-                figures = [row[kind] for row in here if row["face"] == face]
+                figures = [row[kind] for row in here if row["access"] == access]
                 axis.plot(
                     values,
                     figures,
                     style,
-                    color=colours[face],
-                    label=f"{face}: {kind[:-3]}",
+                    color=colours[access],
+                    label=f"{access}: {kind[:-3]}",
                     markersize=4,
                 )
         if name == "workers":

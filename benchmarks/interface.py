@@ -1,4 +1,6 @@
-"""What a question asks of a contestant, and what every contestant shares. Needs numpy alone (torch and pyarrow where used).
+"""The interface of contestants, and the code they share.
+
+Needs numpy alone (torch and pyarrow where used).
 
 A contestant is a library, set up as its own documentation says, that reads the same rows as all the
 others:
@@ -74,8 +76,8 @@ class Work:
 
 
 class Reader:
-    """What a contestant opened. A peer whose loader has ``state_dict`` and ``load_state_dict``
-    needs nothing else.
+    """A loader that a contestant opened. A peer whose loader has ``state_dict`` and
+    ``load_state_dict`` needs nothing else.
     """
 
     def __init__(self, loader: Any, *, also_close: Callable[[], Any] | None = None) -> None:
@@ -89,7 +91,7 @@ class Reader:
         return self.loader.state_dict()
 
     def load(self, state: Any) -> None:
-        """Go on from a state, on a fresh reader."""
+        """Continue from a state, on a fresh reader."""
         self.loader.load_state_dict(state)
 
     def close(self) -> None:

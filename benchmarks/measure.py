@@ -174,7 +174,7 @@ def first_after(
     patience: float,
 ) -> dict[str, Any]:
     """Seconds from nothing opened to the first batch, loaded from a state or (None) cold; and
-    whether it goes on right.
+    whether it continues with the right rows.
     """
     took: list[float] = []
     result: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What other loaders do when they are stopped: the same `check_resume` run over them, as a table for the README.
+"""Runs `check_resume` over other loaders: a table for the README of how they resume.
 
     python benchmarks/others.py --environments /tmp/others
 
@@ -212,7 +212,7 @@ def ours_shuffle(**options: Any) -> Any:
 def ours_interleave(**options: Any) -> Any:
     import midstream as ms
 
-    # A stream of the same shape: the filter keeps everything, but nobody can know that.
+    # A stream of the same shape: the filter keeps everything, but the pipeline cannot know that.
     web, code = (
         ms.from_dataset(rows(f, 200)).shuffle(1).filter(number_is_known) for f in (0, 1000)
     )
@@ -257,14 +257,14 @@ CASES: dict[str, Case] = {
     ),
     "grain-error": Case(
         "Grain",
-        "threads; one row raises, the loop goes on",
+        "threads; one row raises, the loop continues",
         grain_error,
         {"workers": (0,), "expected": [row for row in range(64) if row != 20]},
         "grain",
     ),
     "grain-error-workers": Case(
         "Grain",
-        "2 workers; one row raises, the loop goes on",
+        "2 workers; one row raises, the loop continues",
         grain_error_workers,
         {"workers": (0,), "expected": [row for row in range(64) if row != 20]},
         "grain",
@@ -277,7 +277,7 @@ CASES: dict[str, Case] = {
         "midstream", "interleave 7:3, shuffle buffer over it", ours_interleave
     ),
     "midstream-error": Case(
-        "midstream", "one row raises, the loop goes on", ours_error, {"ranks": (1,)}
+        "midstream", "one row raises, the loop continues", ours_error, {"ranks": (1,)}
     ),
 }
 

@@ -1,4 +1,5 @@
-"""What midstream itself costs: per sample, per state, per batch, and to resume. Ratios within one run.
+"""Measures the cost of midstream itself: per sample, per state, per batch and per resume, as ratios
+within one run.
 
     python benchmarks/overhead.py [--quick] [--json FILE]
 
@@ -146,7 +147,7 @@ def states() -> list[dict[str, Any]]:
         size = len(json.dumps({**state, "spec": ""}))
         rows.append(
             {
-                "face": "stream" if stream else "random access",
+                "access": "stream" if stream else "random access",
                 "sources": sources,
                 "lanes": lanes,
                 "µs": round(elapsed * 1e6, 1),
@@ -198,7 +199,7 @@ def whole_state(batches: int) -> list[dict[str, Any]]:
             theirs.append(per_batch(bare, batches, None))
         rows.append(
             {
-                "face": "stream" if stream else "random access",
+                "access": "stream" if stream else "random access",
                 "sources": sources,
                 "lanes": lanes,
                 "ours, µs a batch": round(min(ours)),

@@ -1,4 +1,4 @@
-"""What packing costs, and what it wastes: tokens a second beside plain Python and numpy, and the padding of the mode "fit".
+"""Measures packing: tokens a second beside plain Python and numpy, and the padding of mode "fit".
 
     python benchmarks/pack.py [--quick] [--json FILE]
 
@@ -52,7 +52,7 @@ def views(data: datasets.Dataset) -> Iterator[list[Any]]:
 
 
 def copied(data: datasets.Dataset) -> Iterator[Any]:
-    """Documents joined, as pieces of a row's length; nothing goes on from one block to the next."""
+    """Documents joined, as pieces of a row's length; each block begins a new row."""
     for documents in views(data):
         joined = np.concatenate(documents).astype(np.int64)
         yield from joined[: len(joined) // SEQ_LEN * SEQ_LEN].reshape(-1, SEQ_LEN)

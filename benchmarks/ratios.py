@@ -1,4 +1,5 @@
-"""How far mixes stray from the asked shares: the worst deviation, in samples, over all prefixes; here and in the peers.
+"""Measures how far mixes are from the asked shares: the worst deviation, in samples, over all
+prefixes, here and in the peers.
 
     python benchmarks/ratios.py [--only PEER] [--json]
 

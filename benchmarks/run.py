@@ -9,7 +9,7 @@
 
 Contestants take turns: round by round, each in a fresh process in its environment, starting with
 another one each round. One that fails or takes too long is recorded as such. Every measurement is
-written down when it is made; ``--resume`` goes on with the last run where it stopped.
+written down when it is made; ``--resume`` continues the last run where it stopped.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def end_session(session: int) -> None:
 
 
 def warm(question: Any, one: Contestant, cache: Path, scale: str) -> None:
-    """Read the files once, so that nobody is measured against the disk."""
+    """Read the files once, so that no measurement waits for the disk."""
     for name in question.SETS:
         for part in prepare.parts_of(name, scale):
             folder = prepare.folder_of(cache, scale, name, part)

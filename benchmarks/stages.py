@@ -1,4 +1,4 @@
-"""Where the time of W1 and W2 goes: microseconds a sample that each stage adds, beside the raw limits.
+"""Measures each stage of W1 and W2: microseconds a sample that it adds, and the raw limits.
 
     python benchmarks/stages.py [--quick] [--json FILE] [--cache FOLDER]
 

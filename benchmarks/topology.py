@@ -1,4 +1,5 @@
-"""What a checkpoint costs: bytes per lane, time to save and load against lanes and position, first batch on another topology.
+"""Measures checkpoints: bytes per lane, time to save and load against lanes and position, and the
+first batch on another topology.
 
     python benchmarks/topology.py
 
@@ -61,8 +62,8 @@ def lanes_table() -> None:
             with tempfile.TemporaryDirectory() as root:
                 took = [
                     _median(loader.state_dict),
-                    _median(lambda: ms.checkpoint.save(root, loader)),
-                ]  # noqa: B023
+                    _median(lambda: ms.checkpoint.save(root, loader)),  # noqa: B023
+                ]
                 took.append(_median(lambda: ms.checkpoint.load(root, ms.DataLoader(make(), 8))))  # noqa: B023
             shown = "  ".join(f"{1000 * seconds:8.2f}" for seconds in took)
             print(

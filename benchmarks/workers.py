@@ -1,4 +1,4 @@
-"""Where threads and where processes win: batches a second of the four ways to read.
+"""Compares threads and processes: batches a second of the four ways to read.
 
     python benchmarks/workers.py [--quick] [--json FILE]
 

@@ -278,7 +278,7 @@ def test_a_forked_child_reads_right_after_its_parent_read_and_shares_the_index(
 @pytest.fixture
 def every(monkeypatch: pytest.MonkeyPatch) -> None:
     """A state of a stream every 3 rows."""
-    monkeypatch.setattr(jsonl._JsonShards, "every", 3)
+    monkeypatch.setattr(jsonl._JsonShards, "rows_per_state", 3)
 
 
 @pytest.mark.usefixtures("every")

@@ -25,7 +25,6 @@ import pytest
 
 import midstream as ms
 import midstream.sources.files as files
-import midstream.sources.parquet as parquet
 import midstream.sources.read_ahead as ahead
 import midstream.sources.row_groups as row_groups
 from midstream.pipeline.cursor import Cursor
@@ -327,7 +326,7 @@ def test_a_pickle_is_small_holds_nothing_open_and_spares_the_footers(
     assert fresh < 1000
     assert len(data) < 5000
     monkeypatch.setattr(row_groups, "_read_footer", None)
-    monkeypatch.setattr(parquet, "list_files", None)
+    monkeypatch.setattr(row_groups, "list_files", None)
     copy = pickle.loads(data)
     assert "_opened" not in copy.__dict__
     assert copy == ds
@@ -523,7 +522,7 @@ class Decoding:
 @pytest.fixture
 def decoding(monkeypatch: pytest.MonkeyPatch) -> Decoding:
     """Every read counts as a slow one, so that what comes next is read ahead."""
-    monkeypatch.setattr(ahead, "WORTH_S", 0.0)
+    monkeypatch.setattr(ahead, "SLOW_READ_S", 0.0)
     found = Decoding()
     decode = row_groups._decode
 
@@ -546,7 +545,7 @@ def settle(ds: ms.Dataset) -> list[int]:
     if thread is not None:
         thread.join(60)
         assert not thread.is_alive()
-    return list(store.waiting)
+    return list(store.prefetched)
 
 
 def source_of(ds: ms.Dataset) -> ParquetSource:
@@ -593,7 +592,7 @@ def test_samples_and_states_are_the_same_with_and_without(
     )
 
     def read(worth: float) -> list[tuple[str, Any]]:
-        monkeypatch.setattr(ahead, "WORTH_S", worth)
+        monkeypatch.setattr(ahead, "SLOW_READ_S", worth)
         ds = pipelines(path)[name]
         whole = iter(ds)
         steps = [(json.dumps(whole.state_dict()), None)]
@@ -698,7 +697,7 @@ def test_it_starts_only_where_a_read_takes_long(
     cost: float,
     expected: list[int],
 ) -> None:
-    monkeypatch.setattr(ahead, "WORTH_S", 0.02)
+    monkeypatch.setattr(ahead, "SLOW_READ_S", 0.02)
     monkeypatch.setattr(ahead, "_timed", lambda read, number: (*read(number), cost))
     write(tmp_path / "x.parquet", range(15))
     ds = ms.read_parquet(tmp_path / "x.parquet")
@@ -730,9 +729,9 @@ def test_what_is_read_ahead_takes_two_groups_more_than_the_cache_at_most(
                 == sum(each for _, each in store.kept.values())
                 == size * len(store.kept)
             )
-            assert store.waiting_bytes == size * len(store.waiting)
+            assert store.prefetched_bytes == size * len(store.prefetched)
             assert len(store.reading) <= 2  # one by whoever asks, one by the thread
-            most = max(most, len(store.kept) + len(store.waiting) + len(store.reading))
+            most = max(most, len(store.kept) + len(store.prefetched) + len(store.reading))
         return watched(index, files, number)
 
     monkeypatch.setattr(row_groups, "_decode", decode)
@@ -781,7 +780,7 @@ def test_an_interrupt_between_two_steps_of_a_read_leaves_nothing_to_wait_for(lea
         def __getattr__(self, name: str) -> Any:
             return getattr(self.condition, name)
 
-    store: ahead.Ahead[int] = ahead.Ahead(lambda number: (number, 1), lambda: 4)
+    store: ahead.ReadAheadCache[int] = ahead.ReadAheadCache(lambda number: (number, 1), lambda: 4)
     store.changed = Interrupted(store.changed)  # type: ignore[assignment]
     with pytest.raises(KeyboardInterrupt):
         store.get(3, print)
@@ -793,11 +792,15 @@ def test_an_interrupt_between_two_steps_of_a_read_leaves_nothing_to_wait_for(lea
 
 def store_of(
     limit: int,
-) -> tuple[ahead.Ahead[int], Callable[..., None], Callable[[], tuple[list[int], list[int]]]]:
+) -> tuple[
+    ahead.ReadAheadCache[int], Callable[..., None], Callable[[], tuple[list[int], list[int]]]
+]:
     """A store of numbers, each of size 1; what gets them; what waits for the thread and tells what
     is there.
     """
-    store: ahead.Ahead[int] = ahead.Ahead(lambda number: (number, 1), lambda: limit)
+    store: ahead.ReadAheadCache[int] = ahead.ReadAheadCache(
+        lambda number: (number, 1), lambda: limit
+    )
 
     def get(*numbers: int) -> None:
         for number in numbers:
@@ -807,7 +810,7 @@ def store_of(
         thread = store.thread.running
         if thread is not None:
             thread.join(60)
-        return list(store.kept), list(store.waiting)
+        return list(store.kept), list(store.prefetched)
 
     return store, get, wait
 
@@ -815,10 +818,10 @@ def store_of(
 def test_what_is_idle_makes_room_and_what_is_in_use_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ahead, "WORTH_S", 0.0)
+    monkeypatch.setattr(ahead, "SLOW_READ_S", 0.0)
     store, get, wait = store_of(2)
     get(0, 1)
-    store.want([2, 3, 4])
+    store.hint([2, 3, 4])
     assert wait() == ([0, 1], [2])  # one beyond
     get(*[0, 1] * 20)
     assert wait() == ([0, 1], [2])
@@ -829,15 +832,15 @@ def test_what_is_idle_makes_room_and_what_is_in_use_does_not(
 
 
 def test_what_was_read_for_nothing_makes_room_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "WORTH_S", 0.0)
+    monkeypatch.setattr(ahead, "SLOW_READ_S", 0.0)
     store, get, wait = store_of(1)
     get(0)
-    store.want([1, 2, 3])
+    store.hint([1, 2, 3])
     assert wait() == ([0], [1])
     get(100)  # somewhere else: 2 and 3 are not wanted any more
     assert list(store.wanted) == []
     for number in range(101, 140):
-        store.want([number + 1])
+        store.hint([number + 1])
         wait()
         get(number)
     assert wait() == ([139], [140])
@@ -863,7 +866,7 @@ def test_an_error_comes_with_the_sample_that_needs_the_group_as_without(
         write(tmp_path / f"{number}.parquet", range(number * 10, number * 10 + 10))
 
     def read(worth: float) -> tuple[list[int], type, str, Any]:
-        monkeypatch.setattr(ahead, "WORTH_S", worth)
+        monkeypatch.setattr(ahead, "SLOW_READ_S", worth)
         source = ms.read_parquet(f"{tmp_path}/*.parquet")
         len(source)
         ds = source.shuffle(2, window_blocks=2) if shuffled else source
@@ -1054,7 +1057,7 @@ def test_the_interpreter_ends_while_the_thread_reads(tmp_path: Path) -> None:
 import threading, time
 import midstream as ms
 import midstream.sources.read_ahead as ahead, midstream.sources.row_groups as row_groups
-ahead.WORTH_S = 0.0
+ahead.SLOW_READ_S = 0.0
 decode, began = row_groups._decode, threading.Event()
 def slow(*which):
     if threading.current_thread().name == "{THREAD}":

@@ -163,13 +163,13 @@ BUGS = {
         ("test_contract.py", "restore_at_every_step and pack"),
     ),
     "what is read ahead has no bound": Bug(
-        "sources/ahead.py",
-        "        return self.num_bytes + self.waiting_bytes <= limit or not self.waiting\n",
+        "sources/read_ahead.py",
+        "        return self.num_bytes + self.prefetched_bytes <= limit or not self.prefetched\n",
         "        return True\n",
         ("test_parquet.py", "two_groups_more_than_the_cache"),
     ),
     "a row group that is being read is not waited for": Bug(
-        "sources/ahead.py",
+        "sources/read_ahead.py",
         "                while number in self.reading:\n                    self.changed.wait()\n",
         "",
         ("test_parquet.py", "waited_for_not_read_again"),

@@ -1052,7 +1052,7 @@ def test_a_hub_stream_yields_its_shards_and_resumes_at_every_row(
     kind: str, lane: tuple[int, int], every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        _HubShards, "every", every
+        _HubShards, "rows_per_state", every
     )  # its own states come into play within a few rows
     data = HUB[kind]()
     expected = [row for rows in shard_by_shard(data)[lane[0] :: lane[1]] for row in rows]
@@ -1139,7 +1139,7 @@ def test_workers_read_every_row_of_a_hub_stream_once(kind: str) -> None:
 def test_a_hub_stream_resumes_with_other_workers(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_HubShards, "every", 4)
+    monkeypatch.setattr(_HubShards, "rows_per_state", 4)
     ds = ms.from_dataset(HUB[kind]())
     expected = all_batches(ds, batch_size=3)
     found, state = [], None

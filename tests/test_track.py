@@ -21,7 +21,13 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream.dataset import Dataset
-from midstream.metrics.totals import MOST_BYTES, Categories, Numbers, Spread, totals_of
+from midstream.metrics.totals import (
+    MAX_BYTES,
+    CategoryCounts,
+    NumberTotals,
+    QuantileSketch,
+    empty_totals,
+)
 from midstream.metrics.tracked import decode_tracked, encode_tracked
 from simulate import Cluster
 
@@ -38,14 +44,14 @@ def gathered(kind: str, parts: list[list[Any]]) -> Any:
     """Totals of several parts, joined one after the other; every second time by way of a
     checkpoint.
     """
-    whole = totals_of(kind)
+    whole = empty_totals(kind)
     for number, part in enumerate(parts):
-        more = totals_of(kind)
+        more = empty_totals(kind)
         if part:
             more.add(part)
         whole = whole.plus(more)  # type: ignore[arg-type]
         if number % 2 and (kind == "count" or whole.count):
-            again = totals_of(kind)
+            again = empty_totals(kind)
             again.load(json.loads(whole.text()))
             whole = again
     return whole
@@ -61,7 +67,7 @@ def gathered(kind: str, parts: list[list[Any]]) -> Any:
     st.sampled_from(["numbers", "distribution"]),
 )
 def test_totals_do_not_depend_on_order_or_parts(numbers: list[Any], random: Any, kind: str) -> None:
-    at_once = totals_of(kind)
+    at_once = empty_totals(kind)
     at_once.add(numbers)
     shuffled = numbers.copy()
     random.shuffle(shuffled)
@@ -84,7 +90,7 @@ def test_totals_do_not_depend_on_order_or_parts(numbers: list[Any], random: Any,
 @given(st.lists(st.text(max_size=80), min_size=1, max_size=400), st.randoms(use_true_random=False))
 def test_categories_do_not_depend_on_order_or_parts(names: list[str], random: Any) -> None:
     cut = [ms.count(lambda name: name).value(name) for name in names]
-    at_once = Categories()
+    at_once = CategoryCounts()
     at_once.add(cut)
     shuffled = cut.copy()
     random.shuffle(shuffled)
@@ -94,7 +100,7 @@ def test_categories_do_not_depend_on_order_or_parts(names: list[str], random: An
     true = Counter(cut)
     assert all(true[name] == number for name, number in at_once.names.items())
     assert sum(at_once.names.values()) + at_once.others == len(names)
-    assert len(at_once.text()) <= MOST_BYTES
+    assert len(at_once.text()) <= MAX_BYTES
 
 
 @pytest.mark.parametrize(
@@ -111,14 +117,14 @@ def test_categories_do_not_depend_on_order_or_parts(names: list[str], random: An
 )
 def test_quantiles_are_near_and_totals_stay_small(draw: Any) -> None:
     sample = draw(np.random.default_rng(0)).tolist()
-    totals = Spread()
+    totals = QuantileSketch()
     for start in range(0, len(sample), 64):
         totals.add(sample[start : start + 64])
     large = totals
     for _ in range(20):
         large = large.plus(large)  # a million times as many
-    assert len(totals.text()) <= MOST_BYTES
-    assert len(large.text()) <= MOST_BYTES
+    assert len(totals.text()) <= MAX_BYTES
+    assert len(large.text()) <= MAX_BYTES
     width = 2.0 ** (totals.level - 6)
     for part, found in (
         (5, totals.summary()["p05"]),
@@ -132,7 +138,7 @@ def test_quantiles_are_near_and_totals_stay_small(draw: Any) -> None:
 
 
 def test_sums_beyond_what_a_float_holds() -> None:
-    totals = Numbers()
+    totals = NumberTotals()
     totals.add([1e300, 0.5])
     for _ in range(40):
         totals = totals.plus(totals)
@@ -142,7 +148,7 @@ def test_sums_beyond_what_a_float_holds() -> None:
 
 
 def test_quantiles_of_small_integers_are_integers() -> None:
-    totals = Spread()
+    totals = QuantileSketch()
     totals.add([1, 2, 3, 3, 3, 50, 100, 127])
     assert [totals.summary()[f"p{percent:02d}"] for percent in (5, 50, 95)] == [1, 3, 100]
 
@@ -238,7 +244,11 @@ def counted(samples: list[Any]) -> dict[str, Any]:
         some = [row for row in samples if test(row)]
         if not some:
             continue
-        totals: dict[str, Any] = {"size": Spread(), "id": Numbers(), "language": Categories()}
+        totals: dict[str, Any] = {
+            "size": QuantileSketch(),
+            "id": NumberTotals(),
+            "language": CategoryCounts(),
+        }
         totals["size"].add([of_size(row) for row in some])
         totals["id"].add([of_id(row) for row in some])
         totals["language"].add([language(row) for row in some])
@@ -535,8 +545,8 @@ def test_three_distributions_of_a_hundred_sources_stay_within_their_kilobyte() -
         for totals in named.values()
     ]
     assert len(each) == 60
-    assert max(each) <= MOST_BYTES
-    assert len(max(state["lanes"].values(), key=len)) < 60 * (MOST_BYTES + 20) + 20 * 64 + 1024
+    assert max(each) <= MAX_BYTES
+    assert len(max(state["lanes"].values(), key=len)) < 60 * (MAX_BYTES + 20) + 20 * 64 + 1024
 
 
 def test_a_thousand_steps_back_the_totals_of_many_sources_take_little_memory() -> None:
@@ -577,7 +587,7 @@ def test_what_cannot_be_tracked_is_refused() -> None:
     with pytest.raises(TypeError, match="callable"):
         ms.distribution(3)  # type: ignore[arg-type]
     for fn, words in (
-        (lambda x: "a", "one number of each sample; the function gave str"),
+        (lambda x: "a", "one number for each sample; the function returned str"),
         (lambda x: float("nan"), "finite"),
         (lambda x: 10**400, "finite"),
         (lambda x: None, "NoneType"),

@@ -31,7 +31,7 @@ def medians(
 def report(
     rows: Sequence[Row], modes: Sequence[str], unit: str, scale: float, wording: str = ""
 ) -> str:
-    """A table, and a sentence for each mode that says who is ahead."""
+    """A table, and a sentence for each mode that names the fastest."""
     found = medians(rows, modes)
     known = everyone()
     names = [name for name in known if name in found]

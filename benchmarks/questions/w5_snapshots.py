@@ -15,9 +15,10 @@ from measure import Options, attempt, size_of
 
 NAME, TITLE, KIND, SETS, ROUNDS = "W5", "A state after every step", SOURCES, (), 1
 TEXT = (
-    "Sources of 4,096 numbers in memory, mixed evenly, batches of 8. Microseconds a batch: without states (peers told not to make "
-    "them, where they can), with a state asked for after every batch, and the call alone. midstream sends a state with "
-    "every batch whether asked or not, so its column without has them too. The map-style peer has one long list whatever the sources."
+    "Sources of 4,096 numbers in memory, mixed evenly, batches of 8. Microseconds a batch: without"
+    " states (peers set to make none, where they can), with a state asked for after every batch, and"
+    " the call alone. midstream sends a state with every batch whether asked or not, so its column"
+    " without has them too. The map-style peer has one long list whatever the sources."
 )
 LEFT_OUT = ("midstream-thread",)
 SOURCE_COUNTS = {"full": (1, 10, 100, 400), "quick": (1, 10, 100), "tiny": (1, 10)}

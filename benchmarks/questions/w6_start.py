@@ -16,8 +16,9 @@ from questions import throughput
 
 NAME, TITLE, KIND, SETS, ROUNDS = "W6", "Start-up", SHUFFLED, ("tokens",), 2
 TEXT = (
-    "Milliseconds from nothing opened (imports done) to the first batch of W1, flat. Started early: the workers were told to start "
-    "three seconds before, while a model would load; the time is that of the first batch after that."
+    "Milliseconds from nothing opened (imports done) to the first batch of W1, flat. Started early:"
+    " the workers were started three seconds before, while a model would load; the time is that of"
+    " the first batch after that."
 )
 LEFT_OUT = ("limit", "limit-rows", "nodes-views", "midstream-stream")
 MODES = ("0 workers", "2 workers, fork", "2 workers, spawn", "2 workers, spawn, started early")

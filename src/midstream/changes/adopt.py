@@ -22,7 +22,7 @@ from midstream.checkpoint.weights_history import weights_of
 from midstream.common.plain_state import State, decode, encode
 from midstream.common.randomness import fold, salt
 from midstream.errors import CheckpointError, bullet_list
-from midstream.metrics.tracked import Tracked, decode_tracked, encode_tracked, join_tracked
+from midstream.metrics.tracked import Tracked, decode_tracked, encode_tracked, merge_tracked
 from midstream.nodes.mix.interleave import Interleave, Picks
 from midstream.pipeline import describe
 from midstream.pipeline.node import BoundNode, Node, bind
@@ -262,7 +262,7 @@ def _rename(run_state: RunState, old: list[str], new: list[str]) -> None:
             moved: list[Tracked] = []
             for (path, source), named in decode_tracked(lane["tracked"]).items():
                 moved.append({(path, bound.get(source, -1)): named})
-            lane["tracked"] = decode(encode_tracked(join_tracked(moved)))
+            lane["tracked"] = decode(encode_tracked(merge_tracked(moved)))
 
 
 def _kind(spec: State) -> Any:

@@ -13,7 +13,7 @@ from midstream.checkpoint.weights_history import shares_asked
 from midstream.common.plain_state import State
 from midstream.common.tables import NOTE, table_html
 from midstream.metrics.totals import Totals
-from midstream.metrics.tracked import decode_tracked, join, join_tracked
+from midstream.metrics.tracked import decode_tracked, merge_totals, merge_tracked
 
 __all__ = ["Progress", "SourceProgress", "progress"]
 
@@ -372,7 +372,7 @@ def _metrics(run_state: RunState) -> tuple[dict[int, _Summaries], _Summaries, di
         for lane in run_state.lanes.values()
         if lane is not None and "tracked" in lane
     ]
-    tracked = join_tracked(map(decode_tracked, lanes))
+    tracked = merge_tracked(map(decode_tracked, lanes))
     kinds: dict[str, set[str]] = {}
     for named in tracked.values():
         for name, totals in named.items():
@@ -383,10 +383,10 @@ def _metrics(run_state: RunState) -> tuple[dict[int, _Summaries], _Summaries, di
             name if len(kinds[name]) == 1 else f"{name} ({path}, {totals.kind})": totals
             for name, totals in named.items()
         }
-        by_source[source] = join(by_source.get(source, {}), told)
+        by_source[source] = merge_totals(by_source.get(source, {}), told)
     whole: dict[str, Totals] = {}
     for told in by_source.values():
-        whole = join(whole, told)
+        whole = merge_totals(whole, told)
     summaries = {
         source: {name: told[name].summary() for name in sorted(told)}
         for source, told in by_source.items()

@@ -53,7 +53,7 @@ from typing import Any
 from midstream.checkpoint.spec import Paths
 from midstream.common.plain_state import FORMAT, State, decode, digest, unseal
 from midstream.errors import CheckpointError
-from midstream.metrics.tracked import valid
+from midstream.metrics.tracked import is_tracked_state
 
 _KEYS: dict[str, type] = {
     "midstream": int,
@@ -321,7 +321,7 @@ _PARTS: dict[str, tuple[bool, Callable[[Any], bool]]] = {
     "rows": (False, _counts),
     "tokens": (False, _counts),
     "at": (False, lambda mark: _counts(mark, 4)),
-    "tracked": (False, valid),
+    "tracked": (False, is_tracked_state),
     "told": (False, lambda told: _counts(told, 2)),
     "ahead": (False, _ranges),
     "lane": (False, _run),

@@ -1,1 +1,1 @@
-"""Programs to read, run and start from."""
+"""Example programs, to run and to copy from."""

@@ -1,7 +1,8 @@
-"""Data-parallel training that can be killed at any time and goes on exactly, on another number of ranks and workers.
+"""Data-parallel training that can be killed at any time and resumes exactly, also on another number
+of ranks and workers.
 
 torchrun --nproc-per-node 2 -m midstream.examples.train_ddp --root checkpoints --workers 2
-(kill it, in any way; then perhaps)
+(kill it in any way, then for example)
 torchrun --nproc-per-node 1 -m midstream.examples.train_ddp --root checkpoints --workers 0
 """
 
@@ -21,7 +22,7 @@ __all__ = ["pipeline", "train"]
 
 
 def pipeline() -> ms.Dataset:
-    """Two sources of feature vectors, mixed 2 : 1 and shuffled: put your data here."""
+    """Two shuffled sources of feature vectors, mixed 1 : 2. Replace them by your data."""
     sources = {
         "small": ms.from_dataset(range(4000), name="small").shuffle(seed=1),
         "large": ms.from_dataset(range(4000, 8000), name="large").shuffle(seed=2),
@@ -33,7 +34,7 @@ def pipeline() -> ms.Dataset:
 def train(
     args: argparse.Namespace, data: ms.Dataset, after_step: Callable[..., Any] = lambda *_: None
 ) -> None:
-    """Train; ``after_step(loader, batch, step)`` is called after each optimizer step."""
+    """Train a model; ``after_step(loader, batch, step)`` is called after each optimizer step."""
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
     device = (
@@ -74,7 +75,7 @@ def train(
                 optimizer.step()
                 step += 1
                 after_step(loader, batch, step)
-                stop = guard.should_stop  # a collective: asked once a step
+                stop = guard.should_stop  # a collective: read it once a step
                 if stop or step % args.save_every == 0:
                     save()
                 if stop:
@@ -92,7 +93,7 @@ def train(
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,7 +103,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="samples per rank and step")
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
     parser.add_argument(
-        "--lanes", type=int, default=None, help="of the run's first start; kept from then on"
+        "--lanes", type=int, default=None, help="set at the run's first start; kept from then on"
     )
     return parser.parse_args(argv)
 

@@ -1,11 +1,11 @@
-"""The loader inside Ray Train, on any number of workers: each saves its part, and all parts are loaded.
+"""Training with Ray Train on any number of workers: each saves its part, and all parts are loaded.
 
 python -m midstream.examples.train_ray --storage /tmp/ray-run --workers 2
-(kill it, or one of its workers; then perhaps)
+(kill it or one of its workers, then for example)
 python -m midstream.examples.train_ray --storage /tmp/ray-run --workers 1
 
-Needs ``pip install 'ray[train]'``. Ray merges what the workers report into one folder, the
-checkpoint.
+Needs ``pip install 'ray[train]'``. Ray merges the files that the workers report into one folder,
+the checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["train"]
 
 
 def train(config: dict[str, Any]) -> None:
-    """What each worker runs."""
+    """Train in one worker: Ray calls this function in each of them."""
     import ray.train
     import ray.train.torch
 
@@ -52,7 +52,7 @@ def train(config: dict[str, Any]) -> None:
         loss = (model(batch["x"]) - batch["x"].sum(1, keepdim=True)).square().mean()
         optimizer.zero_grad()
         loss.backward()
-        if (step + 1, rank) == (config["die"], 1):  # to see what happens
+        if (step + 1, rank) == (config["die"], 1):  # to try out a resume
             os.kill(os.getpid(), signal.SIGKILL)
         optimizer.step()
         step += 1
@@ -78,7 +78,7 @@ def train(config: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line and run the training."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -88,7 +88,9 @@ def main() -> None:
     parser.add_argument(
         "--die", type=int, default=-1, help="worker 1 kills itself in the middle of this step"
     )
-    parser.add_argument("--ledger", default="", help="where each worker notes what it trained on")
+    parser.add_argument(
+        "--ledger", default="", help="where each worker records the samples it trained on"
+    )
     args = parser.parse_args()
     import ray
     import ray.train.torch

@@ -18,7 +18,7 @@ from midstream.distributed.topology import Topology, first_batch
 from midstream.errors import Origin
 from midstream.loader.counts import END, LaneCounts
 from midstream.loader.running_pipeline import RunningPipeline
-from midstream.metrics.tracked import History, Tracked, decode_tracked, join_tracked
+from midstream.metrics.tracked import TotalsHistory, Tracked, decode_tracked, merge_tracked
 from midstream.pipeline.ledger import add_counts, failed_in
 from midstream.pipeline.rows import I64
 from midstream.workers.messages import BATCH, ERROR, NOTHING, Message, Plan, source_of
@@ -162,7 +162,7 @@ class Position:
         self.counts = {index: each.settled(True) for index, each in (counts or {}).items()}
         if run_state is not None:
             tracked = self._continue_from(run_state)
-        self.history = History(tracked or {})  # metrics of this rank over the whole run
+        self.history = TotalsHistory(tracked or {})  # metrics of this rank over the whole run
         self.passed = self._skip_done(0)
         self.most = turns
         if turns is not None and run_state is not None:
@@ -196,7 +196,7 @@ class Position:
                 self.decoded[index] = lane["lane"]
             if "tracked" in lane:
                 tracked.append(decode_tracked(lane["tracked"]))
-        return join_tracked(tracked)
+        return merge_tracked(tracked)
 
     def _is_own(self, batch: int) -> bool:
         return (batch - self.topology.rank) % self.topology.world_size == 0
@@ -324,7 +324,7 @@ class Position:
         while len(log) > _LOG_BATCHES or (self.log_bytes > _LOG_BYTES and len(log) > 64):
             old = log.popleft()
             self.log_bytes -= old.origins.nbytes if old.origins is not None else 0
-        self.history.settle(entry.number, log[0].number)
+        self.history.finish(entry.number, log[0].number)
 
     def finish(self) -> None:
         """The epoch is over, and there was nothing more to hand out."""
@@ -422,7 +422,7 @@ class Position:
     @property
     def tracked(self) -> Tracked:
         """Metrics of this rank over the whole run."""
-        return self.history.at(self.applied)
+        return self.history.after(self.applied)
 
     @property
     def together(self) -> bool:

@@ -37,7 +37,7 @@ def state_at(position: Position, step: int | None) -> dict[str, Any]:
     if position.own:
         own = extra.setdefault(position.own[0], {})
         own["at"] = [epoch, batches, steps, int(at.complete and not over)]
-        if tracked := position.history.at(at.number):
+        if tracked := position.history.after(at.number):
             own["tracked"] = Fragment(encode_tracked(tracked))
     if over:
         leaves = {

@@ -1,1 +1,1 @@
-"""."""
+"""Metrics of samples that users track, and their totals."""

@@ -1,4 +1,22 @@
-"""Totals that do not depend on the order of what they add: numbers, a quantile sketch, categories."""
+"""Totals of metric values: numbers, a quantile sketch, counts of categories.
+
+    NumberTotals      count, sum, mean, minimum, maximum
+    QuantileSketch    the same, and quantiles (`midstream.distribution`)
+    CategoryCounts    how often each category occurred (`midstream.count`)
+
+Totals do not depend on the order of the values, nor on the workers and ranks that saw them: totals
+of parts, merged in any order, equal the totals of the whole to the last bit. For that, a sum is an
+integer in units of 2**-96.
+
+Quantiles come from counts in buckets of equal relative width, 64 to an octave, as in DDSketch
+(Masson et al., VLDB 2019). Within an octave buckets are linear, which needs no logarithm and so has
+no rounding that could differ between machines. If the encoded counts become too long, neighbouring
+buckets are merged in pairs, as in UDDSketch (Epicoco et al., IEEE Access 2020).
+
+If there are too many categories, a hash of their name decides which are still counted, and the
+others share one count. How often buckets are merged or categories dropped depends on all values
+seen, not on their order.
+"""
 
 from __future__ import annotations
 
@@ -11,36 +29,44 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from midstream.common.plain_state import State, encode
 
-MOST_BYTES = 1024
-"""What the totals of one metric of one source may take in a checkpoint."""
+MAX_BYTES = 1024
+"""Upper limit of the encoded totals of one metric of one source in a checkpoint."""
 
-_UNIT = 96
+_FRACTION_BITS = 96  # sums are integers in units of 2**-96
 
-_BUCKET_BYTES = 480
+_BUCKET_BYTES = 480  # upper limit of the encoded bucket counts of a sketch
 
-_CATEGORY_BYTES = 960
+_CATEGORY_BYTES = 960  # upper limit of the encoded counts of categories
 
 
-class Numbers:
-    """Count, sum, least and most of numbers."""
+class NumberTotals:
+    """Count, sum, minimum and maximum of numbers.
+
+    Attributes:
+        count: How many values were added.
+        total: Their sum in units of 2**-96.
+        minimum: The smallest value.
+        maximum: The largest value.
+    """
 
     kind: ClassVar[str] = "numbers"
-    __slots__ = ("_text", "count", "least", "most", "total")
+    __slots__ = ("_text", "count", "maximum", "minimum", "total")
 
     def __init__(self) -> None:
-        self.count, self.total = 0, 0  # the sum in units of 2**-96
-        self.least: int | float = 0
-        self.most: int | float = 0
+        self.count, self.total = 0, 0
+        self.minimum: int | float = 0
+        self.maximum: int | float = 0
         self._text: str | None = None
 
     def add(self, values: Sequence[Any]) -> None:
-        """Take in the values of some samples."""
+        """Add the values of some samples, at least one."""
         self._text = None
-        least, most = min(values), max(values)
+        minimum, maximum = min(values), max(values)
         if self.count:
-            least, most = min(least, self.least), max(most, self.most)
-        # Of numbers that compare equal, 1 and 1.0 say, the same one is kept whichever came first.
-        self.least, self.most = _plain(least), _plain(most)
+            minimum = min(minimum, self.minimum)
+            maximum = max(maximum, self.maximum)
+        # Of numbers that compare equal, like 1 and 1.0, the same one is kept whichever came first.
+        self.minimum, self.maximum = _normalized(minimum), _normalized(maximum)
         self.count += len(values)
         whole = 0
         for value in values:
@@ -48,66 +74,70 @@ class Numbers:
                 whole += value
             else:
                 numerator, denominator = value.as_integer_ratio()
-                self.total += (numerator << _UNIT) // denominator
-        self.total += whole << _UNIT
+                self.total += (numerator << _FRACTION_BITS) // denominator
+        self.total += whole << _FRACTION_BITS
 
     def plus(self: _N, other: _N) -> _N:
-        """Both together. Neither changes."""
+        """The totals of both. Neither changes."""
         if not self.count or not other.count:
             return other if not self.count else self
-        joined = type(self)()
-        joined.count, joined.total = self.count + other.count, self.total + other.total
-        joined.least, joined.most = (
-            _plain(min(self.least, other.least)),
-            _plain(max(self.most, other.most)),
+        merged = type(self)()
+        merged.count, merged.total = self.count + other.count, self.total + other.total
+        merged.minimum, merged.maximum = (
+            _normalized(min(self.minimum, other.minimum)),
+            _normalized(max(self.maximum, other.maximum)),
         )
-        joined._join(self, other)
-        return joined
+        merged._merge(self, other)
+        return merged
 
-    def _join(self: _N, one: _N, other: _N) -> None:
-        """What a subclass has besides."""
+    def _merge(self: _N, one: _N, other: _N) -> None:
+        """Set the attributes that only a subclass has to those of both totals together."""
 
     def text(self) -> str:
-        """Its part of a checkpoint, as JSON; made once."""
+        """The state as JSON, encoded once."""
         if self._text is None:
             self._text = encode(self.state())
         return self._text
 
     def state(self) -> State:
-        """A plain list, first the kind."""
-        return [self.kind, self.count, f"{self.total:x}", self.least, self.most]
+        """The state as a plain list, which begins with the kind."""
+        return [self.kind, self.count, f"{self.total:x}", self.minimum, self.maximum]
 
     def load(self, state: list[Any]) -> None:
-        """Take what `state` gave."""
-        _, self.count, total, self.least, self.most = state[:5]
+        """Load a list that `state` returned.
+
+        Raises:
+            ValueError: If it is no such list.
+        """
+        _, self.count, total, self.minimum, self.maximum = state[:5]
         self.total = int(total, 16)
         if (
             type(self.count) is not int
             or self.count < 1
             or not all(
-                type(edge) in (int, float) and math.isfinite(edge)
-                for edge in (self.least, self.most)
+                type(value) in (int, float) and math.isfinite(value)
+                for value in (self.minimum, self.maximum)
             )
         ):
-            raise ValueError("no count, or edges that are no numbers")
+            raise ValueError("no count, or a minimum or maximum that is not a number")
 
     def summary(self) -> dict[str, int | float]:
-        """What it says, by name."""
+        """Count, sum, mean, min and max, by name."""
         return {
             "count": self.count,
             "sum": _ratio(self.total, 1),
             "mean": _ratio(self.total, self.count),
-            "min": self.least,
-            "max": self.most,
+            "min": self.minimum,
+            "max": self.maximum,
         }
 
 
-_N = TypeVar("_N", bound=Numbers)
+_N = TypeVar("_N", bound=NumberTotals)
 
 
-def _plain(value: int | float) -> int | float:
-    """An integer where it is one (the sign of zero goes too), a float where it is large, so that
-    equal numbers are the same.
+def _normalized(value: int | float) -> int | float:
+    """The same form for all numbers that compare equal: an int if it is whole and below 2**53 (also
+    for -0.0), else a float.
     """
     if abs(value) >= 1 << 53:
         return float(value)
@@ -115,18 +145,21 @@ def _plain(value: int | float) -> int | float:
 
 
 def _ratio(total: int, count: int) -> int | float:
-    """``total * 2**-96 / count``, an integer where it is one."""
-    whole, rest = divmod(total, count << _UNIT)
-    return whole if not rest or abs(whole) >= 1 << 1023 else total / (count << _UNIT)
+    """``total * 2**-96 / count``, as an int if it is whole."""
+    quotient, remainder = divmod(total, count << _FRACTION_BITS)
+    # Beyond 2**1023 a float might overflow.
+    if not remainder or abs(quotient) >= 1 << 1023:
+        return quotient
+    return total / (count << _FRACTION_BITS)
 
 
-class Spread(Numbers):
-    """Numbers with the counts of buckets: of zero, of positive and of negative ones (by their size).
+class QuantileSketch(NumberTotals):
+    """Numbers with quantiles, from counts of values in buckets of equal relative width.
 
     Attributes:
-        level: How often buckets were joined in pairs: there are 64 >> level to an octave.
-        zeros: How many were 0.
-        sides: Counts by bucket, first of positive, then of negative numbers.
+        level: How often buckets were merged in pairs: a bucket is 2**level of `_bucket`'s wide.
+        zeros: How many values are 0.
+        sides: Counts by bucket number: of positive values, and of the sizes of negative ones.
     """
 
     kind: ClassVar[str] = "distribution"
@@ -138,20 +171,21 @@ class Spread(Numbers):
         self.sides: tuple[dict[int, int], dict[int, int]] = ({}, {})
 
     def add(self, values: Sequence[Any]) -> None:
-        """Take in the values of some samples."""
+        """Add the values of some samples, at least one."""
         super().add(values)
-        up, down = self.sides
+        positive, negative = self.sides
         level = self.level
         for value in values:
             if value:
-                side, bucket = (up if value > 0 else down), _bucket(value) >> level
+                side = positive if value > 0 else negative
+                bucket = _bucket(value) >> level
                 side[bucket] = side.get(bucket, 0) + 1
             else:
                 self.zeros += 1
-        if len(up) + len(down) > _BUCKET_BYTES:
+        if len(positive) + len(negative) > _BUCKET_BYTES:
             self._fit()
 
-    def _join(self, one: Any, other: Any) -> None:
+    def _merge(self, one: Any, other: Any) -> None:
         self.level = max(one.level, other.level)
         self.zeros = one.zeros + other.zeros
         for part in (one, other):
@@ -163,8 +197,10 @@ class Spread(Numbers):
             self._fit()
 
     def _fit(self) -> None:
-        """Join buckets until the text is short enough. The text only grows with what is taken in, and only shrinks by joining:
-        the level is the least one at which everything that was seen fits, whenever this is called.
+        """Merge buckets in pairs until their encoded counts are short enough.
+
+        More values only make them longer, and only merging makes them shorter. So the level is the
+        lowest one at which all values seen fit, no matter when this method is called.
         """
         while sum(map(_num_bytes, self.sides)) > _BUCKET_BYTES:
             self.level += 1
@@ -175,7 +211,9 @@ class Spread(Numbers):
             self.sides = halved
 
     def state(self) -> State:
-        """A plain list, first the kind; the counts of neighbouring buckets as base 85 of varints."""
+        """The state as a plain list: that of `NumberTotals`, level, zeros, and for both signs the
+        first bucket and the counts from there on, as varints in base 85.
+        """
         self._fit()
         return [
             *super().state(),
@@ -185,39 +223,52 @@ class Spread(Numbers):
         ]
 
     def load(self, state: list[Any]) -> None:
-        """Take what `state` gave."""
+        """Load a list that `state` returned.
+
+        Raises:
+            ValueError: If it is no such list.
+        """
         super().load(state)
         self.level, self.zeros = state[5:7]
         self.sides = (_unpacked(*state[7:9]), _unpacked(*state[9:11]))
-        whole = type(self.level) is type(self.zeros) is int
-        if not whole or not 0 <= self.level < 24 or self.zeros < 0 or len(state) != 11:
+        are_ints = type(self.level) is type(self.zeros) is int
+        if not are_ints or not 0 <= self.level < 24 or self.zeros < 0 or len(state) != 11:
             raise ValueError("no such buckets")
         if self.zeros + sum(sum(side.values()) for side in self.sides) != self.count:
-            raise ValueError("its buckets hold another number of values than it counts")
+            raise ValueError("the buckets hold another number of values than the count")
 
-    def quantile(self, part: float) -> int | float:
-        """The value that so large a part of all lies below, as the middle of its bucket."""
-        target = part * (self.count - 1)
-        up, down = self.sides
+    def quantile(self, q: float) -> int | float:
+        """The q-quantile: the middle of the bucket in which it lies.
+
+        If all values seem to be integers, an integer in that bucket.
+
+        Args:
+            q: In [0, 1].
+        """
+        target = q * (self.count - 1)
+        positive, negative = self.sides
         ordered = [
-            (-_middle(bucket, self.level), down[bucket]) for bucket in sorted(down, reverse=True)
+            (-_middle(bucket, self.level), negative[bucket])
+            for bucket in sorted(negative, reverse=True)
         ]
         ordered += [(0.0, self.zeros)] if self.zeros else []
-        ordered += [(_middle(bucket, self.level), up[bucket]) for bucket in sorted(up)]
+        ordered += [(_middle(bucket, self.level), positive[bucket]) for bucket in sorted(positive)]
         below, found = 0, 0.0
         for middle, number in ordered:
             below, found = below + number, middle
             if below > target:
                 break
-        whole = type(self.least) is int and type(self.most) is int and not self.total % (1 << _UNIT)
-        if whole and _bucket(nearest := round(found)) >> self.level == _bucket(found) >> self.level:
-            found = (
-                nearest  # all were integers, as far as one can tell, and this one is in the bucket
-            )
-        return min(max(found, self.least), self.most)
+        all_ints = type(self.minimum) is type(self.maximum) is int and not self.total % (
+            1 << _FRACTION_BITS
+        )  # as far as the totals show
+        if all_ints:
+            nearest = round(found)
+            if _bucket(nearest) >> self.level == _bucket(found) >> self.level:
+                found = nearest
+        return min(max(found, self.minimum), self.maximum)
 
     def summary(self) -> dict[str, int | float]:
-        """What it says, by name."""
+        """The summary of `NumberTotals` and the quantiles, by name."""
         self._fit()
         return {
             **super().summary(),
@@ -226,33 +277,36 @@ class Spread(Numbers):
 
 
 def _bucket(value: int | float) -> int:
-    """The number of the bucket of a value's size, before any are joined."""
-    part, power = math.frexp(value)
-    return ((power + 1075) << 6) + int((abs(part) - 0.5) * 128)
+    """The number of the bucket of a value's size, at level 0: 64 buckets to an octave."""
+    mantissa, exponent = math.frexp(value)
+    return ((exponent + 1075) << 6) + int((abs(mantissa) - 0.5) * 128)
 
 
 def _middle(bucket: int, level: int) -> float:
-    """The value in the middle of a bucket."""
+    """The value in the middle of a bucket of a level."""
     return (_edge(bucket << level) + _edge((bucket + 1) << level)) / 2
 
 
 def _edge(bucket: int) -> float:
-    power, part = bucket >> 6, bucket & 63
-    return math.ldexp(0.5 + part / 128, min(power - 1075, 1023))
+    """The lower edge of a bucket at level 0."""
+    exponent, index = bucket >> 6, bucket & 63
+    return math.ldexp(0.5 + index / 128, min(exponent - 1075, 1023))
 
 
 def _varint_size(number: int) -> int:
+    """Bytes of a number as a varint: 7 bits to a byte."""
     return max(1, -(-number.bit_length() // 7))
 
 
 def _num_bytes(side: Mapping[int, int]) -> int:
+    """Bytes of counts by bucket as varints, before base 85."""
     if not side:
         return 0
     return max(side) - min(side) + 1 - len(side) + sum(map(_varint_size, side.values()))
 
 
 def _packed(side: Mapping[int, int]) -> tuple[int, str]:
-    """The first bucket, and all counts from there to the last one."""
+    """The first bucket, and all counts from there to the last one, as varints in base 85."""
     if not side:
         return 0, ""
     first, data = min(side), bytearray()
@@ -266,6 +320,7 @@ def _packed(side: Mapping[int, int]) -> tuple[int, str]:
 
 
 def _unpacked(first: int, text: str) -> dict[int, int]:
+    """The counts by bucket that `_packed` encoded."""
     if type(first) is not int or not 0 <= first < 1 << 24 or len(text) > 2 * _BUCKET_BYTES:
         raise ValueError("no such buckets")
     side: dict[int, int] = {}
@@ -280,13 +335,14 @@ def _unpacked(first: int, text: str) -> dict[int, int]:
     return side
 
 
-class Categories:
-    """How often each name came.
+class CategoryCounts:
+    """How often each category occurred.
 
     Attributes:
-        level: Names are kept whose hash begins with so many zero bits.
-        names: Counts of those.
-        others: Count of all other names.
+        level: Categories are counted separately if the hash of their name begins with this many
+            zero bits.
+        names: Their counts by name.
+        others: The count of all other categories together.
     """
 
     kind: ClassVar[str] = "count"
@@ -298,87 +354,96 @@ class Categories:
         self._text: str | None = None
 
     def add(self, values: Sequence[str]) -> None:
-        """Take in the values of some samples."""
+        """Add the values of some samples, at least one."""
         self._text = None
         names = self.names
         for name in values:
             if name in names:
                 names[name] += 1
-            elif not self.level or _kept(name, self.level):
+            elif not self.level or _is_kept(name, self.level):
                 names[name] = 1
             else:
                 self.others += 1
         if len(names) > _CATEGORY_BYTES // 4:
             self._fit()
 
-    def plus(self, other: Categories) -> Categories:
-        """Both together. Neither changes."""
-        joined = Categories()
-        joined.level, joined.others = max(self.level, other.level), self.others + other.others
+    def plus(self, other: CategoryCounts) -> CategoryCounts:
+        """The counts of both. Neither changes."""
+        merged = CategoryCounts()
+        merged.level, merged.others = max(self.level, other.level), self.others + other.others
         for part in (self, other):
             for name, number in part.names.items():
-                if part.level == joined.level or _kept(name, joined.level):
-                    joined.names[name] = joined.names.get(name, 0) + number
+                if part.level == merged.level or _is_kept(name, merged.level):
+                    merged.names[name] = merged.names.get(name, 0) + number
                 else:
-                    joined.others += number
-        if len(joined.names) > _CATEGORY_BYTES // 4:
-            joined._fit()
-        return joined
+                    merged.others += number
+        if len(merged.names) > _CATEGORY_BYTES // 4:
+            merged._fit()
+        return merged
 
     def _fit(self) -> None:
-        """Leave names out until the text is short enough: which ones follows from all that came,
-        not from when.
+        """Drop names until the encoded counts are short enough. Which ones depends on all names
+        seen, not on their order.
         """
         while (
             sum(len(json.dumps(name)) + len(str(number)) + 2 for name, number in self.names.items())
             > _CATEGORY_BYTES
         ):
             self.level += 1
-            kept = {name: number for name, number in self.names.items() if _kept(name, self.level)}
+            kept = {
+                name: number for name, number in self.names.items() if _is_kept(name, self.level)
+            }
             self.others += sum(self.names.values()) - sum(kept.values())
             self.names = kept
 
     def text(self) -> str:
-        """Its part of a checkpoint, as JSON; made once."""
+        """The state as JSON, encoded once."""
         if self._text is None:
             self._text = encode(self.state())
         return self._text
 
     def state(self) -> State:
-        """A plain list, first the kind."""
+        """The state as a plain list, which begins with the kind."""
         self._fit()
         return [self.kind, self.level, self.others, dict(sorted(self.names.items()))]
 
     def load(self, state: list[Any]) -> None:
-        """Take what `state` gave."""
+        """Load a list that `state` returned.
+
+        Raises:
+            ValueError: If it is no such list.
+        """
         _, self.level, self.others, names = state
         self.names = dict(names)
-        whole = type(self.level) is type(self.others) is int
-        if not whole or not 0 <= self.level < 64 or self.others < 0:
+        are_ints = type(self.level) is type(self.others) is int
+        if not are_ints or not 0 <= self.level < 64 or self.others < 0:
             raise ValueError("no such categories")
         if not all(
             type(name) is str and type(number) is int and number > 0
             for name, number in self.names.items()
         ):
-            raise ValueError("counts that are no numbers")
+            raise ValueError("counts that are not positive integers")
 
     def summary(self) -> dict[str, int | float]:
-        """Counts by name, in the names' order."""
+        """Counts by name, sorted by name."""
         self._fit()
         others = {"(others)": self.others} if self.others else {}
         return {**dict(sorted(self.names.items())), **others}
 
 
-def _kept(name: str, level: int) -> bool:
+def _is_kept(name: str, level: int) -> bool:
+    """Whether the hash of a name begins with ``level`` zero bits."""
     digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> (64 - level) == 0
 
 
-Totals: TypeAlias = "Numbers | Categories"
+Totals: TypeAlias = "NumberTotals | CategoryCounts"
 
-_KINDS: dict[str, type[Any]] = {"numbers": Numbers, "distribution": Spread, "count": Categories}
+_KINDS: dict[str, type[Any]] = {
+    kind.kind: kind for kind in (NumberTotals, QuantileSketch, CategoryCounts)
+}
 
 
-def totals_of(kind: str) -> Totals:
-    """Totals of nothing, for a kind of metric."""
+def empty_totals(kind: str) -> Totals:
+    """Totals without values, for a kind of metric."""
     return _KINDS[kind]()  # type: ignore[no-any-return]

@@ -1,69 +1,74 @@
-"""Totals of tracked metrics by node and source: joined, encoded, and of the last batches."""
+"""Totals of tracked metrics by node and source: merged, encoded, and kept for the last batches."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from midstream.errors import CheckpointError
-from midstream.metrics.totals import Totals, totals_of
+from midstream.metrics.totals import Totals, empty_totals
 
-_TOGETHER = 1024
+_BUFFERED_SAMPLES = 1024
 
 Tracked = dict[tuple[str, int], dict[str, Totals]]
-"""Totals by name of the metric, by path of the node that tracks it and index of the source (-1: of
-several).
+"""Totals by name of the metric, for each (path of the node that tracks it, index of the source).
+
+The index is -1 for samples made of rows of several sources.
 """
 
 
-class Gathered:
-    """Values of the metrics of one place and source, put together many at a time."""
+class MetricBuffer:
+    """Collects the metric values of one node and source, and adds many to the totals at once.
 
-    __slots__ = ("kinds", "summed", "values")
+    Args:
+        kinds: The kind of each metric, by name.
+    """
+
+    __slots__ = ("_totals", "_values", "kinds")
 
     def __init__(self, kinds: Mapping[str, str]) -> None:
-        self.kinds, self.values = kinds, list[tuple[Any, ...]]()
-        self.summed: dict[str, Totals] | None = None
+        self.kinds = kinds
+        self._values: list[tuple[Any, ...]] = []
+        self._totals: dict[str, Totals] | None = None
 
     def add(self, values: Sequence[tuple[Any, ...]]) -> None:
-        """Take in the values of some samples: for each of them one by metric, in the order of
-        ``kinds``.
-        """
-        self.values += values
-        if len(self.values) >= _TOGETHER:
+        """Add the values of some samples: one value for each metric, in the order of ``kinds``."""
+        self._values += values
+        if len(self._values) >= _BUFFERED_SAMPLES:
             self.totals()
 
     def totals(self) -> dict[str, Totals]:
-        """The totals of all, by name."""
-        if self.summed is None:
-            self.summed = {name: totals_of(kind) for name, kind in self.kinds.items()}
-        for totals, column in zip(self.summed.values(), zip(*self.values)):
+        """The totals of all values, by name of the metric."""
+        if self._totals is None:
+            self._totals = {name: empty_totals(kind) for name, kind in self.kinds.items()}
+        for totals, column in zip(self._totals.values(), zip(*self._values)):
             totals.add(column)
-        self.values.clear()
-        return self.summed
+        self._values.clear()
+        return self._totals
 
 
-def join(one: Mapping[str, Totals], other: Mapping[str, Totals]) -> dict[str, Totals]:
-    """The totals of two parts, by name. Neither changes.
+def merge_totals(one: Mapping[str, Totals], other: Mapping[str, Totals]) -> dict[str, Totals]:
+    """The totals of two parts together, by name of the metric. Neither part changes.
 
     Raises:
-        CheckpointError: If a metric was gathered in another way before.
+        CheckpointError: If a metric is of different kinds in the two parts.
     """
-    joined = dict(one)
+    merged = dict(one)
     for name, totals in other.items():
-        known: Any = joined.get(name)
+        known: Any = merged.get(name)
         if known is not None and known.kind != totals.kind:
             raise CheckpointError(
                 f"the metric {name!r} was gathered as {known.kind} so far, and is {totals.kind}"
-                " now: their totals do not add up. Track it as it was, or under another name."
+                " now, and totals of different kinds cannot be added. Track it as it was, or under"
+                " another name."
             )
-        joined[name] = totals if known is None else known.plus(totals)
-    return joined
+        merged[name] = totals if known is None else known.plus(totals)
+    return merged
 
 
 def encode_tracked(tracked: Tracked) -> str:
-    """All totals as JSON: by path, source and name. What did not change is not encoded again."""
+    """All totals as JSON, by path, source and name. Unchanged totals are not encoded again."""
     paths: dict[str, list[str]] = {}
     for (path, source), named in sorted(tracked.items()):
         inner = ",".join(
@@ -78,10 +83,13 @@ def encode_tracked(tracked: Tracked) -> str:
 
 
 def decode_tracked(state: Any) -> Tracked:
-    """The inverse, of the decoded JSON.
+    """The totals that `encode_tracked` encoded.
+
+    Args:
+        state: The JSON, decoded.
 
     Raises:
-        ValueError: If it is not what `encode_tracked` gave.
+        ValueError: If it is no such JSON.
     """
     tracked: Tracked = {}
     try:
@@ -89,71 +97,91 @@ def decode_tracked(state: Any) -> Tracked:
             for source, named in sources.items():
                 found = tracked.setdefault((path, int(source)), {})
                 for name, part in named.items():
-                    found[name] = totals_of(part[0])
+                    found[name] = empty_totals(part[0])
                     found[name].load(part)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"no totals of metrics ({type(error).__name__}: {error})") from None
     return tracked
 
 
-def join_tracked(parts: Iterable[Tracked]) -> Tracked:
-    """The totals of several lanes or ranks."""
+def merge_tracked(parts: Iterable[Tracked]) -> Tracked:
+    """The totals of several lanes or ranks together."""
     tracked: Tracked = {}
     for part in parts:
         for key, named in part.items():
             known = tracked.get(key)
-            tracked[key] = dict(named) if known is None else join(known, named)
+            tracked[key] = dict(named) if known is None else merge_totals(known, named)
     return tracked
 
 
-_APART = 32
+_CHANGES_PER_SNAPSHOT = 32
 
 
-class History:
-    """Totals after each of the last deliveries: whole after every 32 that brought anything, else what each brought.
+class _Snapshot(NamedTuple):
+    """Full totals after a delivery, and the changes of the deliveries after it."""
 
-    Whole ones after each would be up to a thousand copies of all buckets, and the copying dearer
-    than the batch. Nothing that was handed out changes, and a reader that interrupts a change, a
-    signal handler say, finds what was there before.
+    number: int
+    totals: Tracked
+    changes: list[tuple[int, Tracked]]
+
+
+class TotalsHistory:
+    """Totals after each of the last deliveries.
+
+    Storing full totals after every delivery would copy every bucket up to 1,024 times and cost more
+    than the batch. So full totals are stored every 32 changes, and only the changes in between.
+
+    Totals that `after` returned never change. If a signal handler reads while a change is in
+    progress, it finds the totals from before.
+
+    Args:
+        totals: The totals before the first delivery, which has the number 1.
     """
 
-    __slots__ = ("_known", "_parts")
+    __slots__ = ("_last_answer", "_snapshots")
 
     def __init__(self, totals: Tracked) -> None:
-        self._parts: list[tuple[int, Tracked, list[tuple[int, Tracked]]]] = [(0, totals, [])]
-        self._known = 0, totals  # the last answer: the next one goes on from there
+        self._snapshots = [_Snapshot(0, totals, [])]
+        self._last_answer = 0, totals  # (number, totals) of the last `after`, which starts there
 
-    def add(self, number: int, more: Tracked) -> None:
-        """What delivery ``number`` brings; it counts once `at` is asked for that number."""
-        self._parts[-1][2].append((number, more))
+    def add(self, number: int, change: Tracked) -> None:
+        """Record the metrics of delivery ``number``. `after` that number counts them."""
+        self._snapshots[-1].changes.append((number, change))
 
-    def settle(self, number: int, oldest: int) -> None:
-        """Delivery ``number`` is done; nobody asks for a number below ``oldest - 1`` any more."""
-        if len(self._parts[-1][2]) >= _APART:
-            self._parts.append((number, self.at(number), []))
-        while len(self._parts) > 1 and self._parts[1][0] < oldest:
-            del self._parts[0]
+    def finish(self, number: int, oldest: int) -> None:
+        """Record that delivery ``number`` is complete.
 
-    def at(self, number: int) -> Tracked:
+        Args:
+            oldest: `after` will not be called again for numbers below ``oldest - 1``.
+        """
+        if len(self._snapshots[-1].changes) >= _CHANGES_PER_SNAPSHOT:
+            self._snapshots.append(_Snapshot(number, self.after(number), []))
+        while len(self._snapshots) > 1 and self._snapshots[1].number < oldest:
+            del self._snapshots[0]
+
+    def after(self, number: int) -> Tracked:
         """The totals after delivery ``number``."""
-        start, totals, added = next(part for part in reversed(self._parts) if part[0] <= number)
-        if start <= self._known[0] <= number:
-            start, totals = self._known
-        if more := [each for at, each in added if start < at <= number]:
-            totals = join_tracked([totals, join_tracked(more)])
-        self._known = number, totals
+        start, totals, changes = next(
+            snapshot for snapshot in reversed(self._snapshots) if snapshot.number <= number
+        )
+        if start <= self._last_answer[0] <= number:
+            start, totals = self._last_answer
+        if new := [change for at, change in changes if start < at <= number]:
+            totals = merge_tracked([totals, merge_tracked(new)])
+        self._last_answer = number, totals
         return totals
 
     def undo_to(self, number: int) -> None:
         """Forget all deliveries after ``number``."""
-        parts = [part for part in self._parts if part[0] <= number]
-        start, totals, added = parts[-1]
-        parts[-1] = start, totals, [each for each in added if each[0] <= number]
-        self._parts, self._known = parts, (start, totals)
+        snapshots = [snapshot for snapshot in self._snapshots if snapshot.number <= number]
+        start, totals, changes = snapshots[-1]
+        kept = [change for change in changes if change[0] <= number]
+        snapshots[-1] = _Snapshot(start, totals, kept)
+        self._snapshots, self._last_answer = snapshots, (start, totals)
 
 
-def valid(state: Any) -> bool:
-    """Whether `decode_tracked` takes it."""
+def is_tracked_state(state: Any) -> bool:
+    """Whether `decode_tracked` accepts a state."""
     try:
         decode_tracked(state)
     except ValueError:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from midstream.errors import TooManyErrors, bullet_list
-from midstream.metrics.tracked import Gathered, Tracked
+from midstream.metrics.tracked import MetricBuffer, Tracked
 from midstream.pipeline.failures import ErrorRate, SampleFailure
 from midstream.pipeline.quarantine import write_record
 
@@ -66,7 +66,7 @@ class Ledger:
         self.events: dict[str, int] = {}
         self.notices: list[tuple[str, str]] = []
         self.limits: dict[str, int | ErrorRate] = {}
-        self.tracked: dict[tuple[str, int], Gathered] = {}
+        self.tracked: dict[tuple[str, int], MetricBuffer] = {}
         self.writes, self.tracks = writes, tracks
         self.reads = 0
 
@@ -99,7 +99,7 @@ class Ledger:
         if self.tracks:
             found = self.tracked.get((path, source))
             if found is None:
-                found = self.tracked[path, source] = Gathered(kinds)
+                found = self.tracked[path, source] = MetricBuffer(kinds)
             found.add(values)
 
     def failed(self, failure: SampleFailure, source: int) -> None:

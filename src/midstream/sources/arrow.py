@@ -1,9 +1,4 @@
-"""Hugging Face ``datasets.Dataset``: Arrow tables read as zero-copy views.
-
-`TableReader` turns an Arrow table into rows without pyarrow's ``take`` (whose cost grows with the
-number of chunks) and without the Hugging Face formatters (50 µs a row); the parquet source reads
-its row groups with it too.
-"""
+"""A source over a Hugging Face ``datasets.Dataset``: zero-copy views of its Arrow table."""
 
 from __future__ import annotations
 
@@ -13,39 +8,41 @@ from typing import Any
 import numpy as np
 
 from midstream.common.plain_state import State
+from midstream.pipeline.failures import FailedSample
 from midstream.pipeline.node import BoundNode, Node, row_origins
 from midstream.pipeline.rows import I64, U64, Rows
 from midstream.sources.arrow_table import TableReader
-from midstream.sources.source_rows import ReturnedOthers, require_rows, row_failure
+from midstream.sources.source_rows import (
+    WrongNumberOfRows,
+    read_one_by_one,
+    require_num_rows,
+    row_failure,
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ArrowSource(Node):
     """Rows of a Hugging Face dataset.
 
-    Plain columns are read from Arrow directly: numeric lists as read-only numpy views of the stored
-    dtype, numbers, strings and nested values as Python objects. A dataset with a format of its own
-    (``with_format``, a transform) or with features that decode (images, audio) is read through its
-    own ``__getitems__``.
+    Plain columns are read from Arrow directly, without the Hugging Face formatters (50 µs a row):
+    numeric lists as read-only numpy views of the stored dtype, numbers, strings and nested values
+    as Python objects. A dataset with a format of its own (``with_format``, a transform) or with
+    features that need decoding (images, audio) is read through its own ``__getitems__``.
 
-    State: none but the position.
+    State: only the position.
     Resume: reads nothing again.
     """
 
     data: Any
     name: str | None = None
     kind = "from_dataset"
-
-    @property
-    def infinite(self) -> bool:
-        """Never."""
-        return False
+    infinite = False
 
     def _length(self) -> int | None:
         return len(self.data)
 
     def spec_fields(self) -> dict[str, State]:
-        """Columns and number of rows."""
+        """The columns and the number of rows."""
         return {
             "data": "datasets.Dataset",
             "columns": list(self.data.column_names),
@@ -53,7 +50,7 @@ class ArrowSource(Node):
         }
 
     def summary(self) -> str:
-        """Columns and number of rows."""
+        """The columns and the number of rows."""
         return (
             f"{self.kind}(datasets.Dataset[{', '.join(self.data.column_names)}], {self.length():,}"
             " rows)"
@@ -63,7 +60,7 @@ class ArrowSource(Node):
         data = self.data
         if _formats_itself(data):
             return None, None
-        # The indices mapping has no public accessor; this is the one place that knows of it.
+        # datasets has no public accessor for the indices mapping of select() and shuffle().
         mapping = getattr(data, "_indices", None)
         indices = (
             None if mapping is None else mapping.column(0).to_numpy().astype(np.int64, copy=False)
@@ -72,39 +69,31 @@ class ArrowSource(Node):
 
     def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
         origins = row_origins(bound, passes, positions)
+        function = f"{type(self.data).__qualname__}.__getitem__"
+
+        def failed(index: int, error: Exception) -> FailedSample:
+            return row_failure(bound, origins[index], function, error)
+
         reader, indices = self._handle()
         if reader is not None:
             rows = positions if indices is None else indices[positions]
             try:
                 return Rows(None, origins, None, reader.columns(rows))
-            except (
-                Exception
-            ):  # one row at a time tells which one it was (text that is not UTF-8, say)
-                samples: list[Any] = []
-                for row in rows:
-                    try:
-                        samples.extend(reader.rows(np.array([row])))
-                    except Exception as error:
-                        samples.append(row_failure(bound, self.data, origins[len(samples)], error))
-                return Rows(samples, origins)
-        index = positions.tolist()
+            except Exception:  # for example text that is not UTF-8, in one of the rows
+                return Rows(list(read_one_by_one(rows, reader.row, failed)), origins)
+        numbers = positions.tolist()
         try:
-            samples = self.data.__getitems__(index)
-            require_rows(bound, self.data, len(samples), len(index))
-        except ReturnedOthers:
+            samples = self.data.__getitems__(numbers)
+            require_num_rows(bound, self.data, len(samples), len(numbers))
+        except WrongNumberOfRows:
             raise
-        except Exception:  # one row at a time tells which one it was
-            samples = []
-            for row in index:
-                try:
-                    samples.append(self.data[row])
-                except Exception as error:
-                    samples.append(row_failure(bound, self.data, origins[len(samples)], error))
+        except Exception:
+            samples = list(read_one_by_one(numbers, self.data.__getitem__, failed))
         return Rows(samples, origins)
 
 
 def _formats_itself(data: Any) -> bool:
-    """Whether rows are more than what Arrow stores."""
+    """Whether a row differs from what Arrow stores: a format, a transform or a decoding feature."""
     if data.format["type"] is not None or data.format["columns"] != data.column_names:
         return True
     return any(_decodes(feature) for feature in data.features.values())

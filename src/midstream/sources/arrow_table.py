@@ -1,4 +1,6 @@
-"""Reads rows of an Arrow table without pyarrow's take()."""
+"""Rows of an Arrow table by number, read without pyarrow's ``take``, whose cost grows with the
+number of chunks.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from midstream.pipeline.rows import I64
 
 
 class TableReader:
-    """Rows of an Arrow table by number, as dicts.
+    """Reads rows of an Arrow table by number.
 
     Args:
-        table: Any ``pyarrow.Table``; nothing is copied or combined.
+        table: Any ``pyarrow.Table``. Its chunks are neither copied nor combined.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -28,16 +30,33 @@ class TableReader:
         self._columns = [_Column(table.column(index)) for index in range(table.num_columns)]
 
     def rows(self, rows: I64) -> list[dict[str, Any]]:
-        """The rows with these numbers (int64, shape [k]), in this order."""
+        """The rows with these numbers (int64, shape [k]), in this order, as dicts."""
         return self.columns(rows).samples()
 
+    def row(self, number: int) -> dict[str, Any]:
+        """The row with this number, as a dict."""
+        return self.rows(np.array([number], dtype=np.int64))[0]
+
     def columns(self, rows: I64) -> Columns:
-        """The same, column by column."""
+        """The rows with these numbers (int64, shape [k]), in this order, column by column."""
         return Columns(self.names, [column.take(rows) for column in self._columns], len(rows))
 
 
 class _Column:
-    """One column: its chunks, opened as they are first read, and where each starts."""
+    """One column, as chunks that are opened when they are first read.
+
+    Attributes:
+        chunks: Those with at least one row.
+        starts: int64, shape [chunks + 1]: the number of each chunk's first row, then the number of
+            rows.
+        opened: For each chunk, the result of its function in `_OPENERS`; None until it is read.
+        kind: "number", "list", "string" or "other".
+        dtype: Of the values of a "list" column.
+        spans: The column's memory as one array (numbers), or as two (values and offsets of lists);
+            None until first needed.
+        no_spans: Spans do not work for this column: its kind has none, some rows are null, or its
+            chunks are not in one stretch of memory.
+    """
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self.chunks = [chunk for chunk in column.chunks if len(chunk)]
@@ -51,12 +70,12 @@ class _Column:
             np.dtype(column.type.value_type.to_pandas_dtype()) if self.kind == "list" else None
         )
         self.spans: list[_Span] | None = None
-        self.spread = self.kind not in ("list", "number") or pa.types.is_fixed_size_list(
+        self.no_spans = self.kind not in ("list", "number") or pa.types.is_fixed_size_list(
             column.type
-        )  # no spans
+        )
 
     def take(self, rows: I64) -> Column:
-        """Values at these rows."""
+        """The values at these rows (int64, shape [k])."""
         if len(self.chunks) == 1:
             chunks, inside = None, rows
         else:
@@ -78,20 +97,23 @@ class _Column:
         )
 
     def _read(self, chunk: int) -> Any:
-        self.opened[chunk] = _OPEN[self.kind](self.chunks[chunk])
+        self.opened[chunk] = _OPENERS[self.kind](self.chunks[chunk])
         return self.opened[chunk]
 
     def _spans(self, chunks: I64) -> list[_Span] | None:
-        """What the rows of these chunks are found in by numpy alone: the numbers, or all values and
-        where each row ends.
+        """Arrays from which numpy alone can pick the rows of these chunks, without a Python loop.
+
+        Returns:
+            For numbers one span, of the values; for lists two, of the values and of their offsets.
+            None where spans do not work.
         """
-        if self.spread:
+        if self.no_spans:
             return None
-        spans = self.spans  # threads may read here at once: each goes on with what it has in hand
+        spans = self.spans  # a local name, for another thread may set self.spans to None meanwhile
         if spans is None:
             first, last = self._arrays(0), self._arrays(len(self.chunks) - 1)
             if first is None or last is None:
-                self.spread = True
+                self.no_spans = True
                 return None
             spans = self.spans = [_Span(a, b, self.chunks) for a, b in zip(first, last)]
         unknown = np.flatnonzero(spans[-1].starts[chunks] < 0)
@@ -100,26 +122,27 @@ class _Column:
             if arrays is None or not all(
                 span.add(chunk, array) for span, array in zip(spans, arrays)
             ):
-                self.spread, self.spans = True, None
+                self.no_spans, self.spans = True, None
                 return None
         return spans
 
     def _arrays(self, chunk: int) -> list[npt.NDArray[Any]] | None:
-        """Of one chunk; None where some of its rows are null."""
+        """The arrays behind one chunk, ordered as in `_spans`; None if some rows are null."""
         opened = self.opened[chunk] or self._read(chunk)
         if opened[-1] is not None:
             return None
         return [np.asarray(each) for each in opened[:-1]]
 
     def _lists(self, chunks: I64 | None, inside: I64) -> Column:
-        """Views into the chunks' values; the loop of every token pipeline, so nothing is called in
-        it.
+        """Lists as views into the chunks' values.
+
+        Every token pipeline spends its time in these loops, so they call no functions.
         """
-        opened, views = self.opened, []
+        opened = self.opened
         if chunks is not None and (spans := self._spans(chunks)) is not None:
             values, ends = spans
-            flat, shifts, places = values.array, values.starts[chunks], ends.starts[chunks] + inside
-            starts, stops = ends.array[places] + shifts, ends.array[places + 1] + shifts
+            flat, shifts, index = values.array, values.starts[chunks], ends.starts[chunks] + inside
+            starts, stops = ends.array[index] + shifts, ends.array[index + 1] + shifts
             return Column(
                 [flat[a:b] for a, b in zip(starts.tolist(), stops.tolist())],
                 flat.dtype,
@@ -127,24 +150,23 @@ class _Column:
                 stops - starts,
             )
         if chunks is None:
-            flat, ends, odd = opened[0] or self._read(0)
-            if odd is not None:
-                return Column([odd(row) for row in inside.tolist()])
+            flat, ends, get = opened[0] or self._read(0)
+            if get is not None:
+                return Column([get(row) for row in inside.tolist()])
             return Column([flat[ends[row] : ends[row + 1]] for row in inside.tolist()], flat.dtype)
-        clean = True
+        rows: list[Any] = []
+        has_nulls = False
         for chunk, row in zip(chunks.tolist(), inside.tolist()):
-            flat, ends, odd = opened[chunk] or self._read(chunk)
-            if odd is None:
-                views.append(flat[ends[row] : ends[row + 1]])
+            flat, ends, get = opened[chunk] or self._read(chunk)
+            if get is None:
+                rows.append(flat[ends[row] : ends[row + 1]])
             else:
-                clean = False
-                views.append(odd(row))
-        return Column(views, self.dtype if clean else None)
+                has_nulls = True
+                rows.append(get(row))
+        return Column(rows, None if has_nulls else self.dtype)
 
     def _numbers(self, chunks: I64 | None, inside: I64) -> Column:
-        """Numbers are gathered chunk by chunk where chunks are few, and become Python numbers all
-        at once.
-        """
+        """Numbers as one array; if some are null, as a list of Python numbers and None."""
         opened = self.opened
         if chunks is None:
             values, valid = opened[0] or self._read(0)
@@ -152,8 +174,8 @@ class _Column:
                 return Column(None, None, values[inside])
             return Column(
                 [
-                    v if good else None
-                    for v, good in zip(values[inside].tolist(), valid[inside].tolist())
+                    value if is_valid else None
+                    for value, is_valid in zip(values[inside].tolist(), valid[inside].tolist())
                 ]
             )
         if (spans := self._spans(chunks)) is not None:
@@ -167,9 +189,10 @@ class _Column:
                 result.append(values[row].item() if valid is None or valid[row] else None)
             return Column(result)
         dtype = found[0][0].dtype if found else np.dtype(np.int64)
-        if 8 * len(distinct) > len(inside):  # few rows of each: numpy's calls would be most of it
-            get = {chunk: values.item for chunk, (values, _) in zip(distinct, found)}
-            picked = [get[chunk](row) for chunk, row in zip(chunks.tolist(), inside.tolist())]
+        if 8 * len(distinct) > len(inside):
+            # Few rows of each chunk: one numpy call per chunk would cost more than a loop.
+            get_of = {chunk: values.item for chunk, (values, _) in zip(distinct, found)}
+            picked = [get_of[chunk](row) for chunk, row in zip(chunks.tolist(), inside.tolist())]
             return Column(None, None, np.array(picked, dtype=dtype))
         array = np.empty(len(inside), dtype=dtype)
         for chunk in distinct:
@@ -179,14 +202,15 @@ class _Column:
 
 
 class _Span:
-    """The memory from a column's first chunk to its last as one array: what a memory-mapped file is in truth.
+    """One array over the memory from a column's first chunk to its last.
 
-    Only what `add` has placed is ever looked at: what lies between need not even be there.
+    In a memory-mapped file the chunks of a column lie in one stretch of memory. Read only the parts
+    that `add` has located: the memory between two chunks need not exist.
 
     Attributes:
-        array: Of the chunks' dtype. Holds the chunks, and so does every view of it.
-        starts: int64, shape [chunks]: where in the array each chunk begins; -1 where it was not
-        looked up yet.
+        array: Of the chunks' dtype. It and every view of it keep the chunks alive.
+        starts: int64, shape [chunks]: index in the array at which each chunk begins; -1 until `add`
+            was called for it.
     """
 
     __slots__ = ("array", "start", "starts")
@@ -203,13 +227,17 @@ class _Span:
         self.starts = np.full(len(chunks), -1, dtype=np.int64)
 
     def add(self, chunk: int, array: npt.NDArray[Any]) -> bool:
-        """Place a chunk. False where it lies elsewhere."""
-        bound = _address(array) - self.start
+        """Locate a chunk in the array.
+
+        Returns:
+            False if the chunk is not within this stretch of memory.
+        """
+        offset = _address(array) - self.start
         if array.nbytes and (
-            bound < 0 or bound + array.nbytes > self.array.nbytes or bound % array.itemsize
+            offset < 0 or offset + array.nbytes > self.array.nbytes or offset % array.itemsize
         ):
             return False
-        self.starts[chunk] = bound // array.itemsize if array.nbytes else 0
+        self.starts[chunk] = offset // array.itemsize if array.nbytes else 0
         return True
 
 
@@ -231,7 +259,7 @@ def _kind(type_: pa.DataType) -> str:
 
 
 def _open_numbers(chunk: pa.Array) -> tuple[Any, Any]:
-    """Values, and which of them there are where some are null."""
+    """The values, and, if some are null, a mask of those that are not."""
     if chunk.null_count:
         valid = chunk.is_valid().to_numpy(zero_copy_only=False)
         return (
@@ -258,12 +286,15 @@ def _open_strings(chunk: pa.Array) -> Callable[[int], str | None]:
 
 
 def _open_lists(chunk: pa.Array) -> tuple[Any, memoryview, Callable[[int], Any] | None]:
-    """All values, where each row's begin and end, and, where nulls are among them, what gets a row
-    instead.
+    """All values of a chunk of lists.
+
+    Returns:
+        The values; the offsets, so that row i is ``values[offsets[i]:offsets[i + 1]]``; and, if
+        some rows or values are null, a function that returns a row instead.
     """
     values = chunk.values
-    # Straight from the buffer: the stored dtype, zero-copy, and defined (if meaningless) where a
-    # value is null.
+    # Read from the buffer: zero-copy, in the stored dtype, also where some values are null (their
+    # bytes mean nothing then).
     dtype = np.dtype(values.type.to_pandas_dtype())
     flat = np.frombuffer(values.buffers()[1] or b"", dtype=dtype)[
         values.offset : values.offset + len(values)
@@ -299,7 +330,7 @@ def _open_others(chunk: pa.Array) -> Callable[[int], Any]:
     return lambda row: chunk[row].as_py()
 
 
-_OPEN: dict[str, Callable[[pa.Array], Any]] = {
+_OPENERS: dict[str, Callable[[pa.Array], Any]] = {
     "number": _open_numbers,
     "string": _open_strings,
     "list": _open_lists,

@@ -1,4 +1,4 @@
-"""Paths, patterns and URLs of files, and a bounded number of open files."""
+"""Turns paths, patterns and URLs into files, and keeps a bounded number of files open."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from midstream.common.validation import require_text
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 MAX_OPEN_FILES = 32
-"""Files kept open per source and process."""
+"""Upper limit of the files that one source keeps open in one process."""
 
 
 class File(NamedTuple):
-    """A file that was found.
+    """A local or remote file that was found.
 
     Attributes:
-        path: Absolute, or in terms of its own file system.
-        url: For a remote file the URL or pattern it was found by, which names the file system; ""
-        for a local one.
+        path: Of a local file the absolute path; of a remote one its path in its file system.
+        url: Of a remote file the URL or pattern that it matched, which names the file system; of a
+            local one "".
     """
 
     path: str
@@ -38,34 +38,35 @@ class File(NamedTuple):
         return f"{self.url.split('://')[0]}://{self.path.lstrip('/')}"
 
     def open(self) -> Any:
-        """A remote file, opened for reading bytes."""
-        # Asked for anew each time: fsspec keeps file systems itself, and makes new ones in a forked
-        # process.
+        """Open a remote file for reading bytes."""
+        # Not cached here: fsspec caches file systems, and makes new ones in a forked process.
         return fsspec.core.url_to_fs(self.url)[0].open(self.path, "rb")
 
 
 class Closable(Protocol):
-    """What `OpenFiles` holds."""
+    """Anything that `OpenFiles` can hold."""
 
     def close(self) -> None:
         """Close it."""
 
 
-F = TypeVar("F", bound=Closable)
+OpenFile = TypeVar("OpenFile", bound=Closable)
 
 
-class OpenFiles(Generic[F]):
-    """Files by number, opened as they are needed; the ones used last, at most `MAX_OPEN_FILES`,
-    stay open.
+class OpenFiles(Generic[OpenFile]):
+    """Opens files when they are needed, and keeps the `MAX_OPEN_FILES` most recently used open.
+
+    Args:
+        open_file: Opens the file with a number.
     """
 
-    def __init__(self, open_file: Callable[[int], F]) -> None:
+    def __init__(self, open_file: Callable[[int], OpenFile]) -> None:
         self.open_file = open_file
-        self.files: OrderedDict[int, F] = OrderedDict()
+        self.files: OrderedDict[int, OpenFile] = OrderedDict()
         self.lock = threading.Lock()
 
-    def get(self, number: int) -> F:
-        """An open file."""
+    def get(self, number: int) -> OpenFile:
+        """The open file with this number. For use in one thread only."""
         file = self.files.get(number)
         if file is None:
             while len(self.files) >= MAX_OPEN_FILES:
@@ -76,9 +77,10 @@ class OpenFiles(Generic[F]):
         return file
 
     @contextlib.contextmanager
-    def lend(self, number: int) -> Iterator[F]:
-        """An open file for one thread alone; another one that asks for the same file meanwhile gets
-        it opened again.
+    def lend(self, number: int) -> Iterator[OpenFile]:
+        """The open file with this number, for the calling thread only.
+
+        If another thread asks for the same file meanwhile, the file is opened a second time.
         """
         with self.lock:
             file = self.files.pop(number, None)
@@ -98,8 +100,12 @@ class OpenFiles(Generic[F]):
                 spare.close()
 
 
-def plain_paths(paths: Paths, where: str) -> tuple[str, ...]:
-    """Paths, patterns and URLs as strings. Looks at no file."""
+def paths_as_text(paths: Paths, where: str) -> tuple[str, ...]:
+    """Check paths, patterns and URLs and return them as strings, without a look at the disk.
+
+    Args:
+        where: The function that was called with them, for messages.
+    """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     if not isinstance(paths, Sequence) or not all(
@@ -107,7 +113,7 @@ def plain_paths(paths: Paths, where: str) -> tuple[str, ...]:
     ):
         raise TypeError(
             f"{where} takes a path, a pattern like 'data/*', a URL, or a list of these; found"
-            f" {paths!r:.200}. (A set or a generator has no order of its own: give sorted(...).)"
+            f" {paths!r:.200}. (A set or a generator has no fixed order: give sorted(...).)"
         )
     plain = tuple(os.fspath(path) for path in paths)
     if not plain or not all(isinstance(path, str) and path for path in plain):
@@ -118,12 +124,14 @@ def plain_paths(paths: Paths, where: str) -> tuple[str, ...]:
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URL that fsspec opens; ``file://`` is local."""
+    """Whether a path is a URL of a remote file system; ``file://`` is local."""
     return "://" in path and not path.startswith(("file://", "local://"))
 
 
 def list_files(paths: tuple[str, ...], where: str) -> list[File]:
-    """The files that paths, patterns and URLs stand for: in the order given, the matches of a pattern sorted.
+    """Find the files of paths, patterns and URLs, in the order given.
+
+    The matches of a pattern are sorted.
 
     Raises:
         FileNotFoundError: If one of them matches nothing.
@@ -142,9 +150,9 @@ def list_files(paths: tuple[str, ...], where: str) -> list[File]:
     for name in map(str, files):
         if name in seen:
             raise ValueError(
-                f"{where}: {name} is matched twice by {list(paths)}, so its rows would be there"
-                " twice. Name it once; to see data more often use .repeat, or midstream.interleave"
-                " with weights"
+                f"{where}: {name} is matched twice by {list(paths)}, so each of its rows would be"
+                " read twice. Name it once; to see data more often use .repeat, or"
+                " midstream.interleave with weights"
             )
         require_text(name, f"{where}: the name of a file")
         seen.add(name)
@@ -159,7 +167,7 @@ def _list_local(path: str, where: str) -> list[File]:
         raise IsADirectoryError(
             f"{where}: {path!r} is a folder. Give a pattern, like {os.path.join(path, '*')!r}"
         )
-    if os.path.exists(path):  # before it is taken for a pattern: a name may contain brackets
+    if os.path.exists(path):  # checked first, because a file name may contain brackets
         return [File(path)]
     return [
         File(match) for match in sorted(glob.glob(path, recursive=True)) if os.path.isfile(match)
@@ -168,11 +176,11 @@ def _list_local(path: str, where: str) -> list[File]:
 
 def _list_remote(url: str) -> list[File]:
     system, path = fsspec.core.url_to_fs(url)
-    if system.exists(path):  # before it is taken for a pattern: a URL may contain a question mark
+    if system.exists(path):  # checked first, because a URL may contain a question mark
         return [File(path, url)]
     return [File(match, url) for match in sorted(system.glob(path))] if glob.has_magic(path) else []
 
 
-def count(number: int, noun: str) -> str:
-    """``1 file``, ``2 files``."""
+def plural(number: int, noun: str) -> str:
+    """A number with its noun: ``1 file``, ``2 files``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

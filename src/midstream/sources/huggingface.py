@@ -1,4 +1,4 @@
-"""Hugging Face ``datasets.IterableDataset`` as a source of rows whose position we own."""
+"""A source over a Hugging Face ``datasets.IterableDataset``: a stream, read shard by shard."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from midstream.pipeline.iterator import Iterator, Lane
 from midstream.pipeline.node import BoundNode, Node
 from midstream.sources.shards import ShardIterator, Shards
 
-_EVERY = 256
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class IterableSource(Node):
     """Rows of a Hugging Face ``IterableDataset``, shard by shard.
 
-    Its own state is taken every 256 rows of a shard, and the rows since are counted here, because
-    its ``state_dict`` is not what was loaded until a row was read. Its ``shuffle`` loses and
-    repeats rows when resumed, so it is refused.
+    The stream's own state is recorded every 256 rows of a shard, and the rows since then are
+    counted here: right after ``load_state_dict`` its ``state_dict`` does not return what was
+    loaded. Streams with a ``shuffle`` of their own lose and repeat rows when resumed, so they are
+    refused.
 
-    State: ``[shard, rows read, last row that raised, rows bound its own last state, that state]``.
-    Resume: reads at most 256 rows again, and what its own ``load_state_dict`` reads.
+    State: ``[shard, rows read, last row that raised, rows up to the stream's last recorded state,
+        that state]``.
+    Resume: reads at most 256 rows again, and the rows that the stream's ``load_state_dict`` reads.
     """
 
     data: Any
     name: str | None = None
     kind = "from_dataset"
     may_wait = True
+    random_access = False
+    infinite = False  # not known, so assumed to end
 
     def __post_init__(self) -> None:
         shuffling = _find_shuffle(self.data._ex_iterable)
@@ -52,21 +54,11 @@ class IterableSource(Node):
             )
 
     @property
-    def random_access(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def infinite(self) -> bool:
-        """Not known, so taken to end."""
-        return False
-
-    @property
     def _num_shards(self) -> int:
         return int(self.data.num_shards)
 
     def spec_fields(self) -> dict[str, State]:
-        """Columns, where they are known, and shards."""
+        """The columns, if they are known, and the number of shards."""
         columns = self.data.column_names
         return {
             "data": "datasets.IterableDataset",
@@ -75,18 +67,18 @@ class IterableSource(Node):
         }
 
     def summary(self) -> str:
-        """Number of shards."""
+        """The number of shards."""
         return f"{self.kind}(datasets.IterableDataset, {self._num_shards} shards)"
 
     def full_lanes(self, num_lanes: int, block: int) -> tuple[int, str]:
-        """One for each shard."""
+        """One lane for each shard."""
         return (
             min(num_lanes, self._num_shards),
             f"the IterableDataset has {self._num_shards} shards",
         )
 
     def max_lanes(self) -> tuple[int, str] | None:
-        """As many as there are shards."""
+        """As many lanes as shards."""
         return (
             self._num_shards,
             (
@@ -105,7 +97,9 @@ class IterableSource(Node):
 
 
 class _HubShards(Shards):
-    every = _EVERY
+    """The shards of an ``IterableDataset``."""
+
+    rows_per_state = 256
     function = "IterableDataset.__iter__"
 
     def __init__(self, data: Any) -> None:
@@ -123,8 +117,8 @@ class _HubShards(Shards):
 
 
 class _OutsideWorker:
-    """Starts a Hugging Face stream as if this were no torch worker: there it would shard itself
-    once more.
+    """Starts a Hugging Face stream as if outside a torch worker, where it would split itself a
+    second time.
     """
 
     def __init__(self, rows: Iter[Any]) -> None:

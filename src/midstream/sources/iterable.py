@@ -1,6 +1,4 @@
-"""Streams from a callable that returns a fresh iterable: the one source that must be read again to
-resume.
-"""
+"""A source over a callable that returns a fresh iterable: a stream that cannot seek."""
 
 from __future__ import annotations
 
@@ -25,20 +23,19 @@ def from_iterable(
     num_shards: int = 1,
     split: Literal["shards", "stride"] = "shards",
 ) -> Dataset:
-    """Make a stream of anything that can be iterated.
+    """Make a stream from anything that can be iterated.
 
     Args:
         make_iterable: Returns a fresh iterable each time: called with no argument, or with the
             shard's number when ``num_shards`` is above 1.
-        name: What progress, origins and errors call it.
-        num_shards: Into how many independent parts the data falls. Lanes, and so workers and ranks,
-            are at most as many.
+        name: The source's name in progress, origins and errors.
+        num_shards: Number of independent parts of the data. There are at most as many lanes, and so
+            workers and ranks.
         split: ``"shards"``: shard i feeds lane i modulo the number of lanes. ``"stride"``: every
-            lane reads everything and keeps its share, which allows any number of workers and costs
-            each of them all the reading.
+            lane reads everything and keeps its share. This allows any number of workers, but each
+            of them reads all the data.
 
-    The iterable cannot be asked to seek, so resuming reads each lane's shard in progress again from
-    its start.
+    An iterable cannot seek, so a resume reads each lane's shard in progress again from its start.
 
     >>> import midstream as ms
     >>> list(ms.from_iterable(lambda: iter("abc"), name="letters"))
@@ -53,10 +50,12 @@ def from_iterable(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FromIterable(Node):
-    """Samples of a fresh iterable per shard. Row r of shard s is row ``r * num_shards + s`` of the source.
+    """Samples of one fresh iterable per shard.
 
-    State: ``[shard, rows read of it]``.
-    Resume: the rows read of the shard in progress are read again, however many they are.
+    Row r of shard s is row ``r * num_shards + s`` of the source.
+
+    State: ``[shard, rows read of it, last row that raised, 0, None]``.
+    Resume: reads all rows of the shard in progress again, up to the current one.
     """
 
     make_iterable: Callable[..., Iterable[Any]]
@@ -65,16 +64,8 @@ class FromIterable(Node):
     split: str = "shards"
     kind = "from_iterable"
     may_wait = True
-
-    @property
-    def random_access(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def infinite(self) -> bool:
-        """Not known, so taken to end."""
-        return False
+    random_access = False
+    infinite = False  # not known, so assumed to end
 
     def spec_fields(self) -> dict[str, State]:
         """The callable's name and how it is split."""
@@ -85,13 +76,13 @@ class FromIterable(Node):
         }
 
     def full_lanes(self, num_lanes: int, block: int) -> tuple[int, str]:
-        """One for each shard."""
+        """One lane for each shard."""
         if self.split == "stride":
             return num_lanes, "every lane reads all"
         return min(num_lanes, self.num_shards), f"from_iterable has {self.num_shards} shards"
 
     def max_lanes(self) -> tuple[int, str] | None:
-        """As many as there are shards."""
+        """As many lanes as shards."""
         if self.split == "stride":
             return None
         return (
@@ -115,6 +106,8 @@ class FromIterable(Node):
 
 
 class _IterableShards(Shards):
+    """The shards of a `FromIterable`."""
+
     def __init__(self, node: FromIterable) -> None:
         self.node = node
         self.function = describe_callable(node.make_iterable)

@@ -1,4 +1,4 @@
-"""JSON Lines: plain local files with random access, compressed and remote ones as streams."""
+"""JSON Lines as a source: plain local files with random access, other files as streams."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from midstream.common.progress_bar import with_progress_bar
 from midstream.common.validation import require_name
 from midstream.dataset import Dataset
 from midstream.errors import SourceError
-from midstream.pipeline.failures import FailedSample, SampleFailure
+from midstream.pipeline.failures import FailedSample
 from midstream.pipeline.iterator import Iterator, Lane
 from midstream.pipeline.node import BoundNode, Node, row_origins
 from midstream.pipeline.rows import I64, U64, Rows
-from midstream.sources.files import File, Paths, count, is_remote, list_files, plain_paths
+from midstream.sources.files import File, Paths, is_remote, list_files, paths_as_text, plural
 from midstream.sources.json_lines import (
     BOM,
     WHITE_SPACE,
@@ -31,13 +31,12 @@ from midstream.sources.json_lines import (
     load_line_index,
 )
 from midstream.sources.shards import ShardIterator, Shards
+from midstream.sources.source_rows import read_one_by_one, row_failure
 
 try:
     import orjson as _orjson
-except ImportError:  # the extra ``fast``; the same samples without it, later
+except ImportError:  # the extra ``fast``; without it the samples are the same, but slower
     _orjson = None  # type: ignore[assignment]
-
-_EVERY = 256  # rows between two states of a stream
 
 
 def read_json(paths: Paths, *, name: str | None = None) -> Dataset:
@@ -47,29 +46,28 @@ def read_json(paths: Paths, *, name: str | None = None) -> Dataset:
         paths: A path, a pattern (``data/*.jsonl``, ``**`` for folders below; matches are sorted), a
             URL that fsspec knows (``s3://...``, patterns too), or a list of these, read in the
             order given.
-        name: What progress, origins and errors call it. Left out, the name it has in `interleave`,
-            else "data".
+        name: The source's name in progress, origins and errors. Without one it is the name it has
+            in `interleave`, else "data".
 
     Returns:
-        Plain local files: a random-access dataset. With a ``.gz`` or ``.zst`` file or a URL among
-        ``paths``: a stream with one shard per file, so lanes, and with them workers and ranks, are
-        at most as many as files. Which of the two is told by the names alone. A sample is what
-        ``json.loads`` makes of a line (with orjson installed, the extra ``fast``, the same in less
-        time).
+        For plain local files a random-access dataset. If a ``.gz`` or ``.zst`` file or a URL is
+        among ``paths``, a stream with one shard per file: it has at most as many lanes, and so
+        workers and ranks, as files. The names alone decide between the two. A sample is the result
+        of ``json.loads`` for a line (orjson, the extra ``fast``, gives the same in less time).
 
-    Nothing is opened here. The first use (``len``, ``print``, iteration) lists the files; which
-    there are is settled then, for this dataset and every worker process. For random access it also
-    finds where each line starts (about 1 GB/s); of files above 1 MiB that index (8 bytes a row) is
-    kept in the folder ``$MIDSTREAM_CACHE``, by default ``~/.cache/midstream``, for the next time.
+    This function opens no file. The first use (``len``, ``print``, iteration) lists the files. The
+    list is fixed from then on, for this dataset and every worker process. For random access the
+    first use also finds where each line starts (about 1 GB/s). For files above 1 MiB that index (8
+    bytes a row) is cached in the folder ``$MIDSTREAM_CACHE``, by default ``~/.cache/midstream``.
 
-    A line that is not JSON is one lost sample: `SampleError` names the file and the line, and the
-    next one follows.
+    A line that is not JSON loses one sample: `SampleError` names the file and the line, and reading
+    continues with the next line.
 
     Raises:
-        TypeError, ValueError: If an argument is not one of these. On first use: if a file is
-            compressed and its name, or the pattern that matched it, does not end so.
+        TypeError, ValueError: If an argument is not as described. On first use: if a file is
+            compressed and its name, or the pattern that matched it, does not say so.
         FileNotFoundError: On first use, if a path or pattern matches nothing.
-        SourceError: On reading, if a file vanished or is not what it was on first use.
+        SourceError: On reading, if a file vanished or has changed since the first use.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -83,47 +81,45 @@ def read_json(paths: Paths, *, name: str | None = None) -> Dataset:
     [{'id': 1}, {'id': 0}]
     """
     require_name(name, "read_json")
-    return Dataset(JsonSource(plain_paths(paths, "read_json"), name))
+    return Dataset(JsonSource(paths_as_text(paths, "read_json"), name))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class JsonSource(Node):
-    """Lines of JSON files, numbered through the files in order; in a stream, row r of file f is row ``r * files + f``.
+    """Lines of JSON files.
 
-    State: random access: none but the position. A stream: ``[file, rows read of it, last row that
-        was no JSON, rows at its last state, [rows, lines, byte]]``; that state is taken every 256
-        rows and says where in the file they end.
-    Resume: random access reads nothing again. A stream parses at most 256 rows again; to get there
-        it seeks in a plain file, and reads a compressed one again from its start (without parsing
-        it).
+    With random access rows are numbered through the files in order. In a stream row r of file f has
+    the number ``r * num_files + f``.
+
+    State: With random access only the position. A stream: ``[file, rows read of it, last row that
+        was not JSON, rows at its last position, [rows, lines, byte]]``. The last item is a position
+        in the file, which is recorded every 256 rows.
+    Resume: Random access reads nothing again. A stream parses at most 256 rows again. To find them
+        it seeks in a plain file, and decompresses a compressed file from its start.
     """
 
     paths: tuple[str, ...]
     name: str | None = None
     kind = "read_json"
+    infinite = False
     _kept_slots = (*Node._kept_slots, "_files")
 
     @property
     def random_access(self) -> bool:
-        """Of plain local files."""
+        """Whether all files are local and not compressed, by their names."""
         return not any(map(_is_stream, self.paths))
 
-    @property
-    def infinite(self) -> bool:
-        """Never."""
-        return False
-
     def _found(self) -> list[FoundFile]:
-        """The files: listed on first use, then kept, pickled too."""
+        """The files: listed on first use, then cached, also in pickles."""
         files: list[FoundFile] | None = self.__dict__.get("_files")
         if files is None:
-            plain = self.random_access
-            files = [find_file(file, plain) for file in list_files(self.paths, "read_json")]
+            random_access = self.random_access
+            files = [find_file(file, random_access) for file in list_files(self.paths, "read_json")]
             self._set("_files", files)
         return files
 
     def _offsets(self) -> list[I64]:
-        """Where the rows of each file start. Not pickled: another process finds it on disk."""
+        """The line index of each file. Not pickled: another process finds it on disk."""
         offsets: list[I64] | None = self.__dict__.get("_row_offsets")
         if offsets is None:
             offsets = [
@@ -139,15 +135,17 @@ class JsonSource(Node):
         return sum(len(offsets) - 1 for offsets in self._offsets())
 
     def spec_fields(self) -> dict[str, State]:
-        """How many files and, with random access, rows; no paths, so that data may move."""
+        """The number of files and, with random access, of rows. Paths are left out, so that the
+        files may be moved.
+        """
         fields: dict[str, State] = {"num_files": len(self._found())}
         if self.random_access:
             fields["length"] = self.length()
         return fields
 
     def summary(self) -> str:
-        """Number of files and, with random access, rows."""
-        files = count(len(self._found()), "file")
+        """The number of files and, with random access, of rows."""
+        files = plural(len(self._found()), "file")
         return (
             f"{self.kind}({self.length():,} rows in {files})"
             if self.random_access
@@ -155,24 +153,24 @@ class JsonSource(Node):
         )
 
     def full_lanes(self, num_lanes: int, block: int) -> tuple[int, str]:
-        """In a stream one for each file."""
+        """In a stream one lane for each file."""
         if self.random_access:
             return super().full_lanes(num_lanes, block)
         return (
             min(num_lanes, len(self._found())),
-            f"read_json has {count(len(self._found()), 'file')}",
+            f"read_json has {plural(len(self._found()), 'file')}",
         )
 
     def max_lanes(self) -> tuple[int, str] | None:
-        """In a stream as many as there are files."""
+        """In a stream as many lanes as files."""
         if self.random_access:
             return None
         number = len(self._found())
         return (
             number,
             (
-                f"source {self.name or 'data'!r} is read_json of {count(number, 'file')}, read as a"
-                " stream because a compressed or remote one is among them, and each file is one"
+                f"source {self.name or 'data'!r} is read_json of {plural(number, 'file')}, read as"
+                " a stream because a compressed or remote one is among them, and each file is one"
                 " shard. Use fewer workers, split the data into more files, or give it plain local"
                 " files: they have random access and feed any number of workers"
             ),
@@ -183,26 +181,15 @@ class JsonSource(Node):
 
     def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
         origins = row_origins(bound, passes, positions)
-        lines: LineReader = self._handle()
-        numbers = np.searchsorted(lines.starts, positions, side="right") - 1
-        inside = positions - lines.starts[numbers]
+        reader: LineReader = self._handle()
+        numbers = np.searchsorted(reader.starts, positions, side="right") - 1
+        inside = positions - reader.starts[numbers]
         samples: list[Any] = [None] * len(positions)
         for number in np.unique(numbers).tolist():
             here = np.flatnonzero(numbers == number)
-            data = lines.read(number, inside[here])
-            for place, (start, line) in zip(here.tolist(), data):
-                try:
-                    samples[place] = parse(line)
-                except Exception as error:
-                    where = lines.place_of(number, start)
-                    origin = bound.origin(origins[place].tolist())
-                    samples[place] = FailedSample(
-                        (
-                            SampleFailure(
-                                bound.path, origin, "json.loads", _not_json(where, line, error)
-                            ),
-                        )
-                    )
+            parsed = _parse_rows(bound, reader, number, inside[here], origins[here])
+            for index, sample in zip(here.tolist(), parsed):
+                samples[index] = sample
         return Rows(samples, origins)
 
     def replay_bound(self) -> str:
@@ -214,19 +201,33 @@ class JsonSource(Node):
         return ShardIterator(_JsonShards(files), bound, lane, pass_, len(files), False)
 
 
+def _parse_rows(
+    bound: BoundNode, reader: LineReader, number: int, rows: I64, origins: I64
+) -> Iter[Any]:
+    """Rows of the file with this number, by their numbers within it."""
+    lines = reader.read(number, rows)
+
+    def failed(index: int, error: Exception) -> FailedSample:
+        where = reader.describe(number, int(rows[index]))
+        error = _not_json(where, lines[index], error)
+        return row_failure(bound, origins[index], "json.loads", error)
+
+    return read_one_by_one(lines, parse, failed)
+
+
 _ANY_DIGIT = bytes.maketrans(b"123456789", b"000000000")
 
-_LONG_NUMBER = b"0" * 19  # what orjson makes a float of
+_LONG_NUMBER = b"0" * 19  # orjson reads an integer of more than 64 bits as a float
 
-_DEEP = 900  # orjson nests deeper than json, whose limit is Python's
+_DEEP = 900  # brackets: orjson accepts deeper nesting than json, whose limit is Python's
 
 
 def parse(line: bytes) -> Any:
-    """What ``json.loads`` makes of a line, by orjson where that is installed and makes the same of it.
+    """Parse a line, with the same result as ``json.loads``, by orjson if that is installed.
 
-    Whatever orjson refuses (NaN, lone surrogates, bytes that are no text, ...) and whatever it
-    reads differently (integers of more than 64 bits) is left to ``json``, which also words the
-    errors.
+    ``json`` parses the lines that orjson refuses (NaN, lone surrogates, bytes that are not UTF-8,
+    ...) or would read differently (integers of more than 64 bits), so all errors are those of
+    ``json``.
 
     >>> parse(b'{"a": [1, NaN, 123456789012345678901234567890]}')
     {'a': [1, nan, 123456789012345678901234567890]}
@@ -248,7 +249,7 @@ def _is_stream(path: str) -> bool:
 
 
 def _not_json(where: str, line: bytes, error: Exception) -> ValueError:
-    """The error of one line. The parser's own counts lines and columns of that line alone."""
+    """The error for one line, with its place in the file, which the parser does not know."""
     if isinstance(error, json.JSONDecodeError):
         reason = f"{error.msg} (column {min(error.pos, len(error.doc.rstrip())) + 1})"
     else:
@@ -269,11 +270,11 @@ _OPENING = (b"[", b"{", b"[{", b"]", b"}", b"},", b"}]")
 
 
 class _JsonShards(Shards):
-    """One shard per file."""
+    """The shards of a stream: one per file."""
 
     function = "json.loads"
-    survives = True
-    every = _EVERY
+    continues_after_errors = True
+    rows_per_state = 256
 
     def __init__(self, files: list[File]) -> None:
         self.files = files
@@ -289,13 +290,19 @@ class _JsonShards(Shards):
 
 
 class _LineStream:
-    """Samples of one file. No generator: after a line that is not JSON it goes on with the next."""
+    """Samples of one file.
+
+    A class instead of a generator, because it must continue after a line that is not JSON.
+
+    Args:
+        file: The file.
+        state: ``[rows, lines, byte]``: rows and lines read so far, and the next byte
+            (decompressed).
+    """
 
     def __init__(self, file: File, state: list[int]) -> None:
         self.file = file
-        self.row, self.line, self.byte = (
-            state  # rows and lines read, and the byte that comes next (decompressed)
-        )
+        self.row, self.line, self.byte = state
         self.data = self._open()
         self.ended = False
         self.damage: SourceError | None = None
@@ -307,10 +314,12 @@ class _LineStream:
             raw.seek(self.byte)
             return io.BufferedReader(raw, 1 << 20)
         data = io.BufferedReader(pa.CompressedInputStream(raw, codec), 1 << 20)
+        # If the file is shorter now, this stops early. `ShardIterator` then misses the rows that it
+        # has to read again, and raises.
         left = self.byte
         while left and (skipped := len(data.read(min(left, 1 << 20)))):
             left -= skipped
-        return data  # should the file be shorter now, the rows to be read again are missing, and that is noticed
+        return data
 
     def __iter__(self) -> _LineStream:
         return self
@@ -330,7 +339,7 @@ class _LineStream:
 
     def _read(self) -> bytes:
         if self.damage is not None:
-            raise self.damage  # asked again, it must not look like the end
+            raise self.damage  # again, because an empty line would mean the end of the file
         if self.ended:
             return b""
         try:

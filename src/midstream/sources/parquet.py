@@ -1,8 +1,4 @@
-"""Parquet files: random access by row group, with nothing but footers read up front.
-
-Also here, because every source of files needs it: `list_files`, which turns paths, patterns and
-URLs into files, and `OpenFiles`, which keeps few of them open.
-"""
+"""A source over parquet files: random access by row group; only footers are read up front."""
 
 from __future__ import annotations
 
@@ -15,11 +11,13 @@ import numpy as np
 from midstream.common.plain_state import State, fingerprint
 from midstream.common.validation import require_name
 from midstream.dataset import Dataset
-from midstream.pipeline.failures import FailedSample, SampleFailure
+from midstream.pipeline.failures import FailedSample
 from midstream.pipeline.node import BoundNode, Node, row_origins
 from midstream.pipeline.rows import I64, U64, Rows
-from midstream.sources.files import Paths, count, plain_paths
+from midstream.sources.arrow_table import TableReader
+from midstream.sources.files import Paths, paths_as_text, plural
 from midstream.sources.row_groups import FileIndex, RowGroups, read_file_index
+from midstream.sources.source_rows import read_one_by_one, row_failure
 
 
 def read_parquet(
@@ -33,32 +31,35 @@ def read_parquet(
             order given.
         columns: The columns to read, which also is the order of a sample's keys; None for all of
             the first file's.
-        name: What progress, origins and errors call it. Left out, the name it has in `interleave`,
-            else "data".
+        name: The source's name in progress, origins and errors. Without one it is the name it has
+            in `interleave`, else "data".
 
     Returns:
         A random-access dataset. A sample is a dict of a row's columns: numeric lists as read-only
-        numpy views of the stored dtype (copy one to keep it for long: a view keeps its column of
-        the row group in memory), numbers, strings and nested values as Python objects.
+        numpy views of the stored dtype, numbers, strings and nested values as Python objects. A
+        view keeps its whole column of the row group in memory; copy it if you keep it for long.
 
-    Nothing is opened here. The first use (``len``, ``print``, iteration) lists the files and reads
-    their footers; which files there are is settled then, for this dataset and every worker process.
+    This function opens no file. The first use (``len``, ``print``, iteration) lists the files and
+    reads their footers. The list of files is fixed from then on, for this dataset and every worker
+    process.
+
     Rows are decoded a row group at a time, and ``.shuffle()`` mixes windows of groups, so that
     reading in shuffled order decodes each about once per process. The groups of a window (16, see
-    ``window_blocks``) should fit in `CACHE_BYTES`: write files with ``row_group_size`` of some
-    thousand rows. Groups that take more than 20 ms to read are read ahead, in a thread, while you
-    work on those before.
+    ``window_blocks``) should fit in `midstream.sources.row_groups.CACHE_BYTES`: write files with
+    ``row_group_size`` of some thousand rows. Groups that take more than 20 ms to read are read
+    ahead by a thread, while you work on the groups before them.
 
     Raises:
-        TypeError, ValueError: If an argument is not one of these. On first use: if the files do not
+        TypeError, ValueError: If an argument is not as described. On first use: if the files do not
             have the same columns, or lack one of ``columns``.
         FileNotFoundError: On first use, if a path or pattern matches nothing.
-        SourceError: On reading, if a file is damaged, or is not what it was on first use.
+        SourceError: On reading, if a file is damaged, or has changed since the first use.
 
     >>> import tempfile
     >>> import midstream as ms, pyarrow as pa, pyarrow.parquet as pq
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     pq.write_table(pa.table({"id": [1, 2, 3], "text": ["a", "b", "c"]}), f"{folder}/x.parquet", row_group_size=2)
+    ...     table = pa.table({"id": [1, 2, 3], "text": ["a", "b", "c"]})
+    ...     pq.write_table(table, f"{folder}/x.parquet", row_group_size=2)
     ...     ds = ms.read_parquet(f"{folder}/*.parquet", columns=["text"], name="letters")
     ...     print(ds)
     ...     print(ds.rows([2, 0]))
@@ -70,16 +71,16 @@ def read_parquet(
         listed = isinstance(columns, Sequence) and not isinstance(columns, str)
         if not listed or not all(isinstance(column, str) for column in columns):
             raise TypeError(
-                "read_parquet: columns is a list of names, like columns=['text']; found"
+                "read_parquet: columns must be a list of names, like columns=['text']; found"
                 f" {columns!r}"
             )
         if not columns or len(set(columns)) < len(columns):
             raise ValueError(
-                f"read_parquet: columns is one name or more, each once; found {list(columns)}"
+                f"read_parquet: columns must be one name or more, each once; found {list(columns)}"
             )
     return Dataset(
         ParquetSource(
-            plain_paths(paths, "read_parquet"), None if columns is None else tuple(columns), name
+            paths_as_text(paths, "read_parquet"), None if columns is None else tuple(columns), name
         )
     )
 
@@ -88,34 +89,30 @@ def read_parquet(
 class ParquetSource(Node):
     """Rows of parquet files, numbered through the files in order.
 
-    Decoded row groups are kept, least recently used first out, up to `CACHE_BYTES` per process;
-    files are opened when a group of theirs is first needed, at most `MAX_OPEN_FILES` at a time. The
-    list of files and the sizes of their row groups are read once and travel to the workers (16
-    bytes a group and the paths); nothing that is open does.
+    Each process caches decoded row groups up to `CACHE_BYTES`; the least recently used group is
+    dropped first. A file is opened when one of its groups is first needed, and at most
+    `MAX_OPEN_FILES` are open at a time. The list of files and the sizes of their row groups are
+    read once and pickled to the workers (16 bytes a group and the paths); open files are not.
 
-    Where a group takes long to read, those that come next are read by one thread per process while
-    the consumer works (`midstream.sources.read_ahead.Ahead`): in the room that the cache has left,
-    and at most two groups beyond it. That changes when groups are read, never which samples come,
-    nor their order, nor the state.
+    If groups take long to read, one thread per process reads the next groups while the consumer
+    works (`midstream.sources.read_ahead.ReadAheadCache`). It uses the free room in the cache and at
+    most two groups more. Reading ahead changes when groups are read, but neither the samples, nor
+    their order, nor the state.
 
-    State: none but the position.
-    Resume: decodes the row groups it stands in again; reads no other row again.
+    State: only the position.
+    Resume: decodes again the row groups that hold the next rows; reads no other row again.
     """
 
     paths: tuple[str, ...]
     columns: tuple[str, ...] | None = None
     name: str | None = None
     kind = "read_parquet"
+    infinite = False
     reads_ahead = True
     _kept_slots = (*Node._kept_slots, "_groups")
 
-    @property
-    def infinite(self) -> bool:
-        """Never."""
-        return False
-
     def _index(self) -> FileIndex:
-        """Files and row groups: read on first use, then kept, pickled too."""
+        """The files and row groups: read on first use, then cached, also in pickles."""
         index: FileIndex | None = self.__dict__.get("_groups")
         if index is None:
             index = read_file_index(self.paths, self.columns)
@@ -126,13 +123,14 @@ class ParquetSource(Node):
         return int(self._index().sizes.sum())
 
     def block_sizes(self) -> I64 | None:
-        """Rows of each row group, int64; groups without rows are left out."""
+        """Number of rows of each row group, int64; groups without rows are left out."""
         return self._index().sizes
 
     def spec_fields(self) -> dict[str, State]:
-        """Columns, and how many rows, files and row groups; no paths, so that data may move.
+        """The columns, and the numbers of rows, files and row groups.
 
-        The order of a shuffle depends on the sizes of the row groups, so their hash is here too.
+        Paths are left out, so that the files may be moved. The order of a shuffle depends on the
+        sizes of the row groups, so their hash is included.
         """
         index = self._index()
         return {
@@ -144,11 +142,11 @@ class ParquetSource(Node):
         }
 
     def summary(self) -> str:
-        """Columns, and number of rows, row groups and files."""
+        """The columns, and the numbers of rows, row groups and files."""
         index = self._index()
         return (
             f"{self.kind}([{', '.join(index.columns)}], {self.length():,} rows in"
-            f" {count(len(index.sizes), 'row group')} of {count(len(index.files), 'file')})"
+            f" {plural(len(index.sizes), 'row group')} of {plural(len(index.files), 'file')})"
         )
 
     def _open(self) -> RowGroups:
@@ -162,62 +160,55 @@ class ParquetSource(Node):
         parts: dict[int, tuple[I64, Rows]] = {}
 
         def release(number: int) -> None:
-            # Views of a group that leaves the cache would keep it in memory all the same, group
-            # after group.
+            # The rows read so far are views of the group and would keep it in memory after it left
+            # the cache, so they are copied.
             if number in parts:
                 here, rows = parts[number]
                 if rows.columns is not None:
-                    parts[number] = here, Rows(None, rows.origins, None, rows.columns.own())
+                    copied = Rows(None, rows.origins, None, rows.columns.own())
                 else:
-                    parts[number] = (
-                        here,
-                        Rows([_without_views(sample) for sample in rows.samples], rows.origins),
-                    )
+                    copied = Rows([_without_views(sample) for sample in rows.samples], rows.origins)
+                parts[number] = here, copied
 
-        needed = groups.store.at_hand_first(np.unique(numbers).tolist())
+        needed = groups.store.cached_first(np.unique(numbers).tolist())
         for number in needed:
             here = np.flatnonzero(numbers == number)
             reader = groups.reader(number, len(here), release)
             if number == needed[0]:
-                groups.store.want(needed[:0:-1])  # the thread helps, from the other end
-            try:
-                parts[number] = here, Rows(None, origins[here], None, reader.columns(inside[here]))
-            except (
-                Exception
-            ):  # one row at a time tells which one it was (bytes that are no text, say)
-                found: list[Any] = []
-                for row, place in zip(inside[here], here.tolist()):
-                    try:
-                        found.append(reader.rows(row.reshape(1))[0])
-                    except Exception as error:
-                        where = f"{groups.index.place_of(number)}, row {row}"
-                        found.append(
-                            FailedSample(
-                                (
-                                    SampleFailure(
-                                        bound.path,
-                                        bound.origin(origins[place].tolist()),
-                                        where,
-                                        error,
-                                    ),
-                                )
-                            )
-                        )
-                parts[number] = here, Rows(found, origins[here])
+                # The thread starts from the other end, so that both read different groups.
+                groups.store.hint(needed[:0:-1])
+            rows = _read_rows(bound, groups, number, reader, inside[here], origins[here])
+            parts[number] = here, rows
         return Rows.scatter(len(positions), list(parts.values()))
 
     def wants_more(self) -> bool:
+        """See `Node.wants_more`."""
         groups: RowGroups = self._handle()
-        return groups.store.hungry
+        return groups.store.wants_hints
 
     def _hint(self, positions: I64) -> None:
         groups: RowGroups = self._handle()
         numbers, first = np.unique(groups.of(positions), return_index=True)
-        groups.store.want(numbers[np.argsort(first)].tolist())
+        groups.store.hint(numbers[np.argsort(first)].tolist())
+
+
+def _read_rows(
+    bound: BoundNode, groups: RowGroups, number: int, reader: TableReader, rows: I64, origins: I64
+) -> Rows:
+    """Rows of one row group, by their numbers within it."""
+    try:
+        return Rows(None, origins, None, reader.columns(rows))
+    except Exception:  # for example text that is not UTF-8, in one of the rows
+
+        def failed(index: int, error: Exception) -> FailedSample:
+            where = f"{groups.index.describe(number)}, row {rows[index]}"
+            return row_failure(bound, origins[index], where, error)
+
+        return Rows(list(read_one_by_one(rows, reader.row, failed)), origins)
 
 
 def _without_views(sample: Any) -> Any:
-    """The sample with arrays of its own."""
+    """A copy of the sample whose arrays own their memory."""
     if type(sample) is not dict:
         return sample
     return {

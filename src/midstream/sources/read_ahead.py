@@ -1,4 +1,4 @@
-"""What costs time to read, kept in bounded memory and read ahead of its need by one thread."""
+"""Caches values that are slow to read, and reads the next ones ahead in a thread."""
 
 from __future__ import annotations
 
@@ -13,228 +13,236 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-WORTH_S = 0.02
-"""Reading ahead starts where a read takes at least this long. Below it a whole window of 16 row groups is read in the time
-of a few training steps, and a thread that competes for the interpreter costs about what it
-gains."""
+SLOW_READ_S = 0.02
+"""Values are read ahead only if a read takes at least this many seconds. Faster reads of a whole
+window of 16 row groups take no longer than a few training steps. There a thread, which competes
+for the interpreter, costs about as much as it gains."""
 
-_ENOUGH = 16  # numbers that wait to be read: as many as a shuffle's window has blocks
-_IDLE = 8  # calls for each thing kept: of n in use at random, one stays unused for 8 n calls once in e**8 times
+_MAX_WANTED = 16  # hints kept: a shuffle's window has as many blocks
+# Calls per kept value after which an unused one counts as idle. Of n values in use at random, one
+# stays unused for 8 n calls once in e**8 times.
+_IDLE_CALLS = 8
 _JOIN_S = 5.0
 
 
-class _Waits(NamedTuple):
-    """Something read ahead that nobody has asked for so far; ``due``: the count of things kept by
-    which one should have.
+class _Prefetched(NamedTuple):
+    """A value read ahead that was not asked for so far.
+
+    Attributes:
+        value: The value.
+        size: Bytes.
+        due: It should be asked for before this many values were added to the cache; after that it
+            was read in vain and may be dropped.
     """
 
-    thing: Any
+    value: Any
     size: int
     due: int
 
 
-class Ahead(Generic[T]):
-    """Things by number: the ones used last are kept, and those that will be needed next are read in the background.
+class ReadAheadCache(Generic[T]):
+    """Caches values by number, and reads those that will be needed next in the background.
 
     Args:
-        read: Reads one, and tells its size in bytes. Called by whoever asks, and by the thread: by
-            several at once.
-        limit: Bytes to keep. At least one thing is kept, however large.
+        read: Reads the value with a number, and returns it with its size in bytes. Called by the
+            thread that asks for a value and by the background thread, also by both at once.
+        limit: Returns how many bytes to cache. At least one value is cached, however large it is.
 
-    What is kept and what waits to be asked for take at most ``limit`` bytes, and two things more:
-    one that waits, one being read. Room for what waits is made by what nobody used for long, never
-    by what is in use.
+    Cached and prefetched values take at most ``limit`` bytes, and two values more: one prefetched,
+    and one that is being read. Prefetched values replace cached ones that are idle, never those in
+    use.
 
-    A read that fails in the background is as if it had not been tried: whoever asks for that thing
-    reads it again and gets the error then and there, and nobody hears of things that are not asked
-    for.
+    If a read fails in the background, nothing happens. Whoever asks for that value reads it again
+    and gets the error from that read. An error of a value that is never asked for is not reported.
 
-    The thread lives while there is something to read and room for it. Between two reads it lets go
-    of this object; it is waited for when the object goes, and when the interpreter ends. A forked
-    process makes an object of its own (`Dataset._handle` sees to it); the copy it inherits does
-    nothing by itself.
+    The thread lives while there is something to read and room for it. Between two reads it holds no
+    reference to this object. It is joined when this object is deleted and when the interpreter
+    exits. A forked process opens an object of its own (see `Node._handle`); the copy that it
+    inherits does nothing.
     """
 
     def __init__(self, read: Callable[[int], tuple[T, int]], limit: Callable[[], int]) -> None:
         self.read, self.limit = read, limit
-        self.kept: OrderedDict[int, tuple[T, int]] = (
-            OrderedDict()
-        )  # with their sizes; the one used last is the last
-        self.num_bytes = 0  # of these
-        self.used: dict[int, int] = {}  # the call that used each of them last
-        self.calls = self.arrived = (
-            0  # how often something was asked for; how often it had to be brought
-        )
-        self.cost = 0.0  # seconds that a read takes, lately
-        self.size = 0  # bytes of what was read last
-        self.wanted: OrderedDict[int, None] = OrderedDict()
+        # Values with their sizes in bytes, the most recently used one last.
+        self.kept: OrderedDict[int, tuple[T, int]] = OrderedDict()
+        self.num_bytes = 0  # of the values in ``kept``
+        self.last_used: dict[int, int] = {}  # for each of them the call that used it last
+        self.calls = 0  # of `get`
+        self.num_added = 0  # values ever added to ``kept``
+        self.read_s = 0.0  # seconds that a read takes: a moving average
+        self.last_size = 0  # bytes of the value that was read last
+        self.wanted: OrderedDict[int, None] = OrderedDict()  # hints, the next one first
         self.reading: set[int] = set()
-        self.waiting: OrderedDict[int, _Waits] = OrderedDict()
-        self.waiting_bytes = 0
-        self.changed = threading.Condition()  # guards all of these
+        self.prefetched: OrderedDict[int, _Prefetched] = OrderedDict()
+        self.prefetched_bytes = 0
+        self.changed = threading.Condition()  # guards all attributes
         self.thread = _Thread()
         weakref.finalize(self, self.thread.end)
 
     @property
-    def hungry(self) -> bool:
-        """Whether to tell what comes next."""
-        return self.cost >= WORTH_S and len(self.wanted) < _ENOUGH
+    def wants_hints(self) -> bool:
+        """Whether reads are slow and few hints are left."""
+        return self.read_s >= SLOW_READ_S and len(self.wanted) < _MAX_WANTED
 
-    def at_hand_first(self, numbers: list[int]) -> list[int]:
-        """The same numbers, those at hand first: otherwise a new one could push out one that is
-        needed next.
+    def cached_first(self, numbers: list[int]) -> list[int]:
+        """Sort numbers by how soon their values are available: those in memory come first.
+
+        In another order a new value could displace one that is needed right after it.
         """
 
         def order(number: int) -> int:
-            return (
-                0
-                if number in self.kept
-                else 1
-                if number in self.waiting
-                else 3
-                if number in self.reading
-                else 2
-            )
+            if number in self.kept:
+                return 0
+            if number in self.prefetched:
+                return 1
+            return 3 if number in self.reading else 2
 
         with self.changed:
             return sorted(numbers, key=order)
 
     def get(self, number: int, dropped: Callable[[int], None]) -> tuple[T, bool]:
-        """A thing, and whether it was brought just now; ``dropped`` hears which ones are kept no
-        longer.
+        """Return a value, and whether it is new in the cache.
+
+        Args:
+            number: Of the value.
+            dropped: Called with the number of each value that leaves the cache.
         """
         try:
             with self.changed:
                 self.calls += 1
-                foreseen = number in self.wanted or number in self.reading
+                was_hinted = number in self.wanted or number in self.reading
                 self.wanted.pop(number, None)
                 while number in self.reading:
                     self.changed.wait()
                 if number in self.kept:
                     self.kept.move_to_end(number)
-                    self.used[number] = self.calls
+                    self.last_used[number] = self.calls
                     self._start()
                     return self.kept[number][0], False
-                waits = self.waiting.pop(number, None)
-                if waits is not None:
-                    self.waiting_bytes -= waits.size
-                    self._keep(number, waits.thing, waits.size, dropped)
-                    return waits.thing, True
-                if not foreseen:
-                    self.wanted.clear()  # someone went elsewhere
+                prefetched = self.prefetched.pop(number, None)
+                if prefetched is not None:
+                    self.prefetched_bytes -= prefetched.size
+                    self._keep(number, prefetched.value, prefetched.size, dropped)
+                    return prefetched.value, True
+                if not was_hinted:
+                    self.wanted.clear()  # the reader has moved elsewhere: old hints are worthless
                 self.reading.add(number)
-            thing, size, cost = _timed(self.read, number)
+            value, size, seconds = _timed(self.read, number)
             with self.changed:
-                self._done(number, size, cost)
-                self._keep(number, thing, size, dropped)
-        except (
-            BaseException
-        ):  # Ctrl-C too, at any place: who asks again must not wait for a read that is over
-            self._done(number)
+                self._end_read(number, size, seconds)
+                self._keep(number, value, size, dropped)
+        except BaseException:
+            # Also on KeyboardInterrupt, at any line: the next call must not wait for this read.
+            self._end_read(number)
             raise
-        return thing, True
+        return value, True
 
-    def want(self, numbers: Iterable[int]) -> None:
-        """These will be asked for next, in this order. Only a hint."""
-        if self.calls and self.cost < WORTH_S:
+    def hint(self, numbers: Iterable[int]) -> None:
+        """Prefetch hint: these values will probably be asked for next, in this order."""
+        if self.calls and self.read_s < SLOW_READ_S:
             return
         with self.changed:
             for number in numbers:
                 if (
                     number not in self.kept
-                    and number not in self.waiting
+                    and number not in self.prefetched
                     and number not in self.reading
                 ):
                     self.wanted[number] = None
             self._start()
 
-    def _keep(self, number: int, thing: T, size: int, dropped: Callable[[int], None]) -> None:
-        self.arrived += 1
-        self.kept[number], self.used[number] = (thing, size), self.calls
+    def _keep(self, number: int, value: T, size: int, dropped: Callable[[int], None]) -> None:
+        """Add a value to the cache, and drop others until all are within the limit."""
+        self.num_added += 1
+        self.kept[number], self.last_used[number] = (value, size), self.calls
         self.num_bytes += size
         while self.num_bytes > self.limit() and len(self.kept) > 1:
             dropped(self._drop_oldest())
-        while len(self.waiting) > 1 and self.num_bytes + self.waiting_bytes > self.limit():
-            self.waiting_bytes -= self.waiting.popitem()[1].size  # the one needed last
+        while len(self.prefetched) > 1 and self.num_bytes + self.prefetched_bytes > self.limit():
+            self.prefetched_bytes -= self.prefetched.popitem()[1].size  # the one needed last
         self._start()
 
     def _drop_oldest(self) -> int:
         number, (_, size) = self.kept.popitem(last=False)
-        del self.used[number]
+        del self.last_used[number]
         self.num_bytes -= size
         return number
 
-    def _done(self, number: int, size: int = 0, cost: float = 0.0) -> None:
+    def _end_read(self, number: int, size: int = 0, seconds: float = 0.0) -> None:
+        """Mark a read as over; ``seconds`` is 0 if it failed."""
         with self.changed:
             self.reading.discard(number)
             self.changed.notify_all()
-            if cost:
-                self.size, self.cost = size, (self.cost + cost) / 2 if self.cost else cost
+            if seconds:
+                self.last_size = size
+                self.read_s = (self.read_s + seconds) / 2 if self.read_s else seconds
 
-    # -- the thread ---------------------------------------------------------------------------------------------------
+    # -- the thread ------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Start the thread where there is something for it to do."""
+        """Start the thread if it has something to do."""
         if (
             not self.wanted
-            or self.cost < WORTH_S
+            or self.read_s < SLOW_READ_S
             or self.thread.running is not None
             or self.thread.ended
         ):
             return
-        if self._room():
+        if self._make_room():
             thread = threading.Thread(
-                target=_read_on,
+                target=_read_wanted,
                 args=(weakref.ref(self), self.thread, self.read),
                 name="midstream-ahead",
                 daemon=True,
             )
-            with contextlib.suppress(
-                RuntimeError
-            ):  # none is to be had: then everything is read when it is needed
+            # If the system allows no more threads, each value is read when it is needed.
+            with contextlib.suppress(RuntimeError):
                 thread.start()
                 self.thread.running = thread
 
-    def _room(self) -> bool:
-        """Whether one more may be read ahead. Makes room of what nobody used for long, or did not
-        ask for after all.
+    def _make_room(self) -> bool:
+        """Drop prefetched values that are overdue, and cached ones that are idle.
+
+        Returns:
+            Whether one more value may be read ahead.
         """
-        limit = self.limit() - self.size
-        while self.waiting and next(iter(self.waiting.values())).due < self.arrived:
-            self.waiting_bytes -= self.waiting.popitem(last=False)[1].size
-        while self.num_bytes + self.waiting_bytes > limit and len(self.kept) > 1:
-            if self.calls - self.used[next(iter(self.kept))] <= _IDLE * len(self.kept):
+        limit = self.limit() - self.last_size
+        while self.prefetched and next(iter(self.prefetched.values())).due < self.num_added:
+            self.prefetched_bytes -= self.prefetched.popitem(last=False)[1].size
+        while self.num_bytes + self.prefetched_bytes > limit and len(self.kept) > 1:
+            unused_for = self.calls - self.last_used[next(iter(self.kept))]
+            if unused_for <= _IDLE_CALLS * len(self.kept):
                 break
             self._drop_oldest()
-        return self.num_bytes + self.waiting_bytes <= limit or not self.waiting
+        return self.num_bytes + self.prefetched_bytes <= limit or not self.prefetched
 
     def next_wanted(self) -> int | None:
-        """What the thread reads next; None ends it."""
+        """The number that the thread reads next; None ends the thread."""
         with self.changed:
-            if not self.wanted or self.cost < WORTH_S or not self._room():
+            if not self.wanted or self.read_s < SLOW_READ_S or not self._make_room():
                 self.thread.running = None
                 return None
             number, _ = self.wanted.popitem(last=False)
             self.reading.add(number)
             return number
 
-    def came(self, number: int, found: tuple[T, int, float] | None) -> None:
-        """What the thread read, or None where it failed."""
+    def add_prefetched(self, number: int, found: tuple[T, int, float] | None) -> None:
+        """Take the result of `_timed` from the thread; None if the read failed."""
         with self.changed:
             if found is None:
-                self._done(number)
+                self._end_read(number)
                 return
-            thing, size, cost = found
-            self._done(number, size, cost)
-            self.waiting[number] = _Waits(
-                thing, size, self.arrived + len(self.waiting) + 2 * _ENOUGH
-            )
-            self.waiting_bytes += size
+            value, size, seconds = found
+            self._end_read(number, size, seconds)
+            due = self.num_added + len(self.prefetched) + 2 * _MAX_WANTED
+            self.prefetched[number] = _Prefetched(value, size, due)
+            self.prefetched_bytes += size
 
 
 class _Thread:
-    """The thread of an `Ahead`, if it runs; apart from it, so that it can go while the thread
-    reads.
+    """The thread of a `ReadAheadCache`, if one runs.
+
+    It is a separate object, so that the cache can be deleted while the thread reads.
     """
 
     def __init__(self) -> None:
@@ -243,8 +251,9 @@ class _Thread:
         self.ended = False
 
     def end(self) -> None:
-        """Let it end after the read in progress, and wait for that: it must not be in C code when
-        the interpreter goes.
+        """End the thread after the read in progress, and wait for it.
+
+        It must not run C code while the interpreter exits.
         """
         self.ended = True
         thread = self.running
@@ -257,25 +266,27 @@ class _Thread:
 
 
 def _timed(read: Callable[[int], tuple[T, int]], number: int) -> tuple[T, int, float]:
+    """Read a value: the value, its size in bytes, and the seconds that it took."""
     start = time.perf_counter()
-    thing, size = read(number)
-    return thing, size, time.perf_counter() - start
+    value, size = read(number)
+    return value, size, time.perf_counter() - start
 
 
-def _read_on(
-    owner: weakref.ref[Ahead[T]], state: _Thread, read: Callable[[int], tuple[T, int]]
+def _read_wanted(
+    owner: weakref.ref[ReadAheadCache[T]], state: _Thread, read: Callable[[int], tuple[T, int]]
 ) -> None:
+    """Read one wanted value after the other: the thread's function."""
     while not state.ended:
-        ahead = owner()
-        number = ahead.next_wanted() if ahead is not None else None
-        del ahead
+        cache = owner()
+        number = cache.next_wanted() if cache is not None else None
+        del cache
         if number is None:
             return
         found = None
         with contextlib.suppress(BaseException):
             found = _timed(read, number)
-        ahead = owner()
-        if ahead is None:
+        cache = owner()
+        if cache is None:
             return
-        ahead.came(number, found)
-        del ahead, found
+        cache.add_prefetched(number, found)
+        del cache, found

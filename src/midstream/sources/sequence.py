@@ -8,57 +8,57 @@ from typing import Any
 from midstream.common.plain_state import State
 from midstream.pipeline.node import BoundNode, Node, row_origins
 from midstream.pipeline.rows import I64, U64, Rows
-from midstream.sources.source_rows import require_rows, row_failure
+from midstream.sources.source_rows import (
+    read_one_by_one,
+    require_num_rows,
+    row_failure,
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SequenceSource(Node):
-    """Rows of a sequence or of a map-style dataset, read with ``__getitems__`` where it has one.
+    """Rows of a sequence or of a map-style dataset, read with ``__getitems__`` if it has one.
 
-    A row whose ``__getitem__`` raises is one lost sample, reported with its row number.
+    If ``__getitem__`` raises, that one sample is lost and reported with its row number.
 
-    State: none but the position.
+    State: only the position.
     Resume: reads nothing again.
     """
 
     data: Any
     name: str | None = None
     kind = "from_dataset"
+    infinite = False
     _by_value = ("data",)
-
-    @property
-    def infinite(self) -> bool:
-        """Never."""
-        return False
 
     def _length(self) -> int | None:
         return len(self.data)
 
     def spec_fields(self) -> dict[str, State]:
-        """Kind of data and number of rows."""
+        """The class of the data and the number of rows."""
         return {"data": type(self.data).__name__, "length": self.length()}
 
     def summary(self) -> str:
-        """Kind of data and number of rows."""
+        """The class of the data and the number of rows."""
         return f"{self.kind}({type(self.data).__name__}, {self.length():,} rows)"
 
     def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
         origins = row_origins(bound, passes, positions)
         index = positions.tolist()
-        together = getattr(self.data, "__getitems__", None)
-        samples: list[Any] | None = None
-        if callable(together):
+        get_many = getattr(self.data, "__getitems__", None)
+        if callable(get_many):
+            samples: list[Any] | None
             try:
-                samples = list(together(index))
+                samples = list(get_many(index))
             except Exception:
-                samples = None  # one row at a time tells which one it was
+                samples = None  # the loop below finds the row that failed
             if samples is not None:
-                require_rows(bound, self.data, len(samples), len(index))
-        if samples is None:
-            get, samples = self.data.__getitem__, []
-            for row in index:
-                try:
-                    samples.append(get(row))
-                except Exception as error:
-                    samples.append(row_failure(bound, self.data, origins[len(samples)], error))
-        return Rows(samples, origins)
+                require_num_rows(bound, self.data, len(samples), len(index))
+                return Rows(samples, origins)
+        function = f"{type(self.data).__qualname__}.__getitem__"
+        one_by_one = read_one_by_one(
+            index,
+            self.data.__getitem__,
+            lambda row, error: row_failure(bound, origins[row], function, error),
+        )
+        return Rows(list(one_by_one), origins)

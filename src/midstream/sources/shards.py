@@ -1,4 +1,4 @@
-"""Streams that are read in shards."""
+"""Reads streams shard by shard: independent parts of the data, each read by one lane."""
 
 from __future__ import annotations
 
@@ -14,32 +14,39 @@ from midstream.pipeline.rows import Item
 
 
 class Shards:
-    """What a `ShardIterator` reads: shards by number."""
+    """Base of the shards that a `ShardIterator` reads, by number."""
 
     function = ""
-    survives = False
-    """Whether a shard certainly goes on after a row that raised. A generator does not, and what it
-    wraps is not known.
+    """The function that reads a row, for messages."""
+    continues_after_errors = False
+    """Whether a shard certainly continues after a row that raised. A generator does not, and other
+    iterables may wrap one.
     """
-    every = 0
-    """Rows between two states of a shard; 0 where a shard has none and is read again from its
-    start.
+    rows_per_state = 0
+    """Rows after which the state of a shard is recorded; 0 if shards have no state, so that a
+    resume reads them again from their start.
     """
 
     def open(self, shard: int, state: State) -> Iter[Any]:
-        """Start a shard, from its beginning (state None) or from one of its states."""
+        """Start a shard: from its beginning (state None), or from a state that `state` returned."""
         raise NotImplementedError
 
     def state(self) -> State:
-        """The state of the shard being read, between two rows."""
+        """The state of the shard that is being read, between two rows."""
         return None
 
 
 class ShardIterator(Iterator):
     """Reads a lane's shards one after the other.
 
-    State: ``[shard, rows read of it, the last row that raised, rows bound the shard's own last
-    state, that state]``.
+    Args:
+        num_shards: How many shards there are.
+        stride: Each lane reads all shards and keeps its share of the rows, instead of reading its
+            share of the shards.
+
+    State: ``[shard, rows read of it, the last row that raised (-1: none), rows read up to the
+        shard's last recorded state, that state]``.
+    Resume: reads the rows since the shard's last recorded state again.
     """
 
     def __init__(
@@ -51,20 +58,14 @@ class ShardIterator(Iterator):
         num_shards: int,
         stride: bool,
     ) -> None:
-        self.shards, self.bound, self.lane, self.pass_, self.num_shards = (
-            shards,
-            bound,
-            lane,
-            pass_,
-            num_shards,
-        )
-        self.stride = stride
+        self.shards, self.bound, self.lane, self.pass_ = shards, bound, lane, pass_
+        self.num_shards, self.stride = num_shards, stride
         self.step = 1 if stride else lane.num_lanes
         self._start(0 if stride else lane.index)
 
     def _start(self, shard: int) -> None:
         self.shard, self.row = shard, 0
-        self.safe_row, self.safe = 0, None
+        self.state_row, self.shard_state = 0, None
         self.rows: Iter[Any] | None = None
         self.raised_at = -1
 
@@ -76,8 +77,11 @@ class ShardIterator(Iterator):
             if self.rows is None:
                 self._seek()
             assert self.rows is not None
-            if self.shards.every and self.row - self.safe_row >= self.shards.every:
-                self.safe_row, self.safe = self.row, self.shards.state()
+            if (
+                self.shards.rows_per_state
+                and self.row - self.state_row >= self.shards.rows_per_state
+            ):
+                self.state_row, self.shard_state = self.row, self.shards.state()
             if trail is not None:
                 trail.row(
                     self.bound.source, self.pass_, self.row * self.num_shards + self.shard, 0, 0
@@ -85,12 +89,12 @@ class ShardIterator(Iterator):
             try:
                 sample = next(self.rows)
             except StopIteration:
-                if self.raised_at == self.row - 1 >= 0 and not self.shards.survives:
-                    self._dead()
+                if self.raised_at == self.row - 1 >= 0 and not self.shards.continues_after_errors:
+                    self._raise_ended()
                 self._start(self.shard + self.step)
                 continue
             except SourceError:
-                raise  # not of one row: what was to be read cannot be
+                raise  # not of one row: the shard itself cannot be read
             except Exception as error:
                 return self._failed(error)
             row = self.row
@@ -101,23 +105,23 @@ class ShardIterator(Iterator):
             return sample, (self.bound.source, self.pass_, row * self.num_shards + self.shard, 0, 0)
 
     def _seek(self) -> None:
-        """Open the shard and read up to the row where we stand."""
+        """Open the shard and read it up to the current row."""
         target, last_raised = self.row, self.raised_at
         try:
-            rows = self.rows = self.shards.open(self.shard, self.safe)
+            rows = self.rows = self.shards.open(self.shard, self.shard_state)
         except Exception as error:
             self.rows = None
             raise SourceError(
                 f"{self.bound.path}: shard {self.shard} cannot be opened: {type(error).__name__}:"
                 f" {error}"
             ) from error
-        row = self.safe_row
+        row = self.state_row
         while row < target:
             try:
                 next(rows)
             except StopIteration:
-                if last_raised >= 0 and not self.shards.survives:
-                    self._dead()
+                if last_raised >= 0 and not self.shards.continues_after_errors:
+                    self._raise_ended()
                 self.rows = None
                 raise ReplayDiverged(
                     f"{self.bound.path}: shard {self.shard} ended at row {row} while rows up to"
@@ -127,11 +131,11 @@ class ShardIterator(Iterator):
             except SourceError:
                 raise
             except Exception:
-                self.raised_at = row  # it was reported when it was met first
+                self.raised_at = row  # already reported, when it was first read
             row += 1
 
     def _failed(self, error: Exception) -> Item:
-        """Report the row; what can go on after an exception does."""
+        """A placeholder for the current row, which raised. The shard may continue after it."""
         row = self.row
         self.lane.ledger.reads += 1
         origin = (self.bound.source, self.pass_, row * self.num_shards + self.shard, 0, 0)
@@ -141,20 +145,26 @@ class ShardIterator(Iterator):
         )
         return FailedSample((failure,)), origin
 
-    def _dead(self) -> None:
+    def _raise_ended(self) -> None:
+        """Raise for a shard that ended right after a row that raised: its other rows are lost."""
         row = self.raised_at
         self.rows = None
         raise SourceError(
-            f"{self.bound.path}: shard {self.shard} raised at row {row} and cannot go on, so every"
-            " row after it is lost (a generator is dead once it raised). Catch the exception"
+            f"{self.bound.path}: shard {self.shard} raised at row {row} and cannot continue, so"
+            " every row after it is lost (a generator ends when it raises). Catch the exception"
             " inside the iterable, or do the failing work in .map, where an error loses one"
             " sample."
         )
 
     def _state(self) -> State:
-        return [self.shard, self.row, self.raised_at, self.safe_row, self.safe]
+        return [self.shard, self.row, self.raised_at, self.state_row, self.shard_state]
 
     def _load(self, state: State) -> None:
-        shard, row, raised_at, safe_row, safe = state
+        shard, row, raised_at, state_row, shard_state = state
         self._start(shard)
-        self.row, self.raised_at, self.safe_row, self.safe = row, raised_at, safe_row, safe
+        self.row, self.raised_at, self.state_row, self.shard_state = (
+            row,
+            raised_at,
+            state_row,
+            shard_state,
+        )
