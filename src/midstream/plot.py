@@ -16,6 +16,7 @@ from midstream.checkpoint.progress import Progress, progress
 from midstream.common.plain_state import State
 from midstream.common.validation import require_int
 from midstream.dataset import Dataset
+from midstream.display.preview import peek
 from midstream.pipeline.failures import SampleFailure
 from midstream.pipeline.node import bind, require_dataset
 from midstream.pipeline.rows import as_origin_array
@@ -137,12 +138,10 @@ def shuffle(dataset: Dataset, *, n: int = 2000, epoch: int = 0, ax: Axes | None 
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('position out', 'row of the source')
     """
-    from midstream.display.preview import look
-
     require_dataset(getattr(dataset, "node", dataset), "plot.shuffle")
     require_int(n, "n", 1, "plot.shuffle")
     places = []
-    for out, (sample, origins) in enumerate(islice(look(dataset.node, epoch), n)):
+    for out, (sample, origins) in enumerate(islice(peek(dataset.node, epoch), n)):
         if not isinstance(sample, SampleFailure):
             places += [(out, origin[0], origin[2]) for origin in as_origin_array(origins).tolist()]
     ax = _axes(ax)
@@ -198,13 +197,11 @@ def lengths(
     >>> ax.get_xlabel()
     'length'
     """
-    from midstream.display.preview import look
-
     require_dataset(getattr(dataset, "node", dataset), "plot.lengths")
     require_int(n, "n", 1, "plot.lengths")
     names = bind(dataset.node).names
     found: dict[int, list[int]] = {index: [] for index in range(len(names))}
-    for sample, origins in islice(look(dataset.node), n):
+    for sample, origins in islice(peek(dataset.node), n):
         if not isinstance(sample, SampleFailure):
             first = as_origin_array(origins)
             found[int(first[0, 0]) if len(first) else 0].append(_length(sample, key))

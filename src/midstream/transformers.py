@@ -175,9 +175,9 @@ class ResumeMixin:
 
         self._checkpoint, _trainer.skip_first_batches = resume_from_checkpoint, skip_first_batches
         try:
-            return super()._inner_training_loop(
+            return super()._inner_training_loop(  # type: ignore[misc]
                 *args, resume_from_checkpoint=resume_from_checkpoint, **kwargs
-            )  # type: ignore[misc]
+            )
         finally:
             self._checkpoint, _trainer.skip_first_batches = None, skip
             if self._loader is not None:
