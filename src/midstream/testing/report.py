@@ -297,7 +297,7 @@ def compare(
     found: Sequence[Item],
     place: str,
     *,
-    over: bool,
+    finished: bool,
     by_rank: bool = False,
     ordered: dict[int, int] | None = None,
     slack: int = 0,
@@ -309,7 +309,7 @@ def compare(
         expected: The rest.
         found: What the resumed run handed out.
         place: Where the cut is, in words.
-        over: Whether both were read to the end of all epochs.
+        finished: Whether both were read to the end of all epochs.
         by_rank: Compare every rank by itself.
         ordered: For every epoch, so many of its items come in the promised order, those after them
             in any; an epoch that is not there is ordered to its end. None: all of them are.
@@ -320,11 +320,13 @@ def compare(
             one, two, three = (
                 [item for item in items if item.rank == rank] for items in (before, expected, found)
             )
-            of_rank, difference = compare(one, two, three, f"{place}, rank {rank}", over=over)
+            of_rank, difference = compare(
+                one, two, three, f"{place}, rank {rank}", finished=finished
+            )
             if of_rank != "exact":
                 return of_rank, difference
         return "exact", None
-    if not over and ordered is None:
+    if not finished and ordered is None:
         found = found[
             : len(expected)
         ]  # what comes after is known of neither, the end of an epoch there included
@@ -335,7 +337,7 @@ def compare(
         earlier, rest, came = (
             [i for i in items if i.epoch == epoch] for items in (before, expected, found)
         )
-        last = epoch == epochs[-1] and not over
+        last = epoch == epochs[-1] and not finished
         if slack and not last and abs(len(rest) - len(came)) <= slack:
             size = min(len(rest), len(came))
             rest, came = rest[:size], came[:size]
