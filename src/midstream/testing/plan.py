@@ -275,7 +275,7 @@ class Plan:
             self.references[topology] = reference
             if reference.stuck:
                 self.report.notes.append(
-                    f"on {topology} this error comes for ever, so reading ended there:"
+                    f"on {topology} this error is raised for ever, so reading stopped there:"
                     f" {reference.stuck}"
                 )
             outcome, difference = compare(
@@ -289,7 +289,7 @@ class Plan:
             if outcome != "exact":
                 check.text = (
                     "two runs from the start, one of them saved at every step, are not the same: an"
-                    " unseeded draw, or a state_dict() that changes what comes"
+                    " unseeded draw, or a state_dict() that changes the samples"
                 )
 
     def _check_epochs(self, reference: Recording, samples: Iterable[Any]) -> None:

@@ -62,7 +62,7 @@ class Difference:
             until = "" if self.to_the_end else " (in what was read)"
             lines.append(f"  lost {self.num_lost}{until}: {some(self.lost)}")
         if not self.num_repeated and not self.num_lost:
-            lines.append("  no sample is lost or repeated: the order or the content is another")
+            lines.append("  no sample is lost or repeated: the order or the content differs")
         return lines
 
 
