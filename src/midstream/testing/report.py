@@ -321,54 +321,73 @@ def compare(
             one, two, three = (
                 [item for item in items if item.rank == rank] for items in (before, expected, found)
             )
-            of_rank, difference = compare(
+            outcome, difference = compare(
                 one, two, three, f"{place}, rank {rank}", finished=finished
             )
-            if of_rank != "exact":
-                return of_rank, difference
+            if outcome != "exact":
+                return outcome, difference
         return "exact", None
     if not finished and ordered is None:
         # Items beyond the last expected one cannot be compared, nor can the end of an epoch there.
         found = found[: len(expected)]
     epochs = sorted({item.epoch for item in (*expected, *found)})
-    outcome: Outcome = "exact"
-    at = 0
+    worst: Outcome = "exact"
+    batches = 0
     for epoch in epochs:
         earlier, rest, came = (
-            [i for i in items if i.epoch == epoch] for items in (before, expected, found)
+            [item for item in items if item.epoch == epoch] for items in (before, expected, found)
         )
-        last = epoch == epochs[-1] and not finished
-        if slack and not last and abs(len(rest) - len(came)) <= slack:
+        open_end = epoch == epochs[-1] and not finished
+        if not open_end and abs(len(rest) - len(came)) <= slack:
             size = min(len(rest), len(came))
             rest, came = rest[:size], came[:size]
-        if last:
-            size = min(len(rest), len(came))  # both end where reading was stopped
-            short = len(came) < len(rest)
-            came = came[: len(rest)]
-        else:
-            size, short = max(len(rest), len(came)), False
-        limit = (
-            size
-            if ordered is None or epoch not in ordered
-            else max(0, ordered[epoch] - len(earlier))
+        in_order = (
+            None if ordered is None or epoch not in ordered else ordered[epoch] - len(earlier)
         )
-        wrong = next((i for i in range(min(size, limit)) if not _same_at(rest, came, i)), None)
-        if wrong is None and limit < size:
-            if last:
-                continue  # items in any order cannot be distinguished from later ones
-            if _counts(rest) == _counts(came):
-                in_order = len(rest) == len(came) and all(a.same(b) for a, b in zip(rest, came))
-                outcome = outcome if in_order else "once"
-            else:
-                wrong = next(i for i in range(size) if not _same_at(rest, came, i))
-        if wrong is None and short:
-            wrong = size
+        outcome, wrong = _compare_epoch(rest, came, open_end, in_order)
         if wrong is not None:
+            title = f"{place}, batch {batches + wrong + 1}"
             return "differs", _difference(
-                earlier, rest, came, wrong, f"{place}, batch {at + wrong + 1}", to_the_end=not last
+                earlier,
+                rest,
+                came[: len(rest)] if open_end else came,
+                wrong,
+                title,
+                to_the_end=not open_end,
             )
-        at += len(rest)
-    return outcome, None
+        if outcome == "once":
+            worst = outcome
+        batches += len(rest)
+    return worst, None
+
+
+def _compare_epoch(
+    rest: Sequence[Item], came: Sequence[Item], open_end: bool, in_order: int | None
+) -> tuple[Outcome, int | None]:
+    """Compares the items of one epoch.
+
+    Args:
+        rest: The expected items.
+        came: The items of the resumed run.
+        open_end: Whether reading stopped inside the epoch, so that items may follow.
+        in_order: Number of items that must come in the same order; None: all.
+
+    Returns:
+        The outcome, and the index of the first item that differs.
+    """
+    size = min(len(rest), len(came)) if open_end else max(len(rest), len(came))
+    limit = size if in_order is None else min(size, max(0, in_order))
+    wrong = next((i for i in range(limit) if not _same_at(rest, came, i)), None)
+    if wrong is not None:
+        return "differs", wrong
+    if limit == size:
+        return ("differs", size) if open_end and len(came) < len(rest) else ("exact", None)
+    if open_end:
+        return "exact", None  # items in any order cannot be distinguished from later ones
+    if _counts(rest) != _counts(came):
+        return "differs", next(i for i in range(size) if not _same_at(rest, came, i))
+    same = len(rest) == len(came) and all(a.same(b) for a, b in zip(rest, came))
+    return ("exact" if same else "once"), None
 
 
 def _same_at(rest: Sequence[Item], came: Sequence[Item], index: int) -> bool:
