@@ -1,11 +1,13 @@
-"""pytest plugin of midstream: a fixture and an option. Imports midstream where they are used, for every pytest run loads this.
+"""pytest plugin of midstream: the fixture ``check_resume`` and the option ``--midstream-resume``.
 
     def test_my_pipeline_resumes(check_resume):
         check_resume(make_pipeline)
 
 stops the pipeline at every batch in the test's own process, which takes a second or two. With
-``--midstream-resume`` (before a release, at night) workers, other ranks and processes that are
-killed come to it.
+``--midstream-resume`` (before a release, or at night) it is also checked with workers, on other
+numbers of ranks, and with kills.
+
+Every pytest run loads this file, so midstream is imported only when the fixture is used.
 """
 
 from __future__ import annotations
@@ -19,20 +21,22 @@ _QUICK: dict[str, Any] = {"workers": (0,), "ranks": (1, 2), "kill": False, "seco
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--midstream-resume``."""
+    """Adds the option ``--midstream-resume``."""
     group = parser.getgroup("midstream")
     group.addoption(
         "--midstream-resume",
         action="store_true",
         default=False,
-        help="check_resume also starts workers, changes their number and that of ranks, and kills processes (a minute each).",
+        help="check_resume also starts workers, changes the numbers of workers and ranks, and kills"
+        " processes (a minute each).",
     )
 
 
 @pytest.fixture
 def check_resume(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """`midstream.testing.check_resume`, quick unless ``--midstream-resume`` is given; what is
-    passed by name counts first.
+    """`midstream.testing.check_resume`, quick unless ``--midstream-resume`` is given.
+
+    Options that are passed by name take precedence.
     """
     from midstream.testing import check_resume as check
 
@@ -53,7 +57,7 @@ _KEY = pytest.StashKey[list[tuple[str, Any]]]()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """A line for every check."""
+    """Prints a line for every check."""
     reports = config.stash.get(_KEY, [])
     if not reports:
         return

@@ -403,7 +403,7 @@ def test_iterators_with_get_state_are_followed() -> None:
 
 def test_an_error_that_comes_for_ever_ends_the_reading_and_is_told() -> None:
     found = check_resume(lambda: GetState("met again"), raises=False, **HERE)
-    assert any("comes for ever" in note and "a bad row" in note for note in found.notes)
+    assert any("raised for ever" in note and "a bad row" in note for note in found.notes)
     assert found.samples == 6
 
 
@@ -519,21 +519,21 @@ def items(*batches: str, epoch: int = 0) -> list[Item]:
 def test_comparing(
     expected: list[Item], found: list[Item], ordered: dict[int, int] | None, outcome: str
 ) -> None:
-    assert report.compare((), expected, found, "here", over=True, ordered=ordered)[0] == outcome
+    assert report.compare((), expected, found, "here", finished=True, ordered=ordered)[0] == outcome
 
 
 def test_missing_batches_are_only_excused_where_ranks_drop_them() -> None:
     expected, found = items("ab", "cd", "ef"), items("ab", "cd")
-    assert report.compare((), expected, found, "here", over=True, slack=1)[0] == "exact"
-    assert report.compare((), expected, found, "here", over=True)[0] == "differs"
-    assert report.compare((), expected, items("ab"), "here", over=True, slack=1)[0] == "differs"
+    assert report.compare((), expected, found, "here", finished=True, slack=1)[0] == "exact"
+    assert report.compare((), expected, found, "here", finished=True)[0] == "differs"
+    assert report.compare((), expected, items("ab"), "here", finished=True, slack=1)[0] == "differs"
 
 
 def test_ranks_are_compared_each_by_itself() -> None:
     one = [Item(0, "a", ("a",), rank=0), Item(0, "b", ("b",), rank=1)]
-    assert report.compare((), one, one[::-1], "here", over=True, by_rank=True)[0] == "exact"
+    assert report.compare((), one, one[::-1], "here", finished=True, by_rank=True)[0] == "exact"
     swapped = [item._replace(rank=1 - item.rank) for item in one]
-    assert report.compare((), one, swapped, "here", over=True, by_rank=True)[0] == "differs"
+    assert report.compare((), one, swapped, "here", finished=True, by_rank=True)[0] == "differs"
 
 
 def test_topologies_in_words() -> None:

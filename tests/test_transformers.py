@@ -223,7 +223,7 @@ def test_a_checkpoint_without_a_position_is_refused(tmp_path: Path) -> None:
     train(tmp_path, sized(), max_steps=1)
     (path,) = checkpoints(tmp_path).values()
     (path / "midstream.json").unlink()
-    with pytest.raises(ms.CheckpointError, match="does not say where the training stood"):
+    with pytest.raises(ms.CheckpointError, match="has no position in the data"):
         train(tmp_path, sized(), resume=path, max_steps=2)
 
 

@@ -1,17 +1,19 @@
-"""Exact resume in Lightning's ``Trainer``; the package is imported here, and needs ``pip install 'midstream[lightning]'``.
+"""Exact resume in Lightning's ``Trainer``. Needs ``pip install 'midstream[lightning]'``.
 
-Lightning saves the states of its loaders by itself. Four things it cannot know or does not do are
-done here:
+Lightning saves the states of its loaders by itself. `ResumeCallback` adds what is missing for an
+exact resume:
 
-    what was trained       A loader without a length is read one batch ahead; a save in a signal handler or after an error
-                           comes in the middle of a step. Marks say where the loaders stood after
-                           each of the last steps, and the number of trained steps says which mark
-                           holds.
-    all ranks              It writes rank 0's states and gives them to all. Here every rank's lanes are gathered and merged.
-    giving states back     It does not after the end of an epoch, nor when ``trainer.estimated_stepping_batches`` was used.
-    the epoch              is that of the loader's state, never of Lightning's count.
+    trained batches     Lightning reads a loader without a length one batch ahead, and a save in a
+                        signal handler or after an error comes in the middle of a step. Marks record
+                        the positions of the loaders after each of the last steps; the number of
+                        trained batches selects the mark that is saved.
+    all ranks           Lightning writes rank 0's states and loads them on all ranks. Here the lanes
+                        of all ranks are gathered and merged.
+    loading             Lightning does not load the states after the end of an epoch, nor if
+                        ``trainer.estimated_stepping_batches`` was used.
+    the epoch           The epoch is that of the loader's state, never of Lightning's count.
 
-The merged states go where Lightning keeps its own, so a checkpoint can be read by either.
+The merged states are stored where Lightning stores its own, so a checkpoint can be read by either.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from midstream.loader.render import state_at
 
 try:
     from lightning.pytorch import Callback
-except ImportError:  # the same under its other name
+except ImportError:  # Lightning's other package
     try:
         from pytorch_lightning import Callback
     except ImportError:
@@ -54,9 +56,7 @@ _MARKS = 4
 
 
 class Mark(NamedTuple):
-    """Where a loader stands when a step is done: after batch ``step`` of the epoch that
-    ``position`` runs.
-    """
+    """Position of a loader after a step: after batch ``step`` of the epoch of ``position``."""
 
     position: Position
     step: int
@@ -65,27 +65,27 @@ class Mark(NamedTuple):
 class ResumeCallback(Callback):  # type: ignore[misc]
     """Makes the loaders of a ``Trainer`` resume exactly: ``Trainer(callbacks=[ResumeCallback()])``.
 
-    Every `midstream.DataLoader` among the training loaders (alone, or in a ``CombinedLoader``) is
-    saved as of the batches that were *trained*, with the lanes of all ranks, and goes on there on
-    any number of ranks and workers: in the middle of an epoch or at its end, after an error
-    (``save_on_exception``), and from a save in Slurm's requeue signal. Other loaders are left as
-    they are.
+    Handles every `midstream.DataLoader` among the training loaders, alone or in a
+    ``CombinedLoader``. Its saved position is that of the batches that were *trained*, with the
+    lanes of all ranks. It resumes on any number of ranks and workers: in the middle of an epoch or
+    at its end, after an error (``save_on_exception``), and from a save in Slurm's requeue signal.
+    Other loaders are left as they are.
 
-    With several ranks a save asks all of them, as Lightning itself does. So an error that is to be
-    saved, or the signal, has to come to all of them in the same step, before or after its exchange
-    of gradients. Where one rank fails alone, or one is an exchange further when the signal comes,
-    Lightning waits until its process group gives up, with this callback or without (without it rank
-    0's file may be written before it waits): the last regular checkpoint is what there is.
+    With several ranks a save needs all of them, as in Lightning itself. So an error that is to be
+    saved, or the signal, must reach all ranks in the same step, before or after the exchange of
+    gradients. If one rank fails alone, or has made one exchange more when the signal arrives,
+    Lightning waits until its process group times out, with or without this callback. (Without it,
+    rank 0's file may be written before the wait.) Then resume from the last regular checkpoint.
 
-    A ``training_step`` that takes ``dataloader_iter`` and fetches ahead by itself is taken to have
-    trained what it fetched.
+    A ``training_step`` that takes ``dataloader_iter`` and fetches ahead by itself counts all
+    fetched batches as trained.
 
-    An epoch of the loader that Lightning ends early (``limit_train_batches``) is over: the next
-    begins. A pipeline without end goes on where it stands.
+    If Lightning ends an epoch early (``limit_train_batches``), the loader begins the next epoch. An
+    infinite pipeline continues from its position.
 
     Raises:
-        CheckpointError: On loading, if the loaders are others than those saved; on saving, if the
-            ranks do not fit together.
+        CheckpointError: On loading, if the loaders are not those that were saved; on saving, if the
+            states of the ranks do not fit together.
 
     >>> from midstream.lightning import ResumeCallback
     >>> ResumeCallback().state_key
@@ -93,24 +93,23 @@ class ResumeCallback(Callback):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        self._saved: list[Any] | None = None  # states to go on from, one per stateful loader
-        self._spent: list[
-            bool
-        ] = []  # which loaders of a `CombinedLoader` had come to their end in that epoch
-        self._marks: dict[
-            int, list[Mark]
-        ] = {}  # by the number of trained batches; replaced, never changed
+        # States to resume from, one per stateful loader.
+        self._saved: list[Any] | None = None
+        # Which loaders of a `CombinedLoader` were at their end in that epoch.
+        self._spent: list[bool] = []
+        # By the number of trained batches; replaced, never changed.
+        self._marks: dict[int, list[Mark]] = {}
         self._seen: dict[int, Mark] = {}
         self._group: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        """So little that Lightning misses the callback when a run is resumed without it."""
+        """Returns a small state, so that Lightning warns if a run is resumed without this callback."""
         return {"format": 1}
 
-    # -- loading ------------------------------------------------------------------------------------------------------
+    # -- loading -----------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Begin without memory; make the group in which ranks agree."""
+        """Resets the callback, and creates the process group in which ranks agree."""
         if stage != "fit":
             return
         self._saved, self._spent, self._marks, self._seen = None, [], {}, {}
@@ -118,7 +117,7 @@ class ResumeCallback(Callback):  # type: ignore[misc]
             self._group = new_cpu_group()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the states until training starts."""
+        """Keeps the states until training starts."""
         saved = (
             checkpoint.get("loops", {})
             .get("fit_loop", {})
@@ -141,7 +140,7 @@ class ResumeCallback(Callback):  # type: ignore[misc]
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Give the states to the loaders, where Lightning did not."""
+        """Loads the states into the loaders, if Lightning did not."""
         loop = trainer.fit_loop
         combined, fetcher = loop._combined_loader, loop._data_fetcher
         stateful = [loader for loader in combined.flattened if _stateful(loader)]
@@ -173,17 +172,18 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         self._saved = None
         start = [_mark(loader, begun=True) for loader in ours]
         self._marks = {_trained(trainer): start}
-        self._tell(ours, start)
+        self._pass_to(ours, start)
 
     def _on_all_ranks(self, true: bool) -> bool:
-        """Ranks begin to read together, or wait for each other in vain."""
+        """Whether a condition holds on all ranks. Ranks must start to read together, or they deadlock."""
         if self._group is None:
             return true
         return bool(smallest(int(true), self._group))
 
     def _fit_lengths(self, trainer: Any, ours: list[DataLoader]) -> None:
-        """Lightning took the length of an epoch before the state was there; on other ranks what is
-        left of it differs.
+        """Corrects the lengths of an epoch that Lightning read before the states were loaded.
+
+        On another number of ranks, the rest of the epoch has another length.
         """
         loop = trainer.fit_loop
         combined, fetcher = loop._combined_loader, loop._data_fetcher
@@ -201,12 +201,12 @@ class ResumeCallback(Callback):  # type: ignore[misc]
                 fetcher.length, least(combined.limits)
             )  # the epochs to come may be longer
 
-    # -- training -----------------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Mark where the loaders will stand when this step is done."""
+        """Marks the positions that the loaders will have after this step."""
         fetcher = trainer.fit_loop._data_fetcher
         ahead = len(getattr(fetcher, "batches", ()))
         marks = []
@@ -215,7 +215,8 @@ class ResumeCallback(Callback):  # type: ignore[misc]
             seen = self._seen.get(index)
             if seen is not None and seen.position is now.position:
                 gave = now.step > seen.step
-            else:  # an exhausted loader of mode "max_size" gives nothing any more, all others give a batch each time
+            else:
+                # Every loader gives a batch, but an exhausted one of mode "max_size".
                 gave = (
                     trainer.fit_loop._combined_loader._mode != "max_size"
                     or now.step - now.position.first_step > 1
@@ -231,7 +232,7 @@ class ResumeCallback(Callback):  # type: ignore[misc]
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The step is done."""
+        """Confirms the marks of the step, and passes them to the loaders."""
         ours, done = _ours(trainer), _trained(trainer)
         marks = self._marks.get(done)
         if marks is None or hasattr(trainer.fit_loop._data_fetcher, "iterator_wrapper"):
@@ -239,17 +240,17 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         if _epoch_over(trainer):
             marks = [_over(loader, mark) for loader, mark in zip(ours, marks)]
         self._marks = {**self._marks, done: marks}
-        self._tell(ours, marks)
+        self._pass_to(ours, marks)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """A validation loader is left early (by the sanity check, say) and begun again on purpose."""
+        """Silences the warning of validation loaders that are left early, as by the sanity check."""
         combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
         for loader in combined.flattened if combined is not None else ():
             if isinstance(loader, DataLoader):
-                loader._warned_restart = True
+                loader.run.silence_restart()
 
-    def _tell(self, ours: list[DataLoader], marks: list[Mark]) -> None:
-        """Let the loaders know what was trained: they go on there when they are iterated again."""
+    def _pass_to(self, ours: list[DataLoader], marks: list[Mark]) -> None:
+        """Passes the trained positions to the loaders, which continue there when iterated again."""
         for loader, mark in zip(ours, marks):
             if mark.position is loader.run.position:
                 loader.run.trained = mark
@@ -257,7 +258,7 @@ class ResumeCallback(Callback):  # type: ignore[misc]
                 loader.set_epoch(mark.position.epoch)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """The loaders are on their own again."""
+        """Releases the loaders, and the process group."""
         if stage == "fit":
             for loader in _ours(trainer):
                 loader.run.guided, loader.run.trained = False, None
@@ -265,10 +266,10 @@ class ResumeCallback(Callback):  # type: ignore[misc]
                 destroy_group(self._group)
                 self._group = None
 
-    # -- saving -------------------------------------------------------------------------------------------------------
+    # -- saving ------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Put in the states of what was trained, of all ranks."""
+        """Replaces the states by those of the trained batches, of all ranks."""
         kept = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
         if not kept.get("combined_loader") or not self._marks:
             return
@@ -287,8 +288,11 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         checkpoint[_KEY] = {"spent": self._spent_now(trainer, done)}
 
     def _spent_now(self, trainer: Any, done: int) -> list[bool]:
-        """Which loaders have come to their end in Lightning's epoch: until it is over, "max_size" takes no more of them, and
-        "max_size_cycle" has begun them anew and waits for the others."""
+        """Returns which loaders are at their end in Lightning's epoch.
+
+        Until the epoch is over, mode "max_size" reads them no more, and "max_size_cycle" has
+        restarted them and waits for the others.
+        """
         combined = trainer.fit_loop._combined_loader
         if combined._mode == "min_size" or _epoch_over(trainer):
             return []
@@ -309,15 +313,16 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         marks = self._marks.get(done)
         if marks is None:
             raise CheckpointError(
-                f"the weights to be saved have seen {done} batches, and this rank knows where its"
-                f" loaders stood after {sorted(self._marks)}"
+                f"the weights to be saved have seen {done} batches, and this rank knows the positions"
+                f" of its loaders after {sorted(self._marks)} batches only"
             )
         return [_state(loader, mark) for loader, mark in zip(ours, marks)]
 
 
 def _trained(trainer: Any) -> int:
-    """Batches trained in all, over all epochs: the count that Lightning moves on right after the
-    optimizer's step.
+    """Returns the number of batches trained over all epochs.
+
+    Lightning increases this count right after the optimizer's step.
     """
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
@@ -327,8 +332,11 @@ def _epoch_over(trainer: Any) -> bool:
 
 
 def _begin_next_epoch(loop: Any) -> None:
-    """With ``max_steps`` Lightning takes the end of an epoch for its middle when it resumes there, and ends the next epoch
-    after a batch. Without, it does what is done here."""
+    """Begins the next epoch if the checkpoint was saved at the end of one.
+
+    With ``max_steps`` Lightning resumes there as in the middle of an epoch, and ends the next epoch
+    after one batch. Without it, Lightning does the same as this function.
+    """
     progress = loop.epoch_progress.current
     if loop.restarting and progress.ready == progress.started == progress.processed > 0:
         loop._restarting = loop.epoch_loop.restarting = False
@@ -336,8 +344,11 @@ def _begin_next_epoch(loop: Any) -> None:
 
 
 class _InTheMiddle:
-    """A ``CombinedLoader`` whose next pass goes on in the middle of an epoch, in which some loaders
-    are spent.
+    """A ``CombinedLoader`` whose next pass starts in the middle of an epoch.
+
+    Args:
+        combined: The loader.
+        spent: Which of its loaders are at their end in that epoch.
     """
 
     def __init__(self, combined: Any, spent: list[bool]) -> None:
@@ -373,9 +384,7 @@ def _ours(trainer: Any) -> list[DataLoader]:
 
 
 def _over(loader: DataLoader, mark: Mark) -> Mark:
-    """Where a loader stands when Lightning's epoch is over: a finite epoch that was left early is
-    too.
-    """
+    """Returns the position of a loader after Lightning's epoch; it ends a finite epoch early."""
     position = mark.position
     begun = position is loader.run.position and mark.step > position.first_step
     if loader.run.endless or not begun or (position.complete and mark.step == position.steps):
@@ -387,7 +396,7 @@ def _over(loader: DataLoader, mark: Mark) -> Mark:
 
 
 def _mark(loader: DataLoader, *, begun: bool = False) -> Mark:
-    """Where a loader stands that is being read, or where this pass over it began."""
+    """Returns the position of a loader, or with ``begun`` that at which this pass began."""
     current = loader.run.position
     assert current is not None
     return Mark(current, current.first_step if begun else current.steps)
@@ -401,14 +410,12 @@ def _state(loader: DataLoader, mark: Mark) -> dict[str, Any]:
             return state
     if current is None or mark.position is current or not mark.position.applied:
         return state_at(mark.position, mark.step)
-    # Iterated anew since, and nothing of that was trained: it began where this mark stands.
+    # It was iterated anew since, and none of that was trained: that pass began at this mark.
     return state_at(current, current.first_step)
 
 
 def _stands_at(loader: DataLoader, state: Any, ahead: int) -> bool:
-    """Whether a loader was given this state and nothing was taken of it but what Lightning reads
-    ahead.
-    """
+    """Whether a loader has loaded this state, and handed out at most ``ahead`` batches since."""
     current = loader.run.position
     if (
         current is None

@@ -1,7 +1,7 @@
-"""Pictures of a pipeline: what a mix asked for and got, what a shuffle does, how long samples are.
+"""Pictures of a pipeline: shares of a mix, the effect of a shuffle, lengths of samples.
 
 Needs matplotlib: ``pip install 'midstream[plot]'``. Every function draws into the axes it is given,
-or into new ones, and returns them; reading a pipeline for a picture changes nothing about it.
+or into new ones, and returns them. Reading a pipeline for a picture does not change its state.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from midstream.checkpoint.progress import Progress, progress
 from midstream.common.plain_state import State
 from midstream.common.validation import require_int
 from midstream.dataset import Dataset
+from midstream.display.preview import peek
 from midstream.pipeline.failures import SampleFailure
 from midstream.pipeline.node import bind, require_dataset
 from midstream.pipeline.rows import as_origin_array
@@ -26,10 +27,13 @@ if TYPE_CHECKING:
 __all__ = ["lengths", "mix", "shuffle"]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#555555")
-"""Told apart without colour vision (Okabe and Ito), the last two added; further sources begin
-again.
+"""Colours that can be distinguished without colour vision (Okabe and Ito), and two more.
+
+With more sources the colours repeat.
 """
-_MOST = 24
+
+_MAX_LEGEND = 24
+"""Largest number of sources that a legend lists."""
 
 
 def mix(
@@ -38,56 +42,62 @@ def mix(
     unit: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Asked and real share of every source: bars for one moment, lines over the run for several.
+    """Draws the asked and the real share of every source.
+
+    Draws bars for one state, and lines over the run for several.
 
     Args:
         data: A `Progress`, a checkpoint's state, or a sequence of either in the order of the run.
-        unit: ``"samples"`` or ``"tokens"``; left out, tokens where the pipeline counts them.
+        unit: ``"samples"`` or ``"tokens"``; by default tokens, if the pipeline counts them.
         ax: Axes to draw in.
 
+    Returns:
+        The axes.
+
     Raises:
-        ValueError: If there is nothing in ``data``, or tokens are asked for and not counted.
+        ValueError: If ``data`` is empty, or tokens are asked for and not counted.
 
     >>> import midstream as ms
-    >>> ds = ms.interleave({"a": ms.from_dataset(range(70)), "b": ms.from_dataset(range(30))}, {"a": 7, "b": 3})
+    >>> a, b = ms.from_dataset(range(70)), ms.from_dataset(range(30))
+    >>> ds = ms.interleave({"a": a, "b": b}, {"a": 7, "b": 3})
     >>> loader = ms.DataLoader(ds, batch_size=10)
     >>> states = [loader.state_dict() for _ in loader]
     >>> ax = ms.plot.mix(states)
     >>> ax.get_ylabel(), len(ax.lines) >= 2
     ('share of samples', True)
     """
-    several = [data] if isinstance(data, (Progress, Mapping)) else list(data)
-    told = [item if isinstance(item, Progress) else progress(dict(item)) for item in several]
-    if not told:
+    items = [data] if isinstance(data, (Progress, Mapping)) else list(data)
+    history = [item if isinstance(item, Progress) else progress(dict(item)) for item in items]
+    if not history:
         raise ValueError(
             "plot.mix draws a progress, a state, or a sequence of them; found an empty sequence"
         )
     if unit is None:
-        unit = "tokens" if told[-1].tokens else "samples"
+        unit = "tokens" if history[-1].tokens else "samples"
     if unit not in ("samples", "tokens"):
         raise ValueError(f"unit is 'samples' or 'tokens'; found {unit!r}")
-    if unit == "tokens" and not told[-1].tokens:
+    if unit == "tokens" and not history[-1].tokens:
         raise ValueError("this pipeline counts no tokens (pack does); use unit='samples'")
-    names = list(told[-1].sources)
+    names = list(history[-1].sources)
     ax = _axes(ax)
-    if len(told) == 1:
-        _bars(ax, told[0], names, unit)
+    if len(history) == 1:
+        _bars(ax, history[0], names, unit)
     else:
-        _lines(ax, told, names, unit)
+        _lines(ax, history, names, unit)
     return ax
 
 
-def _bars(ax: Axes, told: Progress, names: list[str], unit: str) -> None:
-    places = np.arange(len(names))
-    real = [_share(told, name, unit) for name in names]
-    bars = ax.barh(places, real, height=0.6, color=[_colour(index) for index in range(len(names))])
+def _bars(ax: Axes, progress: Progress, names: list[str], unit: str) -> None:
+    heights = np.arange(len(names))
+    real = [_share(progress, name, unit) for name in names]
+    bars = ax.barh(heights, real, height=0.6, color=[_colour(index) for index in range(len(names))])
     ax.bar_label(bars, [f"{value:.1%}" for value in real], padding=4, fontsize=9)
-    asked = [told.sources[name].asked for name in names]
-    for bound, value in zip(places, asked):
+    asked = [progress.sources[name].asked for name in names]
+    for height, value in zip(heights, asked):
         if value is not None:
             ax.plot(
                 [value, value],
-                [bound - 0.4, bound + 0.4],
+                [height - 0.4, height + 0.4],
                 color="black",
                 linewidth=1.5,
                 solid_capstyle="butt",
@@ -95,20 +105,22 @@ def _bars(ax: Axes, told: Progress, names: list[str], unit: str) -> None:
     if any(value is not None for value in asked):
         ax.plot([], [], color="black", linewidth=1.5, label="asked")
         ax.legend(frameon=False, fontsize=9, loc="lower right")
-    ax.set_yticks(places, names)
+    ax.set_yticks(heights, names)
     ax.invert_yaxis()
     ax.set_xlim(0, max([*real, *(value or 0 for value in asked), 0.01]) * 1.15)
     ax.xaxis.set_major_formatter(_percent())
     ax.set_xlabel(f"share of {unit}")
-    ax.set_title(f"epoch {told.epoch}, {getattr(told, unit):,} {unit} delivered", fontsize=10)
+    ax.set_title(
+        f"epoch {progress.epoch}, {getattr(progress, unit):,} {unit} delivered", fontsize=10
+    )
 
 
-def _lines(ax: Axes, told: list[Progress], names: list[str], unit: str) -> None:
-    over = [getattr(item, unit) for item in told]
+def _lines(ax: Axes, history: list[Progress], names: list[str], unit: str) -> None:
+    over = [getattr(item, unit) for item in history]
     for index, name in enumerate(names):
-        real = [_share(item, name, unit) if getattr(item, unit) else np.nan for item in told]
+        real = [_share(item, name, unit) if getattr(item, unit) else np.nan for item in history]
         ax.plot(over, real, color=_colour(index), linewidth=1.6, label=name)
-        asked = [_asked(item, name) for item in told]
+        asked = [_asked(item, name) for item in history]
         if not all(np.isnan(asked)):
             ax.plot(over, asked, color=_colour(index), linewidth=1, linestyle=(0, (4, 3)))
     ax.plot([], [], color="grey", linewidth=1, linestyle=(0, (4, 3)), label="asked")
@@ -117,36 +129,38 @@ def _lines(ax: Axes, told: list[Progress], names: list[str], unit: str) -> None:
     ax.set_xlabel(f"{unit} delivered")
     ax.xaxis.set_major_formatter(_thousands())
     ax.set_ylabel(f"share of {unit}")
-    if len(names) <= _MOST:
+    if len(names) <= _MAX_LEGEND:
         ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def shuffle(dataset: Dataset, *, n: int = 2000, epoch: int = 0, ax: Axes | None = None) -> Axes:
-    """Position in against position out: where in its source each sample stood that comes out.
+    """Draws the row of each sample in its source against its position in the output.
 
-    A line is no shuffle, a cloud is a whole one, a band is one in a buffer.
+    Without a shuffle the points form a line, with a global shuffle a cloud, with a buffered shuffle
+    a band.
 
     Args:
         dataset: A pipeline; it is read as one lane.
-        n: Samples to read, from the start.
-        epoch: Which epoch's order.
+        n: Number of samples to read, from the start.
+        epoch: The epoch whose order is drawn.
         ax: Axes to draw in.
+
+    Returns:
+        The axes.
 
     >>> import midstream as ms
     >>> ax = ms.plot.shuffle(ms.from_dataset(range(100), name="hundred").shuffle(seed=1))
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('position out', 'row of the source')
     """
-    from midstream.display.preview import look
-
     require_dataset(getattr(dataset, "node", dataset), "plot.shuffle")
     require_int(n, "n", 1, "plot.shuffle")
-    places = []
-    for out, (sample, origins) in enumerate(islice(look(dataset.node, epoch), n)):
+    points = []
+    for out, (sample, origins) in enumerate(islice(peek(dataset.node, epoch), n)):
         if not isinstance(sample, SampleFailure):
-            places += [(out, origin[0], origin[2]) for origin in as_origin_array(origins).tolist()]
+            points += [(out, origin[0], origin[2]) for origin in as_origin_array(origins).tolist()]
     ax = _axes(ax)
-    found = np.array(places, dtype=np.int64).reshape(-1, 3)
+    found = np.array(points, dtype=np.int64).reshape(-1, 3)
     names = bind(dataset.node).names
     for index, name in enumerate(names):
         here = found[found[:, 1] == index]
@@ -165,7 +179,7 @@ def shuffle(dataset: Dataset, *, n: int = 2000, epoch: int = 0, ax: Axes | None 
     ax.set_ylabel("row of the source")
     ax.xaxis.set_major_formatter(_thousands())
     ax.yaxis.set_major_formatter(_thousands())
-    if 1 < len(names) <= _MOST:
+    if 1 < len(names) <= _MAX_LEGEND:
         ax.legend(
             frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2
         )
@@ -180,15 +194,18 @@ def lengths(
     bins: int = 40,
     ax: Axes | None = None,
 ) -> Axes:
-    """How long samples are, per source: a histogram over the first ``n`` samples.
+    """Draws a histogram of the lengths of the first ``n`` samples, per source.
 
     Args:
         dataset: A pipeline; it is read as one lane.
         key: A column whose ``len`` is taken, or a function from sample to length; None: the
-            sample's own ``len``.
-        n: Samples to read, from the start.
-        bins: Bars.
+            ``len`` of the sample.
+        n: Number of samples to read, from the start.
+        bins: Number of bars.
         ax: Axes to draw in.
+
+    Returns:
+        The axes.
 
     Raises:
         TypeError: If a sample has no length.
@@ -198,13 +215,11 @@ def lengths(
     >>> ax.get_xlabel()
     'length'
     """
-    from midstream.display.preview import look
-
     require_dataset(getattr(dataset, "node", dataset), "plot.lengths")
     require_int(n, "n", 1, "plot.lengths")
     names = bind(dataset.node).names
     found: dict[int, list[int]] = {index: [] for index in range(len(names))}
-    for sample, origins in islice(look(dataset.node), n):
+    for sample, origins in islice(peek(dataset.node), n):
         if not isinstance(sample, SampleFailure):
             first = as_origin_array(origins)
             found[int(first[0, 0]) if len(first) else 0].append(_length(sample, key))
@@ -237,18 +252,20 @@ def _length(sample: Any, key: str | Callable[[Any], int] | None) -> int:
         return len(sample if key is None else sample[key])
     except (TypeError, KeyError, IndexError) as error:
         raise TypeError(
-            f"plot.lengths cannot tell the length of a sample ({type(error).__name__}: {error});"
+            f"plot.lengths cannot find the length of a sample ({type(error).__name__}: {error});"
             f" give the key of a column, or a function: {sample!r:.120}"
         ) from None
 
 
-def _share(told: Progress, name: str, unit: str) -> float:
-    total = getattr(told, unit)
-    return getattr(told.sources[name], unit) / total if total and name in told.sources else 0.0
+def _share(progress: Progress, name: str, unit: str) -> float:
+    total = getattr(progress, unit)
+    return (
+        getattr(progress.sources[name], unit) / total if total and name in progress.sources else 0.0
+    )
 
 
-def _asked(told: Progress, name: str) -> float:
-    asked = told.sources[name].asked if name in told.sources else None
+def _asked(progress: Progress, name: str) -> float:
+    asked = progress.sources[name].asked if name in progress.sources else None
     return float("nan") if asked is None else asked
 
 

@@ -1,12 +1,15 @@
-"""Exact resume in Hugging Face's ``Trainer``; imported here, and needs ``pip install 'midstream[transformers]'``.
+"""Exact resume in Hugging Face's ``Trainer``. Needs ``pip install 'midstream[transformers]'``.
 
-The ``Trainer`` keeps no position in the data: it counts steps, and on resume reads again what was
-read. Here the loader's state is saved beside the weights, and four of its methods are extended:
+The ``Trainer`` saves no position in the data: it counts steps, and on resume reads all batches
+again. `ResumeMixin` saves the loader's state beside the weights. It extends four methods:
 
-    get_train_dataloader   gives the loader, with the saved state in it
-    get_batch_samples      fetches all micro-batches of a step; notes where the loader stood before and after
-    _save_checkpoint       saves what belongs to ``global_step`` (a checkpoint on SIGTERM comes in the middle of a step)
-    _inner_training_loop   knows the checkpoint, and keeps the ``Trainer`` from skipping batches once more
+    get_train_dataloader   returns the loader, with the saved state loaded
+    get_batch_samples      fetches all micro-batches of a step, and records the positions of the
+                           loader before and after them
+    _save_checkpoint       saves the position of ``global_step``, since a checkpoint on SIGTERM comes
+                           in the middle of a step
+    _inner_training_loop   receives the checkpoint, and keeps the ``Trainer`` from skipping batches
+                           that the loader has skipped already
 """
 
 from __future__ import annotations
@@ -38,17 +41,19 @@ _FILE = "midstream.json"
 
 
 class ResumeMixin:
-    """Put before a ``Trainer`` class, makes its training data resume exactly: ``class Mine(ResumeMixin, SFTTrainer)``.
+    """Makes the training data of a ``Trainer`` resume exactly.
 
-    ``train(resume_from_checkpoint=...)`` goes on with the batch after the last one that was
-    trained, without reading what came before it; gradient accumulation, its remainder at the end of
-    an epoch, and checkpoints on SIGTERM (``enable_jit_checkpoint``) included. Where the data has a
-    length the number of ranks stays the same, because the ``Trainer`` counts its steps by it; data
-    without one, under ``max_steps``, goes on on any.
+    Put it before a ``Trainer`` class: ``class Mine(ResumeMixin, SFTTrainer)``.
+
+    ``train(resume_from_checkpoint=...)`` resumes with the batch after the last one that was
+    trained, without reading the batches before it. This includes gradient accumulation, its
+    remainder at the end of an epoch, and checkpoints on SIGTERM (``enable_jit_checkpoint``). If the
+    data has a length, the number of ranks must stay the same, because the ``Trainer`` counts its
+    steps by the length. Data without a length, under ``max_steps``, resumes on any number of ranks.
 
     ``train_dataset`` is a midstream dataset, with or without ``.batch``, or map-style data, which
-    is shuffled by ``args.data_seed`` or ``args.seed``. Leave ``ignore_data_skip`` False: nothing is
-    read to skip, and the steps are counted right.
+    is shuffled by ``args.data_seed`` or ``args.seed``. Leave ``ignore_data_skip`` False: no batches
+    are read to be skipped, and the steps are counted correctly.
 
     Raises:
         CheckpointError: On resuming from a checkpoint without the data's position, or of another
@@ -60,7 +65,7 @@ class ResumeMixin:
     _marks: dict[int, tuple[Position, int]] = {}  # noqa: RUF012  (replaced, never changed)
 
     def make_loader(self) -> DataLoader:
-        """The training loader; to be replaced where another is wanted."""
+        """Makes the training loader. Override it to make another one."""
         args: Any = self.args  # type: ignore[attr-defined]
         data: Any = self.train_dataset  # type: ignore[attr-defined]
         options: dict[str, Any] = {
@@ -87,9 +92,9 @@ class ResumeMixin:
         )
 
     def get_train_dataloader(self) -> Any:
-        """The loader, which goes on where the checkpoint was saved."""
+        """Returns the loader, which resumes where the checkpoint was saved."""
         loader = self.make_loader()
-        loader.set_epoch = loader.sampler.set_epoch  # type: ignore[method-assign]  # the Trainer counts in its own way
+        loader.set_epoch = loader.sampler.set_epoch  # type: ignore[method-assign]  # the Trainer counts epochs itself
         if self._checkpoint is not None:
             path = os.path.join(self._checkpoint, _FILE)
             try:
@@ -98,9 +103,9 @@ class ResumeMixin:
                 state, ranks = kept["state"], int(kept["ranks"])
             except (OSError, ValueError, LookupError, TypeError) as error:
                 raise CheckpointError(
-                    f"{path} cannot be read ({error}): this checkpoint does not say where the"
-                    " training stood in its data. It was saved without midstream's ResumeMixin, or"
-                    " never finished; resume from an older one."
+                    f"{path} cannot be read ({error}): this checkpoint has no position in the data."
+                    " It was saved without midstream's ResumeMixin, or never finished; resume from"
+                    " an older one."
                 ) from error
             self._check_ranks(loader, ranks, path)
             loader.load_state_dict(state)
@@ -108,25 +113,23 @@ class ResumeMixin:
         return loader
 
     def _check_ranks(self, loader: DataLoader, saved: int, path: str) -> None:
-        """Batches of an epoch on a rank are what the ``Trainer`` finds epoch and step by."""
+        """Refuses another number of ranks: the ``Trainer`` counts by the batches of one rank."""
         here = loader.run.topology().world_size
         if here == saved or not _trainer.has_length(loader):
             return
         step = self.state.global_step  # type: ignore[attr-defined]
         raise CheckpointError(
             f"{path} was saved on {saved} ranks, and there are {here}. This data has a length, and"
-            " the Trainer counts epochs "
-            f"and steps by what one rank has of it, so it would take step {step} for another place."
-            f" Start {saved} ranks; or "
-            "go on in a loop of your own or in Accelerate:"
-            f' loader.load_state_dict(json.load(open("{path}"))["state"]) takes '
-            f"it on any number. A run of the Trainer that is to change its ranks begins with data"
-            f" without a length "
-            f"(.repeat()) and max_steps."
+            " the Trainer counts epochs and steps by the length on one rank, so step"
+            f" {step} would be another position. Start {saved} ranks; or resume in a loop of your"
+            " own or in Accelerate, on any number of ranks:"
+            f' loader.load_state_dict(json.load(open("{path}"))["state"]). To change the number of'
+            " ranks under the Trainer, start the run with data without a length (.repeat()) and"
+            " max_steps."
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Fetch a step's micro-batches."""
+        """Fetches the micro-batches of a step, and records the positions before and after them."""
         before = self._here()
         found = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         after = self._here()
@@ -140,7 +143,7 @@ class ResumeMixin:
         return (current, current.steps) if current is not None else None
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the position first: a folder that is whole has it."""
+        """Saves the position before the rest, so that every whole folder has it."""
         if self._loader is not None:
             (state,) = gather_states(lambda: [self._trained()])
             if self.args.should_save:  # type: ignore[attr-defined]
@@ -152,7 +155,7 @@ class ResumeMixin:
         super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
 
     def _trained(self) -> dict[str, Any]:
-        """The state after the micro-batches of ``global_step`` steps."""
+        """Returns the state after the micro-batches of ``global_step`` steps."""
         loader = self._loader
         assert loader is not None
         mark = self._marks.get(self.state.global_step)  # type: ignore[attr-defined]
@@ -166,7 +169,7 @@ class ResumeMixin:
     def _inner_training_loop(
         self, *args: Any, resume_from_checkpoint: Any = None, **kwargs: Any
     ) -> Any:
-        """Train, with the checkpoint at hand."""
+        """Trains; keeps the checkpoint's path for `get_train_dataloader`."""
         skip = _trainer.skip_first_batches
 
         def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
@@ -174,8 +177,9 @@ class ResumeMixin:
 
         self._checkpoint, _trainer.skip_first_batches = resume_from_checkpoint, skip_first_batches
         try:
-            loop = super()._inner_training_loop  # type: ignore[misc]
-            return loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return super()._inner_training_loop(  # type: ignore[misc]
+                *args, resume_from_checkpoint=resume_from_checkpoint, **kwargs
+            )
         finally:
             self._checkpoint, _trainer.skip_first_batches = None, skip
             if self._loader is not None:

@@ -11,7 +11,7 @@ from midstream.checkpoint.merge import merge_states
 from midstream.checkpoint.read import RunState, parse
 from midstream.checkpoint.weights_history import shares_asked
 from midstream.common.plain_state import State
-from midstream.common.tables import NOTE, table_html
+from midstream.common.tables import NOTE, table_html, table_lines
 from midstream.metrics.totals import Totals
 from midstream.metrics.tracked import decode_tracked, merge_totals, merge_tracked
 
@@ -234,7 +234,7 @@ class Progress:
         lines = [
             f"epoch {self.epoch}, {self.batches:,} batches in it, {self.samples:,} samples in all"
         ]
-        lines += _aligned(self.rows(), left=1)
+        lines += _indented(table_lines(self.rows(), left=1))
         for kind, count in self.unattributed.items():
             part = (
                 f" ({self.packing_waste:.1%} of the rows)"
@@ -243,9 +243,9 @@ class Progress:
             )
             lines.append(f"  of no single source: {count:,} {kind}{part}")
         if table := self.metric_rows():
-            lines += ["tracked:", *_aligned(table, left=2)]
+            lines += ["tracked:", *_indented(table_lines(table, left=2))]
         if table := self.category_rows():
-            lines += ["counted:", *_aligned(table, left=2, last=True)]
+            lines += ["counted:", *_indented(table_lines(table, left=2, last=True))]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -268,18 +268,8 @@ def _number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) and abs(value) < 1e15 else f"{value:,.4g}"
 
 
-def _aligned(table: list[list[str]], left: int, last: bool = False) -> list[str]:
-    """Rows of a table: the first columns, and with ``last`` the last one, to the left, the others
-    to the right.
-    """
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = []
-    for row in table:
-        cells = [cell.ljust(width) for cell, width in zip(row[:left], widths)]
-        end = len(row) - last
-        cells += [cell.rjust(width) for cell, width in zip(row[left:end], widths[left:end])]
-        lines.append("  " + "  ".join([*cells, *row[end:]]).rstrip())
-    return lines
+def _indented(lines: list[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
 
 
 def progress(state: State) -> Progress:

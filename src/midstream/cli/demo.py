@@ -1,13 +1,14 @@
-"""The main job: a small language model on this machine's own text, killed and resumed, compared bit for bit.
+"""The demonstration: trains a small language model, kills it, resumes it, and compares every bit.
 
-    pipeline, Model, train   what a training script has: copy these
-    compare                  what exact means
-    run                      the demonstration: three training processes, one after the other
+    pipeline, Model, train   the parts of a training script: copy these
+    compare                  defines "exact"
+    run                      runs three training processes, one after the other
 
-Three processes train the same thing. One is left alone. One is killed by SIGKILL at a random step
-inside an epoch. One goes on from the killed one's last checkpoint, with another number of workers.
-Every step writes its loss and the origins of its samples to a ledger; the ledgers must agree. All
-of it is in one file, so that it can be read and copied whole.
+Three processes train the same model on text that is on this machine. The first is not interrupted.
+The second is killed by SIGKILL at a random step inside an epoch. The third resumes from the last
+checkpoint of the second, with another number of workers. Every step writes its loss and the origins
+of its samples to a ledger; the ledgers must agree. Everything is in one file, so that it can be
+read and copied whole.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ import midstream as ms
 __all__ = ["Job", "Step", "Verdict", "compare", "pipeline", "run", "train"]
 
 PIECE = 64
-"""Longest piece of a line, in bytes, which are the tokens."""
+"""Length of the longest piece of a line in bytes. A byte is a token."""
 
 BATCH = 16
-"""Pieces in a batch."""
+"""Number of pieces in a batch."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The data: real text that is on every machine with Python
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def code_lines(limit: int) -> list[str]:
-    """Lines of the standard library's own sources."""
+    """Returns lines of the standard library's sources."""
     lines: list[str] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         lines.extend(path.read_text(encoding="utf-8", errors="replace").splitlines())
@@ -56,30 +57,31 @@ def code_lines(limit: int) -> list[str]:
 
 
 def prose_lines(limit: int) -> list[str]:
-    """Lines of Python's help texts."""
+    """Returns lines of Python's help texts."""
     from pydoc_data.topics import topics
 
     return [line for _, text in sorted(topics.items()) for line in text.splitlines()][:limit]
 
 
 def long_enough(line: str) -> bool:
-    """Whether there is something to learn from a line."""
+    """Whether a line is long enough to learn from."""
     return len(line.strip()) >= 12
 
 
 def pieces(line: str) -> list[dict[str, Any]]:
-    """The bytes of a line, long ones cut; a single byte at the end is left out, for nothing follows
-    it.
+    """Returns the bytes of a line, cut into pieces of at most `PIECE`.
+
+    A single byte at the end is left out, because no byte follows it.
     """
     data = np.frombuffer(line.encode(), dtype=np.uint8).astype(np.int64)
     return [{"ids": data[start : start + PIECE]} for start in range(0, len(data) - 1, PIECE)]
 
 
 def pipeline(rows: int) -> ms.Dataset:
-    """Two sources mixed 7:3, shuffled, filtered, cut, and shuffled once more as a stream.
+    """Builds the pipeline: two sources mixed 7:3, shuffled, filtered, cut, and shuffled again.
 
     Args:
-        rows: Lines of each source.
+        rows: Number of lines of each source.
     """
     code = ms.from_dataset(code_lines(rows)).shuffle(seed=1)
     prose = ms.from_dataset(prose_lines(rows)).shuffle(seed=1)
@@ -87,9 +89,9 @@ def pipeline(rows: int) -> ms.Dataset:
     return mix.filter(long_enough).flat_map(pieces).shuffle(seed=2, buffer_size=960)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The training, in a process of its own
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Model(torch.nn.Module):
@@ -102,7 +104,7 @@ class Model(torch.nn.Module):
         self.head = torch.nn.Linear(width, 256)
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mean cross entropy over the bytes that are no padding.
+        """Returns the mean cross entropy over all bytes but padding.
 
         Args:
             batch: ``ids`` int64 [batch, length], at least 2 long; ``ids_lengths`` int64 [batch].
@@ -118,15 +120,15 @@ class Model(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Job:
-    """What one training process is told.
+    """The settings of one training process.
 
     Attributes:
-        folder: Where its ledger and the checkpoint are.
+        folder: Folder of its ledger and of the checkpoint.
         name: Name of the run, and of its ledger.
-        steps: After how many steps the training is done.
-        workers: Worker processes of its loader.
-        rows: Lines of each source.
-        every: Steps between two checkpoints; 0 for none.
+        steps: Number of training steps.
+        workers: Number of worker processes of its loader.
+        rows: Number of lines of each source.
+        every: Number of steps between two checkpoints; 0 for none.
         resume: Whether to start from the checkpoint.
     """
 
@@ -140,8 +142,8 @@ class Job:
 
 
 def train(job: Job) -> None:
-    """Train to the end, or until someone kills us. The loop is that of any PyTorch script."""
-    torch.set_num_threads(1)  # sums are then always taken in one order
+    """Trains a job to its end. The loop is that of any PyTorch script."""
+    torch.set_num_threads(1)  # so that sums are always taken in the same order
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
     folder, num_epochs = Path(job.folder), sys.maxsize  # as many as the steps need
@@ -191,37 +193,41 @@ def train(job: Job) -> None:
 
 
 def save(checkpoint: dict[str, Any], folder: Path) -> None:
-    """Write a checkpoint so that a kill at any moment leaves the old one or the new one, whole."""
+    """Writes a checkpoint. A kill at any moment leaves the old one or the new one, whole."""
     temporary = folder / "checkpoint.tmp"
     with temporary.open("wb") as file:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(folder / "checkpoint.pt")
+    temporary.replace(_checkpoint(folder))
+
+
+def _checkpoint(folder: Path) -> Path:
+    return folder / "checkpoint.pt"
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """The last checkpoint. Nothing in it needs pickle: tensors and plain values."""
-    checkpoint: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
+    """Loads the last checkpoint. It holds tensors and plain values only, so pickle is not needed."""
+    checkpoint: dict[str, Any] = torch.load(_checkpoint(folder), weights_only=True)
     return checkpoint
 
 
 class Ledger:
-    """One line of JSON for every step, written by the training, read while it goes on."""
+    """A file with a line of JSON for every step, written by the training and read meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.offset = path, 0
         self.entries: list[dict[str, Any]] = []
 
     def write(self, **entry: Any) -> None:
-        """Add a line that no kill can take back."""
+        """Adds a line and flushes it to disk, so that no kill can undo it."""
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
-        """What was written since the last call, whole lines only."""
+        """Returns the entries written since the last call, whole lines only."""
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
@@ -235,31 +241,31 @@ class Ledger:
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        """The training steps."""
+        """The entries of training steps."""
         return [entry for entry in self.entries if "event" not in entry]
 
     def event(self, name: str) -> dict[str, Any]:
-        """The entry of something else that happened."""
+        """Returns the entry of an event: ``resume``, ``first batch`` or ``end``."""
         return next(entry for entry in self.entries if entry.get("event") == name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The comparison
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the ledgers say.
+    """The result of comparing the ledgers.
 
     Attributes:
         exact: Whether every sample and every loss is the same.
-        steps: Steps compared.
-        samples: Samples compared.
-        rolled_back: Steps the killed run did after its last checkpoint: lost with their weights,
-            and done again.
-        differences: The first ones, in words.
-        details: How it came about: seed, kill, checkpoint, times.
+        steps: Number of steps compared.
+        samples: Number of samples compared.
+        rolled_back: Number of steps that the killed run trained after its last checkpoint. They are
+            lost with their weights, and trained again.
+        differences: The first differences, as text.
+        details: Seed, step of the kill, checkpoint, times.
     """
 
     exact: bool
@@ -276,17 +282,17 @@ def compare(
     resumed: list[dict[str, Any]],
     checkpoint: int,
 ) -> Verdict:
-    """Set the steps of the uninterrupted run against those of the two others.
+    """Compares the steps of the uninterrupted run with those of the two others.
 
-    The killed run up to its checkpoint and the resumed one after it must be the whole run: the same
-    steps, each with the same epoch, the same samples in the same order, and a loss of the same
-    bits. What the killed run did after its checkpoint was rolled back, and must have been the same
-    too.
+    The killed run up to its checkpoint and the resumed run after it must give the whole run: the
+    same steps, each with the same epoch, the same samples in the same order, and a loss of the same
+    bits. The steps that the killed run trained after its checkpoint were rolled back, and must be
+    the same too.
 
     Args:
-        whole: Steps of the uninterrupted run, as their ledger has them.
-        killed: Steps of the killed one.
-        resumed: Steps of the resumed one.
+        whole: Steps of the uninterrupted run, as they are in its ledger.
+        killed: Steps of the killed run.
+        resumed: Steps of the resumed run.
         checkpoint: The step after which the checkpoint was taken.
     """
     kept = [entry for entry in killed if entry["step"] <= checkpoint]
@@ -332,14 +338,20 @@ def _difference(part: str, expected: Any, found: Any) -> str:
     return f"expected {len(expected)} samples, found {len(found)}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The demonstration
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Step:
-    """A training step that was just done, for whoever watches."""
+    """A training step that has just finished.
+
+    Attributes:
+        run: Name of the run.
+        step: Number of the step, from 1.
+        loss: Its loss.
+    """
 
     run: str
     step: int
@@ -357,37 +369,29 @@ def run(
     rows: int = 1500,
     folder: Path | None = None,
 ) -> Iterator[str | Step | Verdict]:
-    """The demonstration, as a series of lines and steps to show; the last is the verdict.
+    """Runs the demonstration. Yields lines and steps to show, and the verdict as the last item.
 
     Args:
-        steps: Training steps of a whole run.
-        workers: Worker processes of the first two runs.
-        resume_workers: Worker processes of the resumed run.
-        seed: Chooses the step of the kill; random when left out.
-        kill_at: That step itself.
-        every: Steps between two checkpoints.
-        rows: Lines of each source.
-        folder: Where ledgers, logs and the checkpoint are kept; a temporary one, removed, when left
-            out.
+        steps: Number of training steps of a whole run.
+        workers: Number of worker processes of the first two runs.
+        resume_workers: Number of worker processes of the resumed run.
+        seed: Chooses the step of the kill; by default random.
+        kill_at: The step of the kill itself.
+        every: Number of steps between two checkpoints.
+        rows: Number of lines of each source.
+        folder: Folder in which ledgers, logs and the checkpoint are kept; by default a temporary
+            one, which is removed.
 
     Raises:
-        ValueError: If nothing could be killed and resumed with such numbers.
+        ValueError: If no run can be killed and resumed with these numbers.
         RuntimeError: If a training process fails by itself.
     """
     seed = random.SystemRandom().randrange(1 << 20) if seed is None else seed
-    if kill_at is None and steps < every + 10:
-        raise ValueError(
-            f"{steps} steps leave no room for a kill after a checkpoint; give at least {every + 10}"
-        )
-    if kill_at is not None and not every < kill_at < steps:
-        raise ValueError(
-            f"the kill comes after the first checkpoint (step {every}) and before the last step"
-            f" ({steps}); found {kill_at}"
-        )
+    _check_kill(steps, every, kill_at)
     with tempfile.TemporaryDirectory(prefix="midstream-demo-") as temporary:
-        place = Path(folder or temporary).absolute()
-        place.mkdir(parents=True, exist_ok=True)
-        job = Job(str(place), "whole", steps, workers, rows, every)
+        path = Path(folder or temporary).absolute()
+        path.mkdir(parents=True, exist_ok=True)
+        job = Job(str(path), "whole", steps, workers, rows, every)
         yield (
             f"A small language model on this machine's own text, {steps} steps of {BATCH} pieces;"
             f" seed {seed}"
@@ -395,41 +399,27 @@ def run(
 
         whole = yield from watch(replace(job, every=0))
         epochs = [entry["epoch"] for entry in whole.steps]
-        yield _row(
-            "left alone",
-            workers,
-            f"to batch {epochs.count(epochs[-1])} of epoch {epochs[-1]}, {_losses(whole)}",
-        )
+        batch = epochs.count(epochs[-1])
+        text = f"to batch {batch} of epoch {epochs[-1]}, {_losses(whole)}"
+        yield _row("left alone", workers, text)
 
         killed = yield from _kill(job, epochs, seed, kill_at)
-        last, checkpoint = killed.steps[-1], load(place)
+        last, checkpoint = killed.steps[-1], load(path)
         batch = epochs[: last["step"]].count(last["epoch"])
-        yield _row(
-            "killed",
-            workers,
-            f"SIGKILL after step {last['step']} (batch {batch} of epoch {last['epoch']})",
-        )
-        size, whole_size = (
-            len(json.dumps(checkpoint["loader"])),
-            (place / "checkpoint.pt").stat().st_size,
-        )
+        text = f"SIGKILL after step {last['step']} (batch {batch} of epoch {last['epoch']})"
+        yield _row("killed", workers, text)
+        size, whole_size = len(json.dumps(checkpoint["loader"])), _checkpoint(path).stat().st_size
         yield (
             f"  its last checkpoint: step {checkpoint['step']}, {size:,} bytes for the data,"
             f" {whole_size:,} with the weights"
         )
 
-        resumed = yield from watch(
-            replace(job, name="resumed", workers=resume_workers, resume=True)
-        )
+        job = replace(job, name="resumed", workers=resume_workers, resume=True)
+        resumed = yield from watch(job)
         seconds, start = resumed.event("first batch")["seconds"], resumed.event("resume")["step"]
-        yield _row(
-            "resumed",
-            resume_workers,
-            f"first batch after {1000 * seconds:.0f} ms, {_losses(resumed)}",
-        )
-        yield (
-            "Delivered in all, in pieces (7:3 is the mix of lines, before the filter and the cut):"
-        )
+        text = f"first batch after {1000 * seconds:.0f} ms, {_losses(resumed)}"
+        yield _row("resumed", resume_workers, text)
+        yield "Delivered in all, in pieces (7:3 is the mix of lines, before the filter and the cut):"
         yield resumed.event("end")["progress"]
         if folder is not None:
             yield f"Ledgers, logs and checkpoint are in {folder}"
@@ -446,14 +436,34 @@ def run(
         yield replace(compare(whole.steps, killed.steps, resumed.steps, start), details=details)
 
 
-def watch(job: Job, kill_at: int | None = None) -> Generator[Step, None, Ledger]:
-    """Run a job in a process of its own, tell its steps, kill it after one of them; returns its ledger.
+def _check_kill(steps: int, every: int, kill_at: int | None) -> None:
+    """Raises ValueError unless a run can be killed after its first checkpoint."""
+    if kill_at is None and steps < every + 10:
+        raise ValueError(
+            f"{steps} steps leave no room for a kill after a checkpoint; give at least {every + 10}"
+        )
+    if kill_at is not None and not every < kill_at < steps:
+        raise ValueError(
+            f"the kill comes after the first checkpoint (step {every}) and before the last step"
+            f" ({steps}); found {kill_at}"
+        )
 
-    Only the training process is killed; its workers notice that it is gone and end by themselves.
+
+def watch(job: Job, kill_at: int | None = None) -> Generator[Step, None, Ledger]:
+    """Runs a job in a child process, yields its steps, and kills it after one of them.
+
+    Only the training process is killed; its workers notice that and end by themselves. The job may
+    finish before the signal arrives; then its ledger is whole.
+
+    Args:
+        job: The settings of the training.
+        kill_at: The step after which to kill the process.
+
+    Returns:
+        The ledger of the job.
 
     Raises:
-        RuntimeError: If it failed by itself. (It may be over before the signal comes; then its
-        ledger is whole.)
+        RuntimeError: If the process failed by itself.
     """
     ledger, log = (Path(job.folder) / f"{job.name}.{ending}" for ending in ("jsonl", "log"))
     ledger.unlink(missing_ok=True)
@@ -464,9 +474,8 @@ def watch(job: Job, kill_at: int | None = None) -> Generator[Step, None, Ledger]
     try:
         running = True
         while running:
-            running = (
-                process.poll() is None
-            )  # asked before the ledger is read, so that its end is not missed
+            # Asked before the ledger is read, so that its end is not missed.
+            running = process.poll() is None
             for entry in reader.read():
                 if "event" not in entry:
                     if entry["step"] == kill_at:
@@ -488,17 +497,19 @@ def watch(job: Job, kill_at: int | None = None) -> Generator[Step, None, Ledger]
 def _kill(
     job: Job, epochs: list[int], seed: int, kill_at: int | None
 ) -> Generator[Step, None, Ledger]:
-    """Kill a run, inside an epoch if no step was asked for. A machine that stalls may be late with the signal; then again.
+    """Runs the job and kills it, inside an epoch unless ``kill_at`` is given.
+
+    The signal may arrive too late on a busy machine; then it tries again, three times in all.
 
     Args:
-        job: The run that is left alone.
+        job: The uninterrupted run.
         epochs: The epoch of each of its steps.
         seed: Chooses the step.
-        kill_at: The step that was asked for.
+        kill_at: The step of the kill, if it is given.
     """
     draw = random.Random(seed)
     for _ in range(3):
-        Path(job.folder, "checkpoint.pt").unlink(missing_ok=True)
+        _checkpoint(Path(job.folder)).unlink(missing_ok=True)
         step = kill_at or choose_kill(epochs, job.every, draw)
         ledger = yield from watch(replace(job, name="killed"), step)
         reached = len(ledger.steps)
@@ -508,12 +519,12 @@ def _kill(
 
 
 def choose_kill(epochs: list[int], every: int, draw: random.Random) -> int:
-    """A random step after the first checkpoint, inside an epoch.
+    """Chooses a random step after the first checkpoint, inside an epoch.
 
     Args:
         epochs: The epoch of each step of the run.
         every: Steps between two checkpoints.
-        draw: Where the randomness comes from.
+        draw: The random generator.
     """
     inside = [step for step in range(every + 1, len(epochs)) if inside_epoch(epochs, step, 4)]
     if not inside:
@@ -525,8 +536,12 @@ def choose_kill(epochs: list[int], every: int, draw: random.Random) -> int:
 
 
 def inside_epoch(epochs: list[int], step: int, margin: int) -> bool:
-    """Whether the epoch of ``step`` (from 1) began before it and goes on for more than ``margin``
-    steps after it.
+    """Whether the epoch of ``step`` began before it and has more than ``margin`` steps after it.
+
+    Args:
+        epochs: The epoch of each step of the run.
+        step: Number of the step, from 1.
+        margin: Number of steps.
     """
     first, last = step - 1, step + 1 + margin
     return first >= 1 and last <= len(epochs) and len(set(epochs[first - 1 : last])) == 1

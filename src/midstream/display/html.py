@@ -1,39 +1,35 @@
-"""A pipeline as HTML for notebooks."""
+"""A pipeline as a tree in HTML, for notebooks."""
 
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
 
+from midstream.common.tables import MONO, NOTE
 from midstream.pipeline import describe
 from midstream.pipeline.node import BoundNode, Node, bind
 
-if TYPE_CHECKING:
-    pass
-from midstream.common.tables import MONO as _MONO
-from midstream.common.tables import NOTE as _NOTE
+_INDENT = "padding-left:1.1em"
+_LINE = "border-left:1px solid rgba(128,128,128,.4);margin-left:.3em"
 
 
-def tree_html(dataset: Node) -> str:
-    """A pipeline as a foldable tree: each node with its arguments, its length and its face."""
-    return f"<div class='midstream' style='{_MONO}'>{_node(bind(dataset))}</div>"
+def tree_html(node: Node) -> str:
+    """Returns a pipeline as a foldable tree: each node with its arguments, length and access."""
+    return f"<div class='midstream' style='{MONO}'>{_branch(bind(node))}</div>"
 
 
-def _node(bound: BoundNode) -> str:
+def _branch(bound: BoundNode) -> str:
     node = bound.node
     title = escape(node.summary())
     if bound.source >= 0:
         title = f"<b>{escape(bound.names[bound.source])}</b>: {title}"
-    line = f"{title} <span style='{_NOTE}'>{escape(describe.access(node))}</span>"
+    line = f"{title} <span style='{NOTE}'>{escape(describe.access(node))}</span>"
     if not bound.inputs:
-        return f"<div style='padding-left:1.1em'>{line}</div>"
+        return f"<div style='{_INDENT}'>{line}</div>"
     children = "".join(
-        (f"<div style='padding-left:1.1em;{_NOTE}'>{escape(key)}</div>" if key else "")
-        + _node(child)
+        (f"<div style='{_INDENT};{NOTE}'>{escape(key)}</div>" if key else "") + _branch(child)
         for key, child in bound.inputs.items()
     )
     return (
-        f"<details open style='padding-left:1.1em'><summary>{line}</summary><div"
-        " style='border-left:1px solid"
-        f" rgba(128,128,128,.4);margin-left:.3em'>{children}</div></details>"
+        f"<details open style='{_INDENT}'><summary>{line}</summary>"
+        f"<div style='{_LINE}'>{children}</div></details>"
     )

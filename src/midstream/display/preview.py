@@ -1,17 +1,16 @@
-"""How pipelines, samples, loaders and progress look, as text and in a notebook. Imported only when
-something is shown.
-"""
+"""The first samples of a pipeline as a table, in a terminal and in a notebook."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from midstream.common.tables import NOTE, cell_html, column_widths, rows_html, table_lines
 from midstream.common.validation import require_int
 from midstream.pipeline.failures import SampleFailure
 from midstream.pipeline.iterator import Lane
@@ -21,21 +20,29 @@ from midstream.pipeline.passes import epoch_key
 from midstream.pipeline.rows import Item, Origins, as_origin_array
 from midstream.pipeline.single_lane import LaneOutput
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator as Iter
-from midstream.common.tables import MONO as _MONO
-from midstream.common.tables import NOTE as _NOTE
+_ERROR = "color:#b3261e"
+_TEXT_WIDTH, _HTML_WIDTH = 32, 80
 
 
-def look(dataset: Node, epoch: int = 0) -> Iter[Item]:
-    """The samples of one lane with their origins, a `SampleFailure` where user code failed; touches nothing of the dataset's own
-    iteration, and what is dropped on the way is counted nowhere."""
-    delivery = LaneOutput(
-        bind(dataset), Lane(0, 1, 1, Ledger(writes=False)), int(epoch_key(epoch)[0]), epoch
+def peek(node: Node, epoch: int = 0) -> Iterator[Item]:
+    """Yields the samples of a pipeline, read as one lane, without touching any running iteration.
+
+    Dropped samples are counted nowhere, and nothing is written to quarantine files.
+
+    Args:
+        node: The pipeline.
+        epoch: The epoch whose order is read.
+
+    Yields:
+        Samples with their origins; a `SampleFailure` in place of a sample on which user code
+        failed.
+    """
+    output = LaneOutput(
+        bind(node), Lane(0, 1, 1, Ledger(writes=False)), int(epoch_key(epoch)[0]), epoch
     )
     while True:
         try:
-            item = delivery.next()
+            item = output.next()
         except StopIteration:
             return
         yield item
@@ -46,7 +53,7 @@ class Preview:
     """The first samples of a dataset as a table.
 
     Attributes:
-        origins: Where each sample came from, in words.
+        origins: Text of the origin of each sample.
         samples: The samples; an exception where user code failed.
     """
 
@@ -54,10 +61,12 @@ class Preview:
     samples: list[Any]
 
     def table(self, width: int) -> list[list[str]]:
-        """Header and rows: an origin, then a column per key of dict samples, else one named ``sample``.
+        """Returns a header and rows: the origin, then a column for each key of dict samples.
+
+        Samples that are not dicts, and errors, stand in a column named ``sample``.
 
         Args:
-            width: Characters of a cell, at most.
+            width: Largest number of characters in a cell; an error may take three times as many.
         """
         keys: dict[Any, None] = {}
         for sample in self.samples:
@@ -73,69 +82,63 @@ class Preview:
                 row += [""] * other + [
                     _short(sample[key], width) if key in sample else "" for key in keys
                 ]
+            elif isinstance(sample, Exception):
+                row.append(_cut(str(sample).partition("\n")[0], 3 * width))
             else:
-                told = str(sample).partition("\n")[0] if isinstance(sample, Exception) else None
-                row += [_cut(told, 3 * width) if told is not None else _short(sample, width)]
-                row += [""] * (len(header) - len(row))
-            rows.append(row)
+                row.append(_short(sample, width))
+            rows.append(row + [""] * (len(header) - len(row)))
         return [header, *rows]
 
     def __str__(self) -> str:
-        table = self.table(32)
-        failed = [isinstance(sample, Exception) for sample in [None, *self.samples]]
-        widths = [
-            max(len(row[column]) for row, bad in zip(table, failed) if not (bad and column))
-            for column in range(len(table[0]))
+        header, *rows = self.table(_TEXT_WIDTH)
+        # An error runs over the columns to its right, so it does not widen its own.
+        measured = [header] + [
+            [row[0]] + [""] * (len(row) - 1) if isinstance(sample, Exception) else row
+            for row, sample in zip(rows, self.samples)
         ]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-            for row in table
-        ]
+        lines = table_lines([header, *rows], left=len(header), widths=column_widths(measured))
         return "\n".join(lines)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        header, *rows = self.table(80)
-        head = "".join(f"<th style='text-align:left'>{escape(cell)}</th>" for cell in header)
+        header, *rows = self.table(_HTML_WIDTH)
         body = []
         for row, sample in zip(rows, self.samples):
-            cells = [f"<td style='text-align:left;{_NOTE}'>{escape(row[0])}</td>"]
+            cells = [cell_html(row[0], style=NOTE)]
             if isinstance(sample, Exception):
-                cells.append(
-                    f"<td colspan='{len(header) - 1}'"
-                    f" style='text-align:left;color:#b3261e'>{escape(row[1])}</td>"
-                )
+                cells.append(cell_html(row[1], style=_ERROR, columns=len(header) - 1))
             else:
-                cells += [f"<td style='text-align:left'>{escape(cell)}</td>" for cell in row[1:]]
-            body.append(f"<tr>{''.join(cells)}</tr>")
-        return (
-            "<table"
-            f" style='{_MONO}'><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-        )
+                cells += map(cell_html, row[1:])
+            body.append("".join(cells))
+        return rows_html("".join(cell_html(name, tag="th") for name in header), body)
 
 
-def preview(dataset: Node, n: int) -> Preview:
-    """See `Dataset.preview`."""
+def preview(node: Node, n: int) -> Preview:
+    """Reads the first ``n`` samples; see `Dataset.preview`."""
     require_int(n, "n", 0, "preview")
-    bound = bind(dataset)
+    bound = bind(node)
     origins, samples = [], []
-    for sample, origin in islice(look(dataset), n):
-        failed = isinstance(sample, SampleFailure)
-        origins.append(str(sample.origin or "–") if failed else _origin(bound, origin))
-        samples.append(sample.error() if failed else sample)
+    for sample, origin in islice(peek(node), n):
+        if isinstance(sample, SampleFailure):
+            origins.append(str(sample.origin or "–"))
+            samples.append(sample.error())
+        else:
+            origins.append(_origin_text(bound, origin))
+            samples.append(sample)
     return Preview(origins, samples)
 
 
-def _origin(bound: BoundNode, origins: Origins) -> str:
-    several = as_origin_array(origins)
-    if not len(several):
+def _origin_text(bound: BoundNode, origins: Origins) -> str:
+    rows = as_origin_array(origins)
+    if not len(rows):
         return "–"
-    return f"{bound.origin(several[0])}{f' + {len(several) - 1} more' if len(several) > 1 else ''}"
+    more = f" + {len(rows) - 1} more" if len(rows) > 1 else ""
+    return f"{bound.origin(rows[0])}{more}"
 
 
 def _short(value: Any, width: int) -> str:
-    """A value in few characters."""
+    """Returns a value in at most ``width`` characters."""
     if isinstance(value, (np.ndarray, torch.Tensor)):
         kind = str(value.dtype).removeprefix("torch.")
         if value.ndim == 0:

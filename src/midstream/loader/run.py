@@ -359,6 +359,10 @@ class Run:
                 self._warn_of_restart(last)
         return self.start_of(topology, last.num_lanes, self.next_epoch, last), True
 
+    def silence_restart(self) -> None:
+        """Do not warn when an epoch starts over: a trainer does that on purpose."""
+        self._noticed.add("restart")
+
     def _warn_of_restart(self, last: Position) -> None:
         if "restart" not in self._noticed:
             self._noticed.add("restart")

@@ -1,4 +1,4 @@
-"""Processes of their own that read a loader, tell every step, and can be killed at any."""
+"""Child processes that read a target, report every step, and can be killed."""
 
 from __future__ import annotations
 
@@ -22,20 +22,27 @@ __all__ = ["Child", "ChildStep", "Unreachable"]
 
 
 class Unreachable(RuntimeError):
-    """The target could not be run in another process, or failed there."""
+    """Raised if the target cannot run in another process, or fails there."""
 
 
 class ChildStep(NamedTuple):
-    """What a child did in a step, and its checkpoint after it."""
+    """The items of one step of a child, and its checkpoint after the step."""
 
     items: list[Item]
     saved: Saved
 
 
 class Child:
-    """A process that reads a target's loaders from a checkpoint on.
+    """A process that reads a target's loaders, from a checkpoint on.
 
-    Use as a context manager: it is gone afterwards.
+    Use as a context manager: at its end the process is killed.
+
+    Args:
+        given: The target, as the user gave it.
+        topology: Ranks and workers.
+        setup: How the loaders are made and read.
+        saved: The checkpoint to resume from.
+        batches: Stop after this many batches; None: at the end.
 
     Raises:
         Unreachable: If the target cannot be pickled.
@@ -81,10 +88,10 @@ class Child:
             self._process.stdin.close()
 
     def steps(self) -> Iterator[ChildStep]:
-        """What it does, as it does it.
+        """Yields the steps as the child reports them.
 
         Raises:
-            Unreachable: If it fails.
+            Unreachable: If the child fails.
         """
         while True:
             line = self._lines.readline()
@@ -92,19 +99,17 @@ class Child:
                 status = self._process.wait()
                 self._log.seek(0)
                 text = self._log.read().decode(errors="replace").strip()
-                raise Unreachable(
-                    f"a process of its own ended with status {status}:\n{text[-1500:]}"
-                )
+                raise Unreachable(f"a child process ended with status {status}:\n{text[-1500:]}")
             if line == b"end\n":
                 return
             yield ChildStep(*pickle.loads(base64.b64decode(line)))
 
     def kill(self) -> None:
-        """SIGKILL, at once, whatever it is doing."""
+        """Sends SIGKILL."""
         self._process.kill()
 
     def wait(self) -> None:
-        """Until it is gone."""
+        """Waits until the process has ended."""
         self._process.wait()
 
     def __enter__(self) -> Child:
@@ -118,7 +123,7 @@ class Child:
 
 
 def main(handle: int) -> None:
-    """Read a job from the standard input, do it, tell each step on ``handle``."""
+    """Runs the job on standard input, and writes each step to the file descriptor ``handle``."""
     job = json.load(sys.stdin)
     sys.path[:] = job["path"]
     out = os.fdopen(handle, "wb")

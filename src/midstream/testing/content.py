@@ -1,4 +1,4 @@
-"""What a batch is made of: samples, each known by its content."""
+"""Names samples by their content, and compares values of any type."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ import torch
 __all__ = ["digest", "name_samples", "plain", "some"]
 
 _LONGEST = 48
+"""Characters of a name."""
+
 _SMALL = 16
+"""Elements of an array that is named by its values."""
 
 
 def plain(value: Any) -> Any:
-    """A value as plain Python, to be compared whole: arrays and tensors with their type, dicts, lists, dataclasses.
+    """Returns a value as plain Python data that can be compared: dicts, lists and numbers.
+
+    Arrays and tensors become a list of their type and their values.
 
     >>> plain({"x": np.arange(2, dtype=np.int32)})
     {'x': ['int32', [0, 1]]}
@@ -42,7 +47,7 @@ def plain(value: Any) -> Any:
 
 
 def digest(value: Any) -> str:
-    """16 hexadecimal digits of a value's content: types, shapes and bytes.
+    """Returns 16 hexadecimal digits of a value's content: types, shapes and bytes.
 
     >>> digest({"a": 1, "b": [2.0]}) == digest({"b": [2.0], "a": 1})
     True
@@ -70,9 +75,8 @@ def _feed(put: Callable[[bytes], None], value: Any) -> None:
     elif isinstance(value, (list, tuple)) or (
         isinstance(value, np.ndarray) and value.dtype == object
     ):
-        put(
-            f"list {len(value)}:".encode()
-        )  # torch makes lists of tuples here and there: not a difference in the data
+        # A tuple counts as a list: torch turns some tuples into lists.
+        put(f"list {len(value)}:".encode())
         for item in value:
             _feed(put, item)
     elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
@@ -87,8 +91,9 @@ def _feed(put: Callable[[bytes], None], value: Any) -> None:
 
 
 def samples_of(batch: Any) -> list[Any]:
-    """The samples in a batch, as far as one can tell: rows of a tensor, items of a list, rows of a
-    dict of columns.
+    """Returns the samples in a batch: rows of a tensor, items of a list, rows of a dict of columns.
+
+    A batch of any other type is one sample.
     """
     if isinstance(batch, (torch.Tensor, np.ndarray)):
         return list(batch) if batch.ndim else [batch]
@@ -105,9 +110,8 @@ def samples_of(batch: Any) -> list[Any]:
             and isinstance(batch[0], (torch.Tensor, np.ndarray))
             and (size := sizes.pop()) is not None
         ):
-            return [
-                [column[row] for column in batch] for row in range(size)
-            ]  # default_collate of tuples
+            # A list of columns, as torch's default_collate makes it of tuples.
+            return [[column[row] for column in batch] for row in range(size)]
         return list(batch)
     return [batch]
 
@@ -119,11 +123,11 @@ def _rows(value: Any) -> int | None:
 
 
 def name_samples(batch: Any, key: Callable[[Any], Any] | None = None) -> list[str]:
-    """A name for every sample of a batch; two samples have the same one when their content is the same.
+    """Returns a name for every sample of a batch; samples of the same content have the same name.
 
     Args:
-        batch: What a loader handed out.
-        key: Names a sample; by default its content does, shortened.
+        batch: A batch of any loader.
+        key: Function that names a sample; by default the name is the content, shortened.
 
     >>> name_samples({"id": torch.tensor([3, 4]), "text": ["a", "b"]})
     ["{'id': 3, 'text': 'a'}", "{'id': 4, 'text': 'b'}"]
@@ -141,7 +145,7 @@ def _name(sample: Any) -> str:
 
 
 def _bare(value: Any) -> Any:
-    """As `plain`, without the types of arrays, and large ones by their hash: for names."""
+    """Returns plain data for a name: arrays without their types, large ones as a hash."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         size = value.numel() if isinstance(value, torch.Tensor) else value.size
         return value.tolist() if size <= _SMALL else f"{tuple(value.shape)}#{digest(value)[:8]}"
@@ -155,7 +159,7 @@ def _bare(value: Any) -> Any:
 
 
 def some(items: Sequence[str], most: int = 6) -> str:
-    """The first few names in words.
+    """Returns the first few names as text.
 
     >>> some(["a", "b", "c"], 2)
     'a, b and 1 more'

@@ -1,4 +1,4 @@
-"""Counts the source rows that are read."""
+"""Counts the source rows that a pipeline reads."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from midstream.sources.shards import ShardIterator
 
 
 class Reads:
-    """Source rows read in this process."""
+    """Number of source rows read in this process."""
 
     rows = 0
 
 
 @contextlib.contextmanager
 def counting_reads() -> Iterator[Reads]:
-    """Count the source rows that midstream pipelines read in this process, inside the block."""
+    """Counts the source rows that midstream pipelines read in this process, inside the block."""
     reads = Reads()
     rows, init = BoundNode.rows, ShardIterator.__init__
 

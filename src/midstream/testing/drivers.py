@@ -1,12 +1,12 @@
-"""Loaders of every kind under one handle: step, save, go on.
+"""Makes, reads, saves and resumes loaders of any kind.
 
-    Target      what the user gave, as a function that makes loaders
-    Session     the loaders of all ranks of one topology in this process, in step with each other
-    Recording   what a session handed out, and a checkpoint after every step
+    Target      makes loaders from the dataset or function that the user gave
+    Session     the loaders of all ranks of one topology, read in step with each other
 
-midstream's loaders are followed over ranks and epochs, and their samples known by origin. Any other
-loader is known by the content of its batches: one with ``state_dict`` and ``load_state_dict``
-(torchdata, LitData), or an iterator with ``get_state`` and ``set_state`` (Grain).
+midstream's loaders are read over ranks and epochs, and their samples are known by origin. Foreign
+loaders are known by the content of their batches. They have ``state_dict`` and
+``load_state_dict`` (torchdata, LitData), or are iterators with ``get_state`` and ``set_state``
+(Grain).
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ from midstream.distributed.topology import DEFAULT_LANES
 from midstream.testing.content import digest, name_samples
 
 _MANY_LANES = 4096
+"""Number of lanes with which the blocks of a pipeline are counted."""
 
 _SAME_ERRORS = 20
-"""So many errors one after the other, and no batch between them, are taken for one that comes for
-ever.
-"""
+"""After this many errors in a row without a batch, the error is taken to repeat for ever."""
 
 
 class Topology(NamedTuple):
-    """Ranks, and worker processes of each."""
+    """A number of ranks, and of worker processes on each rank."""
 
     ranks: int
     workers: int
@@ -45,7 +44,7 @@ class Topology(NamedTuple):
         return f"{self.ranks}×{self.workers}"
 
     def words(self) -> str:
-        """The same in words."""
+        """Returns the topology in words."""
         workers = f"{self.workers} worker{'s' * (self.workers != 1)}"
         return workers if self.ranks == 1 else f"{self.ranks} ranks with {workers} each"
 
@@ -54,12 +53,12 @@ class Item(NamedTuple):
     """A batch that was handed out, or an error that was raised in its place.
 
     Attributes:
-        epoch: The epoch it is of.
-        digest: Of the batch's content.
+        epoch: Its epoch.
+        digest: Hash of the batch's content.
         samples: A name for each sample: its origin, or its content.
-        content: The first samples by content.
-        error: The error's type and message; empty for a batch.
-        rank: Who handed it out.
+        content: Content of the first samples.
+        error: Type and message of the error; empty for a batch.
+        rank: The rank that handed it out.
     """
 
     epoch: int
@@ -70,31 +69,33 @@ class Item(NamedTuple):
     rank: int = 0
 
     def same(self, other: Item) -> bool:
-        """Whether it is the same batch of the same rows (or the same error)."""
+        """Whether both are the same batch of the same rows, or the same error."""
         return self[:3] == other[:3] and self.error == other.error
 
 
 class Saved(NamedTuple):
-    """A checkpoint as it would lie on a disk.
+    """A checkpoint, serialized as it would be on a disk.
 
     Attributes:
-        epoch: The epoch in progress (for foreign loaders, which do not say).
+        epoch: The epoch in progress, which foreign loaders do not save.
         states: One text or byte string per rank.
-        ours: Whether these are midstream's states, as JSON.
+        is_midstream: Whether these are midstream's states, as JSON.
     """
 
     epoch: int
     states: tuple[Any, ...]
-    ours: bool
+    is_midstream: bool
 
     def load(self) -> list[Any]:
-        """The states of all ranks, fresh."""
-        return [json.loads(state) if self.ours else pickle.loads(state) for state in self.states]
+        """Returns new copies of the states of all ranks."""
+        return [
+            json.loads(state) if self.is_midstream else pickle.loads(state) for state in self.states
+        ]
 
     @property
     def num_bytes(self) -> int:
-        """Size over all ranks, the pipeline's spec aside (it does not grow)."""
-        if not self.ours:
+        """Size over all ranks, without the pipeline's spec, which does not grow."""
+        if not self.is_midstream:
             return sum(map(len, self.states))
         return sum(len(json.dumps({**json.loads(state), "spec": ""})) for state in self.states)
 
@@ -104,10 +105,10 @@ class Setup:
     """How a target's loaders are made and read; the same in every process of a check.
 
     Attributes:
-        epochs: How many epochs are read.
-        batch_size: For datasets that do not end in ``.batch``.
-        lanes: For datasets; None where the loader chooses.
-        key: Names a sample of a foreign loader.
+        epochs: Number of epochs to read.
+        batch_size: Batch size of datasets that do not end in ``.batch``.
+        lanes: Number of lanes of datasets; None: the loader chooses.
+        key: Function that names a sample of a foreign loader.
     """
 
     epochs: int = 2
@@ -117,7 +118,7 @@ class Setup:
 
 
 class Target:
-    """What is checked, as a function that makes the loader of one rank.
+    """Makes the loaders that are checked.
 
     Args:
         given: A dataset; a function that returns one; or a function that returns a loader and takes
@@ -162,14 +163,14 @@ class Target:
         return self.given(**{name: value for name, value in values.items() if name in self.takes})
 
     def look(self) -> tuple[bool, Dataset | None]:
-        """Whether loaders are midstream's, and the dataset where one is given rather than loaders."""
+        """Returns whether the loaders are midstream's, and the dataset if the user gave one."""
         made = self._call(Topology(1, 0), 0)
         if isinstance(made, Dataset):
             return True, made
-        return _is_ours(made), None
+        return _is_midstream(made), None
 
     def make(self, topology: Topology, rank: int, setup: Setup) -> Any:
-        """The loader of a rank."""
+        """Makes the loader of a rank."""
         made = self._call(topology, rank)
         if not isinstance(made, Dataset):
             return made
@@ -190,8 +191,17 @@ class Target:
 def fitting_lanes(
     dataset: Dataset, ranks: tuple[int, ...], workers: tuple[int, ...], batch_size: int, window: int
 ) -> int | None:
-    """A number of lanes for a stream, so small that each is stopped in its middle several times
-    within the window.
+    """Returns a number of lanes small enough that each is stopped in its middle several times.
+
+    Args:
+        dataset: The pipeline.
+        ranks: Numbers of ranks.
+        workers: Numbers of worker processes.
+        batch_size: Batch size, if the dataset has no batches of its own.
+        window: Number of batches that are read.
+
+    Returns:
+        None for random access, which needs no lanes.
     """
     if dataset.random_access:
         return None
@@ -204,13 +214,16 @@ def fitting_lanes(
     return max(max(ranks) * max(1, *workers), step, lanes - lanes % step)
 
 
-def _is_ours(loader: Any) -> bool:
+def _is_midstream(loader: Any) -> bool:
     return isinstance(loader, ms.DataLoader) and not loader.passes_through
 
 
 class Step(NamedTuple):
-    """What a session did: items, one per rank that had one, in the run's order; or the end of an
-    epoch.
+    """One step of a session: an item of each rank that had one, or the end of an epoch.
+
+    Attributes:
+        items: The items, in the run's order.
+        end: Whether the epoch ended.
     """
 
     items: list[Item]
@@ -218,10 +231,10 @@ class Step(NamedTuple):
 
 
 class Session:
-    """Loaders that read, from the start or from a checkpoint.
+    """Loaders of all ranks of one topology, read from the start or from a checkpoint.
 
     Attributes:
-        ours: Whether they are midstream's.
+        is_midstream: Whether they are midstream's.
         loaders: One per rank.
     """
 
@@ -230,12 +243,12 @@ class Session:
     ) -> None:
         self.setup, self.topology = setup, topology
         self.loaders = [target.make(topology, rank, setup) for rank in range(topology.ranks)]
-        self.ours = _is_ours(self.loaders[0])
+        self.is_midstream = _is_midstream(self.loaders[0])
         self._iterators: list[Any] | None = None
         self._errors = 0
         self._epoch = 0
-        self._empty = True  # whether nothing came in the epoch in progress
-        if self.ours:
+        self._empty = True  # whether the epoch in progress had no batch yet
+        if self.is_midstream:
             if topology.ranks > 1 and self.loaders[0].run.synced:
                 raise ValueError(
                     "sync_end=True needs the real ranks, and check_resume runs all of them in one"
@@ -267,12 +280,12 @@ class Session:
                 iterator.set_state(saved.load()[0])
 
     def step(self) -> Step | None:
-        """The next batch of every rank; None when all epochs are over.
+        """Reads the next batch of every rank; returns None when all epochs are over.
 
         Raises:
-            Exception: What is not of one sample alone.
+            Exception: An error of a midstream loader that is not the error of one sample.
         """
-        return self._step_ours() if self.ours else self._step_foreign()
+        return self._step_ours() if self.is_midstream else self._step_foreign()
 
     def _step_ours(self) -> Step | None:
         if self._iterators is None:
@@ -347,8 +360,12 @@ class Session:
         return Item(self._epoch, "", (), error=text, rank=rank)
 
     def save(self) -> Saved:
-        """A checkpoint of all ranks."""
-        if self.ours:
+        """Saves a checkpoint of all ranks.
+
+        Raises:
+            EOFError: If the loader has no state between two epochs.
+        """
+        if self.is_midstream:
             states = []
             for loader in self.loaders:
                 state = loader.state_dict()
@@ -367,16 +384,16 @@ class Session:
 
     @property
     def stuck(self) -> bool:
-        """Whether nothing but errors comes."""
+        """Whether the loader raises errors only."""
         return self._errors > _SAME_ERRORS
 
     @property
     def stream(self) -> bool:
-        """Ours: whether the order holds only until the first lane has drained."""
+        """Whether a midstream pipeline is a stream, ordered until its first lane has drained."""
         return not self.loaders[0].run.pipeline.random_access
 
     def lanes(self) -> tuple[int, bool]:
-        """Ours: the number of lanes, and whether any of them has drained."""
+        """Returns the number of lanes of midstream's loaders, and whether any lane has drained."""
         run_state = parse(merge_states([loader.state_dict() for loader in self.loaders]))
         drained = any(
             lane is not None and lane.get("lane", {}).get("done")
@@ -385,7 +402,7 @@ class Session:
         return run_state.num_lanes, drained
 
     def close(self) -> None:
-        """End the workers."""
+        """Shuts the loaders down."""
         self._iterators = None
         for loader in self.loaders:
             for name in ("close", "shutdown"):
@@ -402,10 +419,10 @@ def _start(batch: Any, key: Callable[[Any], Any] | None) -> str:
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:
-    """What trainers do for loaders that do not count epochs themselves."""
+    """Sets the epoch as trainers do, for loaders that do not count epochs themselves."""
     if hasattr(loader, "set_epoch"):
         loader.set_epoch(epoch)
     elif type(loader).__module__.partition(".")[0] in ("torch", "torchdata", "midstream"):
-        part = getattr(loader, "dataset", None)
-        if part is not None and hasattr(part, "set_epoch"):
-            part.set_epoch(epoch)
+        dataset = getattr(loader, "dataset", None)
+        if dataset is not None and hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)

@@ -1,7 +1,8 @@
-"""The laws that every dataset of midstream obeys: a node or source of your own has to obey them too.
+"""`check_dataset`: the laws that every dataset obeys, also with nodes and sources of your own.
 
-Each law is a function that takes something that makes the dataset, and raises `LawError` where it
-is broken. Our own tests run them on every node and source; `check_dataset` runs them on yours.
+Each law is a function that takes a function that makes the dataset, and raises `LawError` if the
+dataset breaks it. midstream's tests run them on every node and source; `check_dataset` runs them on
+yours.
 """
 
 from __future__ import annotations
@@ -36,48 +37,51 @@ Make = Callable[[], Dataset]
 Where = tuple[int, int]
 
 LANES: tuple[Where, ...] = ((0, 1), (1, 3))
-"""Where the laws of one lane are tried: alone, and as one of three."""
+"""The lanes on which the laws of one lane are tried: the only one, and one of three."""
 
 
 class LawError(AssertionError):
-    """A dataset breaks a law."""
+    """Raised if a dataset breaks a law."""
 
 
 def run(ds: Dataset, lane: Where = (0, 1), epoch: int = 0) -> SingleLaneIterator:
-    """The samples of one lane."""
+    """Returns an iterator over the samples of one lane."""
     return SingleLaneIterator(ds.node, lane[0], lane[1], epoch)
 
 
 def rest(iterator: Iterator[Any]) -> list[Any]:
-    """All that comes, as plain values."""
+    """Returns all remaining samples as plain values."""
     return [plain(sample) for sample in iterator]
 
 
 def through_json(state: Any) -> Any:
-    """A state as a checkpoint file returns it."""
+    """Returns a state as it is after it was written to a file and read."""
     return json.loads(json.dumps(state))
 
 
-def _hold(condition: bool, text: str) -> None:
+def _require(condition: bool, text: str) -> None:
     if not condition:
         raise LawError(text)
 
 
-def _same(found: list[Any], expected: list[Any], what: str) -> None:
+def _same(found: list[Any], expected: list[Any], title: str) -> None:
     if found == expected:
         return
-    at = next(
+    index = next(
         (i for i, (a, b) in enumerate(zip(found, expected)) if a != b),
         min(len(found), len(expected)),
     )
-    words = [f"{items[at]!r:.120}" if at < len(items) else "the end" for items in (expected, found)]
+    texts = [
+        f"{samples[index]!r:.120}" if index < len(samples) else "the end"
+        for samples in (expected, found)
+    ]
     raise LawError(
-        f"{what}: sample {at + 1} after it differs: expected {words[0]}, found {words[1]}"
+        f"{title}: sample {index + 1} after it differs: expected {texts[0]}, found {texts[1]}"
     )
 
 
 def states_along(ds: Dataset, lane: Where = (0, 1)) -> tuple[list[Any], list[Any]]:
-    """All samples of a lane, and the state before the first and after each."""
+    """Returns all samples of a lane, and the states before the first and after each."""
     whole = run(ds, lane)
     samples, states = [], [through_json(whole.state_dict())]
     for sample in whole:
@@ -90,7 +94,7 @@ def same_description_same_samples(make: Make) -> None:
     """The same description yields the same samples, each time it is read."""
     ds = make()
     first = rest(iter(ds))
-    _hold(bool(first), "the dataset is empty, so nothing can be tried")
+    _require(bool(first), "the dataset is empty, so nothing can be checked")
     _same(rest(iter(ds)), first, "read once more")
     _same(rest(iter(make())), first, "made and read once more")
 
@@ -98,7 +102,7 @@ def same_description_same_samples(make: Make) -> None:
 def restore_at_every_step(make: Make, lane: Where = (0, 1)) -> None:
     """A run restored at any step continues identically."""
     samples, states = states_along(make(), lane)
-    _hold(bool(samples), f"lane {lane[0]} of {lane[1]} is empty")
+    _require(bool(samples), f"lane {lane[0]} of {lane[1]} is empty")
     for step, state in enumerate(states):
         resumed = run(make(), lane)
         resumed.load_state_dict(state)
@@ -179,12 +183,12 @@ def load_then_state_is_the_state(make: Make) -> None:
     resumed = run(make())
     resumed.load_state_dict(state)
     for text in ("right after a load", "asked again"):
-        _hold(
+        _require(
             resumed.state_dict() == state,
             f"{text}: expected {state!r:.200}, found {resumed.state_dict()!r:.200}",
         )
     whole.load_state_dict(state)  # onto an iterator that is running
-    _hold(
+    _require(
         whole.state_dict() == state,
         f"loaded while running: expected {state!r:.200}, found {whole.state_dict()!r:.200}",
     )
@@ -200,7 +204,7 @@ def loading_goes_back(make: Make) -> None:
 
 
 def plain_types(value: Any) -> bool:
-    """Whether a value is what JSON has."""
+    """Whether a value consists of plain JSON types."""
     if isinstance(value, dict):
         return all(type(key) is str and plain_types(item) for key, item in value.items())
     if isinstance(value, list):
@@ -215,37 +219,39 @@ def state_is_plain_and_shares_nothing(make: Make) -> None:
     kept = []
     for _, _ in zip(range(12), whole):
         state = whole.state_dict()
-        _hold(plain_types(state), f"the state has other than plain JSON values: {state!r:.300}")
-        _hold(set(state) == keys, f"the state's keys change: {sorted(keys)}, then {sorted(state)}")
+        _require(plain_types(state), f"the state has other than plain JSON values: {state!r:.300}")
+        _require(
+            set(state) == keys, f"the state's keys change: {sorted(keys)}, then {sorted(state)}"
+        )
         kept.append((state, json.dumps(state)))
-        _scribble(whole.state_dict())  # what the caller does with a state is the caller's affair
-    _hold(
+        _overwrite(whole.state_dict())  # a caller may change the state it was given
+    _require(
         all(json.dumps(state) == text for state, text in kept),
         "a state changed after it was handed out",
     )
     _same(rest(whole), rest(run(make()))[12:], "states were written over by the caller")
 
 
-def _scribble(value: Any) -> None:
+def _overwrite(value: Any) -> None:
     if isinstance(value, dict):
         for item in value.values():
-            _scribble(item)
+            _overwrite(item)
         value.clear()
     elif isinstance(value, list):
         for item in value:
-            _scribble(item)
+            _overwrite(item)
         value.clear()
 
 
 def state_is_small(make: Make) -> None:
     """A state is at most 300 bytes over random access, 1 KB and 64 bytes per source for a stream."""
     ds = make()
-    bound = 300 if ds.random_access else 1024 + 64 * len(bind(ds.node).names)
+    limit = 300 if ds.random_access else 1024 + 64 * len(bind(ds.node).names)
     whole = run(ds)
     largest = max(len(json.dumps(whole.state_dict(), separators=(",", ":"))) for _ in whole)
-    _hold(
-        largest <= bound,
-        f"a state of {largest} bytes, and the bound is {bound}: positions belong in it, no data",
+    _require(
+        largest <= limit,
+        f"a state of {largest} bytes, and the limit is {limit}: positions belong in it, no data",
     )
 
 
@@ -259,10 +265,12 @@ def state_does_not_grow(make: Make) -> None:
         part.load_state_dict(state)
         next(part, None)
         state = part.state_dict()
-        _hold(set(state) == keys, f"the state's keys change: {sorted(keys)}, then {sorted(state)}")
+        _require(
+            set(state) == keys, f"the state's keys change: {sorted(keys)}, then {sorted(state)}"
+        )
         sizes.append(len(json.dumps(state)))
     # More digits, no more entries.
-    _hold(
+    _require(
         max(sizes[30:]) <= max(sizes[:30]) + 40,
         f"from {max(sizes[:30])} to {max(sizes[30:])} bytes",
     )
@@ -272,7 +280,7 @@ def pickling_keeps_everything(make: Make) -> None:
     """Description and state survive pickling."""
     ds = make()
     copy = pickle.loads(pickle.dumps(ds))
-    _hold(copy == ds and hash(copy) == hash(ds), "the unpickled dataset is another one")
+    _require(copy == ds and hash(copy) == hash(ds), "the unpickled dataset is another one")
     _same(rest(iter(copy)), rest(iter(ds)), "unpickled")
     whole = run(ds)
     next(whole)
@@ -283,16 +291,16 @@ def pickling_keeps_everything(make: Make) -> None:
 
 
 def items(ds: Dataset, lane: Where = (0, 1), epoch: int = 0) -> list[tuple[Any, list[ms.Origin]]]:
-    """The samples of a lane, each with the rows it was made of."""
+    """Returns the samples of a lane, each with the origins of the rows it was made of."""
     bound = bind(ds.node)
-    delivery = LaneOutput(bound, Lane(*lane, 1, Ledger()), int(epoch_key(epoch)[0]), epoch)
+    output = LaneOutput(bound, Lane(*lane, 1, Ledger()), int(epoch_key(epoch)[0]), epoch)
     out: list[tuple[Any, list[ms.Origin]]] = []
     while True:
         try:
-            sample, origins = delivery.next()
+            sample, origins = output.next()
         except StopIteration:
             return out
-        _hold(not isinstance(sample, SampleFailure), f"user code failed: {sample}")
+        _require(not isinstance(sample, SampleFailure), f"user code failed: {sample}")
         out.append((sample, [bound.origin(origin) for origin in as_origin_array(origins).tolist()]))
 
 
@@ -301,10 +309,10 @@ def no_origin_comes_twice(make: Make) -> None:
     both: Counter[ms.Origin] = Counter()
     for epoch in (0, 1):
         for sample, origins in items(make(), epoch=epoch):
-            _hold(bool(origins), f"a sample has no origin: {plain(sample)!r:.100}")
+            _require(bool(origins), f"a sample has no origin: {plain(sample)!r:.100}")
             both.update(origins)
     twice = [str(origin) for origin, count in both.items() if count > 1]
-    _hold(not twice, f"origins that came more than once in two epochs: {twice[:5]}")
+    _require(not twice, f"origins that came more than once in two epochs: {twice[:5]}")
 
 
 def looking_changes_nothing(make: Make) -> None:
@@ -332,14 +340,14 @@ def looking_changes_nothing(make: Make) -> None:
 def global_generators_are_untouched(make: Make) -> None:
     """The global generators of torch, numpy and random are not drawn from."""
 
-    def look() -> list[Any]:
+    def states() -> list[Any]:
         return [
             torch.get_rng_state().tolist(),
             random.getstate(),
             pickle.dumps(np.random.get_state(legacy=False)),
         ]
 
-    before = look()
+    before = states()
     ds = make()
     whole = run(ds)
     for _ in zip(range(20), whole):
@@ -347,8 +355,8 @@ def global_generators_are_untouched(make: Make) -> None:
     loader = ms.DataLoader(ds, lanes=12)
     for _ in zip(range(3), loader):
         loader.state_dict()
-    for name, one, other in zip(("torch", "random", "numpy"), before, look()):
-        _hold(
+    for name, one, other in zip(("torch", "random", "numpy"), before, states()):
+        _require(
             one == other,
             f"the global generator of {name} was drawn from: draw from a generator keyed by the row"
             " (map's with_rng=True)",
@@ -364,19 +372,17 @@ def every_lane_has_its_own(make: Make, num_lanes: int = 3) -> None:
         for origin in origins
     )
     twice = [str(origin) for origin, count in seen.items() if count > 1]
-    _hold(not twice, f"origins that came more than once over {num_lanes} lanes: {twice[:5]}")
+    _require(not twice, f"origins that came more than once over {num_lanes} lanes: {twice[:5]}")
 
 
 def rows_are_the_stream(make: Make) -> None:
-    """Random access: the rows at any positions are those of the stream, and the length is how many
-    there are.
-    """
+    """Random access: rows at any positions are those of the stream, and the length is their number."""
     ds = make()
     if not ds.random_access:
         return
     samples = rest(iter(ds))
     length = len(ds)
-    _hold(length == len(samples), f"len() is {length}, and {len(samples)} samples come")
+    _require(length == len(samples), f"len() is {length}, and {len(samples)} samples come")
     order = random.Random(0).sample(range(length), length)
     for size in (1, 3, length):
         for start in range(0, length, size):
@@ -407,28 +413,32 @@ LAWS: tuple[Callable[..., None], ...] = (
     every_lane_has_its_own,
     rows_are_the_stream,
 )
-"""All of them. Those with a ``lane`` are tried alone and as one lane of three."""
+"""All laws. Those with a parameter ``lane`` are tried on every lane of `LANES`."""
 
 _MOST = 400
+"""Largest number of samples of a dataset that is checked."""
 
 
 def check_dataset(
     dataset: Dataset | Make, *, replay: int | None = None, raises: bool = True
 ) -> list[str]:
-    """Run all laws on a dataset: for whoever writes a node or source. Takes seconds for a hundred samples.
+    """Checks a dataset against all laws, to test a node or source of your own.
+
+    It takes seconds for a hundred samples.
 
     Args:
-        dataset: Of 10 to 400 samples, with an end; or a function that makes it anew each time.
-        replay: Source rows that a resume reads again at most, as your node states it: then that is
-            tried too.
-        raises: Whether a broken law is an error.
+        dataset: A finite dataset of 10 to 400 samples; or a function that makes it anew each time.
+        replay: Largest number of source rows that a resume reads again, as your node states it.
+            Given, it is checked too.
+        raises: Whether to raise an error if a law is broken.
 
     Returns:
-        What is broken, a text each; empty when nothing is.
+        A text for each broken law; empty if none is.
 
     Raises:
-        LawError: If ``raises`` and a law is broken; names all that are.
-        ValueError: If the dataset has too many samples to be tried at every one, or no end.
+        LawError: If ``raises`` and a law is broken; names all broken laws.
+        TypeError: If ``dataset`` is not a dataset and makes none.
+        ValueError: If the dataset is infinite, or has too many samples to stop at every one.
 
     >>> import midstream as ms
     >>> from midstream.testing import check_dataset
@@ -452,8 +462,8 @@ def check_dataset(
         )
     if first.node.infinite or len(list(islice(iter(first), _MOST + 1))) > _MOST:
         raise ValueError(
-            f"every law is tried at every sample: give at most {_MOST}, with .take(100)"
-            f" say\n{first!r}"
+            f"every law is checked at every sample: give at most {_MOST} samples, for example with"
+            f" .take(100)\n{first!r}"
         )
     broken = []
     laws = [
@@ -471,7 +481,7 @@ def check_dataset(
             title = (law.__doc__ or law.__name__).strip().splitlines()[0]
             text = str(error) if isinstance(error, LawError) else f"{type(error).__name__}: {error}"
             broken.append(f"{title} {text}")
-    # A cursor reads up to as much again ahead.
+    # A cursor may read as many rows again in advance.
     if replay is not None and (read := rows_read_again(make)) > 2 * (replay + 16):
         broken.append(
             f"A resume reads at most {replay} source rows again. It read {read}, those read ahead"
@@ -483,7 +493,7 @@ def check_dataset(
 
 
 def rows_read_again(make: Make) -> int:
-    """Source rows that a resume reads before its first sample, at most, in one lane."""
+    """Returns the largest number of source rows that a resume reads before its first sample."""
     _, states = states_along(make())
     most = 0
     for state in states[:: max(1, len(states) // 16)]:

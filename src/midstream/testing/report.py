@@ -1,4 +1,4 @@
-"""What a check found: told in words, as a table, as plain data."""
+"""Compares a resumed run with the uninterrupted one, and reports the result."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from midstream.common.tables import column_sides, rich_table, table_lines
 from midstream.testing.content import some
 from midstream.testing.drivers import Item
 
@@ -27,17 +28,17 @@ _NAMED = 20
 
 @dataclass(frozen=True)
 class Difference:
-    """The first place where a resumed run is not the run that was left alone, and what it makes of the samples.
+    """The first difference between a resumed and the uninterrupted run, and the samples it cost.
 
     Attributes:
-        place: Where it was resumed, and how many batches later.
-        expected: The batch of the run that was left alone.
-        found: That of the resumed one.
-        repeated: Names of samples that came more often than they should (the first ones).
-        lost: Names of samples that did not come.
-        num_repeated: How many those are.
-        num_lost: How many those are.
-        to_the_end: Whether ``lost`` is to the end of an epoch; else to the end of what was read.
+        place: The cut from which the run was resumed, and the number of the batch.
+        expected: The batch of the uninterrupted run.
+        found: The batch of the resumed run.
+        repeated: Names of the first samples that were handed out too often.
+        lost: Names of the first samples that were not handed out.
+        num_repeated: Number of all repeated samples.
+        num_lost: Number of all lost samples.
+        to_the_end: Whether ``lost`` counts to the end of an epoch; else to the last batch read.
     """
 
     place: str
@@ -50,7 +51,7 @@ class Difference:
     to_the_end: bool = True
 
     def lines(self) -> list[str]:
-        """In words."""
+        """Returns the difference as lines of text."""
         lines = [
             f"{self.place}: expected {self.expected}",
             f"{' ' * len(self.place)}     found {self.found}",
@@ -61,27 +62,29 @@ class Difference:
             until = "" if self.to_the_end else " (in what was read)"
             lines.append(f"  lost {self.num_lost}{until}: {some(self.lost)}")
         if not self.num_repeated and not self.num_lost:
-            lines.append("  no sample is lost or repeated: the order or the content is another")
+            lines.append("  no sample is lost or repeated: the order or the content differs")
         return lines
 
 
 @dataclass
 class Check:
-    """One thing that was tried, at several cuts.
+    """One property that was checked at several cuts.
 
     Attributes:
-        name: What.
+        name: The property.
         saved: Ranks and workers of the run that saved.
-        resumed: Of the run that went on.
-        required: Whether it counts. What nobody promised (a foreign loader on another number of
-            workers) does not.
-        cuts: Places at which it was tried.
-        of: Places there are.
-        wrong: Cuts at which the outcome was not exact.
-        outcome: The worst.
-        difference: The first.
-        text: Of the error, where it was refused or failed; else a remark.
-        seconds: What it took.
+        resumed: Ranks and workers of the run that resumed.
+        required: Whether it counts for the verdict. Resuming a foreign loader on another number of
+            workers does not, because it is not promised.
+        cuts: Number of cuts that were tried.
+        of: Number of cuts that there are.
+        wrong: Number of cuts at which the outcome was not exact.
+        outcome: The worst outcome.
+        difference: The first difference.
+        text: The error, if a resume was refused or failed; else a remark.
+        seconds: Time that the check took.
+        most_lost: Largest number of samples lost at one cut.
+        most_repeated: Largest number of samples repeated at one cut.
     """
 
     name: str
@@ -102,11 +105,11 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was wrong."""
+        """Whether the outcome is exact, or the check was not run."""
         return self.outcome in ("exact", "once", "not run")
 
     def note(self, outcome: Outcome, difference: Difference | None = None, text: str = "") -> None:
-        """Count the outcome at one cut."""
+        """Adds the outcome at one cut."""
         self.cuts += 1
         self.wrong += outcome not in ("exact", "once")
         if difference is not None:
@@ -119,7 +122,7 @@ class Check:
             self.difference = difference
 
     def verdict(self) -> str:
-        """The outcome in words."""
+        """Returns the outcome in words."""
         text = _WORDS[self.outcome]
         if self.outcome in ("differs", "refused", "failed") and self.of > 1:
             text += f" at {self.wrong} of {self.cuts}"
@@ -145,21 +148,25 @@ class ResumeError(AssertionError):
 
 @dataclass
 class ResumeReport:
-    """What `check_resume` found. ``print(report)``; a table with colours where rich is installed: ``report.show()``.
+    """The result of `check_resume`.
+
+    Show it with ``print(report)``, or with ``report.show()``, which prints colours if rich is
+    installed.
 
     Attributes:
-        target: What was checked.
+        target: Name of the pipeline or loader.
         kind: ``"midstream"``, or the type of a foreign loader.
-        checks: What was tried.
-        batches: Batches of the run that was left alone.
-        samples: Samples in them.
-        epochs: Epochs that were read to their end.
-        state_bytes: Size of the largest checkpoint, over all ranks, a pipeline's spec aside.
+        checks: The checks, in the order in which they ran.
+        batches: Number of batches of the uninterrupted run.
+        samples: Number of samples in them.
+        epochs: Number of epochs that were read to their end.
+        state_bytes: Size of the largest checkpoint, over all ranks, without the pipeline's spec.
         first_batch_seconds: Longest time from making a loader to its first batch after a resume,
             without workers.
-        replayed_rows: Source rows that a resume read again, at most; None for foreign loaders.
-        notes: What could not be tried, and why.
-        seconds: What all of it took.
+        replayed_rows: Largest number of source rows that a resume read again; None for foreign
+            loaders.
+        notes: Checks that could not be run, and why.
+        seconds: Time that all checks took.
     """
 
     target: str
@@ -176,25 +183,25 @@ class ResumeReport:
 
     @property
     def exact(self) -> bool:
-        """Whether everything that counts passed."""
+        """Whether all required checks passed."""
         return all(check.passed for check in self.checks if check.required)
 
     @property
     def first(self) -> Check | None:
-        """The first check that counts and did not pass."""
+        """The first required check that did not pass."""
         return next((check for check in self.checks if check.required and not check.passed), None)
 
     def raise_for_difference(self) -> None:
-        """Raise `ResumeError` unless all is exact."""
+        """Raises `ResumeError` unless the report is exact."""
         if not self.exact:
             raise ResumeError(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as ``json`` takes them."""
+        """Returns plain values that ``json`` can write."""
         return {"exact": self.exact, **asdict(self)}
 
     def rows(self) -> list[list[str]]:
-        """The table as text: a header, then one row per check."""
+        """Returns the table as text: a header, then one row per check."""
         table = [["ranks × workers", "saved", "resumed", "cuts", "outcome"]]
         last = ""
         for check in self.checks:
@@ -213,7 +220,7 @@ class ResumeReport:
         return table
 
     def headline(self) -> str:
-        """The verdict in a line."""
+        """Returns the verdict as one line."""
         where = (
             f"{self.batches} batches, {self.samples} samples, {self.epochs} whole"
             f" epoch{'s' * (self.epochs != 1)}"
@@ -224,7 +231,7 @@ class ResumeReport:
         )
 
     def costs(self) -> str:
-        """State and replay in a line."""
+        """Returns the costs of a resume as one line: state, first batch and rows read again."""
         first = f"{1000 * self.first_batch_seconds:.0f} ms"
         text = (
             f"state {self.state_bytes:,} bytes at most; first batch after a resume within {first}"
@@ -234,7 +241,7 @@ class ResumeReport:
         return text
 
     def details(self) -> list[str]:
-        """The first difference of each check that has one, and the notes."""
+        """Returns the first difference of each failed check, and the notes, as lines."""
         lines = []
         for check in self.checks:
             if check.passed:
@@ -252,26 +259,16 @@ class ResumeReport:
         return [*lines, *(f"note: {note}" for note in self.notes)]
 
     def __str__(self) -> str:
-        table = self.rows()
-        widths = [max(len(row[column]) for row in table) for column in range(5)]
-        lines = [self.headline(), f"  {self.costs()}"]
-        for row in table:
-            cells = "  ".join(cell.ljust(width) for cell, width in zip(row, widths))
-            lines.append(f"  {cells}".rstrip())
-        return "\n".join([*lines, *self.details()])
+        table = (f"  {line}" for line in table_lines(self.rows(), left=5))
+        return "\n".join([self.headline(), f"  {self.costs()}", *table, *self.details()])
 
     def __rich__(self) -> Any:
-        """As rich shows it."""
+        """Returns the report as rich prints it."""
         from rich.console import Group
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         header, *rows = self.rows()
-        for column in header:
-            table.add_column(
-                column, justify="right" if column == "cuts" else "left", overflow="fold"
-            )
+        table = rich_table(header, column_sides(len(header), left=3, last=True))
         for row, check in zip(rows, self.checks):
             style = "green" if check.passed else "bold red" if check.required else "yellow"
             table.add_row(*(Text(cell) for cell in row[:-1]), Text(row[-1], style=style))
@@ -282,7 +279,7 @@ class ResumeReport:
         )
 
     def show(self) -> None:
-        """Print it, with colours where rich is installed."""
+        """Prints the report, with colours if rich is installed."""
         try:
             from rich.console import Console
         except ImportError:
@@ -297,76 +294,100 @@ def compare(
     found: Sequence[Item],
     place: str,
     *,
-    over: bool,
+    finished: bool,
     by_rank: bool = False,
     ordered: dict[int, int] | None = None,
     slack: int = 0,
 ) -> tuple[Outcome, Difference | None]:
-    """Set what a resumed run handed out against the rest of the run that was left alone.
+    """Compares a resumed run with the rest of the uninterrupted run.
 
     Args:
-        before: What was handed out before the cut.
-        expected: The rest.
-        found: What the resumed run handed out.
-        place: Where the cut is, in words.
-        over: Whether both were read to the end of all epochs.
-        by_rank: Compare every rank by itself.
-        ordered: For every epoch, so many of its items come in the promised order, those after them
-            in any; an epoch that is not there is ordered to its end. None: all of them are.
-        slack: So many batches at the end of an epoch may be missing or there in addition.
+        before: Items of the uninterrupted run before the cut.
+        expected: Its items after the cut.
+        found: Items of the resumed run.
+        place: Name of the cut.
+        finished: Whether both were read to the end of all epochs.
+        by_rank: Whether to compare every rank by itself.
+        ordered: For every epoch, the number of items that must come in the same order; the items
+            after them may come in any. An epoch that is missing is ordered to its end. None: all
+            epochs are.
+        slack: Number of batches at the end of an epoch that may be missing or be added.
+
+    Returns:
+        The outcome, and the first difference if there is one.
     """
     if by_rank:
         for rank in sorted({item.rank for item in (*expected, *found)}):
             one, two, three = (
                 [item for item in items if item.rank == rank] for items in (before, expected, found)
             )
-            of_rank, difference = compare(one, two, three, f"{place}, rank {rank}", over=over)
-            if of_rank != "exact":
-                return of_rank, difference
+            outcome, difference = compare(
+                one, two, three, f"{place}, rank {rank}", finished=finished
+            )
+            if outcome != "exact":
+                return outcome, difference
         return "exact", None
-    if not over and ordered is None:
-        found = found[
-            : len(expected)
-        ]  # what comes after is known of neither, the end of an epoch there included
+    if not finished and ordered is None:
+        # Items beyond the last expected one cannot be compared, nor can the end of an epoch there.
+        found = found[: len(expected)]
     epochs = sorted({item.epoch for item in (*expected, *found)})
-    outcome: Outcome = "exact"
-    at = 0
+    worst: Outcome = "exact"
+    batches = 0
     for epoch in epochs:
         earlier, rest, came = (
-            [i for i in items if i.epoch == epoch] for items in (before, expected, found)
+            [item for item in items if item.epoch == epoch] for items in (before, expected, found)
         )
-        last = epoch == epochs[-1] and not over
-        if slack and not last and abs(len(rest) - len(came)) <= slack:
+        open_end = epoch == epochs[-1] and not finished
+        if not open_end and abs(len(rest) - len(came)) <= slack:
             size = min(len(rest), len(came))
             rest, came = rest[:size], came[:size]
-        if last:
-            size = min(len(rest), len(came))  # both end where reading was stopped
-            short = len(came) < len(rest)
-            came = came[: len(rest)]
-        else:
-            size, short = max(len(rest), len(came)), False
-        limit = (
-            size
-            if ordered is None or epoch not in ordered
-            else max(0, ordered[epoch] - len(earlier))
+        in_order = (
+            None if ordered is None or epoch not in ordered else ordered[epoch] - len(earlier)
         )
-        wrong = next((i for i in range(min(size, limit)) if not _same_at(rest, came, i)), None)
-        if wrong is None and limit < size:
-            if last:
-                continue  # what comes in any order cannot be told from what comes later
-            if _counts(rest) == _counts(came):
-                in_order = len(rest) == len(came) and all(a.same(b) for a, b in zip(rest, came))
-                outcome = outcome if in_order else "once"
-            else:
-                wrong = next(i for i in range(size) if not _same_at(rest, came, i))
-        if wrong is None and short:
-            wrong = size
+        outcome, wrong = _compare_epoch(rest, came, open_end, in_order)
         if wrong is not None:
+            title = f"{place}, batch {batches + wrong + 1}"
             return "differs", _difference(
-                earlier, rest, came, wrong, f"{place}, batch {at + wrong + 1}", to_the_end=not last
+                earlier,
+                rest,
+                came[: len(rest)] if open_end else came,
+                wrong,
+                title,
+                to_the_end=not open_end,
             )
-        at += len(rest)
-    return outcome, None
+        if outcome == "once":
+            worst = outcome
+        batches += len(rest)
+    return worst, None
+
+
+def _compare_epoch(
+    rest: Sequence[Item], came: Sequence[Item], open_end: bool, in_order: int | None
+) -> tuple[Outcome, int | None]:
+    """Compares the items of one epoch.
+
+    Args:
+        rest: The expected items.
+        came: The items of the resumed run.
+        open_end: Whether reading stopped inside the epoch, so that items may follow.
+        in_order: Number of items that must come in the same order; None: all.
+
+    Returns:
+        The outcome, and the index of the first item that differs.
+    """
+    size = min(len(rest), len(came)) if open_end else max(len(rest), len(came))
+    limit = size if in_order is None else min(size, max(0, in_order))
+    wrong = next((i for i in range(limit) if not _same_at(rest, came, i)), None)
+    if wrong is not None:
+        return "differs", wrong
+    if limit == size:
+        return ("differs", size) if open_end and len(came) < len(rest) else ("exact", None)
+    if open_end:
+        return "exact", None  # items in any order cannot be distinguished from later ones
+    if _counts(rest) != _counts(came):
+        return "differs", next(i for i in range(size) if not _same_at(rest, came, i))
+    same = len(rest) == len(came) and all(a.same(b) for a, b in zip(rest, came))
+    return ("exact" if same else "once"), None
 
 
 def _same_at(rest: Sequence[Item], came: Sequence[Item], index: int) -> bool:

@@ -1,4 +1,4 @@
-"""`check_resume`: whether a pipeline or loader, yours, goes on exactly where it was stopped."""
+"""`check_resume`: whether a pipeline or loader resumes exactly where it was stopped."""
 
 from __future__ import annotations
 
@@ -27,47 +27,47 @@ def check_resume(
     raises: bool = True,
     progress: bool | None = None,
 ) -> ResumeReport:
-    """Prove that a pipeline or loader resumes exactly, or name the first sample that says otherwise.
+    """Checks that a pipeline or loader resumes exactly; else reports the first sample that differs.
 
-    It is read once and left alone. Then it is stopped at every batch, at the ends of epochs, again
-    and again, and killed by SIGKILL in processes of its own; each time it is made anew, given the
-    checkpoint, and must hand out the rest: the same samples in the same order, with the same
-    content. For a midstream pipeline also on every other number of workers and ranks that is named
-    here.
+    The target is read once without interruption. Then it is stopped at every batch, at the ends of
+    epochs, many times in a row, and killed by SIGKILL in child processes. Each time it is made
+    anew, loads the checkpoint, and must hand out the rest: the same samples in the same order, with
+    the same content. A midstream pipeline is also resumed on every other number of workers and
+    ranks that is given.
 
     Any other loader with ``state_dict`` and ``load_state_dict``, or an iterator with ``get_state``
-    and ``set_state``, can be checked too. Its samples are known by their content alone, so they had
-    better differ. On another number of workers it is tried as well, which is shown and does not
-    count, for nobody promised it.
+    and ``set_state``, can be checked too. Its samples are known by their content alone, so they
+    should differ from each other. It is also resumed on other numbers of workers; the result is
+    shown but does not count, because such loaders do not promise it.
 
     Args:
         target: A dataset; a function without arguments that returns one; or a function that returns
-            a loader and takes any of ``num_workers``, ``rank`` and ``world_size`` by keyword. For
-            the kills it has to be picklable.
+            a loader and takes any of ``num_workers``, ``rank`` and ``world_size`` by keyword. It
+            must be picklable if processes are killed.
         workers: Numbers of worker processes.
         ranks: Numbers of ranks, all run in this process.
-        steps: How many batches are read, over all ranks; left out, 48, or three from every lane of
-            your own loader of a stream. To see the end of an epoch there, check with little data:
-            the pipeline is the same.
-        epochs: How many epochs are read at most.
-        kill: Whether processes are killed.
+        steps: Number of batches to read, over all ranks. By default 48, or three from every lane
+            if the target is a midstream loader of a stream. To check the end of an epoch of a
+            stream, give the pipeline little data.
+        epochs: Largest number of epochs to read.
+        kill: Whether to kill processes.
         batch_size: For datasets that do not end in ``.batch``.
-        expected: The samples of an epoch in any order, where they are known: then what never comes
-            is noticed too.
-        key: Names a sample of a foreign loader, and of ``expected``; by default its content does.
-        seconds: About how long it may take; where there is not enough time for all cuts they are
-            spread out, and the report says how many there were. None: all cuts.
-        raises: Whether anything that is not exact is an error.
-        progress: Whether to show how far it is; by default where there is a terminal, after a
-            second.
+        expected: The samples of an epoch in any order, if they are known. Then samples that are
+            never handed out are noticed too.
+        key: Function that names a sample of a foreign loader, and of ``expected``; by default
+            samples are named by their content.
+        seconds: About how long it may take. If there is not enough time for all cuts, fewer are
+            tried, spread over the run, and the report says how many. None: all cuts.
+        raises: Whether to raise an error if anything is not exact.
+        progress: Whether to show progress; by default if there is a terminal, after a second.
 
     Returns:
-        What was tried and found.
+        A report of all checks.
 
     Raises:
         ResumeError: If ``raises`` and something is not exact.
-        TypeError: If ``target`` is nothing that can be checked.
-        ValueError: If it hands out nothing.
+        TypeError: If ``target`` cannot be checked.
+        ValueError: If it hands out nothing, or an argument is out of range.
 
     >>> import midstream as ms
     >>> from midstream.testing import check_resume
@@ -89,7 +89,7 @@ def check_resume(
             f"at least one step of one epoch is read; found steps={steps}, epochs={epochs}"
         )
     with Ticker(progress) as ticker, warnings.catch_warnings(), quiet_logs():
-        # Of the loaders that are made again and again here, and of torch about the number of cores.
+        # Warnings of the loaders made here, and of torch about the number of cores.
         warnings.simplefilter("ignore")
         plan = Plan(
             target, workers, ranks, steps, Setup(epochs, batch_size, None, key), seconds, ticker

@@ -1,4 +1,4 @@
-"""How far a check is, for whoever waits: shown after a second, gone at the end."""
+"""Shows the progress of a check on one line: after a second, and removed at the end."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ __all__ = ["Ticker"]
 
 
 class Ticker:
-    """A line that says what is being tried.
+    """A line on standard error that shows which check runs.
 
     Args:
-        shown: Whether to show it; None: where standard error is a terminal.
+        shown: Whether to show it; None: if standard error is a terminal.
     """
 
     def __init__(self, shown: bool | None = None) -> None:
         self._shown = sys.stderr.isatty() if shown is None else shown
         self._start = self._last = time.perf_counter()
-        self._what, self._batches, self._wrote = "", 0, 0
+        self._title, self._batches, self._wrote = "", 0, 0
         self._live: Any = None
 
-    def say(self, what: str) -> None:
-        """What comes now."""
-        self._what = what
+    def show(self, title: str) -> None:
+        """Shows the title of the check that begins."""
+        self._title = title
         self._draw()
 
     def tick(self) -> None:
-        """Another batch was read."""
+        """Counts another batch."""
         self._batches += 1
         if self._shown and time.perf_counter() - self._last > 0.2:
             self._draw()
@@ -38,7 +38,7 @@ class Ticker:
         if not self._shown or now - self._start < 1.0:
             return
         self._last = now
-        text = f"{self._what}: {self._batches:,} batches read, {now - self._start:.0f} s"
+        text = f"{self._title}: {self._batches:,} batches read, {now - self._start:.0f} s"
         if self._live is None:
             try:
                 from rich.console import Console
