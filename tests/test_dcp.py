@@ -265,5 +265,5 @@ def _broken(rank: int) -> str:
 @pytest.mark.slow
 def test_a_rank_that_cannot_go_on_leaves_no_other_waiting() -> None:
     first, second = run_ranks(2, _broken)
-    assert "another rank cannot go on" in first
+    assert "another rank cannot continue" in first
     assert "raised at row 20 and cannot continue" in second

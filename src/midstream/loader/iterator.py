@@ -191,7 +191,7 @@ class Pass:
         self._loud = sum(message.kind != NOTHING for _, _, message in self._ready)
         if not isinstance(error, Exception):  # Ctrl-C: a message may have been lost on its way here
             self._broken = RuntimeError(
-                "reading was interrupted. To go on:"
+                "reading was interrupted. To continue:"
                 " loader.load_state_dict(loader.state_dict()), and iterate again"
             )
         elif not isinstance(error, StopIteration):
@@ -320,7 +320,7 @@ class Pass:
                     self._refuse_empty(empty, len(found))
             if self._least < 0:
                 self._broken = WorkerError(
-                    "another rank cannot go on reading; its own error says why"
+                    "another rank cannot continue reading; its own error says why"
                 )
                 self._raise(self._broken)
         return self._least > 0
@@ -358,7 +358,7 @@ class Pass:
         if dead or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error)):
             return WorkerError(
                 f"{'; '.join(dead) or error}.\nThe position is after the last batch handed out"
-                f" (batch {self.position.steps} of epoch {self.position.epoch}). To go on from"
+                f" (batch {self.position.steps} of epoch {self.position.epoch}). To continue from"
                 " there: loader.load_state_dict(loader.state_dict()), and iterate again. A worker"
                 " killed by SIGKILL often ran out of memory; SIGBUS is a full /dev/shm."
             )

@@ -61,12 +61,12 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     """A drop-in ``torch.utils.data.DataLoader`` that resumes mid-stream, exactly.
 
     Takes a midstream dataset, or map-style data as torch does. The sequence of batches depends on
-    the dataset, its seed, the epoch, the batch size and the number of lanes; never on workers or
-    start method.
+    the dataset, its seed, the epoch, the batch size and the number of lanes. It does not depend on
+    the number of workers or how they are started.
 
-    ``state_dict()`` is legal at any time and costs microseconds; ``load_state_dict()`` takes a
-    state saved with any number of workers. Worker processes do nothing on SIGINT, SIGTERM, SIGUSR1
-    and SIGUSR2, and end with the main process. The epoch in progress is `epoch`:
+    ``state_dict()`` may be called at any time and costs microseconds. ``load_state_dict()`` takes a
+    state that was saved with any number of workers. Worker processes ignore SIGINT, SIGTERM,
+    SIGUSR1 and SIGUSR2, and end with the main process. The epoch in progress is `epoch`:
 
         for epoch in range(loader.epoch, num_epochs):
             for batch in loader:
@@ -75,31 +75,32 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     Args:
         dataset: A midstream dataset, or map-style data (with ``__len__`` and ``__getitem__``),
             which is lifted to ``from_dataset(data)``. With a ``sampler``, ``batch_sampler`` or
-            ``generator``, and for other iterables, the arguments go to torchdata's
+            ``generator``, and for other iterables, all arguments are passed to torchdata's
             ``StatefulDataLoader`` unchanged, and only its promises hold.
-        batch_size: Samples per batch; None for none. Left alone where the pipeline already ends in
-            ``.batch``.
+        batch_size: Samples per batch; None for no batches. Leave it out where the pipeline already
+            ends in ``.batch``.
         shuffle: Shuffle with the seed ``torch.initial_seed()``, which is kept in the checkpoint.
-        lanes: Into how many logical sub-streams the run is divided; fixed by the first run (48, or
-            what the sources and ranks need).
-        rank: Of this process among ``world_size``; left out, ``torch.distributed`` or the
-            environment says.
-        world_size: Number of data-parallel ranks.
-        remainder: What happens to the last batches of a sized pipeline that do not go round all
-            ranks: ``"drop"`` (counted in `progress`), ``"pad"`` (the first batches again, marked in
-            `trace`), or ``"uneven"`` (some ranks make one more).
-        strict_order: Refuse a number of ranks that does not divide the lanes of a stream, where
-            only exactly-once can be kept, not the order.
-        sync_end: End the epoch of a stream on all ranks at the same step; what is left on some is
-            in the state and comes first in the next epoch. True, or the process group of the
-            data-parallel ranks (any backend that takes CPU tensors): one all-reduce of a number
-            before each batch.
+        lanes: Number of logical sub-streams that the run is divided into. Fixed by the first run;
+            by default 48, or what the sources and ranks need.
+        rank: The data-parallel rank of this process. By default that of ``torch.distributed``, or
+            the environment variable ``RANK``.
+        world_size: Number of data-parallel ranks; likewise, ``WORLD_SIZE``.
+        remainder: What to do with the last batches of a sized pipeline, where there are not enough
+            for all ranks. ``"drop"`` leaves them out and counts them in `progress`. ``"pad"`` fills
+            up with the first batches again, marked in `trace`. ``"uneven"`` lets some ranks make
+            one batch more.
+        strict_order: Refuse a number of ranks that does not divide the lanes of a stream: every
+            sample would still come exactly once, but in another order.
+        sync_end: End the epoch of a stream on all ranks at the same step. What some ranks have left
+            is in the state and comes first in the next epoch. True, or the process group of the
+            data-parallel ranks (any backend that takes CPU tensors). Costs one all-reduce of a
+            number before each batch.
         worker_type: ``"process"``, or ``"thread"``: the ``num_workers`` readers are threads of this
-            process. Right where reading waits or works outside the GIL; see
+            process, for reading that waits or works outside the GIL; see
             `midstream.workers.threads`. Order and checkpoints are the same.
-        prefetch_factor: Batches that each worker has ready (2); up to eight times as many where
-            they are small and quickly made. With ``num_workers=0`` it may be given too: then one
-            thread reads so many ahead while the model trains.
+        prefetch_factor: Batches that each worker has ready, by default 2; up to eight times as many
+            where batches are small and quickly made. With ``num_workers=0``, one thread reads this
+            many batches ahead while the model trains.
         collate_fn, drop_last, num_workers, ...: As in torch. ``in_order=False`` is refused.
 
     Raises:
@@ -243,7 +244,11 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     # -- iterating -------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """The next batch, or the next error."""
+        """Batches of an epoch on this rank.
+
+        Raises:
+            TypeError: If only reading shows how many there are, or there is no end.
+        """
         return int(super().__len__()) if self._run is None else self._run.length()
 
     def __iter__(self) -> Any:
@@ -306,15 +311,16 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         return position, readers
 
     def start(self) -> None:
-        """Start the workers now, so that they read while the model loads; the next ``iter()`` goes on with them.
+        """Start the workers now, so that they read while the model loads.
 
-        Changes no state, and nothing of what is handed out. Does nothing while an epoch is in
-        progress, without workers, and when they are started already; a state that is loaded
-        afterwards starts others. With several ranks and a seed that they have to agree on
-        (``shuffle=True`` without a seed), all of them have to call it.
+        The next ``iter()`` uses them. Changes no state and no batch. Does nothing while an epoch is
+        in progress, without workers, or if they are started already; a state that is loaded
+        afterwards starts others. With several ranks and ``shuffle=True``, where the ranks have to
+        agree on a seed, all of them have to call it.
 
         >>> import midstream as ms
-        >>> loader = ms.DataLoader(ms.from_dataset(range(6)), batch_size=3, num_workers=1, worker_type="thread")
+        >>> data = ms.from_dataset(range(6))
+        >>> loader = ms.DataLoader(data, batch_size=3, num_workers=1, worker_type="thread")
         >>> loader.start()
         >>> [batch.tolist() for batch in loader]
         [[0, 1, 2], [3, 4, 5]]
@@ -375,17 +381,18 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
 
     @property
     def epoch(self) -> int:
-        """The epoch in progress, or the next one when none is. After the last batch of epoch e it
-        is e + 1.
+        """The epoch in progress, or the next one when none is.
+
+        After the last batch of epoch e it is e + 1.
         """
         return self._run_for("epoch").epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next ``iter()``.
 
-        A hint that may be given again and again: the epoch in progress changes nothing, a loaded
-        state that waits is kept, and after a load an earlier epoch is ignored with a warning (some
-        trainers count from 0 again).
+        A hint that may be given repeatedly. The epoch in progress changes nothing. A loaded state
+        that waits is kept. After a load an earlier epoch is ignored with a warning, because some
+        trainers count from 0 again.
         """
         if self._run is not None:
             self._run.set_epoch(epoch)
@@ -397,11 +404,13 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     # -- state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The state after the batch last handed out: plain values, fresh each time. Starts no worker.
+        """The state after the batch last handed out: plain values, fresh each time.
+
+        Starts no worker. After the last batch of epoch e it is the state before the first batch of
+        epoch e + 1.
 
         Returns:
-            See `midstream.checkpoint` for the format. After the last batch of epoch e it is the
-            state before the first of e + 1.
+            A dict in the format described in `midstream.checkpoint`.
         """
         if self._run is None:
             return super().state_dict()  # type: ignore[no-any-return]
@@ -412,11 +421,13 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         return self._run.state_dict()
 
     def state_at(self, step: int) -> dict[str, Any]:
-        """The state after batch ``step`` of the epoch last iterated (what was trained, say, where more was fetched).
+        """The state after batch ``step`` of the epoch last iterated.
+
+        For trainers that fetch more batches than they have trained.
 
         Args:
-            step: Batches of the epoch that count as done, counted like `state_dict`'s
-                ``steps_done``.
+            step: Batches of the epoch that count as done, counted like ``steps_done`` of
+                `state_dict`.
 
         Raises:
             ValueError: If it is older than the last 1,024 batches, or not reached yet.
@@ -424,20 +435,19 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         return self._run_for("state_at").state_at(step)
 
     def load_state_dict(self, state: Any, strict: bool = True) -> None:
-        """Continue from ``state`` with the next ``iter()``. An iterator that is in use is left behind.
+        """Continue from ``state`` with the next ``iter()``. Iterators in use refuse ``next()`` then.
 
         Args:
-            state: What ``state_dict()`` returned with any number of workers, a list of the states
-                of all ranks, or what `midstream.merge_states` made of them. ``{}`` changes nothing.
-                The batch size may be another one: random access continues at the position; in a
-                stream every sample still comes exactly once, in another order.
-            strict: False: go on though a mix right below the batch has other weights, new inputs
-                (which begin at their beginning) or lacks some (which are dropped). What else
-                differs is an error all the same.
+            state: A state that ``state_dict()`` returned with any number of workers; a list of the
+                states of all ranks; or these merged by `midstream.merge_states`. ``{}`` changes
+                nothing. The batch size may have changed: random access continues at the position;
+                in a stream every sample still comes exactly once, in another order.
+            strict: With False, a mix right below the batch may have other weights, new inputs
+                (read from their beginning) or fewer inputs. Other differences are still errors.
 
         Raises:
-            CheckpointError: If it is damaged, incomplete, or of another pipeline; then nothing was
-            loaded.
+            CheckpointError: If the state is damaged, incomplete, or of another pipeline. Nothing is
+                loaded then.
         """
         if self._run is None:
             super().load_state_dict(state)
@@ -457,16 +467,16 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     # -- changes ---------------------------------------------------------------------------------
 
     def set_weights(self, mix: str, weights: Mapping[str, float]) -> None:
-        """Give a mix other weights from the next batch on; what is left of a schedule no longer applies.
+        """Give a mix other weights from the next batch on, in this epoch and all that follow.
 
-        The run goes on exactly: no sample is lost or comes twice, and the state holds the change,
-        so that a checkpoint goes on with it in any topology, and `midstream.weights_history` tells
-        it. It holds for the following epochs too. Batches that workers made ahead are made again.
-        Call it on every rank, after the same step.
+        The run continues exactly: no sample is lost or comes twice. The state holds the change, so
+        that a checkpoint continues with it in any topology, and `midstream.weights_history` shows
+        it. The rest of a schedule no longer applies. Batches that workers have made ahead are made
+        again. Call it on every rank, after the same step.
 
-        Random access: the next batch over all ranks is the first by the new weights. Streams: in
-        each lane, the next sample that the mix picks; what buffers above it
-        (``shuffle(buffer_size=...)``, ``pack``) hold comes first. `state_at` and `trace` answer for
+        With random access, the next batch of all ranks is the first by the new weights. In a stream
+        it is the next sample that the mix picks in each lane; samples that nodes above it hold
+        (``shuffle(buffer_size=...)``, ``pack``) come first. `state_at` and `trace` answer only for
         the batches from here on.
 
         Args:
@@ -474,23 +484,24 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             weights: By the names of its datasets.
 
         Raises:
-            ValueError: If there is no such mix, the weights do not fit it, or it cannot be done
-                exactly here: the mix is below a global shuffle, say. Then nothing was changed.
+            ValueError: If there is no such mix, the weights do not fit it, or the change cannot be
+                exact here, for example below a global shuffle. Nothing is changed then.
         """
         self._run_for("set_weights").set_weights(mix, weights)
         self._read_anew()
 
     def skip(self, num_batches: int) -> None:
-        """Pass over the next batches: the way past a loss spike. Call it on every rank, after the same step.
+        """Pass over the next batches, for example to get past a loss spike.
 
-        They are read and not handed out: the position moves on as if they had been, into the next
-        epoch where this one ends, and the state counts them (`SourceProgress.counts`: ``skipped``
-        samples of each source, in no other number). A failure in one of them is counted, not
-        raised. Legal at any time: in a loop its next batch is the one after them; after
-        `load_state_dict` or before the first ``iter()`` the next ``iter()`` begins there.
+        Call it on every rank, after the same step. The batches are read and not handed out. The
+        position moves on as if they had been, into the next epoch where this one ends. The state
+        counts their samples as ``skipped`` (`SourceProgress.counts`) and in no other number. A
+        failure in one of them is counted, not raised. May be called at any time: in a loop, its
+        next batch is the one after them; after `load_state_dict` or before the first ``iter()``,
+        the next ``iter()`` begins there.
 
         Args:
-            num_batches: Of this rank.
+            num_batches: Batches of this rank.
 
         Raises:
             RuntimeError: If an epoch has no batch at all.
@@ -539,27 +550,27 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 self.load_state_dict(self.state_dict())
 
     def exclude(self, origins: Iterable[Any]) -> None:
-        """Leave single samples out from the next batch on: their batches get shorter, and every position stays.
+        """Leave single samples out from the next batch on. Their batches get shorter.
 
-        An origin is one pass over its source, so that the same row comes again in the next epoch.
-        The state holds them, so that a checkpoint goes on without them in any topology, and counts
-        those met (`SourceProgress.counts`: ``excluded``). Batches that workers made ahead are made
-        again. Call it on every rank, after the same step. `state_at` and `trace` answer for the
-        batches from here on.
+        All positions stay. An origin names one pass over its source: in the next epoch the same row
+        comes again. The state holds the origins, so that a checkpoint continues without them in any
+        topology, and counts those that were met (`SourceProgress.counts`: ``excluded``). Batches
+        that workers have made ahead are made again. Call it on every rank, after the same step.
+        `state_at` and `trace` answer only for the batches from here on.
 
-        Samples are what batches are made of: a row that ``pack`` made is left out as a whole, and
-        counted once, when it holds a piece that is named. A batch of which nothing is left does not
-        come; on a stream the lane's next one comes in its place.
+        A sample is an element of a batch: a row made by ``pack`` is left out as a whole, and
+        counted once, if it holds a piece that is named. A batch without any sample left does not
+        come; in a stream the next batch of the lane comes in its place.
 
         Args:
-            origins: What `trace` gave, or tuples ``(source, epoch, row)`` or ``(source, epoch, row,
-                part)``. At most 4,096 in a run, about 16 bytes each in every checkpoint.
+            origins: Origins from `trace`, or tuples ``(source, epoch, row)`` or ``(source, epoch,
+                row, part)``. At most 4,096 in a run; each takes about 16 bytes of every checkpoint.
 
         Raises:
-            ValueError: If there is no such source, they become too many, or a node above the
-                batches reads some of them again on a resume (a buffered shuffle of batches, say);
-                then nothing was changed.
-            TypeError: If something is no origin.
+            ValueError: If there is no such source, there are too many origins, or a node above the
+                batches reads some batches again on a resume (for example a buffered shuffle of
+                batches). Nothing is changed then.
+            TypeError: If an element is not an origin.
 
         >>> import midstream as ms
         >>> loader = ms.DataLoader(ms.from_dataset(range(6), name="six"), batch_size=3)
@@ -578,12 +589,15 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     # -- looking ---------------------------------------------------------------------------------
 
     def progress(self) -> Progress:
-        """How far this rank has come, per source: samples, epochs, failures, counted as delivered."""
+        """How far this rank has come, by source: samples, epochs, failures, counted as delivered."""
         self._run_for("progress")
         return progress(self.state_dict())
 
     def trace(self, step: int | None = None) -> Trace:
-        """Origins of the samples in the batch just returned, or in batch number ``step`` of the epoch (from 1).
+        """Origins of the samples in the batch just returned, or in an earlier one.
+
+        Args:
+            step: The number of the batch in the epoch, from 1.
 
         Raises:
             ValueError: If that batch is not among the last 1,024.
@@ -627,8 +641,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
 
     @property
     def _is_accelerate_prepared(self) -> bool:
-        """True: ``Accelerator.prepare`` takes the loader as it is. Whether it wants batches on the
-        device is known there.
+        """True, so that ``Accelerator.prepare`` takes the loader as it is.
+
+        It also notes whether Accelerate wants the batches on the device.
         """
         if self._run is None:
             return False
@@ -646,8 +661,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
 
     @property
     def use_stateful_dataloader(self) -> bool:
-        """False: ``Accelerator.save_state`` must not save this loader by itself, where all ranks
-        write one file.
+        """False, so that ``Accelerator.save_state`` does not save this loader by itself.
+
+        There all ranks would write one file.
         """
         asking = sys._getframe(1)
         if (

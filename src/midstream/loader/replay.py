@@ -15,7 +15,7 @@ __all__ = ["Replay", "replay"]
 
 
 class Replay:
-    """An iterator over batches; `trace` tells the origins of the one just returned.
+    """An iterator over batches. `trace` gives the origins of the batch just returned.
 
     >>> import midstream as ms
     >>> loader = ms.DataLoader(ms.from_dataset(range(8), name="eight"), batch_size=2)
@@ -69,16 +69,16 @@ def replay(
     world_size: int = 1,
     num_workers: int = 0,
 ) -> Replay:
-    """Make again exactly the batches that followed a checkpoint: to look at a loss spike, say.
+    """Make the batches that followed a checkpoint again, exactly, for example at a loss spike.
 
     Nothing of the run is touched. As in a loader, a sample that fails raises, and the next
-    ``next()`` goes on.
+    ``next()`` continues.
 
     Args:
         dataset: The pipeline, with the batch arguments it had in the loader; or the loader itself,
-            of which pipeline and batches are taken, and nothing else.
+            whose pipeline and batches are used.
         state: A loader's ``state_dict()``, a merged one, or a list of the states of all ranks.
-        num_batches: How many; goes on into the next epoch. None: those left of the epoch.
+        num_batches: How many, into the next epoch if needed. None: those left of the epoch.
         batch_size: As in the loader (left alone where a loader is given, or the pipeline ends in
             ``.batch``).
         collate_fn: The same.

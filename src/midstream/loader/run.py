@@ -369,7 +369,7 @@ class Run:
             warnings.warn(
                 f"the loader was left after batch {last.steps} of epoch {last.epoch} and is"
                 " iterated again: the epoch starts over. To begin the next one call"
-                f" loader.set_epoch({last.epoch + 1}); to go on where it was, load its"
+                f" loader.set_epoch({last.epoch + 1}); to continue where it was, load its"
                 " state_dict().",
                 UserWarning,
                 stacklevel=6,
@@ -455,7 +455,7 @@ class Run:
             lines = diff_specs(run_state.spec, describe.spec(pipeline))
             raise CheckpointError(
                 "this state was saved by another pipeline (saved →"
-                f" here):{bullet_list(lines)}\nOnly the states of all ranks together can go on"
+                f" here):{bullet_list(lines)}\nOnly the states of all ranks together can continue"
                 " with this one."
             )
         lines = adopt(run_state, pipeline, strict=strict)

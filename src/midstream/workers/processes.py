@@ -123,7 +123,7 @@ def start_processes(inner: InnerLoader) -> Any:
         if lost is None and "DataLoader worker" not in str(error):
             raise
         raise WorkerError(
-            f"{lost or error}, before it had begun to read. The position is as it was; to go on"
+            f"{lost or error}, before it had begun to read. The position is as it was; to continue"
             " from there: loader.load_state_dict(loader.state_dict()), and iterate again."
         ) from error
 

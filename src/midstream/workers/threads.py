@@ -116,7 +116,7 @@ class ThreadReaders:
             return error
         failure = WorkerError(
             f"reading thread {self._turn} was ended by {type(error).__name__}: {error}. The"
-            " position stays at the last batch handed out; to go on from there:"
+            " position stays at the last batch handed out; to continue from there:"
             " loader.load_state_dict(loader.state_dict()), and iterate again."
         )
         failure.__cause__ = error
