@@ -10,7 +10,6 @@ import numpy as np
 
 from midstream.common.plain_state import MISSING, State
 from midstream.common.validation import require_callable, require_int
-from midstream.errors import ReplayDiverged
 from midstream.nodes.collate import collate, over_columns
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import (
@@ -20,7 +19,7 @@ from midstream.pipeline.failures import (
     callable_name,
     describe_callable,
 )
-from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.iterator import Iterator, Lane, SafePoint
 from midstream.pipeline.node import BoundNode, Node, Selection, require_dataset
 from midstream.pipeline.rows import I64, U64, Item, LazyBatches, Rows, join_origins, pick
 
@@ -182,10 +181,9 @@ class Batch(Node):
 class _BatchIterator(Iterator):
     def __init__(self, node: Batch, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
         self.node, self.bound, self.lane, self.pass_ = node, bound, lane, pass_
-        self.source = iterate(bound.input, lane.widen(int(node.batch_size)), key, pass_)
+        upstream = iterate(bound.input, lane.widen(int(node.batch_size)), key, pass_)
+        self.source = SafePoint(upstream, bound.path)  # moved between two batches
         self.held: list[Item] = []
-        self.number, self.since = 0, 0
-        self.start: State = None  # the upstream state between two batches, once it was asked for
 
     def _next(self) -> Item:
         while (item := self._group()) is None:
@@ -193,29 +191,25 @@ class _BatchIterator(Iterator):
         return item
 
     def _group(self) -> Item | None:
-        """The next batch or failure; None when nothing of a batch is left."""
+        """Return the next batch or failure; None where all samples of a batch were excluded."""
         size = self.node.batch_size
         while len(self.held) < size:
-            if self.since == 0 and self.start is None:
-                self.start = self.source.snapshot()
             try:
-                item = next(self.source)
+                item = self.source.next()
             except StopIteration:
                 return self._last()
-            self.number += 1
-            self.since += 1
             if type(item[0]) is FailedSample and type(item[0].errors[0]) is not Excluded:
                 if not self.held:
-                    self.since, self.start = 0, None
+                    self.source.move()
                 return item
             self.held.append(item)
         return self._emit()
 
     def _emit(self) -> Item | None:
         held, self.held = self.held, []
-        self.since, self.start = 0, None
+        self.source.move()
         if any(type(sample) is FailedSample for sample, _ in held):
-            held = self._without(held)
+            held = self._without_excluded(held)
             if not held:
                 return None
         origins = join_origins(held)
@@ -223,8 +217,8 @@ class _BatchIterator(Iterator):
             self.bound.trail.rows(origins)
         return self.node._collate(self.bound, [sample for sample, _ in held]), origins
 
-    def _without(self, held: list[Item]) -> list[Item]:
-        """What is left when those that were left out are counted."""
+    def _without_excluded(self, held: list[Item]) -> list[Item]:
+        """Count the excluded samples and return the others."""
         counts: dict[str, int] = {}
         for sample, _ in held:
             if type(sample) is FailedSample:
@@ -232,40 +226,30 @@ class _BatchIterator(Iterator):
                 assert origin is not None
                 key = f"excluded|{self.bound.path}|{self.bound.names.index(origin.source)}"
                 counts[key] = counts.get(key, 0) + 1
-        self.lane.ledger.count(self.bound.path, self.pass_, self.number, counts)
+        self.lane.ledger.count(self.bound.path, self.pass_, self.source.number, counts)
         return [item for item in held if type(item[0]) is not FailedSample]
 
     def _last(self) -> Item | None:
-        """What is left at the end of the lane."""
+        """Return the partial batch at the end of the lane, or count it with ``drop_last``."""
         if not self.held:
             raise StopIteration
         if not self.node.drop_last:
             return self._emit()
         for source in join_origins(self.held)[:, 0].tolist():
-            self.number += 1  # one mark each
-            self.lane.ledger.dropped("dropped", self.bound.path, source, self.pass_, self.number)
-        self.held, self.since, self.start = [], 0, None
+            self.source.number += 1  # the ledger counts each number once
+            self.lane.ledger.dropped(
+                "dropped", self.bound.path, source, self.pass_, self.source.number
+            )
+        self.held = []
+        self.source.move()
         raise StopIteration
 
     def _state(self) -> State:
-        if not self.held:
-            if self.start is None:
-                self.start = self.source.snapshot()
-            return [self.number, 0, self.start]
-        return [self.number, self.since, self.start]
+        return self.source.snapshot()
 
     def _load(self, state: State) -> None:
-        number, since, self.start = state
-        self.source.load(self.start)
-        self.held, self.number, self.since = [], number, since
-        for _ in range(since):
-            try:
-                item = next(self.source)
-            except StopIteration:
-                raise ReplayDiverged(
-                    f"{self.bound.path}: the input ended before the {since} inputs of the batch in"
-                    " progress were read again; has the data changed since the checkpoint was"
-                    " saved?"
-                ) from None
-            if type(item[0]) is not FailedSample or type(item[0].errors[0]) is Excluded:
-                self.held.append(item)
+        self.held = [
+            item
+            for item in self.source.load(state)
+            if type(item[0]) is not FailedSample or type(item[0].errors[0]) is Excluded
+        ]

@@ -80,7 +80,7 @@ class FlatMap(Node):
 class _FlatMapIterator(Iterator):
     def __init__(self, node: FlatMap, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
         self.bound, self.lane, self.pass_ = bound, lane, pass_
-        self.source = SafePoint(iterate(bound.input, lane, key, pass_), _EVERY)
+        self.source = SafePoint(iterate(bound.input, lane, key, pass_), bound.path, _EVERY)
         fn = self.fn = node.fn
         self.endless = node.source.infinite
         self.call = Call(

@@ -16,7 +16,7 @@ from midstream.nodes.parts import part_origin, require_depth
 from midstream.nodes.user_function import Call, require_limit
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import ErrorRate, FailedSample, callable_name, describe_callable
-from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.iterator import Iterator, Lane, SafePoint
 from midstream.pipeline.node import BoundNode, Node, require_dataset
 from midstream.pipeline.rows import PARTS, Item, join_origins
 
@@ -96,7 +96,8 @@ class _MapBatchedIterator(Iterator):
         self, node: MapBatched, bound: BoundNode, lane: Lane, key: int, pass_: int
     ) -> None:
         self.node, self.bound, self.lane, self.pass_ = node, bound, lane, pass_
-        self.source = iterate(bound.input, lane, key, pass_)
+        # Moved between two groups.
+        self.source = SafePoint(iterate(bound.input, lane, key, pass_), bound.path)
         fn, quiet = node.fn, node.on_error != "raise"
         self.call = Call(
             bound, fn, quiet, node.max_errors, lambda samples, _: fn(samples), node.quarantine
@@ -107,9 +108,8 @@ class _MapBatchedIterator(Iterator):
 
     def _clear(self) -> None:
         """Between two groups."""
-        self.start: State = None  # the input before the group, once it was asked for
+        self.source.move()
         self.held: list[Item] = []
-        self.taken = 0
         self.made: list[Any] = []
         self.origins: Any = None
         self.part = 0
@@ -119,15 +119,12 @@ class _MapBatchedIterator(Iterator):
             if self.part < len(self.made):
                 return self._emit()
             ended = False
-            while self.taken < self.node.batch_size:
-                if self.start is None:
-                    self.start = self.source.snapshot()
+            for _ in range(self.node.batch_size - self.source.since):
                 try:
-                    item = next(self.source)
+                    item = self.source.next()
                 except StopIteration:
                     ended = True
                     break
-                self.taken += 1
                 if type(item[0]) is FailedSample:
                     return item
                 self.held.append(item)
@@ -190,41 +187,34 @@ class _MapBatchedIterator(Iterator):
             )
 
     def _state(self) -> State:
-        if self.start is None:
-            self.start = self.source.snapshot()
-        return {"source": self.start, "taken": self.taken, "part": self.part, "number": self.number}
+        _, taken, source = self.source.snapshot()
+        return {"source": source, "taken": taken, "part": self.part, "number": self.number}
 
     def _load(self, state: State) -> None:
         self._clear()
-        self.number, self.start, self.fruitless = state["number"], state["source"], 0
-        self.source.load(self.start)
-        for _ in range(state["taken"]):
-            try:
-                item = next(self.source)
-            except StopIteration:
-                raise ReplayDiverged(
-                    f"{self.bound.path}: the input ended after {self.taken} of the {state['taken']}"
-                    " samples that are to be read again; has the data changed since the checkpoint"
-                    " was saved?"
-                ) from None
-            self.taken += 1
-            if type(item[0]) is not FailedSample:
-                self.held.append(item)
-        if state["part"]:
-            failed = self._make() if self.held else None
-            if self.taken < self.node.batch_size and next(self.source, None) is not None:
-                raise ReplayDiverged(
-                    f"{self.bound.path}: the group in progress was the last, of {self.taken}"
-                    " samples, when the state was saved, and there are more now; has the data"
-                    " changed?"
-                )
-            if failed is not None or len(self.made) <= state["part"]:
-                raise ReplayDiverged(
-                    f"{self.bound.path}: the group in progress had more than {state['part']}"
-                    f" samples when the state was saved and has {len(self.made)} now; has the data"
-                    " or the function changed?"
-                )
-            self.part = state["part"]
+        self.number, self.fruitless = state["number"], 0
+        taken, part = state["taken"], state["part"]
+        items = self.source.load([taken, taken, state["source"]])
+        self.held = [item for item in items if type(item[0]) is not FailedSample]
+        if part:
+            self._load_part(part)
+
+    def _load_part(self, part: int) -> None:
+        """Call the function again for the group of which ``part`` samples were delivered."""
+        failed = self._make() if self.held else None
+        taken = self.source.since
+        if taken < self.node.batch_size and next(self.source.upstream, None) is not None:
+            raise ReplayDiverged(
+                f"{self.bound.path}: the group in progress was the last, of {taken} samples, when"
+                " the state was saved, and there are more now; has the data changed?"
+            )
+        if failed is not None or len(self.made) <= part:
+            raise ReplayDiverged(
+                f"{self.bound.path}: the group in progress had more than {part} samples when the"
+                f" state was saved and has {len(self.made)} now; has the data or the function"
+                " changed?"
+            )
+        self.part = part
 
 
 def columns_of(samples: list[Any]) -> Any:
