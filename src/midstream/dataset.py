@@ -29,6 +29,7 @@ from midstream.nodes.shuffle import BufferedShuffle, Shuffle
 from midstream.nodes.skip import Skip
 from midstream.nodes.take import Take
 from midstream.nodes.track import Track
+from midstream.nodes.user_function import ErrorPolicy
 from midstream.pipeline import describe
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import ErrorRate, FailedSample, OnError
@@ -333,18 +334,15 @@ class Dataset(IterableDataset[Any]):
         >>> list(rows.map(lambda batch: {"word": " ".join(batch["text"]).split()}, batched=True, batch_size=2))
         [{'word': 'a'}, {'word': 'b'}, {'word': 'c'}]
         """
+        errors = ErrorPolicy(on_error, max_errors, _path(quarantine))
         if batched:
             if with_rng or isolate_rng:
                 raise ValueError(
                     "map: batched=True has no generator per sample; draw in a map without it, or"
                     " seed by what is in the batch"
                 )
-            return Dataset(
-                MapBatched(self.node, fn, batch_size, on_error, max_errors, _path(quarantine))
-            )
-        return Dataset(
-            Map(self.node, fn, with_rng, isolate_rng, seed, on_error, max_errors, _path(quarantine))
-        )
+            return Dataset(MapBatched(self.node, fn, batch_size, errors))
+        return Dataset(Map(self.node, fn, with_rng, isolate_rng, seed, errors))
 
     def filter(
         self,
@@ -360,7 +358,7 @@ class Dataset(IterableDataset[Any]):
         >>> list(ms.from_dataset(range(6)).filter(lambda x: x % 2))
         [1, 3, 5]
         """
-        return Dataset(Filter(self.node, fn, on_error, max_errors, _path(quarantine)))
+        return Dataset(Filter(self.node, fn, ErrorPolicy(on_error, max_errors, _path(quarantine))))
 
     def flat_map(
         self,
@@ -376,7 +374,7 @@ class Dataset(IterableDataset[Any]):
         >>> list(ms.from_dataset(["ab", "", "c"]).flat_map(list))
         ['a', 'b', 'c']
         """
-        return Dataset(FlatMap(self.node, fn, on_error, max_errors, _path(quarantine)))
+        return Dataset(FlatMap(self.node, fn, ErrorPolicy(on_error, max_errors, _path(quarantine))))
 
     def pack(
         self,

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from midstream.common.plain_state import State
-from midstream.common.validation import require_callable, require_choice
+from midstream.common.validation import require_callable
 from midstream.errors import SourceError
-from midstream.nodes.user_function import Call, require_limit
+from midstream.nodes.user_function import RAISE, Call, ErrorPolicy
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import ErrorRate, FailedSample, callable_name, describe_callable
+from midstream.pipeline.failures import FailedSample, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane
 from midstream.pipeline.node import BoundNode, Node, require_dataset
 from midstream.pipeline.rows import Item, as_origin_array
@@ -34,16 +34,13 @@ class Filter(Node):
 
     source: Node
     fn: Callable[[Any], Any]
-    on_error: str = "raise"
-    max_errors: int | ErrorRate | None = None
-    quarantine: str | None = None
+    errors: ErrorPolicy = RAISE
     kind = "filter"
 
     def __post_init__(self) -> None:
         require_dataset(self.source, "filter")
         require_callable(self.fn, "filter")
-        require_choice(self.on_error, "on_error", ("raise", "skip"), "filter")
-        require_limit(self.on_error, self.max_errors, self.quarantine, "filter")
+        self.errors.check(("raise", "skip"), "filter")
 
     @property
     def random_access(self) -> bool:
@@ -52,10 +49,7 @@ class Filter(Node):
 
     def spec_fields(self) -> dict[str, State]:
         """The predicate's name."""
-        fields: dict[str, State] = {"fn": callable_name(self.fn)}
-        if self.on_error != "raise":
-            fields["on_error"] = self.on_error
-        return fields
+        return {"fn": callable_name(self.fn), **self.errors.spec_fields()}
 
     def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
         return _FilterIterator(self, bound, lane, key, pass_)
@@ -66,14 +60,7 @@ class _FilterIterator(Iterator):
         self.node, self.bound, self.lane, self.pass_ = node, bound, lane, pass_
         self.source = iterate(bound.input, lane, key, pass_)
         fn = node.fn
-        self.call = Call(
-            bound,
-            fn,
-            node.on_error == "skip",
-            node.max_errors,
-            lambda sample, _: bool(fn(sample)),
-            node.quarantine,
-        )
+        self.call = Call(bound, fn, node.errors, lambda sample, _: bool(fn(sample)))
         self.seen = 0
         self.started_at, self.passed = 0, 0
         self.look_at = _LOOK_AT

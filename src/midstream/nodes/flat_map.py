@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from midstream.common.plain_state import State
-from midstream.common.validation import require_callable, require_choice
+from midstream.common.validation import require_callable
 from midstream.errors import ReplayDiverged, SourceError
 from midstream.nodes.parts import part_origin, require_depth
-from midstream.nodes.user_function import Call, require_limit
+from midstream.nodes.user_function import RAISE, Call, ErrorPolicy
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import ErrorRate, FailedSample, callable_name, describe_callable
+from midstream.pipeline.failures import FailedSample, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane, SafePoint
 from midstream.pipeline.node import BoundNode, Node, require_dataset
 from midstream.pipeline.rows import PARTS, Item, Origins, as_origin_array
@@ -40,16 +40,13 @@ class FlatMap(Node):
 
     source: Node
     fn: Callable[[Any], Iterable[Any]]
-    on_error: str = "raise"
-    max_errors: int | ErrorRate | None = None
-    quarantine: str | None = None
+    errors: ErrorPolicy = RAISE
     kind = "flat_map"
 
     def __post_init__(self) -> None:
         require_dataset(self.source, "flat_map")
         require_callable(self.fn, "flat_map")
-        require_choice(self.on_error, "on_error", ("raise", "skip"), "flat_map")
-        require_limit(self.on_error, self.max_errors, self.quarantine, "flat_map")
+        self.errors.check(("raise", "skip"), "flat_map")
         require_depth(self)
 
     @property
@@ -64,10 +61,7 @@ class FlatMap(Node):
 
     def spec_fields(self) -> dict[str, State]:
         """The function's name."""
-        fields: dict[str, State] = {"fn": callable_name(self.fn)}
-        if self.on_error != "raise":
-            fields["on_error"] = self.on_error
-        return fields
+        return {"fn": callable_name(self.fn), **self.errors.spec_fields()}
 
     def replay_bound(self) -> str:
         """See `Dataset.replay_bound`."""
@@ -83,14 +77,7 @@ class _FlatMapIterator(Iterator):
         self.source = SafePoint(iterate(bound.input, lane, key, pass_), bound.path, _EVERY)
         fn = self.fn = node.fn
         self.endless = node.source.infinite
-        self.call = Call(
-            bound,
-            fn,
-            node.on_error == "skip",
-            node.max_errors,
-            lambda sample, _: _collect(fn, sample),
-            node.quarantine,
-        )
+        self.call = Call(bound, fn, node.errors, lambda sample, _: _collect(fn, sample))
         self.parts: list[Any] = []
         self.origins: Origins = None
         self.part = 0

@@ -8,16 +8,17 @@ from typing import Any
 
 from midstream.common.plain_state import State
 from midstream.common.randomness import fold, generator
-from midstream.common.validation import require_callable, require_choice, require_int
+from midstream.common.validation import require_callable, require_int
 from midstream.nodes.user_function import (
+    RAISE,
     RETURNED_NONE,
     Call,
+    ErrorPolicy,
     isolated_rng,
     origin_key,
-    require_limit,
 )
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import ErrorRate, FailedSample, OnError, callable_name
+from midstream.pipeline.failures import FailedSample, callable_name
 from midstream.pipeline.iterator import Iterator, Lane
 from midstream.pipeline.node import BoundNode, Node, require_dataset
 from midstream.pipeline.rows import I64, U64, Item, Origins, Rows
@@ -36,9 +37,7 @@ class Map(Node):
     with_rng: bool = False
     isolate_rng: bool = False
     seed: int = 0
-    on_error: OnError = "raise"
-    max_errors: int | ErrorRate | None = None
-    quarantine: str | None = None
+    errors: ErrorPolicy = RAISE
     kind = "map"
     one_to_one = True
 
@@ -46,15 +45,14 @@ class Map(Node):
         require_dataset(self.source, "map")
         require_callable(self.fn, "map")
         require_int(self.seed, "seed", -(1 << 63), "map")
-        require_choice(self.on_error, "on_error", ("raise", "skip", "refill"), "map")
-        require_limit(self.on_error, self.max_errors, self.quarantine, "map")
+        self.errors.check(("raise", "skip", "refill"), "map")
 
     @property
     def random_access(self) -> bool:
         """As the input, but ``on_error="refill"`` makes a stream: what fills a batch up depends on
         what failed.
         """
-        return self.source.random_access and self.on_error != "refill"
+        return self.source.random_access and self.errors.on_error != "refill"
 
     def spec_fields(self) -> dict[str, State]:
         """The function's name and every option that is not the default."""
@@ -62,20 +60,11 @@ class Map(Node):
         if self.with_rng or self.isolate_rng:
             fields["rng"] = "argument" if self.with_rng else "global"
             fields["seed"] = int(self.seed)
-        if self.on_error != "raise":
-            fields["on_error"] = self.on_error
-        return fields
+        return fields | self.errors.spec_fields()
 
     def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
         rows = bound.input.rows(positions, keys, passes)
-        call = Call(
-            bound,
-            self.fn,
-            self.on_error != "raise",
-            self.max_errors,
-            self._caller(bound),
-            self.quarantine,
-        )
+        call = Call(bound, self.fn, self.errors, self._caller(bound))
         if rows.sizes is None and not self.with_rng and not self.isolate_rng:
             fn, out = self.fn, []
             for (
@@ -133,14 +122,7 @@ class Map(Node):
 class _MapIterator(Iterator):
     def __init__(self, node: Map, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
         self.source = iterate(bound.input, lane, key, pass_)
-        self.call = Call(
-            bound,
-            node.fn,
-            node.on_error != "raise",
-            node.max_errors,
-            node._caller(bound),
-            node.quarantine,
-        )
+        self.call = Call(bound, node.fn, node.errors, node._caller(bound))
 
     def _next(self) -> Item:
         sample, origins = next(self.source)

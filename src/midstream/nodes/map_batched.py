@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from midstream.common.plain_state import State
-from midstream.common.validation import require_callable, require_choice, require_int
+from midstream.common.validation import require_callable, require_int
 from midstream.errors import ReplayDiverged, SourceError
 from midstream.nodes.parts import part_origin, require_depth
-from midstream.nodes.user_function import Call, require_limit
+from midstream.nodes.user_function import RAISE, Call, ErrorPolicy
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import ErrorRate, FailedSample, callable_name, describe_callable
+from midstream.pipeline.failures import FailedSample, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane, SafePoint
 from midstream.pipeline.node import BoundNode, Node, require_dataset
 from midstream.pipeline.rows import PARTS, Item, join_origins
@@ -48,9 +48,7 @@ class MapBatched(Node):
     source: Node
     fn: Callable[[Any], Any]
     batch_size: int = 1000
-    on_error: str = "raise"
-    max_errors: int | ErrorRate | None = None
-    quarantine: str | None = None
+    errors: ErrorPolicy = RAISE
     kind = "map_batched"
 
     def __post_init__(self) -> None:
@@ -59,8 +57,7 @@ class MapBatched(Node):
         require_int(self.batch_size, "batch_size", 1, "map")
         if self.batch_size >= PARTS:
             raise ValueError(f"map: batch_size is below {PARTS:,}; found {self.batch_size:,}")
-        require_choice(self.on_error, "on_error", ("raise", "skip", "refill"), "map")
-        require_limit(self.on_error, self.max_errors, self.quarantine, "map")
+        self.errors.check(("raise", "skip", "refill"), "map")
         require_depth(self)
 
     @property
@@ -75,13 +72,11 @@ class MapBatched(Node):
 
     def spec_fields(self) -> dict[str, State]:
         """The function's name and the size of a group."""
-        fields: dict[str, State] = {
+        return {
             "fn": callable_name(self.fn),
             "batch_size": int(self.batch_size),
+            **self.errors.spec_fields(),
         }
-        if self.on_error != "raise":
-            fields["on_error"] = self.on_error
-        return fields
 
     def replay_bound(self) -> str:
         """See `Dataset.replay_bound`."""
@@ -98,10 +93,8 @@ class _MapBatchedIterator(Iterator):
         self.node, self.bound, self.lane, self.pass_ = node, bound, lane, pass_
         # Moved between two groups.
         self.source = SafePoint(iterate(bound.input, lane, key, pass_), bound.path)
-        fn, quiet = node.fn, node.on_error != "raise"
-        self.call = Call(
-            bound, fn, quiet, node.max_errors, lambda samples, _: fn(samples), node.quarantine
-        )
+        fn = node.fn
+        self.call = Call(bound, fn, node.errors, lambda samples, _: fn(samples))
         self.number = 0
         self.fruitless = 0
         self._clear()

@@ -8,7 +8,7 @@ from typing import Any
 
 from midstream.common.plain_state import MISSING, State
 from midstream.metrics.metric import Metric, as_metric
-from midstream.nodes.user_function import Call
+from midstream.nodes.user_function import RAISE, Call
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane
@@ -144,8 +144,7 @@ class _Measure:
             call = Call(
                 self.bound,
                 metric.fn,
-                False,
-                None,
+                RAISE,
                 lambda sample, _: metric.value(sample),
                 label=label,
             )
