@@ -14,10 +14,10 @@ from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane
 from midstream.pipeline.node import BoundNode, Node, require_dataset
+from midstream.pipeline.patience import Patience
 from midstream.pipeline.rows import Item, as_origin_array
 
 _LOOK_AT = 1_000
-_GIVE_UP = 100_000
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -61,12 +61,13 @@ class _FilterIterator(Iterator):
         self.source = iterate(bound.input, lane, key, pass_)
         fn = node.fn
         self.call = Call(bound, fn, node.errors, lambda sample, _: bool(fn(sample)))
+        self.patience = Patience(node.source.infinite)
         self.seen = 0
         self.started_at, self.passed = 0, 0
         self.look_at = _LOOK_AT
 
     def _next(self) -> Item:
-        rejected = 0
+        self.patience.count = 0
         while True:
             sample, origins = next(self.source)
             self.seen += 1
@@ -81,11 +82,10 @@ class _FilterIterator(Iterator):
                 return sample, origins
             for source in as_origin_array(origins)[:1, 0].tolist():
                 self.lane.ledger.dropped("filtered", self.bound.path, source, self.pass_, self.seen)
-            rejected += 1
             self._look()
-            if rejected >= _GIVE_UP and self.node.source.infinite:
+            if self.patience.exhausted_by(1):
                 raise SourceError(
-                    f"{self.bound.path}: {rejected:,} samples in a row did not pass"
+                    f"{self.bound.path}: {self.patience.count:,} samples in a row did not pass"
                     f" {describe_callable(self.node.fn)}, and the input never ends. Check the"
                     " predicate against a few samples, or filter before .repeat() so that a pass"
                     " without samples ends."

@@ -15,11 +15,10 @@ from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane, SafePoint
 from midstream.pipeline.node import BoundNode, Node, require_dataset
+from midstream.pipeline.patience import Patience
 from midstream.pipeline.rows import PARTS, Item, Origins, as_origin_array
 
 _EVERY = 16
-
-_GIVE_UP = 100_000
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,7 +75,7 @@ class _FlatMapIterator(Iterator):
         self.bound, self.lane, self.pass_ = bound, lane, pass_
         self.source = SafePoint(iterate(bound.input, lane, key, pass_), bound.path, _EVERY)
         fn = self.fn = node.fn
-        self.endless = node.source.infinite
+        self.patience = Patience(node.source.infinite)
         self.call = Call(bound, fn, node.errors, lambda sample, _: _collect(fn, sample))
         self.parts: list[Any] = []
         self.origins: Origins = None
@@ -84,7 +83,7 @@ class _FlatMapIterator(Iterator):
         self.before: State = None
 
     def _next(self) -> Item:
-        emptied = 0
+        self.patience.count = 0
         while self.part == len(self.parts):
             self.before = self.source.snapshot()
             self.parts, self.part = [], 0
@@ -99,11 +98,10 @@ class _FlatMapIterator(Iterator):
                     self.lane.ledger.dropped(
                         "emptied", self.bound.path, source, self.pass_, self.source.number
                     )
-                emptied += 1
-                if emptied >= _GIVE_UP and self.endless:
+                if self.patience.exhausted_by(1):
                     raise SourceError(
                         f"{self.bound.path}: {describe_callable(self.fn)} made nothing of"
-                        f" {emptied:,} samples in a row, and the input never ends. Try it on a few"
+                        f" {self.patience.count:,} samples in a row, and the input never ends. Try it on a few"
                         " samples"
                     )
             self.parts = parts

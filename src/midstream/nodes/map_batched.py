@@ -18,9 +18,9 @@ from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane, SafePoint
 from midstream.pipeline.node import BoundNode, Node, require_dataset
+from midstream.pipeline.patience import Patience
 from midstream.pipeline.rows import PARTS, Item, join_origins
 
-_GIVE_UP = 100_000
 _WHOLE = np.empty((0, 5), dtype=np.int64)
 """Origins of what is of no single row: a whole group that failed."""
 
@@ -96,7 +96,7 @@ class _MapBatchedIterator(Iterator):
         fn = node.fn
         self.call = Call(bound, fn, node.errors, lambda samples, _: fn(samples))
         self.number = 0
-        self.fruitless = 0
+        self.patience = Patience(node.source.infinite)
         self._clear()
 
     def _clear(self) -> None:
@@ -172,11 +172,10 @@ class _MapBatchedIterator(Iterator):
             key = f"emptied|{self.bound.path}|{source}"
             counts[key] = counts.get(key, 0) + 1
         self.lane.ledger.count(self.bound.path, self.pass_, self.number, counts)
-        self.fruitless += len(self.held)
-        if self.fruitless >= _GIVE_UP and self.node.source.infinite:
+        if self.patience.exhausted_by(len(self.held)):
             raise SourceError(
                 f"{self.bound.path}: {describe_callable(self.node.fn)} made nothing of"
-                f" {self.fruitless:,} samples, and the input never ends. Try it on a few samples"
+                f" {self.patience.count:,} samples, and the input never ends. Try it on a few samples"
             )
 
     def _state(self) -> State:
@@ -185,7 +184,7 @@ class _MapBatchedIterator(Iterator):
 
     def _load(self, state: State) -> None:
         self._clear()
-        self.number, self.fruitless = state["number"], 0
+        self.number, self.patience.count = state["number"], 0
         taken, part = state["taken"], state["part"]
         items = self.source.load([taken, taken, state["source"]])
         self.held = [item for item in items if type(item[0]) is not FailedSample]

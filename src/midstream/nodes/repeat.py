@@ -15,9 +15,10 @@ from midstream.pipeline.failures import FailedSample
 from midstream.pipeline.iterator import Iterator, Lane
 from midstream.pipeline.node import BoundNode, Node, Selection, require_dataset
 from midstream.pipeline.passes import require_passes
+from midstream.pipeline.patience import Patience
 from midstream.pipeline.rows import I64, U64, Item
 
-_GIVE_UP = 1_000
+_MAX_EMPTY_PASSES = 1_000
 _ENDLESS = 1 << 20  # passes of an endless repeat inside one outer pass, for numbering
 
 
@@ -88,7 +89,7 @@ class Repeat(Node):
 class _RepeatIterator(Iterator):
     def __init__(self, node: Repeat, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
         self.node, self.bound, self.lane, self.key, self.pass_ = node, bound, lane, key, pass_
-        self.empty = 0  # passes in a row without a sample
+        self.patience = Patience(node.infinite, _MAX_EMPTY_PASSES)  # passes without a sample
         self.ever = False  # whether any pass yielded anything
         self._start(0)
 
@@ -115,18 +116,17 @@ class _RepeatIterator(Iterator):
                 continue
             self.read = True
             if type(item[0]) is not FailedSample:
-                self.any, self.ever, self.empty = True, True, 0
+                self.any, self.ever, self.patience.count = True, True, 0
             return item
 
     def _nothing(self) -> None:
         """An endless repeat whose pass yielded nothing: the end, bad luck, or an endless wait?"""
         if not self.read:
             raise StopIteration  # this lane has no data
-        self.empty += 1
-        if self.empty < _GIVE_UP:
+        if not self.patience.exhausted_by(1):
             return
         what = (
-            f"{self.bound.path}: {self.empty:,} passes in a row left nothing of what lane"
+            f"{self.bound.path}: {self.patience.count:,} passes in a row left nothing of what lane"
             f" {self.lane.index} of {self.lane.num_lanes} read"
         )
         if self.ever:
@@ -145,10 +145,6 @@ class _RepeatIterator(Iterator):
     def _load(self, state: State) -> None:
         number, flags, source = state
         self._start(number)
-        self.read, self.any, self.ever, self.empty = (
-            bool(flags & 1),
-            bool(flags & 2),
-            bool(flags & 4),
-            0,
-        )
+        self.read, self.any, self.ever = bool(flags & 1), bool(flags & 2), bool(flags & 4)
+        self.patience.count = 0
         self.source.load(source)
