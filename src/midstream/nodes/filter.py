@@ -36,16 +36,12 @@ class Filter(Node):
     fn: Callable[[Any], Any]
     errors: ErrorPolicy = RAISE
     kind = "filter"
+    random_access = False
 
     def __post_init__(self) -> None:
         require_dataset(self.source, "filter")
         require_callable(self.fn, "filter")
         self.errors.check(("raise", "skip"), "filter")
-
-    @property
-    def random_access(self) -> bool:
-        """Never."""
-        return False
 
     def spec_fields(self) -> dict[str, State]:
         """The predicate's name."""

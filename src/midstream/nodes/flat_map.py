@@ -41,22 +41,14 @@ class FlatMap(Node):
     fn: Callable[[Any], Iterable[Any]]
     errors: ErrorPolicy = RAISE
     kind = "flat_map"
+    random_access = False
+    batch_rows = None
 
     def __post_init__(self) -> None:
         require_dataset(self.source, "flat_map")
         require_callable(self.fn, "flat_map")
         self.errors.check(("raise", "skip"), "flat_map")
         require_depth(self)
-
-    @property
-    def random_access(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def batch_rows(self) -> int | None:
-        """What comes out need not be batches."""
-        return None
 
     def spec_fields(self) -> dict[str, State]:
         """The function's name."""

@@ -50,6 +50,8 @@ class MapBatched(Node):
     batch_size: int = 1000
     errors: ErrorPolicy = RAISE
     kind = "map_batched"
+    random_access = False
+    batch_rows = None
 
     def __post_init__(self) -> None:
         require_dataset(self.source, "map")
@@ -59,16 +61,6 @@ class MapBatched(Node):
             raise ValueError(f"map: batch_size is below {PARTS:,}; found {self.batch_size:,}")
         self.errors.check(("raise", "skip", "refill"), "map")
         require_depth(self)
-
-    @property
-    def random_access(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def batch_rows(self) -> int | None:
-        """What comes out need not be batches."""
-        return None
 
     def spec_fields(self) -> dict[str, State]:
         """The function's name and the size of a group."""

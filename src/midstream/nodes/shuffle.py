@@ -152,15 +152,11 @@ class BufferedShuffle(Node):
     seed: int = 0
     buffer_size: int = 1000
     kind = "shuffle"
+    random_access = False
 
     def __post_init__(self) -> None:
         require_int(self.seed, "seed", -(1 << 63), "shuffle")
         require_int(self.buffer_size, "buffer_size", 1, "shuffle")
-
-    @property
-    def random_access(self) -> bool:
-        """Never: what is held back depends on what came before."""
-        return False
 
     def spec_fields(self) -> dict[str, State]:
         """Seed and buffer size."""

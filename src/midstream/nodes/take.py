@@ -25,15 +25,11 @@ class Take(Node):
     source: Node
     n: int
     kind = "take"
+    infinite = False
 
     def __post_init__(self) -> None:
         require_dataset(self.source, "take")
         require_int(self.n, "n", 0, "take")
-
-    @property
-    def infinite(self) -> bool:
-        """Never."""
-        return False
 
     def _length(self) -> int | None:
         length = self.source.length()
