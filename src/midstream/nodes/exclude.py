@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from midstream.common.plain_state import State
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import Excluded, FailedSample
-from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.iterator import Iterator, Lane, OneToOneIterator
 from midstream.pipeline.node import BoundNode, Node
 from midstream.pipeline.rows import I64, U64, Item, Origins, Rows, as_origin_array
 
@@ -53,21 +52,16 @@ class Exclude(Node):
         return _ExcludeIterator(bound, iterate(bound.input, lane, key, pass_), _Wanted(self, bound))
 
 
-class _ExcludeIterator(Iterator):
+class _ExcludeIterator(OneToOneIterator):
     def __init__(self, bound: BoundNode, source: Iterator, wanted: _Wanted) -> None:
-        self.bound, self.source, self.wanted = bound, source, wanted
+        super().__init__(source)
+        self.bound, self.wanted = bound, wanted
 
     def _next(self) -> Item:
         sample, origins = next(self.source)
         if type(sample) is not FailedSample and self.wanted.among(as_origin_array(origins)).any():
             return _hole(self.bound, origins), origins
         return sample, origins
-
-    def _state(self) -> State:
-        return self.source.snapshot()
-
-    def _load(self, state: State) -> None:
-        self.source.load(state)
 
 
 class _Wanted:

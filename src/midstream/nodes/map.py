@@ -19,7 +19,7 @@ from midstream.nodes.user_function import (
 )
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample, callable_name
-from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.iterator import Iterator, Lane, OneToOneIterator
 from midstream.pipeline.node import BoundNode, Node, require_dataset
 from midstream.pipeline.rows import I64, U64, Item, Origins, Rows
 
@@ -119,9 +119,9 @@ class Map(Node):
         return call
 
 
-class _MapIterator(Iterator):
+class _MapIterator(OneToOneIterator):
     def __init__(self, node: Map, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
-        self.source = iterate(bound.input, lane, key, pass_)
+        super().__init__(iterate(bound.input, lane, key, pass_))
         self.call = Call(bound, node.fn, node.errors, node._caller(bound))
 
     def _next(self) -> Item:
@@ -129,9 +129,3 @@ class _MapIterator(Iterator):
         if type(sample) is FailedSample:
             return sample, origins
         return self.call(sample, origins), origins
-
-    def _state(self) -> State:
-        return self.source.snapshot()
-
-    def _load(self, state: State) -> None:
-        self.source.load(state)

@@ -11,7 +11,7 @@ from midstream.metrics.metric import Metric, as_metric
 from midstream.nodes.user_function import RAISE, Call
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample, describe_callable
-from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.iterator import Iterator, Lane, OneToOneIterator
 from midstream.pipeline.node import BoundNode, Node, require_dataset
 from midstream.pipeline.rows import I64, U64, Item, Origins, Rows
 
@@ -152,10 +152,11 @@ class _Measure:
             return None, FailedSample(errors + hole.errors, hole.rest)
 
 
-class _TrackIterator(Iterator):
+class _TrackIterator(OneToOneIterator):
     def __init__(self, node: Track, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
-        self.source, self.ledger = iterate(bound.input, lane, key, pass_), lane.ledger
-        self.path, self.pass_, self.kinds = bound.path, pass_, node.kinds()
+        super().__init__(iterate(bound.input, lane, key, pass_))
+        self.ledger, self.path, self.pass_ = lane.ledger, bound.path, pass_
+        self.kinds = node.kinds()
         self.measure = _Measure(node, bound)
         self.number = 0
 
@@ -170,8 +171,8 @@ class _TrackIterator(Iterator):
         return sample, origins
 
     def _state(self) -> State:
-        return [self.number, self.source.snapshot()]
+        return [self.number, super()._state()]
 
     def _load(self, state: State) -> None:
         self.number, upstream = state
-        self.source.load(upstream)
+        super()._load(upstream)
