@@ -20,7 +20,7 @@ from midstream.pipeline.failures import (
     describe_callable,
 )
 from midstream.pipeline.iterator import Iterator, Lane, SafePoint
-from midstream.pipeline.node import BoundNode, Node, Selection, require_dataset
+from midstream.pipeline.node import BoundNode, Node, Selection
 from midstream.pipeline.rows import I64, U64, Item, LazyBatches, Rows, join_origins, pick
 
 
@@ -47,7 +47,6 @@ class Batch(Node):
     kind = "batch"
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "batch")
         require_int(self.batch_size, "batch_size", 1, "batch")
         if self.collate_fn is not None:
             require_callable(self.collate_fn, "batch: collate_fn")

@@ -12,7 +12,7 @@ from midstream.common.plain_state import State
 from midstream.pipeline import describe
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node, Selection, bind, require_dataset
+from midstream.pipeline.node import BoundNode, Node, Selection, bind
 from midstream.pipeline.rows import I64, U64, Item, pick
 
 
@@ -31,8 +31,6 @@ class Concatenate(Node):
     def __post_init__(self) -> None:
         if not self.datasets:
             raise ValueError("concatenate takes at least one dataset; found none")
-        for dataset in self.datasets:
-            require_dataset(dataset, "concatenate")
         for index, dataset in enumerate(self.datasets[:-1]):
             if dataset.infinite:
                 raise ValueError(

@@ -13,7 +13,7 @@ from midstream.nodes.user_function import RAISE, Call, ErrorPolicy
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node, require_dataset
+from midstream.pipeline.node import BoundNode, Node
 from midstream.pipeline.patience import Patience
 from midstream.pipeline.rows import Item, as_origin_array
 
@@ -39,7 +39,6 @@ class Filter(Node):
     random_access = False
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "filter")
         require_callable(self.fn, "filter")
         self.errors.check(("raise", "skip"), "filter")
 

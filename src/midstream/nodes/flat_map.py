@@ -14,7 +14,7 @@ from midstream.nodes.user_function import RAISE, Call, ErrorPolicy
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane, SafePoint
-from midstream.pipeline.node import BoundNode, Node, require_dataset
+from midstream.pipeline.node import BoundNode, Node
 from midstream.pipeline.patience import Patience
 from midstream.pipeline.rows import PARTS, Item, Origins, as_origin_array
 
@@ -45,7 +45,6 @@ class FlatMap(Node):
     batch_rows = None
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "flat_map")
         require_callable(self.fn, "flat_map")
         self.errors.check(("raise", "skip"), "flat_map")
         require_depth(self)

@@ -20,7 +20,7 @@ from midstream.nodes.user_function import (
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample, callable_name
 from midstream.pipeline.iterator import Iterator, Lane, OneToOneIterator
-from midstream.pipeline.node import BoundNode, Node, require_dataset
+from midstream.pipeline.node import BoundNode, Node
 from midstream.pipeline.rows import I64, U64, Item, Origins, Rows
 
 
@@ -42,7 +42,6 @@ class Map(Node):
     one_to_one = True
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "map")
         require_callable(self.fn, "map")
         require_int(self.seed, "seed", -(1 << 63), "map")
         self.errors.check(("raise", "skip", "refill"), "map")

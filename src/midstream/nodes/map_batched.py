@@ -17,7 +17,7 @@ from midstream.nodes.user_function import RAISE, Call, ErrorPolicy
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane, SafePoint
-from midstream.pipeline.node import BoundNode, Node, require_dataset
+from midstream.pipeline.node import BoundNode, Node
 from midstream.pipeline.patience import Patience
 from midstream.pipeline.rows import PARTS, Item, join_origins
 
@@ -54,7 +54,6 @@ class MapBatched(Node):
     batch_rows = None
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "map")
         require_callable(self.fn, "map")
         require_int(self.batch_size, "batch_size", 1, "map")
         if self.batch_size >= PARTS:

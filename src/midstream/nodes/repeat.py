@@ -10,10 +10,11 @@ from midstream.common.plain_state import State
 from midstream.common.randomness import pass_key
 from midstream.common.validation import require_int
 from midstream.errors import SourceError
+from midstream.pipeline import describe
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node, Selection, require_dataset
+from midstream.pipeline.node import BoundNode, Node, Selection
 from midstream.pipeline.passes import require_passes
 from midstream.pipeline.patience import Patience
 from midstream.pipeline.rows import I64, U64, Item
@@ -41,12 +42,11 @@ class Repeat(Node):
     kind = "repeat"
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "repeat")
         if self.num_epochs is not None:
             require_int(self.num_epochs, "num_epochs", 1, "repeat")
-        if self.source.infinite:
+        if super().infinite:
             raise ValueError(
-                f"repeat of something endless never gets to a second pass:\n{self.source!r}"
+                f"repeat of something endless never gets to a second pass:\n{describe.tree(self.source)}"
             )
 
     @property

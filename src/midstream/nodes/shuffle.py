@@ -13,6 +13,7 @@ from midstream.common.plain_state import State
 from midstream.common.randomness import fold, fold_array, permute, uniform32
 from midstream.common.validation import require_int
 from midstream.errors import ReplayDiverged
+from midstream.pipeline import describe
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample
 from midstream.pipeline.iterator import Iterator, Lane
@@ -45,16 +46,16 @@ class Shuffle(Node):
         require_int(self.seed, "seed", -(1 << 63), "shuffle")
         if self.window_blocks is not None:
             require_int(self.window_blocks, "window_blocks", 1, "shuffle")
-        if not self.source.random_access:
+        if not self.random_access:
             raise TypeError(
                 "a global shuffle needs random access, and this is a stream. Shuffle before the"
                 " node that makes it one, or hold samples back with .shuffle(seed,"
-                f" buffer_size=10_000):\n{self.source!r}"
+                f" buffer_size=10_000):\n{describe.tree(self.source)}"
             )
-        if self.source.infinite:
+        if self.infinite:
             raise ValueError(
                 "a global shuffle needs a length, and this has none. Shuffle before .repeat():"
-                f" every pass then has its own order:\n{self.source!r}"
+                f" every pass then has its own order:\n{describe.tree(self.source)}"
             )
 
     def _length(self) -> int | None:

@@ -9,7 +9,7 @@ from midstream.common.validation import require_int
 from midstream.nodes.take import cut_blocks
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node, Selection, require_dataset
+from midstream.pipeline.node import BoundNode, Node, Selection
 from midstream.pipeline.rows import I64, U64, Item
 
 
@@ -26,7 +26,6 @@ class Skip(Node):
     kind = "skip"
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "skip")
         require_int(self.n, "n", 0, "skip")
 
     def _length(self) -> int | None:

@@ -10,7 +10,7 @@ from midstream.common.plain_state import State
 from midstream.common.validation import require_int
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node, Selection, require_dataset
+from midstream.pipeline.node import BoundNode, Node, Selection
 from midstream.pipeline.rows import I64, U64, Item
 
 
@@ -28,7 +28,6 @@ class Take(Node):
     infinite = False
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "take")
         require_int(self.n, "n", 0, "take")
 
     def _length(self) -> int | None:

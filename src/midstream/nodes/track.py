@@ -12,7 +12,7 @@ from midstream.nodes.user_function import RAISE, Call
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane, OneToOneIterator
-from midstream.pipeline.node import BoundNode, Node, require_dataset
+from midstream.pipeline.node import BoundNode, Node
 from midstream.pipeline.rows import I64, U64, Item, Origins, Rows
 
 __all__ = ["Track"]
@@ -35,7 +35,6 @@ class Track(Node):
     _by_value = ("metrics",)
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "track")
         if not self.metrics:
             raise ValueError("track takes at least one metric, as in track(length=len)")
         names = {name for name, _ in self.metrics}
@@ -45,7 +44,7 @@ class Track(Node):
                     "track: the name of a metric has at most 64 characters and no '/'; found"
                     f" {name!r:.80}"
                 )
-        below = [self.source]
+        below = list(self.inputs().values())
         while below:
             node = below.pop()
             if isinstance(node, Track) and (
