@@ -120,6 +120,7 @@ class _MapBatchedIterator(Iterator):
                     self.number += 1
                     return hole, origins
                 if self.made:
+                    self.patience.count = 0
                     continue
                 self._nothing()
             elif ended:
@@ -166,7 +167,8 @@ class _MapBatchedIterator(Iterator):
         if self.patience.exhausted_by(len(self.held)):
             raise SourceError(
                 f"{self.bound.path}: {describe_callable(self.node.fn)} made nothing of"
-                f" {self.patience.count:,} samples, and the input never ends. Try it on a few samples"
+                f" {self.patience.count:,} samples in a row, and the input never ends. Try it on a"
+                " few samples"
             )
 
     def _state(self) -> State:
