@@ -1,4 +1,4 @@
-"""Flat map: a function of one sample that returns any number of samples."""
+"""FlatMap: replaces every sample by any number of samples."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ from midstream.pipeline.patience import Patience
 from midstream.pipeline.rows import PARTS, Item, Origins, as_origin_array
 
 _EVERY = 16
+"""A state of the input is taken every so many inputs."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FlatMap(Node):
-    """Every sample replaced by the samples a function returns, numbered as the parts of its row.
+    """Replaces every sample by the samples that ``fn`` returns, its parts. A stream.
 
-    Parts of a sample that was made of several rows (a batch) carry the origins of all of them,
-    unless there are as many parts as rows: then it is taken to be taken apart again, and part i
-    carries the i-th.
+    The origin of a part is the origin of its sample, with the number of the part. Where the sample
+    was made of several rows (a batch), a part has the origins of all of them. If there are as many
+    parts as rows, part i has the origin of row i: the batch was split into its samples.
 
-    The function may be a generator function; its samples are collected before the first is passed
-    on, so keep what one row becomes small enough for memory. Rows that become nothing are counted.
+    ``fn`` may be a generator function. Its samples are collected before the first is passed on, so
+    the parts of one sample must fit in memory. Samples without parts are counted by source. Over an
+    endless input, 100,000 of them in a row are an error.
 
-    State: ``{"part", "source"}``: how many parts of the row in progress were delivered, and the
-        input before that row.
-    Resume: reads at most 16 inputs again, and calls the function once for the row in progress.
+    State: ``{"part", "source"}``: parts delivered of the sample in progress; safe point, as
+        ``[inputs taken, inputs since, state of the input]``.
+    Resume: reads at most 16 inputs again, and calls the function once for the sample in progress.
     """
 
     source: Node
@@ -50,11 +52,11 @@ class FlatMap(Node):
         require_depth(self)
 
     def spec_fields(self) -> dict[str, State]:
-        """The function's name."""
+        """The function's name, and ``on_error`` where it is not the default."""
         return {"fn": callable_name(self.fn), **self.errors.spec_fields()}
 
     def replay_bound(self) -> str:
-        """See `Dataset.replay_bound`."""
+        """See `Node.replay_bound`."""
         return "at most 16 inputs of a lane"
 
     def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
@@ -128,6 +130,7 @@ class _FlatMapIterator(Iterator):
 
 
 def _collect(fn: Callable[[Any], Iterable[Any]], sample: Any) -> list[Any]:
+    """Return the parts of a sample, as a list."""
     result = fn(sample)
     if isinstance(result, (str, bytes, dict)) or not isinstance(result, Iterable):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Map: a function of one sample."""
+"""Map: replaces every sample by what a function of it returns."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ from midstream.pipeline.rows import I64, U64, Item, Origins, Rows
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Map(Node):
-    """Every sample replaced by what a function returns; one to one, so random access is kept.
+    """Replaces every sample by what ``fn`` returns. Random access where the input is.
 
-    State: none of its own.
+    ``on_error="refill"`` makes it a stream.
+
+    State: the state of its input; none of its own.
     Resume: reads nothing again.
     """
 
@@ -48,13 +50,14 @@ class Map(Node):
 
     @property
     def random_access(self) -> bool:
-        """As the input, but ``on_error="refill"`` makes a stream: what fills a batch up depends on
-        what failed.
+        """As the input, except with ``on_error="refill"``.
+
+        Which samples fill a batch up is then known only after calling the function.
         """
         return self.source.random_access and self.errors.on_error != "refill"
 
     def spec_fields(self) -> dict[str, State]:
-        """The function's name and every option that is not the default."""
+        """The function's name, and each option that is not the default."""
         fields: dict[str, State] = {"fn": callable_name(self.fn)}
         if self.with_rng or self.isolate_rng:
             fields["rng"] = "argument" if self.with_rng else "global"
@@ -65,10 +68,9 @@ class Map(Node):
         rows = bound.input.rows(positions, keys, passes)
         call = Call(bound, self.fn, self.errors, self._caller(bound))
         if rows.sizes is None and not self.with_rng and not self.isolate_rng:
+            # The fast path: origins are used only where the function fails.
             fn, out = self.fn, []
-            for (
-                sample
-            ) in rows.samples:  # the fast path: no origin is looked at unless something fails
+            for sample in rows.samples:
                 if type(sample) is not FailedSample:
                     try:
                         value = fn(sample)
@@ -90,7 +92,7 @@ class Map(Node):
         return _MapIterator(self, bound, lane, key, pass_)
 
     def _caller(self, bound: BoundNode) -> Callable[[Any, Origins], Any]:
-        """The function as it is called for one sample."""
+        """Return a function of (sample, origins) that calls ``fn`` with its generator."""
         fn, seed = self.fn, fold(self.seed, bound.salt)
         if self.with_rng and self.isolate_rng:
 

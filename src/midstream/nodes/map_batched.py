@@ -1,4 +1,4 @@
-"""Map over groups of samples at once, as Hugging Face ``datasets`` has it: columns in, columns out."""
+"""MapBatched: calls a function on groups of samples, columns in and columns out."""
 
 from __future__ import annotations
 
@@ -21,26 +21,25 @@ from midstream.pipeline.node import BoundNode, Node
 from midstream.pipeline.patience import Patience
 from midstream.pipeline.rows import PARTS, Item, join_origins
 
-_WHOLE = np.empty((0, 5), dtype=np.int64)
-"""Origins of what is of no single row: a whole group that failed."""
+_NO_ORIGINS = np.empty((0, 5), dtype=np.int64)
+"""Origins of a whole group that failed: none, for no single row is to blame."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MapBatched(Node):
-    """Every ``batch_size`` samples replaced by the samples a function makes of their columns: as many, fewer or more.
+    """Replaces every group of ``batch_size`` samples by the samples that ``fn`` returns. A stream.
 
-    Groups are of consecutive samples of a lane; the last of a lane may be smaller. As many samples
-    as there were keep their origins one by one; otherwise each is a part of all rows of its group,
-    numbered, as in ``flat_map``. Groups of which nothing is left are counted. When the function
-    fails, its whole group is lost.
+    ``fn`` gets the columns of a group and returns columns or samples, of any length, as in Hugging
+    Face ``datasets``. A group is of consecutive samples of a lane; the last one may be smaller.
+    Where ``fn`` returns as many samples as it got, sample i has the origin of input i. Otherwise
+    each is a part of all rows of its group, as in `FlatMap`. Samples of groups that became nothing
+    are counted by source. When ``fn`` raises, its whole group is lost.
 
-    A stream, for how many samples there will be is known by calling the function:
+        batch_size 3    a b c | d e f | g      fn makes A B of a b c, C D E of d e f, F of g
+        output          A B     C D E   F      state after C: before d, taken 3, part 1
 
-        batch_size 3    a b c | d e f | g        fn cuts a b c into A B, d e f into C D E, g into F
-        output          A B     C D E   F        saved after C: safe point before d, 3 inputs, 1 part delivered
-
-    State: ``{"source", "taken", "part", "number"}``: the input before the group in progress, inputs
-        taken of it, samples of it delivered, groups before it.
+    State: ``{"source", "taken", "part", "number"}``: state of the input before the group in
+        progress, inputs taken of that group, samples of it delivered, groups before it.
     Resume: reads the group in progress again, at most ``batch_size`` inputs and the failures
         between them, and calls the function once for it.
     """
@@ -62,7 +61,7 @@ class MapBatched(Node):
         require_depth(self)
 
     def spec_fields(self) -> dict[str, State]:
-        """The function's name and the size of a group."""
+        """The function's name, the size of a group, and ``on_error`` if not the default."""
         return {
             "fn": callable_name(self.fn),
             "batch_size": int(self.batch_size),
@@ -70,7 +69,7 @@ class MapBatched(Node):
         }
 
     def replay_bound(self) -> str:
-        """See `Dataset.replay_bound`."""
+        """See `Node.replay_bound`."""
         return f"at most {self.batch_size:,} inputs of a lane"
 
     def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
@@ -91,7 +90,7 @@ class _MapBatchedIterator(Iterator):
         self._clear()
 
     def _clear(self) -> None:
-        """Between two groups."""
+        """Forget the group; the next one begins at the next input."""
         self.source.move()
         self.held: list[Item] = []
         self.made: list[Any] = []
@@ -113,18 +112,18 @@ class _MapBatchedIterator(Iterator):
                     return item
                 self.held.append(item)
             if self.held:
-                hole = self._make()
-                if hole is not None:
+                failed = self._make()
+                if failed is not None:
                     origins = self.origins
                     self._clear()
                     self.number += 1
-                    return hole, origins
+                    return failed, origins
                 if self.made:
                     self.patience.count = 0
                     continue
-                self._nothing()
+                self._count_emptied()
             elif ended:
-                self._clear()  # so that the state is where the input is, whoever asked for it before
+                self._clear()  # the state is the input's at its end, even if one was taken before
                 raise StopIteration
             self._clear()
             self.number += 1
@@ -145,7 +144,7 @@ class _MapBatchedIterator(Iterator):
         return sample, origins
 
     def _make(self) -> FailedSample | None:
-        """Call the function on what is held; the hole when it fails."""
+        """Call the function on the group; return a `FailedSample` when it raises."""
         self.origins = join_origins(self.held)
         if self.bound.trail is not None:
             self.bound.trail.rows(self.origins)
@@ -153,11 +152,15 @@ class _MapBatchedIterator(Iterator):
         try:
             self.made = rows_of(self.call.call(columns_of(samples), self.origins))
         except Exception as error:
-            return self.call.failed(error, _WHOLE, samples)
+            return self.call.failed(error, _NO_ORIGINS, samples)
         return None
 
-    def _nothing(self) -> None:
-        """Count a group of which nothing was left."""
+    def _count_emptied(self) -> None:
+        """Count the samples of a group that became nothing.
+
+        Raises:
+            SourceError: If there were too many in a row, and the input never ends.
+        """
         counts: dict[str, int] = {}
         for _, origins in self.held:
             source = origins[0] if type(origins) is tuple else int(origins[0, 0])
@@ -203,7 +206,11 @@ class _MapBatchedIterator(Iterator):
 
 
 def columns_of(samples: list[Any]) -> Any:
-    """What the function is given: dicts as one dict of lists, other samples as their list."""
+    """Return the function's argument: dicts as one dict of lists, other samples as a list.
+
+    Raises:
+        ValueError: If the dicts have different keys.
+    """
     first = samples[0]
     if not isinstance(first, Mapping):
         return samples
@@ -214,16 +221,17 @@ def columns_of(samples: list[Any]) -> Any:
             )
             raise ValueError(
                 f"samples of a group have different keys: expected {sorted(map(str, first))}, found"
-                f" {found} in sample {number}; make them alike with .map before"
+                f" {found} in sample {number}; give them the same keys with .map before"
             )
     return {key: [sample[key] for sample in samples] for key in first}
 
 
 def rows_of(result: Any) -> list[Any]:
-    """Samples of what the function returned: a dict of columns, or a list of samples.
+    """Return the samples in a function's result: a dict of columns, or a list of samples.
 
     Raises:
-        TypeError, ValueError: If it is neither, or columns differ in length.
+        TypeError: If it is neither, or a sample is None.
+        ValueError: If columns differ in length, or there are too many samples.
     """
     if isinstance(result, Mapping):
         columns = {key: _as_list(key, column) for key, column in result.items()}
@@ -246,6 +254,7 @@ def rows_of(result: Any) -> list[Any]:
 
 
 def _as_list(key: Any, column: Any) -> list[Any]:
+    """Return the values of a column, one for each sample."""
     if isinstance(column, (np.ndarray, torch.Tensor)):
         if column.ndim:
             return column.tolist() if column.ndim == 1 else list(column)
