@@ -1,4 +1,4 @@
-"""Batch: groups of samples. What makes a batch of a list of samples is in collate.py."""
+"""Batch: groups samples and collates them. The collate functions are in collate.py."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from midstream.pipeline.rows import I64, U64, Item, LazyBatches, Rows, join_orig
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Batch(Node):
-    """Samples in groups of ``batch_size``, collated.
+    """Groups ``batch_size`` samples and collates them. Random access where the input is.
 
-    A sample that user code failed on leaves its batch shorter by one over random access; over a
-    stream the batch goes on with the next sample. When the collate function fails, its whole batch
-    is lost. What `DataLoader.exclude` left out leaves a batch shorter on both, and no batch where
-    nothing is left.
+    When user code failed on a sample, its batch is one shorter over random access; over a stream
+    the next sample takes its place. When the collate function raises, the whole batch is lost. A
+    sample that `DataLoader.exclude` left out makes its batch shorter in both cases; a batch of
+    which nothing is left is not delivered.
 
-    State: random access: none but the position. Stream: ``[inputs seen, inputs since, upstream
-        state]``, the upstream state between two batches.
-    Resume: over a stream, and only when the state was saved between an error and the rest of its
-        batch, that batch's inputs so far are read again: at most ``batch_size - 1`` samples and the
-        failures between them.
+    State: random access: none but the position. Stream: ``[inputs taken, inputs since, state of the
+        input]``, the last one as it was between two batches.
+    Resume: random access: reads nothing again. Stream: nothing, unless the state was saved between
+        an error and the rest of its batch. Then the batch's inputs so far are read again: at most
+        ``batch_size - 1`` samples and the failures between them.
     """
 
     source: Node
@@ -67,7 +67,7 @@ class Batch(Node):
         return count * int(self.batch_size)
 
     def spec_fields(self) -> dict[str, State]:
-        """Size, and what is not the default."""
+        """Batch size, and each option that is not the default."""
         fields: dict[str, State] = {"batch_size": int(self.batch_size)}
         if self.drop_last:
             fields["drop_last"] = True
@@ -76,13 +76,13 @@ class Batch(Node):
         return fields
 
     def full_lanes(self, num_lanes: int, block: int) -> tuple[int, str]:
-        """As the input, seen in blocks of whole batches."""
+        """As the input, whose blocks are whole batches."""
         if self.random_access:
             return super().full_lanes(num_lanes, block)
         return self.source.full_lanes(num_lanes, block * self.batch_size)
 
     def _counts(self, positions: I64) -> I64:
-        """Samples of the batches at these positions."""
+        """Number of samples in the batches at these positions, int64 of shape [k]."""
         size, length = int(self.batch_size), self.source.length()
         counts = np.full(len(positions), size, dtype=np.int64)
         return counts if length is None else np.minimum(counts, length - positions * size)
@@ -98,16 +98,16 @@ class Batch(Node):
         return [Selection(bound.input, inside, pick(keys, which), pick(passes, which))]
 
     def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
-        later = self._lazy_rows(bound, positions, keys, passes)
-        if not isinstance(later, LazyBatches):
-            return later
+        lazy = self._lazy_rows(bound, positions, keys, passes)
+        if not isinstance(lazy, LazyBatches):
+            return lazy
         batches = []
-        for first, last in zip(later.bounds, later.bounds[1:]):
-            batch = later.make(first, last)
+        for first, last in zip(lazy.bounds, lazy.bounds[1:]):
+            batch = lazy.make(first, last)
             if type(batch) is FailedSample:
-                return self._slow(bound, later.rows, later.bounds)
+                return self._collate_each(bound, lazy.rows, lazy.bounds)
             batches.append(batch)
-        return Rows(batches, later.origins, np.diff(later.bounds))
+        return Rows(batches, lazy.origins, np.diff(lazy.bounds))
 
     def _lazy_rows(
         self, bound: BoundNode, positions: I64, keys: U64, passes: I64
@@ -118,21 +118,21 @@ class Batch(Node):
         if columns is None or over is None:
             samples = rows.samples
             if rows.sizes is not None or any(type(sample) is FailedSample for sample in samples):
-                return self._slow(bound, rows, bounds)
+                return self._collate_each(bound, rows, bounds)
             return LazyBatches(
                 rows, bounds, lambda first, last: self._collate(bound, samples[first:last])
             )
 
         def make(first: int, last: int) -> Any:
             batch = self._collate(bound, columns[first:last], over)
-            if type(batch) is FailedSample:  # told as it is told of samples
+            if type(batch) is FailedSample:  # the error then is that of a list of samples
                 batch = self._collate(bound, columns[first:last].samples())
             return batch
 
         return LazyBatches(rows, bounds, make)
 
-    def _slow(self, bound: BoundNode, rows: Rows, bounds: list[int]) -> Rows:
-        """With failures, or samples made of several rows."""
+    def _collate_each(self, bound: BoundNode, rows: Rows, bounds: list[int]) -> Rows:
+        """Collate batch by batch, where samples failed or are made of several rows."""
         items = rows.items()
         samples, origins = [], []
         for first, last in zip(bounds, bounds[1:]):
@@ -158,8 +158,12 @@ class Batch(Node):
     def _collate(
         self, bound: BoundNode, samples: Any, over: Callable[[Any], Any] | None = None
     ) -> Any:
-        """The batch, or a `FailedSample` when it cannot be made; ``over`` is what does it where
-        ``samples`` are no list.
+        """Return the batch, or a `FailedSample` when it cannot be made.
+
+        Args:
+            bound: This node.
+            samples: A list of samples, or `Columns` with ``over``.
+            over: Collates `Columns` in place of the collate function.
         """
         fn = self.collate_fn or collate
         try:

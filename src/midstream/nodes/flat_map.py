@@ -94,8 +94,8 @@ class _FlatMapIterator(Iterator):
                 if self.patience.exhausted_by(1):
                     raise SourceError(
                         f"{self.bound.path}: {describe_callable(self.fn)} made nothing of"
-                        f" {self.patience.count:,} samples in a row, and the input never ends. Try it on a few"
-                        " samples"
+                        f" {self.patience.count:,} samples in a row, and the input never ends."
+                        " Try it on a few samples"
                     )
             self.parts = parts
         part = self.part

@@ -16,8 +16,8 @@ def require_depth(node: Node) -> None:
     """
     if _depth(node) > _MAX_DEPTH:
         raise ValueError(
-            f"at most {_MAX_DEPTH} flat_map, pack or map(batched=True) above each other: the parts of"
-            " parts are numbered in 64 bits. Do the work of two in one function"
+            f"at most {_MAX_DEPTH} flat_map, pack or map(batched=True) above each other: the parts"
+            " of parts are numbered in 64 bits. Do the work of two in one function"
         )
 
 

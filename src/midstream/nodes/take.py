@@ -1,4 +1,4 @@
-"""Take: the beginning of the data."""
+"""Take: keeps the first samples."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from midstream.pipeline.rows import I64, U64, Item
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Take(Node):
-    """The first ``n`` samples; on a stream, lane l of L takes ``n // L + (l < n % L)`` of its own.
+    """Keeps the first ``n`` samples. Random access where the input is.
 
-    State: random access: none but the position. Stream: ``[samples left, input state]``.
+    On a stream, lane l of L takes the first ``n // L + (l < n % L)`` of its own samples.
+
+    State: random access: none but the position. Stream: ``[samples left to take, state of the
+        input]``.
     Resume: reads nothing again.
     """
 
@@ -35,7 +38,7 @@ class Take(Node):
         return int(self.n) if length is None else min(int(self.n), length)
 
     def block_sizes(self) -> I64 | None:
-        """The input's blocks up to the cut."""
+        """Sizes of the input's blocks up to sample ``n``."""
         sizes = self.source.block_sizes()
         return None if sizes is None else cut_blocks(sizes, 0, int(self.n))
 
@@ -44,7 +47,7 @@ class Take(Node):
         return count
 
     def spec_fields(self) -> dict[str, State]:
-        """How many."""
+        """The number of samples."""
         return {"n": int(self.n)}
 
     def _select(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> list[Selection]:
@@ -74,7 +77,7 @@ class _TakeIterator(Iterator):
 
 
 def cut_blocks(sizes: I64, start: int, stop: int) -> I64:
-    """Sizes of what is left of blocks when only the rows in [start, stop) are."""
+    """Return the sizes of blocks of which only the rows in [start, stop) are kept."""
     ends = np.minimum(np.cumsum(sizes), stop)
     left = np.diff(np.maximum(ends, start), prepend=start)
     return left[left > 0]

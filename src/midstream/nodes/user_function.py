@@ -1,4 +1,4 @@
-"""Calls user code on one sample: on_error, max_errors, quarantine."""
+"""Calls user code on one sample, with on_error, max_errors and quarantine."""
 
 from __future__ import annotations
 
@@ -115,7 +115,10 @@ class Call:
         self.label, self.trail = label, bound.trail
 
     def __call__(self, sample: Any, origins: Origins) -> Any:
-        """Apply it; a hole keeps its errors and the function sees what is left of the sample."""
+        """Return the function's value for a sample.
+
+        Of a `FailedSample` the errors are kept, and the function gets what is left of the sample.
+        """
         if type(sample) is FailedSample:
             if sample.rest is MISSING:
                 return sample
@@ -138,8 +141,8 @@ class Call:
         return value
 
     def failed(self, error: BaseException, origins: Origins, sample: Any) -> FailedSample:
-        """The hole in the sample's place."""
-        if isinstance(error, StopIteration):  # it would end the stream of whoever re-raises it
+        """Return what takes the place of a sample that the function raised on."""
+        if isinstance(error, StopIteration):  # raised again, it would end the stream silently
             error = RuntimeError(f"the function raised StopIteration({error})").with_traceback(
                 error.__traceback__
             )
@@ -157,12 +160,13 @@ class Call:
 
 
 def origin_key(seed: int, origins: Origins) -> int:
+    """Return the 64-bit key from which a sample's random numbers are drawn."""
     return fold(seed, *as_origin_array(origins)[:, :4].ravel().tolist())
 
 
 @contextlib.contextmanager
 def isolated_rng(key: int) -> Iter[None]:
-    """Global torch, numpy and random generators seeded by ``key`` inside, as they were after."""
+    """Seed the global generators of torch, numpy and ``random``; restore them on exit."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         torch.default_generator.manual_seed(key >> 1)
