@@ -51,7 +51,8 @@ class Repeat(Node):
             require_int(self.num_epochs, "num_epochs", 1, "repeat")
         if super().infinite:
             raise ValueError(
-                f"repeat of something endless never gets to a second pass:\n{describe.tree(self.source)}"
+                "repeat of something endless never gets to a second"
+                f" pass:\n{describe.tree(self.source)}"
             )
 
     @property
@@ -152,7 +153,7 @@ class _RepeatIterator(Iterator):
     def _state(self) -> State:
         return [
             self.number,
-            self.read + 2 * self.yielded + 4 * self.ever_yielded_yielded,
+            self.read + 2 * self.yielded + 4 * self.ever_yielded,
             self.source.snapshot(),
         ]
 
