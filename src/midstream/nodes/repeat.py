@@ -160,6 +160,7 @@ class _RepeatIterator(Iterator):
     def _load(self, state: State) -> None:
         number, flags, source = state
         self._start(number)
-        self.read, self.yielded, self.ever = bool(flags & 1), bool(flags & 2), bool(flags & 4)
+        self.read, self.yielded = bool(flags & 1), bool(flags & 2)
+        self.ever_yielded = bool(flags & 4)
         self.patience.count = 0
         self.source.load(source)
