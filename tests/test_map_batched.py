@@ -195,6 +195,18 @@ def test_a_replay_that_finds_fewer_diverges() -> None:
         next(resumed)
 
 
+def test_an_endless_input_that_gives_samples_now_and_then_is_no_endless_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("midstream.pipeline.patience.MAX_FRUITLESS", 20)
+    endless = ms.from_dataset(range(10)).repeat()
+    now_and_then = endless.map(lambda xs: [x for x in xs if x == 0], batched=True, batch_size=2)
+    assert [next(run) for run in [iter(now_and_then)] for _ in range(9)] == [0] * 9
+    never = endless.map(lambda xs: [], batched=True, batch_size=2)
+    with pytest.raises(ms.SourceError, match="made nothing of 20 samples in a row"):
+        next(iter(never))
+
+
 class Vary:
     """Makes of a group as many samples as it likes, depending on the group alone; fails on some."""
 

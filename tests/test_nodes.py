@@ -815,7 +815,7 @@ def test_an_endless_search_is_a_source_error(
     workers: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if workers is not None:
-        monkeypatch.setattr("midstream.nodes.filter._GIVE_UP", 5000)
+        monkeypatch.setattr("midstream.pipeline.patience.MAX_FRUITLESS", 5000)
     ds = numbers(50).repeat().filter(lambda x: x > 50)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)

@@ -1,4 +1,4 @@
-"""Several datasets as one: `interleave` and `concatenate`."""
+"""Several datasets as one: interleave() and concatenate()."""
 
 from __future__ import annotations
 
@@ -14,12 +14,6 @@ from midstream.nodes.repeat import Repeat
 from midstream.pipeline.node import Node, require_dataset
 
 
-def _node(value: Any, where: str) -> Node:
-    found = value.node if isinstance(value, Dataset) else value
-    require_dataset(found, where)
-    return found
-
-
 def interleave(
     datasets: Mapping[str, Dataset],
     weights: Mapping[str, float] | Schedule | None = None,
@@ -33,38 +27,46 @@ def interleave(
 ) -> Dataset:
     """Mix datasets by weight.
 
-    After any number of samples each of k sources is strictly within 1 + share * (k - 2) samples of
-    its share, as long as the shares are ratios of small numbers (on streams: in every lane). With
-    ``weights_by`` the same is asked of tokens: in every lane a source is never more than one of its
-    documents above its share.
+    The result is random access where all inputs are and ``weights_by`` is not given; else it is a
+    stream.
+
+    The order of picks is random, yet close to the weights at any time. After any number of samples,
+    each of k datasets is strictly within 1 + share * (k - 2) samples of its share, if the shares
+    are ratios of small numbers. On streams this holds in every lane. With ``weights_by``, in every
+    lane, a dataset is never more than one of its samples above its share.
 
     Args:
-        datasets: By name. A source that has no name of its own takes it from here.
-        weights: Relative, by the same names; equal when left out. A weight of 0 leaves a dataset
-            out but in the tree. Or a `midstream.schedule` of them.
-        seed: Chooses the order of picks. The order is the same every epoch, so that ``len`` is too.
-        stopping_strategy: As Hugging Face ``datasets`` has them. ``"first_exhausted"``, the
-            default: the end is the last sample of the first dataset to run out.
-            ``"all_exhausted"``: the last sample of the last one; the others start over, in a new
-            order where they are shuffled, but not after a pass that gave (with ``weights_by``:
-            counted) nothing. ``"all_exhausted_without_replacement"``: every sample once. On streams
-            each lane stops by itself, when it would pick from a dataset that has run out.
-        weights_by: What a sample counts: a function that returns a whole number (of tokens, say),
-            or the name of a column whose length it is. Makes the mix a stream.
-        max_epochs: How often each dataset may be gone through, one number for all or by name; those
-            not named start over without end. Takes the place of a stopping strategy.
-        then: With ``max_epochs``, when a dataset has had them: ``"stop"``, the default, ends the
-            mix; ``"share"`` shares its weight out among the others, until all that are limited and
-            not endless have had theirs.
+        datasets: By name. A source without a name of its own takes the name given here.
+        weights: Relative weights by the same names, or a `midstream.schedule` of them. Default:
+            equal. A dataset with weight 0 is not read, but stays in the tree.
+        seed: Chooses the order of picks. The order is the same in every epoch, so ``len`` is too.
+        stopping_strategy: As in Hugging Face ``datasets``; on streams, each lane stops by itself.
+
+            - ``"first_exhausted"`` (default): end after the last sample of the first dataset to run
+              out.
+            - ``"all_exhausted"``: end after the last sample of the last dataset to run out. The
+              others start over, in a new order where they are shuffled. A dataset whose pass gave
+              nothing (with ``weights_by``: counted nothing) does not start over.
+            - ``"all_exhausted_without_replacement"``: every sample once.
+        weights_by: What weights are relative to, in place of samples: a function of a sample that
+            returns a whole number, such as its number of tokens, or the name of a column whose
+            length is that number.
+        max_epochs: How often each dataset may be read, one number for all or by name. Datasets that
+            are not named start over without end. Excludes ``stopping_strategy``.
+        then: With ``max_epochs``, what happens when a dataset reaches its limit. ``"stop"``
+            (default): the mix ends. ``"share"``: the others take over its weight, until all limited
+            datasets that are not endless have reached theirs.
         name: Name of this node in paths and checkpoints.
 
     Raises:
-        ValueError: On names that do not match, weights that are negative, not finite, all 0 or too
-            small to be kept (under 2**-17 of the whole), or two sources of one name.
-        TypeError: If something is not a midstream dataset.
+        ValueError: If names do not match; if weights are negative, not finite, all 0, or below
+            2**-17 of the sum; if two sources have one name; or if options contradict each other.
+        TypeError: If a value of ``datasets`` is not a midstream dataset, or an argument has another
+            type.
 
     >>> import midstream as ms
-    >>> mix = ms.interleave({"a": ms.from_dataset([0] * 70), "b": ms.from_dataset([1] * 30)}, {"a": 7, "b": 3})
+    >>> zeros, ones = ms.from_dataset([0] * 70), ms.from_dataset([1] * 30)
+    >>> mix = ms.interleave({"a": zeros, "b": ones}, {"a": 7, "b": 3})
     >>> len(mix), sum(list(mix)[:50])
     (98, 15)
     >>> texts = {"short": ms.from_dataset(["ab"] * 90), "long": ms.from_dataset(["x" * 20] * 9)}
@@ -106,7 +108,9 @@ def interleave(
             "all_exhausted_without_replacement" if then == "share" else "first_exhausted"
         )
     elif then is not None:
-        raise ValueError("interleave: then= says what follows max_epochs, and none are given")
+        raise ValueError(
+            "interleave: then= says what follows max_epochs, and max_epochs is not given"
+        )
     return Dataset(
         Interleave(
             tuple(nodes.items()),
@@ -121,42 +125,46 @@ def interleave(
 
 
 def _limited(datasets: Mapping[str, Node], max_epochs: int | Mapping[str, int]) -> dict[str, Node]:
-    """The datasets, each repeated as often as it may be gone through."""
+    """Repeat each dataset as often as it may be read."""
     limits = (
         dict(max_epochs) if isinstance(max_epochs, Mapping) else dict.fromkeys(datasets, max_epochs)
     )
     unknown = sorted(set(limits) - set(datasets))
     if unknown or not limits:
         raise ValueError(
-            "interleave: max_epochs are by the names of the datasets; expected some of"
+            "interleave: max_epochs takes names of the datasets; expected some of"
             f" {sorted(datasets)}, found {sorted(limits)}"
         )
-    made = {}
+    repeated = {}
     for key, dataset in datasets.items():
         if key in limits:
             require_int(limits[key], f"max_epochs of {key!r}", 1, "interleave")
             if dataset.infinite:
                 raise ValueError(
                     f"interleave: {key!r} never ends, so its epochs cannot be counted; leave"
-                    " .repeat() to max_epochs"
+                    " .repeat() out, max_epochs does it"
                 )
-        made[key] = dataset if dataset.infinite else Repeat(dataset, limits.get(key))
-    return made
+        repeated[key] = dataset if dataset.infinite else Repeat(dataset, limits.get(key))
+    return repeated
 
 
 def concatenate(datasets: Sequence[Dataset]) -> Dataset:
-    """One dataset after the other.
+    """Read one dataset after the other.
+
+    The result is random access where all inputs are; else it is a stream, in which every lane reads
+    one dataset after the other.
 
     Args:
-        datasets: At least one. All but the last must have an end.
+        datasets: At least one. All but the last must end.
 
     Raises:
-        ValueError: If there are none, two sources have one name, or one that is not the last never
-            ends.
-        TypeError: If one is not a midstream dataset.
+        ValueError: If the list is empty, two sources have one name, or a dataset before the last
+            never ends.
+        TypeError: If one of them is not a midstream dataset.
 
     >>> import midstream as ms
-    >>> list(ms.concatenate([ms.from_dataset([1, 2], name="a"), ms.from_dataset([3], name="b")]))
+    >>> first, second = ms.from_dataset([1, 2], name="a"), ms.from_dataset([3], name="b")
+    >>> list(ms.concatenate([first, second]))
     [1, 2, 3]
     """
     if isinstance(datasets, Dataset) or not isinstance(datasets, Sequence):
@@ -165,3 +173,14 @@ def concatenate(datasets: Sequence[Dataset]) -> Dataset:
             f" {type(datasets).__name__}"
         )
     return Dataset(Concatenate(tuple(_node(dataset, "concatenate") for dataset in datasets)))
+
+
+def _node(value: Any, where: str) -> Node:
+    """Return the node of a dataset.
+
+    Raises:
+        TypeError: If ``value`` is no dataset.
+    """
+    node = value.node if isinstance(value, Dataset) else value
+    require_dataset(node, where)
+    return node

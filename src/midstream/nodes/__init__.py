@@ -1,5 +1,6 @@
-"""One file per node: a frozen description with both faces, and its iterator where the cursor will
-not do.
+"""Nodes: the operations of a pipeline, one file each.
+
+A file holds the node (a frozen description with its random access) and its stream iterator.
 """
 
 from midstream.nodes.batch import Batch

@@ -1,4 +1,4 @@
-"""Batch: groups of samples. What makes a batch of a list of samples is in collate.py."""
+"""Batch: groups samples and collates them. The collate functions are in collate.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 
 from midstream.common.plain_state import MISSING, State
 from midstream.common.validation import require_callable, require_int
-from midstream.errors import ReplayDiverged
 from midstream.nodes.collate import collate, over_columns
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import (
@@ -19,25 +18,25 @@ from midstream.pipeline.failures import (
     callable_name,
     describe_callable,
 )
-from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node, Selection, require_dataset
+from midstream.pipeline.iterator import Iterator, Lane, SafePoint
+from midstream.pipeline.node import BoundNode, Node, Selection
 from midstream.pipeline.rows import I64, U64, Item, LazyBatches, Rows, join_origins, pick
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Batch(Node):
-    """Samples in groups of ``batch_size``, collated.
+    """Groups ``batch_size`` samples and collates them. Random access where the input is.
 
-    A sample that user code failed on leaves its batch shorter by one over random access; over a
-    stream the batch goes on with the next sample. When the collate function fails, its whole batch
-    is lost. What `DataLoader.exclude` left out leaves a batch shorter on both, and no batch where
-    nothing is left.
+    When user code failed on a sample, its batch is one shorter over random access; over a stream
+    the next sample takes its place. When the collate function raises, the whole batch is lost. A
+    sample that `DataLoader.exclude` left out makes its batch shorter in both cases; a batch of
+    which nothing is left is not delivered.
 
-    State: random access: none but the position. Stream: ``[inputs seen, inputs since, upstream
-        state]``, the upstream state between two batches.
-    Resume: over a stream, and only when the state was saved between an error and the rest of its
-        batch, that batch's inputs so far are read again: at most ``batch_size - 1`` samples and the
-        failures between them.
+    State: random access: none but the position. Stream: ``[inputs taken, inputs since, state of the
+        input]``, the last one as it was between two batches.
+    Resume: random access: reads nothing again. Stream: nothing, unless the state was saved between
+        an error and the rest of its batch. Then the batch's inputs so far are read again: at most
+        ``batch_size - 1`` samples and the failures between them.
     """
 
     source: Node
@@ -47,7 +46,6 @@ class Batch(Node):
     kind = "batch"
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "batch")
         require_int(self.batch_size, "batch_size", 1, "batch")
         if self.collate_fn is not None:
             require_callable(self.collate_fn, "batch: collate_fn")
@@ -68,7 +66,7 @@ class Batch(Node):
         return count * int(self.batch_size)
 
     def spec_fields(self) -> dict[str, State]:
-        """Size, and what is not the default."""
+        """Batch size, and each option that is not the default."""
         fields: dict[str, State] = {"batch_size": int(self.batch_size)}
         if self.drop_last:
             fields["drop_last"] = True
@@ -77,13 +75,13 @@ class Batch(Node):
         return fields
 
     def full_lanes(self, num_lanes: int, block: int) -> tuple[int, str]:
-        """As the input, seen in blocks of whole batches."""
+        """As the input, whose blocks are whole batches."""
         if self.random_access:
             return super().full_lanes(num_lanes, block)
         return self.source.full_lanes(num_lanes, block * self.batch_size)
 
     def _counts(self, positions: I64) -> I64:
-        """Samples of the batches at these positions."""
+        """Number of samples in the batches at these positions, int64 of shape [k]."""
         size, length = int(self.batch_size), self.source.length()
         counts = np.full(len(positions), size, dtype=np.int64)
         return counts if length is None else np.minimum(counts, length - positions * size)
@@ -99,16 +97,16 @@ class Batch(Node):
         return [Selection(bound.input, inside, pick(keys, which), pick(passes, which))]
 
     def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
-        later = self._lazy_rows(bound, positions, keys, passes)
-        if not isinstance(later, LazyBatches):
-            return later
+        lazy = self._lazy_rows(bound, positions, keys, passes)
+        if not isinstance(lazy, LazyBatches):
+            return lazy
         batches = []
-        for first, last in zip(later.bounds, later.bounds[1:]):
-            batch = later.make(first, last)
+        for first, last in zip(lazy.bounds, lazy.bounds[1:]):
+            batch = lazy.make(first, last)
             if type(batch) is FailedSample:
-                return self._slow(bound, later.rows, later.bounds)
+                return self._collate_each(bound, lazy.rows, lazy.bounds)
             batches.append(batch)
-        return Rows(batches, later.origins, np.diff(later.bounds))
+        return Rows(batches, lazy.origins, np.diff(lazy.bounds))
 
     def _lazy_rows(
         self, bound: BoundNode, positions: I64, keys: U64, passes: I64
@@ -119,21 +117,21 @@ class Batch(Node):
         if columns is None or over is None:
             samples = rows.samples
             if rows.sizes is not None or any(type(sample) is FailedSample for sample in samples):
-                return self._slow(bound, rows, bounds)
+                return self._collate_each(bound, rows, bounds)
             return LazyBatches(
                 rows, bounds, lambda first, last: self._collate(bound, samples[first:last])
             )
 
         def make(first: int, last: int) -> Any:
             batch = self._collate(bound, columns[first:last], over)
-            if type(batch) is FailedSample:  # told as it is told of samples
+            if type(batch) is FailedSample:  # the error then is that of a list of samples
                 batch = self._collate(bound, columns[first:last].samples())
             return batch
 
         return LazyBatches(rows, bounds, make)
 
-    def _slow(self, bound: BoundNode, rows: Rows, bounds: list[int]) -> Rows:
-        """With failures, or samples made of several rows."""
+    def _collate_each(self, bound: BoundNode, rows: Rows, bounds: list[int]) -> Rows:
+        """Collate batch by batch, where samples failed or are made of several rows."""
         items = rows.items()
         samples, origins = [], []
         for first, last in zip(bounds, bounds[1:]):
@@ -159,8 +157,12 @@ class Batch(Node):
     def _collate(
         self, bound: BoundNode, samples: Any, over: Callable[[Any], Any] | None = None
     ) -> Any:
-        """The batch, or a `FailedSample` when it cannot be made; ``over`` is what does it where
-        ``samples`` are no list.
+        """Return the batch, or a `FailedSample` when it cannot be made.
+
+        Args:
+            bound: This node.
+            samples: A list of samples, or `Columns` with ``over``.
+            over: Collates `Columns` in place of the collate function.
         """
         fn = self.collate_fn or collate
         try:
@@ -181,10 +183,9 @@ class Batch(Node):
 class _BatchIterator(Iterator):
     def __init__(self, node: Batch, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
         self.node, self.bound, self.lane, self.pass_ = node, bound, lane, pass_
-        self.source = iterate(bound.input, lane.widen(int(node.batch_size)), key, pass_)
+        upstream = iterate(bound.input, lane.widen(int(node.batch_size)), key, pass_)
+        self.source = SafePoint(upstream, bound.path)  # moved between two batches
         self.held: list[Item] = []
-        self.number, self.since = 0, 0
-        self.start: State = None  # the upstream state between two batches, once it was asked for
 
     def _next(self) -> Item:
         while (item := self._group()) is None:
@@ -192,29 +193,25 @@ class _BatchIterator(Iterator):
         return item
 
     def _group(self) -> Item | None:
-        """The next batch or failure; None when nothing of a batch is left."""
+        """Return the next batch or failure; None where all samples of a batch were excluded."""
         size = self.node.batch_size
         while len(self.held) < size:
-            if self.since == 0 and self.start is None:
-                self.start = self.source.snapshot()
             try:
-                item = next(self.source)
+                item = self.source.next()
             except StopIteration:
                 return self._last()
-            self.number += 1
-            self.since += 1
             if type(item[0]) is FailedSample and item[0].errors[0].outcome != "exclude":
                 if not self.held:
-                    self.since, self.start = 0, None
+                    self.source.move()
                 return item
             self.held.append(item)
         return self._emit()
 
     def _emit(self) -> Item | None:
         held, self.held = self.held, []
-        self.since, self.start = 0, None
+        self.source.move()
         if any(type(sample) is FailedSample for sample, _ in held):
-            held = self._without(held)
+            held = self._without_excluded(held)
             if not held:
                 return None
         origins = join_origins(held)
@@ -222,8 +219,8 @@ class _BatchIterator(Iterator):
             self.bound.trail.rows(origins)
         return self.node._collate(self.bound, [sample for sample, _ in held]), origins
 
-    def _without(self, held: list[Item]) -> list[Item]:
-        """What is left when those that were left out are counted."""
+    def _without_excluded(self, held: list[Item]) -> list[Item]:
+        """Count the excluded samples and return the others."""
         counts: dict[str, int] = {}
         for sample, _ in held:
             if type(sample) is FailedSample:
@@ -231,40 +228,30 @@ class _BatchIterator(Iterator):
                 assert origin is not None
                 key = f"excluded|{self.bound.path}|{self.bound.names.index(origin.source)}"
                 counts[key] = counts.get(key, 0) + 1
-        self.lane.ledger.count(self.bound.path, self.pass_, self.number, counts)
+        self.lane.ledger.count(self.bound.path, self.pass_, self.source.number, counts)
         return [item for item in held if type(item[0]) is not FailedSample]
 
     def _last(self) -> Item | None:
-        """What is left at the end of the lane."""
+        """Return the partial batch at the end of the lane, or count it with ``drop_last``."""
         if not self.held:
             raise StopIteration
         if not self.node.drop_last:
             return self._emit()
         for source in join_origins(self.held)[:, 0].tolist():
-            self.number += 1  # one mark each
-            self.lane.ledger.dropped("dropped", self.bound.path, source, self.pass_, self.number)
-        self.held, self.since, self.start = [], 0, None
+            self.source.number += 1  # the ledger counts each number once
+            self.lane.ledger.dropped(
+                "dropped", self.bound.path, source, self.pass_, self.source.number
+            )
+        self.held = []
+        self.source.move()
         raise StopIteration
 
     def _state(self) -> State:
-        if not self.held:
-            if self.start is None:
-                self.start = self.source.snapshot()
-            return [self.number, 0, self.start]
-        return [self.number, self.since, self.start]
+        return self.source.snapshot()
 
     def _load(self, state: State) -> None:
-        number, since, self.start = state
-        self.source.load(self.start)
-        self.held, self.number, self.since = [], number, since
-        for _ in range(since):
-            try:
-                item = next(self.source)
-            except StopIteration:
-                raise ReplayDiverged(
-                    f"{self.bound.path}: the input ended before the {since} inputs of the batch in"
-                    " progress were read again; has the data changed since the checkpoint was"
-                    " saved?"
-                ) from None
-            if type(item[0]) is not FailedSample or item[0].errors[0].outcome == "exclude":
-                self.held.append(item)
+        self.held = [
+            item
+            for item in self.source.load(state)
+            if type(item[0]) is not FailedSample or item[0].errors[0].outcome == "exclude"
+        ]

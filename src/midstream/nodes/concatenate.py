@@ -1,4 +1,4 @@
-"""Concatenate: one dataset after the other."""
+"""Concatenate: reads one dataset after the other."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from midstream.common.plain_state import State
 from midstream.pipeline import describe
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node, Selection, bind, require_dataset
+from midstream.pipeline.node import BoundNode, Node, Selection, bind
 from midstream.pipeline.rows import I64, U64, Item, pick
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Concatenate(Node):
-    """One dataset after the other. On streams, in every lane.
+    """Reads one dataset after the other; random access where all of them are.
+
+    On a stream, every lane reads one dataset after the other.
 
     State: random access: none but the position. Stream: ``[index of the dataset being read, its
         state]``.
@@ -31,8 +33,6 @@ class Concatenate(Node):
     def __post_init__(self) -> None:
         if not self.datasets:
             raise ValueError("concatenate takes at least one dataset; found none")
-        for dataset in self.datasets:
-            require_dataset(dataset, "concatenate")
         for index, dataset in enumerate(self.datasets[:-1]):
             if dataset.infinite:
                 raise ValueError(
@@ -42,7 +42,7 @@ class Concatenate(Node):
         bind(self)
 
     def inputs(self) -> dict[str, Node]:
-        """By number."""
+        """The datasets, named by their numbers."""
         return {str(index): dataset for index, dataset in enumerate(self.datasets)}
 
     def with_inputs(self, inputs: Mapping[str, Node]) -> Concatenate:
@@ -62,7 +62,7 @@ class Concatenate(Node):
         )
 
     def block_sizes(self) -> I64 | None:
-        """All blocks, where every input has them."""
+        """Sizes of all blocks, where every input has blocks."""
         sizes = [dataset.block_sizes() for dataset in self.datasets]
         return None if any(size is None for size in sizes) else np.concatenate(sizes)  # type: ignore[arg-type]
 

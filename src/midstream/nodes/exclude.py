@@ -1,5 +1,6 @@
-"""Exclude: single samples left out, by origin. No verb makes it: `DataLoader.exclude` puts it below
-the batches that run.
+"""Exclude: leaves out single samples, by origin.
+
+No verb makes this node. `DataLoader.exclude` puts it below the batches of the running pipeline.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from midstream.common.plain_state import State
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample, SampleFailure
-from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.iterator import Iterator, Lane, OneToOneIterator
 from midstream.pipeline.node import BoundNode, Node
 from midstream.pipeline.rows import I64, U64, Item, Origins, Rows, as_origin_array
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Exclude(Node):
-    """The input with a `FailedSample` (outcome "exclude") in place of each sample that is left out. Positions stay.
+    """Replaces excluded samples by a `FailedSample` that is counted, not raised. Keeps positions.
 
-    State: the input's: this node is in no checkpoint.
+    Random access where the input is.
+
+    State: the state of its input; this node is in no checkpoint.
     Resume: reads nothing again.
     """
 
@@ -32,7 +34,7 @@ class Exclude(Node):
 
     def _rows(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> Rows:
         rows = bound.input.rows(positions, keys, passes)
-        hit = _Wanted(self, bound).among(rows.origins)
+        hit = _OriginFinder(self, bound).among(rows.origins)
         if not hit.any():
             return rows
         items = rows.items()
@@ -45,33 +47,30 @@ class Exclude(Node):
             )
         samples = list(rows.samples)
         for index in np.flatnonzero(hit).tolist():
-            if type(samples[index]) is not FailedSample:  # what failed already is told as that
-                samples[index] = _hole(bound, items[index][1])
+            if type(samples[index]) is not FailedSample:  # an earlier failure is reported as such
+                samples[index] = _excluded_sample(bound, items[index][1])
         return Rows(samples, rows.origins, rows.sizes)
 
     def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
-        return _ExcludeIterator(bound, iterate(bound.input, lane, key, pass_), _Wanted(self, bound))
+        return _ExcludeIterator(
+            bound, iterate(bound.input, lane, key, pass_), _OriginFinder(self, bound)
+        )
 
 
-class _ExcludeIterator(Iterator):
-    def __init__(self, bound: BoundNode, source: Iterator, wanted: _Wanted) -> None:
-        self.bound, self.source, self.wanted = bound, source, wanted
+class _ExcludeIterator(OneToOneIterator):
+    def __init__(self, bound: BoundNode, source: Iterator, finder: _OriginFinder) -> None:
+        super().__init__(source)
+        self.bound, self.finder = bound, finder
 
     def _next(self) -> Item:
         sample, origins = next(self.source)
-        if type(sample) is not FailedSample and self.wanted.among(as_origin_array(origins)).any():
-            return _hole(self.bound, origins), origins
+        if type(sample) is not FailedSample and self.finder.among(as_origin_array(origins)).any():
+            return _excluded_sample(self.bound, origins), origins
         return sample, origins
 
-    def _state(self) -> State:
-        return self.source.snapshot()
 
-    def _load(self, state: State) -> None:
-        self.source.load(state)
-
-
-class _Wanted:
-    """Finds the origins that are left out."""
+class _OriginFinder:
+    """Finds the excluded samples among others, by their origins."""
 
     def __init__(self, node: Exclude, bound: BoundNode) -> None:
         number = {name: index for index, name in enumerate(bound.names)}
@@ -79,13 +78,13 @@ class _Wanted:
         self.rows = np.array(sorted({row for _, _, row, _ in self.exact}), dtype=np.int64)
 
     def among(self, origins: I64) -> Any:
-        """bool [m]: which of the origins (int64 [m, 5])."""
+        """Return which origins (int64, shape [m, 5]) are excluded: bool of shape [m]."""
         hit = np.isin(origins[:, 2], self.rows)
         for index in np.flatnonzero(hit).tolist():
             hit[index] = tuple(origins[index, :4].tolist()) in self.exact
         return hit
 
 
-def _hole(bound: BoundNode, origins: Origins) -> FailedSample:
+def _excluded_sample(bound: BoundNode, origins: Origins) -> FailedSample:
     origin = bound.origin(as_origin_array(origins)[0])
     return FailedSample((SampleFailure(bound.path, origin, outcome="exclude"),))

@@ -1,4 +1,4 @@
-"""Filter: keep the samples a predicate likes."""
+"""Filter: keeps the samples for which a predicate is true."""
 
 from __future__ import annotations
 
@@ -7,55 +7,43 @@ from dataclasses import dataclass
 from typing import Any
 
 from midstream.common.plain_state import State
-from midstream.common.validation import require_callable, require_choice
+from midstream.common.validation import require_callable
 from midstream.errors import SourceError
-from midstream.nodes.user_function import Call, require_limit
+from midstream.nodes.user_function import RAISE, Call, ErrorPolicy
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import ErrorRate, FailedSample, callable_name, describe_callable
+from midstream.pipeline.failures import FailedSample, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node, require_dataset
+from midstream.pipeline.node import BoundNode, Node
+from midstream.pipeline.patience import Patience
 from midstream.pipeline.rows import Item, as_origin_array
 
-_LOOK_AT = 1_000
-_GIVE_UP = 100_000
+_WARN_AFTER = 1_000
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Filter(Node):
-    """The samples for which ``fn(sample)`` is true. A stream: what passes cannot be known without reading.
+    """Keeps the samples for which ``fn(sample)`` is true. A stream.
 
-    Warns once when fewer than 1 % of the first 1,000 samples pass. On an endless input, 100,000
-    samples in a row that do not pass are an error, not an endless wait. What is dropped is counted
-    per source.
+    Warns once when fewer than 1 % of the first 1,000 samples of a lane pass. Over an endless input,
+    100,000 samples in a row that do not pass are an error. Dropped samples are counted by source.
 
-    State: ``[inputs seen, upstream state]``.
+    State: ``[inputs seen, state of the input]``.
     Resume: reads nothing again.
     """
 
     source: Node
     fn: Callable[[Any], Any]
-    on_error: str = "raise"
-    max_errors: int | ErrorRate | None = None
-    quarantine: str | None = None
+    errors: ErrorPolicy = RAISE
     kind = "filter"
+    random_access = False
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "filter")
         require_callable(self.fn, "filter")
-        require_choice(self.on_error, "on_error", ("raise", "skip"), "filter")
-        require_limit(self.on_error, self.max_errors, self.quarantine, "filter")
-
-    @property
-    def random_access(self) -> bool:
-        """Never."""
-        return False
+        self.errors.check(("raise", "skip"), "filter")
 
     def spec_fields(self) -> dict[str, State]:
-        """The predicate's name."""
-        fields: dict[str, State] = {"fn": callable_name(self.fn)}
-        if self.on_error != "raise":
-            fields["on_error"] = self.on_error
-        return fields
+        """The predicate's name, and ``on_error`` where it is not the default."""
+        return {"fn": callable_name(self.fn), **self.errors.spec_fields()}
 
     def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
         return _FilterIterator(self, bound, lane, key, pass_)
@@ -66,20 +54,14 @@ class _FilterIterator(Iterator):
         self.node, self.bound, self.lane, self.pass_ = node, bound, lane, pass_
         self.source = iterate(bound.input, lane, key, pass_)
         fn = node.fn
-        self.call = Call(
-            bound,
-            fn,
-            node.on_error == "skip",
-            node.max_errors,
-            lambda sample, _: bool(fn(sample)),
-            node.quarantine,
-        )
+        self.call = Call(bound, fn, node.errors, lambda sample, _: bool(fn(sample)))
+        self.patience = Patience(node.source.infinite)
         self.seen = 0
-        self.started_at, self.passed = 0, 0
-        self.look_at = _LOOK_AT
+        self.started_at, self.passed = 0, 0  # since this process began to read
+        self.warn_after = _WARN_AFTER
 
     def _next(self) -> Item:
-        rejected = 0
+        self.patience.count = 0
         while True:
             sample, origins = next(self.source)
             self.seen += 1
@@ -90,29 +72,27 @@ class _FilterIterator(Iterator):
                 return verdict, origins
             if verdict:
                 self.passed += 1
-                self._look()
+                self._warn_if_few_pass()
                 return sample, origins
             for source in as_origin_array(origins)[:1, 0].tolist():
                 self.lane.ledger.dropped("filtered", self.bound.path, source, self.pass_, self.seen)
-            rejected += 1
-            self._look()
-            if rejected >= _GIVE_UP and self.node.source.infinite:
+            self._warn_if_few_pass()
+            if self.patience.exhausted_by(1):
                 raise SourceError(
-                    f"{self.bound.path}: {rejected:,} samples in a row did not pass"
+                    f"{self.bound.path}: {self.patience.count:,} samples in a row did not pass"
                     f" {describe_callable(self.node.fn)}, and the input never ends. Check the"
                     " predicate against a few samples, or filter before .repeat() so that a pass"
                     " without samples ends."
                 )
 
-    def _look(self) -> None:
-        """Tell the user, once, when almost nothing passes."""
-        if self.seen - self.started_at == self.look_at and self.passed * 100 < self.look_at:
-            self.look_at = -1
+    def _warn_if_few_pass(self) -> None:
+        """Warn once when almost nothing passes."""
+        if self.seen - self.started_at == self.warn_after and self.passed * 100 < self.warn_after:
+            self.warn_after = -1
             self.lane.ledger.notice(
                 f"filter {self.bound.path}",
                 f"{self.bound.path}: only {self.passed} of {self.seen - self.started_at:,} samples"
-                f" passed {describe_callable(self.node.fn)}; reading goes on, and most of it is"
-                " thrown away.",
+                f" passed {describe_callable(self.node.fn)}; most of what is read is dropped.",
             )
 
     def _state(self) -> State:

@@ -1,4 +1,4 @@
-"""Flat map: a function of one sample that returns any number of samples."""
+"""FlatMap: replaces every sample by any number of samples."""
 
 from __future__ import annotations
 
@@ -7,70 +7,56 @@ from dataclasses import dataclass
 from typing import Any
 
 from midstream.common.plain_state import State
-from midstream.common.validation import require_callable, require_choice
+from midstream.common.validation import require_callable
 from midstream.errors import ReplayDiverged, SourceError
 from midstream.nodes.parts import part_origin, require_depth
-from midstream.nodes.user_function import Call, require_limit
+from midstream.nodes.user_function import RAISE, Call, ErrorPolicy
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import ErrorRate, FailedSample, callable_name, describe_callable
+from midstream.pipeline.failures import FailedSample, callable_name, describe_callable
 from midstream.pipeline.iterator import Iterator, Lane, SafePoint
-from midstream.pipeline.node import BoundNode, Node, require_dataset
+from midstream.pipeline.node import BoundNode, Node
+from midstream.pipeline.patience import Patience
 from midstream.pipeline.rows import PARTS, Item, Origins, as_origin_array
 
 _EVERY = 16
-
-_GIVE_UP = 100_000
+"""A state of the input is taken every so many inputs."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FlatMap(Node):
-    """Every sample replaced by the samples a function returns, numbered as the parts of its row.
+    """Replaces every sample by the samples that ``fn`` returns, its parts. A stream.
 
-    Parts of a sample that was made of several rows (a batch) carry the origins of all of them,
-    unless there are as many parts as rows: then it is taken to be taken apart again, and part i
-    carries the i-th.
+    The origin of a part is the origin of its sample, with the number of the part. Where the sample
+    was made of several rows (a batch), a part has the origins of all of them. If there are as many
+    parts as rows, part i has the origin of row i: the batch was split into its samples.
 
-    The function may be a generator function; its samples are collected before the first is passed
-    on, so keep what one row becomes small enough for memory. Rows that become nothing are counted.
+    ``fn`` may be a generator function. Its samples are collected before the first is passed on, so
+    the parts of one sample must fit in memory. Samples without parts are counted by source. Over an
+    endless input, 100,000 of them in a row are an error.
 
-    State: ``{"part", "source"}``: how many parts of the row in progress were delivered, and the
-        input before that row.
-    Resume: reads at most 16 inputs again, and calls the function once for the row in progress.
+    State: ``{"part", "source"}``: parts delivered of the sample in progress; safe point, as
+        ``[inputs taken, inputs since, state of the input]``.
+    Resume: reads at most 16 inputs again, and calls the function once for the sample in progress.
     """
 
     source: Node
     fn: Callable[[Any], Iterable[Any]]
-    on_error: str = "raise"
-    max_errors: int | ErrorRate | None = None
-    quarantine: str | None = None
+    errors: ErrorPolicy = RAISE
     kind = "flat_map"
+    random_access = False
+    batch_rows = None
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "flat_map")
         require_callable(self.fn, "flat_map")
-        require_choice(self.on_error, "on_error", ("raise", "skip"), "flat_map")
-        require_limit(self.on_error, self.max_errors, self.quarantine, "flat_map")
+        self.errors.check(("raise", "skip"), "flat_map")
         require_depth(self)
 
-    @property
-    def random_access(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def batch_rows(self) -> int | None:
-        """What comes out need not be batches."""
-        return None
-
     def spec_fields(self) -> dict[str, State]:
-        """The function's name."""
-        fields: dict[str, State] = {"fn": callable_name(self.fn)}
-        if self.on_error != "raise":
-            fields["on_error"] = self.on_error
-        return fields
+        """The function's name, and ``on_error`` where it is not the default."""
+        return {"fn": callable_name(self.fn), **self.errors.spec_fields()}
 
     def replay_bound(self) -> str:
-        """See `Dataset.replay_bound`."""
+        """See `Node.replay_bound`."""
         return "at most 16 inputs of a lane"
 
     def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
@@ -80,24 +66,17 @@ class FlatMap(Node):
 class _FlatMapIterator(Iterator):
     def __init__(self, node: FlatMap, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
         self.bound, self.lane, self.pass_ = bound, lane, pass_
-        self.source = SafePoint(iterate(bound.input, lane, key, pass_), _EVERY)
+        self.source = SafePoint(iterate(bound.input, lane, key, pass_), bound.path, _EVERY)
         fn = self.fn = node.fn
-        self.endless = node.source.infinite
-        self.call = Call(
-            bound,
-            fn,
-            node.on_error == "skip",
-            node.max_errors,
-            lambda sample, _: _collect(fn, sample),
-            node.quarantine,
-        )
+        self.patience = Patience(node.source.infinite)
+        self.call = Call(bound, fn, node.errors, lambda sample, _: _collect(fn, sample))
         self.parts: list[Any] = []
         self.origins: Origins = None
         self.part = 0
         self.before: State = None
 
     def _next(self) -> Item:
-        emptied = 0
+        self.patience.count = 0
         while self.part == len(self.parts):
             self.before = self.source.snapshot()
             self.parts, self.part = [], 0
@@ -112,12 +91,11 @@ class _FlatMapIterator(Iterator):
                     self.lane.ledger.dropped(
                         "emptied", self.bound.path, source, self.pass_, self.source.number
                     )
-                emptied += 1
-                if emptied >= _GIVE_UP and self.endless:
+                if self.patience.exhausted_by(1):
                     raise SourceError(
                         f"{self.bound.path}: {describe_callable(self.fn)} made nothing of"
-                        f" {emptied:,} samples in a row, and the input never ends. Try it on a few"
-                        " samples"
+                        f" {self.patience.count:,} samples in a row, and the input never ends."
+                        " Try it on a few samples"
                     )
             self.parts = parts
         part = self.part
@@ -152,6 +130,7 @@ class _FlatMapIterator(Iterator):
 
 
 def _collect(fn: Callable[[Any], Iterable[Any]], sample: Any) -> list[Any]:
+    """Return the parts of a sample, as a list."""
     result = fn(sample)
     if isinstance(result, (str, bytes, dict)) or not isinstance(result, Iterable):
         raise TypeError(

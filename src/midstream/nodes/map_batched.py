@@ -1,4 +1,4 @@
-"""Map over groups of samples at once, as Hugging Face ``datasets`` has it: columns in, columns out."""
+"""MapBatched: calls a function on groups of samples, columns in and columns out."""
 
 from __future__ import annotations
 
@@ -10,37 +10,36 @@ import numpy as np
 import torch
 
 from midstream.common.plain_state import State
-from midstream.common.validation import require_callable, require_choice, require_int
+from midstream.common.validation import require_callable, require_int
 from midstream.errors import ReplayDiverged, SourceError
 from midstream.nodes.parts import part_origin, require_depth
-from midstream.nodes.user_function import Call, require_limit
+from midstream.nodes.user_function import RAISE, Call, ErrorPolicy
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.failures import ErrorRate, FailedSample, callable_name, describe_callable
-from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node, require_dataset
+from midstream.pipeline.failures import FailedSample, callable_name, describe_callable
+from midstream.pipeline.iterator import Iterator, Lane, SafePoint
+from midstream.pipeline.node import BoundNode, Node
+from midstream.pipeline.patience import Patience
 from midstream.pipeline.rows import PARTS, Item, join_origins
 
-_GIVE_UP = 100_000
-_WHOLE = np.empty((0, 5), dtype=np.int64)
-"""Origins of what is of no single row: a whole group that failed."""
+_NO_ORIGINS = np.empty((0, 5), dtype=np.int64)
+"""Origins of a whole group that failed: none, for no single row is to blame."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MapBatched(Node):
-    """Every ``batch_size`` samples replaced by the samples a function makes of their columns: as many, fewer or more.
+    """Replaces every group of ``batch_size`` samples by the samples that ``fn`` returns. A stream.
 
-    Groups are of consecutive samples of a lane; the last of a lane may be smaller. As many samples
-    as there were keep their origins one by one; otherwise each is a part of all rows of its group,
-    numbered, as in ``flat_map``. Groups of which nothing is left are counted. When the function
-    fails, its whole group is lost.
+    ``fn`` gets the columns of a group and returns columns or samples, of any length, as in Hugging
+    Face ``datasets``. A group is of consecutive samples of a lane; the last one may be smaller.
+    Where ``fn`` returns as many samples as it got, sample i has the origin of input i. Otherwise
+    each is a part of all rows of its group, as in `FlatMap`. Samples of groups that became nothing
+    are counted by source. When ``fn`` raises, its whole group is lost.
 
-    A stream, for how many samples there will be is known by calling the function:
+        batch_size 3    a b c | d e f | g      fn makes A B of a b c, C D E of d e f, F of g
+        output          A B     C D E   F      state after C: before d, taken 3, part 1
 
-        batch_size 3    a b c | d e f | g        fn cuts a b c into A B, d e f into C D E, g into F
-        output          A B     C D E   F        saved after C: safe point before d, 3 inputs, 1 part delivered
-
-    State: ``{"source", "taken", "part", "number"}``: the input before the group in progress, inputs
-        taken of it, samples of it delivered, groups before it.
+    State: ``{"source", "taken", "part", "number"}``: state of the input before the group in
+        progress, inputs taken of that group, samples of it delivered, groups before it.
     Resume: reads the group in progress again, at most ``batch_size`` inputs and the failures
         between them, and calls the function once for it.
     """
@@ -48,43 +47,29 @@ class MapBatched(Node):
     source: Node
     fn: Callable[[Any], Any]
     batch_size: int = 1000
-    on_error: str = "raise"
-    max_errors: int | ErrorRate | None = None
-    quarantine: str | None = None
+    errors: ErrorPolicy = RAISE
     kind = "map_batched"
+    random_access = False
+    batch_rows = None
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "map")
         require_callable(self.fn, "map")
         require_int(self.batch_size, "batch_size", 1, "map")
         if self.batch_size >= PARTS:
             raise ValueError(f"map: batch_size is below {PARTS:,}; found {self.batch_size:,}")
-        require_choice(self.on_error, "on_error", ("raise", "skip", "refill"), "map")
-        require_limit(self.on_error, self.max_errors, self.quarantine, "map")
+        self.errors.check(("raise", "skip", "refill"), "map")
         require_depth(self)
 
-    @property
-    def random_access(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def batch_rows(self) -> int | None:
-        """What comes out need not be batches."""
-        return None
-
     def spec_fields(self) -> dict[str, State]:
-        """The function's name and the size of a group."""
-        fields: dict[str, State] = {
+        """The function's name, the size of a group, and ``on_error`` if not the default."""
+        return {
             "fn": callable_name(self.fn),
             "batch_size": int(self.batch_size),
+            **self.errors.spec_fields(),
         }
-        if self.on_error != "raise":
-            fields["on_error"] = self.on_error
-        return fields
 
     def replay_bound(self) -> str:
-        """See `Dataset.replay_bound`."""
+        """See `Node.replay_bound`."""
         return f"at most {self.batch_size:,} inputs of a lane"
 
     def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
@@ -96,20 +81,18 @@ class _MapBatchedIterator(Iterator):
         self, node: MapBatched, bound: BoundNode, lane: Lane, key: int, pass_: int
     ) -> None:
         self.node, self.bound, self.lane, self.pass_ = node, bound, lane, pass_
-        self.source = iterate(bound.input, lane, key, pass_)
-        fn, quiet = node.fn, node.on_error != "raise"
-        self.call = Call(
-            bound, fn, quiet, node.max_errors, lambda samples, _: fn(samples), node.quarantine
-        )
+        # Moved between two groups.
+        self.source = SafePoint(iterate(bound.input, lane, key, pass_), bound.path)
+        fn = node.fn
+        self.call = Call(bound, fn, node.errors, lambda samples, _: fn(samples))
         self.number = 0
-        self.fruitless = 0
+        self.patience = Patience(node.source.infinite)
         self._clear()
 
     def _clear(self) -> None:
-        """Between two groups."""
-        self.start: State = None  # the input before the group, once it was asked for
+        """Forget the group; the next one begins at the next input."""
+        self.source.move()
         self.held: list[Item] = []
-        self.taken = 0
         self.made: list[Any] = []
         self.origins: Any = None
         self.part = 0
@@ -119,30 +102,28 @@ class _MapBatchedIterator(Iterator):
             if self.part < len(self.made):
                 return self._emit()
             ended = False
-            while self.taken < self.node.batch_size:
-                if self.start is None:
-                    self.start = self.source.snapshot()
+            for _ in range(self.node.batch_size - self.source.since):
                 try:
-                    item = next(self.source)
+                    item = self.source.next()
                 except StopIteration:
                     ended = True
                     break
-                self.taken += 1
                 if type(item[0]) is FailedSample:
                     return item
                 self.held.append(item)
             if self.held:
-                hole = self._make()
-                if hole is not None:
+                failed = self._make()
+                if failed is not None:
                     origins = self.origins
                     self._clear()
                     self.number += 1
-                    return hole, origins
+                    return failed, origins
                 if self.made:
+                    self.patience.count = 0
                     continue
-                self._nothing()
+                self._count_emptied()
             elif ended:
-                self._clear()  # so that the state is where the input is, whoever asked for it before
+                self._clear()  # the state is the input's at its end, even if one was taken before
                 raise StopIteration
             self._clear()
             self.number += 1
@@ -163,7 +144,7 @@ class _MapBatchedIterator(Iterator):
         return sample, origins
 
     def _make(self) -> FailedSample | None:
-        """Call the function on what is held; the hole when it fails."""
+        """Call the function on the group; return a `FailedSample` when it raises."""
         self.origins = join_origins(self.held)
         if self.bound.trail is not None:
             self.bound.trail.rows(self.origins)
@@ -171,64 +152,65 @@ class _MapBatchedIterator(Iterator):
         try:
             self.made = rows_of(self.call.call(columns_of(samples), self.origins))
         except Exception as error:
-            return self.call.failed(error, _WHOLE, samples)
+            return self.call.failed(error, _NO_ORIGINS, samples)
         return None
 
-    def _nothing(self) -> None:
-        """Count a group of which nothing was left."""
+    def _count_emptied(self) -> None:
+        """Count the samples of a group that became nothing.
+
+        Raises:
+            SourceError: If there were too many in a row, and the input never ends.
+        """
         counts: dict[str, int] = {}
         for _, origins in self.held:
             source = origins[0] if type(origins) is tuple else int(origins[0, 0])
             key = f"emptied|{self.bound.path}|{source}"
             counts[key] = counts.get(key, 0) + 1
         self.lane.ledger.count(self.bound.path, self.pass_, self.number, counts)
-        self.fruitless += len(self.held)
-        if self.fruitless >= _GIVE_UP and self.node.source.infinite:
+        if self.patience.exhausted_by(len(self.held)):
             raise SourceError(
                 f"{self.bound.path}: {describe_callable(self.node.fn)} made nothing of"
-                f" {self.fruitless:,} samples, and the input never ends. Try it on a few samples"
+                f" {self.patience.count:,} samples in a row, and the input never ends. Try it on a"
+                " few samples"
             )
 
     def _state(self) -> State:
-        if self.start is None:
-            self.start = self.source.snapshot()
-        return {"source": self.start, "taken": self.taken, "part": self.part, "number": self.number}
+        _, taken, source = self.source.snapshot()
+        return {"source": source, "taken": taken, "part": self.part, "number": self.number}
 
     def _load(self, state: State) -> None:
         self._clear()
-        self.number, self.start, self.fruitless = state["number"], state["source"], 0
-        self.source.load(self.start)
-        for _ in range(state["taken"]):
-            try:
-                item = next(self.source)
-            except StopIteration:
-                raise ReplayDiverged(
-                    f"{self.bound.path}: the input ended after {self.taken} of the {state['taken']}"
-                    " samples that are to be read again; has the data changed since the checkpoint"
-                    " was saved?"
-                ) from None
-            self.taken += 1
-            if type(item[0]) is not FailedSample:
-                self.held.append(item)
-        if state["part"]:
-            failed = self._make() if self.held else None
-            if self.taken < self.node.batch_size and next(self.source, None) is not None:
-                raise ReplayDiverged(
-                    f"{self.bound.path}: the group in progress was the last, of {self.taken}"
-                    " samples, when the state was saved, and there are more now; has the data"
-                    " changed?"
-                )
-            if failed is not None or len(self.made) <= state["part"]:
-                raise ReplayDiverged(
-                    f"{self.bound.path}: the group in progress had more than {state['part']}"
-                    f" samples when the state was saved and has {len(self.made)} now; has the data"
-                    " or the function changed?"
-                )
-            self.part = state["part"]
+        self.number, self.patience.count = state["number"], 0
+        taken, part = state["taken"], state["part"]
+        items = self.source.load([taken, taken, state["source"]])
+        self.held = [item for item in items if type(item[0]) is not FailedSample]
+        if part:
+            self._load_part(part)
+
+    def _load_part(self, part: int) -> None:
+        """Call the function again for the group of which ``part`` samples were delivered."""
+        failed = self._make() if self.held else None
+        taken = self.source.since
+        if taken < self.node.batch_size and next(self.source.upstream, None) is not None:
+            raise ReplayDiverged(
+                f"{self.bound.path}: the group in progress was the last, of {taken} samples, when"
+                " the state was saved, and there are more now; has the data changed?"
+            )
+        if failed is not None or len(self.made) <= part:
+            raise ReplayDiverged(
+                f"{self.bound.path}: the group in progress had more than {part} samples when the"
+                f" state was saved and has {len(self.made)} now; has the data or the function"
+                " changed?"
+            )
+        self.part = part
 
 
 def columns_of(samples: list[Any]) -> Any:
-    """What the function is given: dicts as one dict of lists, other samples as their list."""
+    """Return the function's argument: dicts as one dict of lists, other samples as a list.
+
+    Raises:
+        ValueError: If the dicts have different keys.
+    """
     first = samples[0]
     if not isinstance(first, Mapping):
         return samples
@@ -239,16 +221,17 @@ def columns_of(samples: list[Any]) -> Any:
             )
             raise ValueError(
                 f"samples of a group have different keys: expected {sorted(map(str, first))}, found"
-                f" {found} in sample {number}; make them alike with .map before"
+                f" {found} in sample {number}; give them the same keys with .map before"
             )
     return {key: [sample[key] for sample in samples] for key in first}
 
 
 def rows_of(result: Any) -> list[Any]:
-    """Samples of what the function returned: a dict of columns, or a list of samples.
+    """Return the samples in a function's result: a dict of columns, or a list of samples.
 
     Raises:
-        TypeError, ValueError: If it is neither, or columns differ in length.
+        TypeError: If it is neither, or a sample is None.
+        ValueError: If columns differ in length, or there are too many samples.
     """
     if isinstance(result, Mapping):
         columns = {key: _as_list(key, column) for key, column in result.items()}
@@ -271,6 +254,7 @@ def rows_of(result: Any) -> list[Any]:
 
 
 def _as_list(key: Any, column: Any) -> list[Any]:
+    """Return the values of a column, one for each sample."""
     if isinstance(column, (np.ndarray, torch.Tensor)):
         if column.ndim:
             return column.tolist() if column.ndim == 1 else list(column)

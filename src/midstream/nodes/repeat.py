@@ -1,4 +1,4 @@
-"""Repeat: several passes over the data."""
+"""Repeat: reads its input several times."""
 
 from __future__ import annotations
 
@@ -10,28 +10,35 @@ from midstream.common.plain_state import State
 from midstream.common.randomness import pass_key
 from midstream.common.validation import require_int
 from midstream.errors import SourceError
+from midstream.pipeline import describe
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node, Selection, require_dataset
+from midstream.pipeline.node import BoundNode, Node, Selection
 from midstream.pipeline.passes import require_passes
+from midstream.pipeline.patience import Patience
 from midstream.pipeline.rows import I64, U64, Item
 
-_GIVE_UP = 1_000
-_ENDLESS = 1 << 20  # passes of an endless repeat inside one outer pass, for numbering
+_MAX_EMPTY_PASSES = 1_000
+"""Passes in a row without a sample, after which an endless repeat gives up."""
+
+_ENDLESS = 1 << 20
+"""Passes of an endless repeat in one outer pass, for numbering."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Repeat(Node):
-    """``num_epochs`` passes over the input, endless when None. Every shuffle below draws a new order each pass.
+    """Reads the input ``num_epochs`` times, or without end when None. Random access where it is.
 
-    On a stream, a pass may yield nothing in a lane and the next one something (a filter above a
-    shuffle), so all passes are gone through. An endless repeat ends in a lane that finds nothing to
-    read, and, with a warning, after 1,000 passes of which nothing was ever left; where there was
-    something before, that is an error.
+    Every shuffle in the input has a new order in each pass.
 
-    State: random access: none but the position. Stream: ``[pass, flags: it read 1, yielded 2, ever
-        yielded 4; input state]``.
+    On a stream, one pass may yield nothing in a lane and the next one something (a filter after a
+    shuffle). So an endless repeat continues after an empty pass. It ends in a lane whose input has
+    no rows. After 1,000 passes in a row that yielded nothing of what was read, it ends with a
+    warning if no pass ever yielded a sample; otherwise it raises `SourceError`.
+
+    State: random access: none but the position. Stream: ``[pass, flags, state of the input]``; the
+        flags are a sum: 1: the pass read a row; 2: it yielded a sample; 4: some pass did.
     Resume: reads nothing again.
     """
 
@@ -40,12 +47,12 @@ class Repeat(Node):
     kind = "repeat"
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "repeat")
         if self.num_epochs is not None:
             require_int(self.num_epochs, "num_epochs", 1, "repeat")
-        if self.source.infinite:
+        if super().infinite:
             raise ValueError(
-                f"repeat of something endless never gets to a second pass:\n{self.source!r}"
+                "repeat of something endless never gets to a second"
+                f" pass:\n{describe.tree(self.source)}"
             )
 
     @property
@@ -60,11 +67,11 @@ class Repeat(Node):
         return None if length is None or self.num_epochs is None else length * self.num_epochs
 
     def spec_fields(self) -> dict[str, State]:
-        """Number of passes."""
+        """The number of passes."""
         return {"num_epochs": None if self.num_epochs is None else int(self.num_epochs)}
 
     def passes_over(self, key: str, exact: bool) -> int:
-        """Its passes."""
+        """See `Node.passes_over`."""
         return int(self.num_epochs or _ENDLESS)
 
     def _select(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> list[Selection]:
@@ -88,12 +95,12 @@ class Repeat(Node):
 class _RepeatIterator(Iterator):
     def __init__(self, node: Repeat, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
         self.node, self.bound, self.lane, self.key, self.pass_ = node, bound, lane, key, pass_
-        self.empty = 0  # passes in a row without a sample
-        self.ever = False  # whether any pass yielded anything
+        self.patience = Patience(node.infinite, _MAX_EMPTY_PASSES)  # counts passes
+        self.ever_yielded = False
         self._start(0)
 
     def _start(self, number: int) -> None:
-        self.number, self.any, self.read = number, False, False
+        self.number, self.yielded, self.read = number, False, False
         times = self.node.passes_over("", True)
         require_passes(np.array([self.pass_]), times)
         key = int(pass_key(np.array([self.key], dtype=np.uint64), np.array([number]))[0])
@@ -109,46 +116,51 @@ class _RepeatIterator(Iterator):
                 self.read = self.read or ledger.reads != before
                 if self.number + 1 == self.node.num_epochs:
                     raise
-                if self.node.num_epochs is None and not self.any:
-                    self._nothing()
+                if self.node.num_epochs is None and not self.yielded:
+                    self._check_empty_pass()
                 self._start(self.number + 1)
                 continue
             self.read = True
             if type(item[0]) is not FailedSample:
-                self.any, self.ever, self.empty = True, True, 0
+                self.yielded, self.ever_yielded, self.patience.count = True, True, 0
             return item
 
-    def _nothing(self) -> None:
-        """An endless repeat whose pass yielded nothing: the end, bad luck, or an endless wait?"""
+    def _check_empty_pass(self) -> None:
+        """Decide whether an endless repeat continues after a pass that yielded nothing.
+
+        Raises:
+            StopIteration: If this lane has no rows, or no pass ever yielded a sample.
+            SourceError: If passes yielded samples before, and none of the last 1,000 did.
+        """
         if not self.read:
             raise StopIteration  # this lane has no data
-        self.empty += 1
-        if self.empty < _GIVE_UP:
+        if not self.patience.exhausted_by(1):
             return
-        what = (
-            f"{self.bound.path}: {self.empty:,} passes in a row left nothing of what lane"
+        found = (
+            f"{self.bound.path}: {self.patience.count:,} passes in a row left nothing of what lane"
             f" {self.lane.index} of {self.lane.num_lanes} read"
         )
-        if self.ever:
+        if self.ever_yielded:
             raise SourceError(
-                f"{what}. Check what the filters and skipped errors below let through"
+                f"{found}. Check what the filters and skipped errors below let through"
             )
         self.lane.ledger.notice(
             f"repeat {self.bound.path}",
-            f"{what}, nor any before; it is drained. Fewer lanes (lanes=) give each more rows",
+            f"{found}, nor any before; the lane ends. Fewer lanes (lanes=) give each more rows",
         )
         raise StopIteration
 
     def _state(self) -> State:
-        return [self.number, self.read + 2 * self.any + 4 * self.ever, self.source.snapshot()]
+        return [
+            self.number,
+            self.read + 2 * self.yielded + 4 * self.ever_yielded,
+            self.source.snapshot(),
+        ]
 
     def _load(self, state: State) -> None:
         number, flags, source = state
         self._start(number)
-        self.read, self.any, self.ever, self.empty = (
-            bool(flags & 1),
-            bool(flags & 2),
-            bool(flags & 4),
-            0,
-        )
+        self.read, self.yielded = bool(flags & 1), bool(flags & 2)
+        self.ever_yielded = bool(flags & 4)
+        self.patience.count = 0
         self.source.load(source)

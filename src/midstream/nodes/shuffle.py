@@ -1,4 +1,4 @@
-"""Shuffle: a global permutation by formula, and for streams a shuffle in bounded memory."""
+"""Shuffle: a permutation by formula. BufferedShuffle: a shuffle of a stream in bounded memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from midstream.common.plain_state import State
 from midstream.common.randomness import fold, fold_array, permute, uniform32
 from midstream.common.validation import require_int
 from midstream.errors import ReplayDiverged
+from midstream.pipeline import describe
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample
 from midstream.pipeline.iterator import Iterator, Lane
@@ -22,12 +23,12 @@ from midstream.pipeline.rows import I64, U64, Item, Origins, as_origin_array
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Shuffle(Node):
-    """A random permutation of a random-access dataset, another one every epoch and every pass of a repeat.
+    """Permutes a random-access input, in another order in every epoch and every pass of a repeat.
 
-    The order is a formula (a keyed Feistel network, see `midstream.common.randomness.permute`):
-    O(1) memory for any length. Where the source says that its rows come in blocks (parquet row
-    groups), the blocks are permuted first and then the rows within windows of ``window_blocks``
-    blocks, so that reading in order touches few blocks at a time:
+    The order is a formula (a keyed Feistel network, see `midstream.common.randomness.permute`), so
+    memory is constant for any length. Where the source decodes a block of rows at once (parquet row
+    groups), the blocks are permuted first. Then rows are permuted within windows of
+    ``window_blocks`` blocks, so that reading in order uses few blocks at a time:
 
         blocks     A B C D E F     permuted      D A F | C B E      (window_blocks=3)
         rows                       within        daffad..| ecbbce..
@@ -45,23 +46,23 @@ class Shuffle(Node):
         require_int(self.seed, "seed", -(1 << 63), "shuffle")
         if self.window_blocks is not None:
             require_int(self.window_blocks, "window_blocks", 1, "shuffle")
-        if not self.source.random_access:
+        if not self.random_access:
             raise TypeError(
                 "a global shuffle needs random access, and this is a stream. Shuffle before the"
                 " node that makes it one, or hold samples back with .shuffle(seed,"
-                f" buffer_size=10_000):\n{self.source!r}"
+                f" buffer_size=10_000):\n{describe.tree(self.source)}"
             )
-        if self.source.infinite:
+        if self.infinite:
             raise ValueError(
                 "a global shuffle needs a length, and this has none. Shuffle before .repeat():"
-                f" every pass then has its own order:\n{self.source!r}"
+                f" every pass then has its own order:\n{describe.tree(self.source)}"
             )
 
     def _length(self) -> int | None:
         return self.source.length()
 
     def spec_fields(self) -> dict[str, State]:
-        """The seed, and the window where it is not the default."""
+        """The seed, and ``window_blocks`` where it is not the default."""
         fields: dict[str, State] = {"seed": int(self.seed)}
         if self.window_blocks != 16:
             fields["window_blocks"] = self.window_blocks
@@ -86,7 +87,7 @@ class Shuffle(Node):
         return rows
 
     def _windows(self, key: int, seed: int, sizes: I64) -> _Windows:
-        """The block order of one pass; the last few are kept."""
+        """Return the block order of one pass. The last few are cached."""
         cache: OrderedDict[tuple[int, int], _Windows] = self.__dict__.get("_plans") or OrderedDict()
         self._set("_plans", cache)
         plan = cache.get((key, seed))
@@ -99,7 +100,7 @@ class Shuffle(Node):
 
 
 class _Windows:
-    """Blocks in a random order, cut into windows, rows permuted within each."""
+    """Permutes blocks, cuts them into windows, and permutes rows within each window."""
 
     def __init__(self, key: int, seed: int, sizes: I64, window_blocks: int) -> None:
         keys = np.array([key], dtype=np.uint64)
@@ -113,7 +114,7 @@ class _Windows:
         self.window_at = np.append(self.block_at[:-1:window_blocks], self.block_at[-1])
 
     def permute(self, positions: I64) -> I64:
-        """Source rows for positions, both int64 of shape [k]."""
+        """Return the source rows at positions, both int64 of shape [k]."""
         windows = np.searchsorted(self.window_at, positions, side="right") - 1
         mixed = np.empty_like(positions)
         for window in np.unique(windows):
@@ -129,45 +130,41 @@ class _Windows:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BufferedShuffle(Node):
-    """A shuffle of a stream: samples leave in the order of random keys that lie a bounded distance ahead.
+    """Shuffles a stream in bounded memory: samples leave in the order of random keys. A stream.
 
-    In a lane, input i gets the key ``i + b * u(i)``, u uniform in [0, 1), b = ceil(buffer_size /
-    lanes). A sample leaves when no later input can have a smaller key, so at most b are held and
-    none moves by more than b places. With b = 4:
+    In a lane, input i gets the key ``i + b * u(i)``, with u uniform in [0, 1) and b =
+    ceil(buffer_size / lanes). A sample leaves when no later input can have a smaller key. So at
+    most b samples are held, and none moves by more than b places. With b = 4:
 
-        input   0    1    2    3    4    5           a picture of the state after "1 0" left:
-        key     2.1  1.3  5.9  3.2  4.4  8.0         safe point at 2 (the oldest held), seen 4,
-        output  1 0 3 4 2 5                          last 0: held are the inputs from 2 on with a larger key
+        input   0    1    2    3    4    5       state after "1 0" left: safe point at input 2
+        key     2.1  1.3  5.9  3.2  4.4  8.0     (the oldest held), seen 4, last 0. Held are the
+        output  1 0 3 4 2 5                      inputs from 2 on whose keys are larger
 
-    The output is a pure function of the input order, so no sample is in the state.
+    The output is a pure function of the input order, so the state holds no sample.
 
-    State: ``{"seen", "last", "held", "oldest", "safe"}``: inputs taken, the input that left last,
-        how many are held, a hash of the oldest one's origin, and ``[number, upstream state]`` of a
-        point not newer than it.
-    Resume: reads at most b + max(1, b // 8) inputs again. When they are not what they were:
-    `ReplayDiverged`.
+    State: ``{"seen", "last", "held", "oldest", "safe"}``: inputs taken; number of the input that
+        left last; how many are held; hash of the oldest one's origin; ``[number, state of the
+        input]`` at a safe point not newer than it.
+    Resume: reads at most b + max(1, b // 8) inputs again. Raises `ReplayDiverged` when they are not
+        the ones that were read before.
     """
 
     source: Node
     seed: int = 0
     buffer_size: int = 1000
     kind = "shuffle"
+    random_access = False
 
     def __post_init__(self) -> None:
         require_int(self.seed, "seed", -(1 << 63), "shuffle")
         require_int(self.buffer_size, "buffer_size", 1, "shuffle")
-
-    @property
-    def random_access(self) -> bool:
-        """Never: what is held back depends on what came before."""
-        return False
 
     def spec_fields(self) -> dict[str, State]:
         """Seed and buffer size."""
         return {"seed": int(self.seed), "buffer_size": int(self.buffer_size)}
 
     def replay_bound(self) -> str:
-        """See `Dataset.replay_bound`."""
+        """See `Node.replay_bound`."""
         return f"at most {self.buffer_size * 9 // 8:,}/lanes + 1 inputs of a lane"
 
     def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
@@ -175,6 +172,7 @@ class BufferedShuffle(Node):
 
 
 _DRAWS = 1024
+"""Random numbers drawn at once."""
 
 
 class _BufferedShuffleIterator(Iterator):
@@ -187,22 +185,25 @@ class _BufferedShuffleIterator(Iterator):
         self.grid = max(1, self.reach // 8)
         self.seed = fold(node.seed, bound.salt, key, lane.index)
         self.draws: list[int] = []
-        self.draws_of = -1
+        self.draws_block = -1
         self._clear(0)
 
     def _clear(self, seen: int) -> None:
         self.seen = seen
         self.last = -1
         self.heap: list[tuple[int, int, Any, Origins]] = []
-        self.live: dict[int, Origins] = {}  # what is held, oldest first
-        self.safe: deque[tuple[int, State]] = deque()
+        self.live: dict[int, Origins] = {}  # origins of held samples by number, oldest first
+        self.safe: deque[tuple[int, State]] = deque()  # safe points, oldest first
         self.ended = False
 
     def _key(self, number: int) -> int:
-        """The key of an input, times 2**32."""
+        """Return the key of an input, times 2**32."""
         block, inside = divmod(number, _DRAWS)
-        if block != self.draws_of:
-            self.draws, self.draws_of = uniform32(self.seed, block * _DRAWS, _DRAWS).tolist(), block
+        if block != self.draws_block:
+            self.draws, self.draws_block = (
+                uniform32(self.seed, block * _DRAWS, _DRAWS).tolist(),
+                block,
+            )
         return (number << 32) + self.reach * self.draws[inside]
 
     def _next(self) -> Item:
@@ -237,9 +238,7 @@ class _BufferedShuffleIterator(Iterator):
         self.live[number] = item[1]
 
     def _prune(self) -> None:
-        """Forget safe points that a newer one, still not newer than the oldest sample held, makes
-        useless.
-        """
+        """Drop the safe points that are older than needed for the oldest held sample."""
         oldest = next(iter(self.live), self.seen)
         while len(self.safe) > 1 and self.safe[1][0] <= oldest:
             self.safe.popleft()
@@ -263,7 +262,7 @@ class _BufferedShuffleIterator(Iterator):
         self.source.load(upstream)
         self.safe.append((number, upstream))
         last = state["last"]
-        left = (self._key(last), last) if last >= 0 else (-1, -1)
+        last_key = (self._key(last), last) if last >= 0 else (-1, -1)
         while self.seen < state["seen"]:
             number = self.seen
             try:
@@ -271,7 +270,7 @@ class _BufferedShuffleIterator(Iterator):
             except StopIteration:
                 break
             key = self._key(number)
-            if type(item[0]) is not FailedSample and (key, number) > left:
+            if type(item[0]) is not FailedSample and (key, number) > last_key:
                 self._hold(key, number, item)
         self.last = last
         oldest = next(iter(self.live.values()), None)
@@ -291,7 +290,7 @@ def _origin_hash(origins: Origins) -> int:
 
 
 def _owned(sample: Any) -> Any:
-    """The sample without views into someone else's memory: holding one would pin a whole chunk."""
+    """Copy arrays that are views: holding one would keep its whole chunk in memory."""
     if isinstance(sample, np.ndarray):
         return sample if sample.base is None else sample.copy()
     if type(sample) is dict:

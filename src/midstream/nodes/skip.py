@@ -1,4 +1,4 @@
-"""Skip: the data without its beginning."""
+"""Skip: leaves out the first samples."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from midstream.common.validation import require_int
 from midstream.nodes.take import cut_blocks
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node, Selection, require_dataset
+from midstream.pipeline.node import BoundNode, Node, Selection
 from midstream.pipeline.rows import I64, U64, Item
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Skip(Node):
-    """All but the first ``n`` samples; on a stream, lane l of L skips ``n // L + (l < n % L)`` of its own.
+    """Leaves out the first ``n`` samples. Random access where the input is.
 
-    State: random access: none but the position. Stream: ``[samples still to skip, input state]``.
+    On a stream, lane l of L leaves out the first ``n // L + (l < n % L)`` of its own samples.
+
+    State: random access: none but the position. Stream: ``[samples left to skip, state of the
+        input]``.
     Resume: reads nothing again.
     """
 
@@ -26,7 +29,6 @@ class Skip(Node):
     kind = "skip"
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "skip")
         require_int(self.n, "n", 0, "skip")
 
     def _length(self) -> int | None:
@@ -34,7 +36,7 @@ class Skip(Node):
         return None if length is None else max(0, length - int(self.n))
 
     def block_sizes(self) -> I64 | None:
-        """The input's blocks from the cut on."""
+        """Sizes of the input's blocks from sample ``n`` on."""
         sizes = self.source.block_sizes()
         return None if sizes is None else cut_blocks(sizes, int(self.n), int(sizes.sum()))
 
@@ -43,7 +45,7 @@ class Skip(Node):
         return count + int(self.n)
 
     def spec_fields(self) -> dict[str, State]:
-        """How many."""
+        """The number of samples."""
         return {"n": int(self.n)}
 
     def _select(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> list[Selection]:

@@ -1,4 +1,4 @@
-"""Take: the beginning of the data."""
+"""Take: keeps the first samples."""
 
 from __future__ import annotations
 
@@ -10,37 +10,35 @@ from midstream.common.plain_state import State
 from midstream.common.validation import require_int
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node, Selection, require_dataset
+from midstream.pipeline.node import BoundNode, Node, Selection
 from midstream.pipeline.rows import I64, U64, Item
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Take(Node):
-    """The first ``n`` samples; on a stream, lane l of L takes ``n // L + (l < n % L)`` of its own.
+    """Keeps the first ``n`` samples. Random access where the input is.
 
-    State: random access: none but the position. Stream: ``[samples left, input state]``.
+    On a stream, lane l of L takes the first ``n // L + (l < n % L)`` of its own samples.
+
+    State: random access: none but the position. Stream: ``[samples left to take, state of the
+        input]``.
     Resume: reads nothing again.
     """
 
     source: Node
     n: int
     kind = "take"
+    infinite = False
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "take")
         require_int(self.n, "n", 0, "take")
-
-    @property
-    def infinite(self) -> bool:
-        """Never."""
-        return False
 
     def _length(self) -> int | None:
         length = self.source.length()
         return int(self.n) if length is None else min(int(self.n), length)
 
     def block_sizes(self) -> I64 | None:
-        """The input's blocks up to the cut."""
+        """Sizes of the input's blocks up to sample ``n``."""
         sizes = self.source.block_sizes()
         return None if sizes is None else cut_blocks(sizes, 0, int(self.n))
 
@@ -49,7 +47,7 @@ class Take(Node):
         return count
 
     def spec_fields(self) -> dict[str, State]:
-        """How many."""
+        """The number of samples."""
         return {"n": int(self.n)}
 
     def _select(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> list[Selection]:
@@ -79,7 +77,7 @@ class _TakeIterator(Iterator):
 
 
 def cut_blocks(sizes: I64, start: int, stop: int) -> I64:
-    """Sizes of what is left of blocks when only the rows in [start, stop) are."""
+    """Return the sizes of blocks of which only the rows in [start, stop) are kept."""
     ends = np.minimum(np.cumsum(sizes), stop)
     left = np.diff(np.maximum(ends, start), prepend=start)
     return left[left > 0]

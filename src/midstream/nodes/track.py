@@ -1,4 +1,4 @@
-"""Track: numbers and categories of the samples that come by, gathered for progress."""
+"""Track: measures samples for progress(), and passes them on."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from midstream.common.plain_state import MISSING, State
 from midstream.metrics.metric import Metric, as_metric
-from midstream.nodes.user_function import Call
+from midstream.nodes.user_function import RAISE, Call
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample, describe_callable
-from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node, require_dataset
+from midstream.pipeline.iterator import Iterator, Lane, OneToOneIterator
+from midstream.pipeline.node import BoundNode, Node
 from midstream.pipeline.rows import I64, U64, Item, Origins, Rows
 
 __all__ = ["Track"]
@@ -20,11 +20,11 @@ __all__ = ["Track"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Track(Node):
-    """Every sample as it is, its metrics taken. One to one, so random access is kept.
+    """Measures every sample and passes it on unchanged. Random access where the input is.
 
-    State: ``[number, input]`` in a stream, none of its own over random access; the totals are once
-        per rank.
-    Resume: reads nothing again; what comes by again counts once.
+    State: random access: none of its own. Stream: ``[samples seen, state of the input]``. The
+        totals are saved once per rank, not here.
+    Resume: reads nothing again. A sample that a later node reads again counts once.
     """
 
     source: Node
@@ -35,7 +35,6 @@ class Track(Node):
     _by_value = ("metrics",)
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "track")
         if not self.metrics:
             raise ValueError("track takes at least one metric, as in track(length=len)")
         names = {name for name, _ in self.metrics}
@@ -45,7 +44,7 @@ class Track(Node):
                     "track: the name of a metric has at most 64 characters and no '/'; found"
                     f" {name!r:.80}"
                 )
-        below = [self.source]
+        below = list(self.inputs().values())
         while below:
             node = below.pop()
             if isinstance(node, Track) and (
@@ -59,7 +58,7 @@ class Track(Node):
 
     @staticmethod
     def of(source: Node, metrics: Mapping[str, Any]) -> Track:
-        """A node that tracks metrics, or plain functions, by name."""
+        """Return a node that tracks metrics, or plain functions, given by name."""
         return Track(
             source,
             tuple((name, as_metric(metric, name)) for name, metric in sorted(metrics.items())),
@@ -79,13 +78,13 @@ class Track(Node):
         if rows.sizes is None:
             try:
                 if rows.columns is None and FailedSample in map(type, rows.samples):
-                    raise ValueError("what failed is no sample")
+                    raise ValueError("metrics are not taken of failed samples")
                 found = [metric.values(rows.samples) for _, metric in self.metrics]
                 if stash is not None:
                     which = map(tuple, rows.origins[:, :4].tolist())
                     stash.update(zip(which, zip(rows.origins[:, 0].tolist(), zip(*found))))
                 return rows
-            except Exception:  # one of the functions fails: each sample by itself, below
+            except Exception:  # a function or a sample failed: measure one by one, below
                 pass
             origins: Iterable[Origins] = map(tuple, rows.origins.tolist())
         else:
@@ -93,12 +92,12 @@ class Track(Node):
         measure = _Measure(self, bound)
         samples: list[Any] | None = None
         for index, (sample, origin) in enumerate(zip(rows.samples, origins)):
-            values, hole = measure(sample, origin)
-            if hole is not None:
+            values, failed = measure(sample, origin)
+            if failed is not None:
                 samples = samples or list(rows.samples)
-                samples[index] = hole
+                samples[index] = failed
             elif values is not None and stash is not None:
-                first, source = _first(origin)
+                first, source = _key_and_source(origin)
                 stash[first] = source, values
         return rows if samples is None else Rows(samples, rows.origins, rows.sizes)
 
@@ -106,8 +105,8 @@ class Track(Node):
         return _TrackIterator(self, bound, lane, key, pass_)
 
 
-def _first(origin: Origins) -> tuple[tuple[int, ...], int]:
-    """What says which sample it is, and its source: -1 when it is made of rows of several."""
+def _key_and_source(origin: Origins) -> tuple[tuple[int, ...], int]:
+    """Return the key of a sample in a `Stash`, and its source: -1 for rows of several sources."""
     if type(origin) is tuple:
         return origin[:4], origin[0]
     if not len(origin):
@@ -117,7 +116,7 @@ def _first(origin: Origins) -> tuple[tuple[int, ...], int]:
 
 
 class _Measure:
-    """The metrics of one sample."""
+    """Computes the metrics of one sample."""
 
     __slots__ = ("bound", "metrics")
 
@@ -127,7 +126,10 @@ class _Measure:
     def __call__(
         self, sample: Any, origins: Origins
     ) -> tuple[tuple[Any, ...] | None, FailedSample | None]:
-        """A value of each metric, and the hole in the sample's place where a function failed."""
+        """Return the value of each metric, or a `FailedSample` where a function raised.
+
+        Both are None for a sample of which a failure left nothing.
+        """
         errors: tuple[Any, ...] = ()
         if type(sample) is FailedSample:
             if sample.rest is MISSING:
@@ -136,7 +138,7 @@ class _Measure:
         values: list[Any] = []
         try:
             for _, metric in self.metrics:
-                values.append(metric.value(sample))  # how many there are tells which one failed
+                values.append(metric.value(sample))  # their number shows which metric failed
             return tuple(values), None
         except Exception as error:
             name, metric = self.metrics[len(values)]
@@ -144,35 +146,35 @@ class _Measure:
             call = Call(
                 self.bound,
                 metric.fn,
-                False,
-                None,
+                RAISE,
                 lambda sample, _: metric.value(sample),
                 label=label,
             )
-            hole = call.failed(error, origins, sample)
-            return None, FailedSample(errors + hole.errors, hole.rest)
+            failed = call.failed(error, origins, sample)
+            return None, FailedSample(errors + failed.errors, failed.rest)
 
 
-class _TrackIterator(Iterator):
+class _TrackIterator(OneToOneIterator):
     def __init__(self, node: Track, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
-        self.source, self.ledger = iterate(bound.input, lane, key, pass_), lane.ledger
-        self.path, self.pass_, self.kinds = bound.path, pass_, node.kinds()
+        super().__init__(iterate(bound.input, lane, key, pass_))
+        self.ledger, self.path, self.pass_ = lane.ledger, bound.path, pass_
+        self.kinds = node.kinds()
         self.measure = _Measure(node, bound)
         self.number = 0
 
     def _next(self) -> Item:
         sample, origins = next(self.source)
         self.number += 1
-        values, hole = self.measure(sample, origins)
-        if hole is not None:
-            return hole, origins
+        values, failed = self.measure(sample, origins)
+        if failed is not None:
+            return failed, origins
         if values is not None and self.ledger.first_time(self.path, self.pass_, self.number):
-            self.ledger.track(self.path, _first(origins)[1], self.kinds, [values])
+            self.ledger.track(self.path, _key_and_source(origins)[1], self.kinds, [values])
         return sample, origins
 
     def _state(self) -> State:
-        return [self.number, self.source.snapshot()]
+        return [self.number, super()._state()]
 
     def _load(self, state: State) -> None:
         self.number, upstream = state
-        self.source.load(upstream)
+        super()._load(upstream)

@@ -122,33 +122,71 @@ class Iterator:
         raise NotImplementedError
 
 
-class SafePoint:
-    """Reads the input of a buffering node; its state is a safe point and a number of inputs.
+class OneToOneIterator(Iterator):
+    """Base of iterators that give one sample for each of their input's and hold none back.
 
-    A safe point is a state of ``upstream`` from which the buffer can be rebuilt by reading forward.
-    One is taken at input numbers that are multiples of ``every``, as the state of a deep pipeline
-    costs more than an input. So the state at a position does not depend on where the run resumed.
+    A subclass implements ``_next``. The state is the input's state.
     """
 
-    __slots__ = ("every", "number", "state", "state_at", "upstream")
+    def __init__(self, source: Iterator) -> None:
+        self.source = source
 
-    def __init__(self, upstream: Iterator, every: int) -> None:
-        self.upstream, self.every = upstream, every
+    def _state(self) -> State:
+        return self.source.snapshot()
+
+    def _load(self, state: State) -> None:
+        self.source.load(state)
+
+
+_NO_GRID = 1 << 62
+"""Stands for ``every=None``: no run reads so many inputs."""
+
+
+class SafePoint:
+    """The input of a node that holds samples back, read from a state that is not newer than they are.
+
+    The state of the input is the safe point. A resume loads it, then reads again what the node
+    held. There are two ways to choose it:
+
+    - ``every=k``: at input numbers that are multiples of k, because a deep state costs more to take
+      than an input. The state at a position then does not depend on where the run was resumed.
+    - ``every=None``: where the node calls `move`, because nothing is held there.
+
+    Attributes:
+        number: Inputs taken so far.
+        state: State of the input at the safe point.
+        state_at: Number of inputs taken before the safe point; -1 while none was chosen.
+    """
+
+    __slots__ = ("every", "number", "path", "state", "state_at", "upstream")
+
+    def __init__(self, upstream: Iterator, path: str, every: int | None = None) -> None:
+        self.upstream, self.path = upstream, path
+        self.every = _NO_GRID if every is None else every
         self.number = 0
         self.state: State = None
         self.state_at = -1
 
     def next(self) -> Item:
-        """The next input."""
-        if self.number % self.every == 0 and self.state_at != self.number:
+        """Return the next input."""
+        if self.state_at < 0 or (self.number % self.every == 0 and self.state_at != self.number):
             self.state, self.state_at = self.upstream.snapshot(), self.number
         item = next(self.upstream)
         self.number += 1
         return item
 
+    @property
+    def since(self) -> int:
+        """Inputs taken since the safe point: as many are read again on resume."""
+        return 0 if self.state_at < 0 else self.number - self.state_at
+
+    def move(self) -> None:
+        """Make the point before the next input the safe point. Its state is taken when needed."""
+        self.state, self.state_at = None, -1
+
     def snapshot(self) -> list[State]:
-        """``[inputs taken, inputs since the safe point, upstream state at the safe point]``."""
-        if self.number % self.every == 0 and self.state_at != self.number:
+        """``[number of inputs taken, inputs since the safe point, its state]``."""
+        if self.state_at < 0 or (self.number % self.every == 0 and self.state_at != self.number):
             self.state, self.state_at = self.upstream.snapshot(), self.number
         return [self.number, self.number - self.state_at, self.state]
 
@@ -156,21 +194,39 @@ class SafePoint:
         """The snapshot as it was before the last input."""
         return [self.number - 1, self.number - 1 - self.state_at, self.state]
 
-    def load(self, state: list[State]) -> None:
-        """Return to the safe point and read forward to where the state was taken.
+    def load(self, state: list[State]) -> list[Item]:
+        """Go back to the safe point of a snapshot and read forward to where it was taken.
+
+        Returns:
+            The inputs since the safe point.
 
         Raises:
-            ReplayDiverged: If the input ends before that.
+            ReplayDiverged: If there are fewer inputs than there were.
         """
-        number, since, upstream = state
-        self.upstream.load(upstream)
-        self.number = number - since
-        self.state, self.state_at = upstream, self.number
-        for _ in range(since):
-            try:
-                self.next()
-            except StopIteration:
-                raise ReplayDiverged(
-                    f"the input ended after {self.number} samples while {number} were to be read"
-                    " again; has the data changed since the checkpoint was saved?"
-                ) from None
+        self.number, since, self.state = state
+        self.state_at = self.number - since
+        self.upstream.load(self.state)
+        return read_again(self.upstream, since, self.path)
+
+
+def read_again(source: Iterator, count: int, path: str) -> list[Item]:
+    """Read ``count`` items that were read before the checkpoint was saved.
+
+    Args:
+        source: Where to read, from the state before those items.
+        count: How many.
+        path: Path of the node that held them, for the error.
+
+    Raises:
+        ReplayDiverged: If ``source`` ends before that.
+    """
+    items: list[Item] = []
+    for _ in range(count):
+        try:
+            items.append(next(source))
+        except StopIteration:
+            raise ReplayDiverged(
+                f"{path}: {count:,} samples of its input were to be read again, and there are only"
+                f" {len(items):,}; has the data changed since the checkpoint was saved?"
+            ) from None
+    return items

@@ -248,6 +248,11 @@ class Node:
     def inputs(self) -> dict[str, Node]:
         """The inputs by name. A single input has the empty name; sources have none."""
         source = getattr(self, "source", None)
+        if isinstance(getattr(source, "node", None), Node):
+            raise TypeError(
+                f"{type(self).__name__} takes a node; found a {type(source).__name__}. Pass its"
+                " .node, as in Dataset(MyNode(dataset.node))"
+            )
         return {"": source} if isinstance(source, Node) else {}
 
     def with_inputs(self, inputs: Mapping[str, Node]) -> Node:

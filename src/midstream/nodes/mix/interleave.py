@@ -15,7 +15,7 @@ from midstream.common.validation import require_callable, require_choice, requir
 from midstream.nodes.mix.layout import PASSES, Layout
 from midstream.nodes.mix.picks import Picks
 from midstream.nodes.mix.weights import Weights, check_weights, quotas
-from midstream.nodes.user_function import Call
+from midstream.nodes.user_function import RAISE, Call
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample, callable_name
 from midstream.pipeline.iterator import Iterator, Lane, replaying
@@ -449,7 +449,7 @@ class _MeasuredIterator(_InterleaveIterator):
         self.counted = np.zeros(len(node.datasets), dtype=np.float64)
         super().__init__(node, bound, lane, key, pass_)
         self.call = Call(
-            bound, by if callable(by) else len, False, None, lambda sample, _: _measure(by, sample)
+            bound, by if callable(by) else len, RAISE, lambda sample, _: _measure(by, sample)
         )
 
     def _use(self, draws: int, weights: Weights) -> None:

@@ -23,7 +23,7 @@ class Concat(Iterator):
 
     def __init__(self, packer: Packer, upstream: Iterator) -> None:
         self.packer, self.seq_len = packer, packer.seq_len
-        self.source = SafePoint(upstream, _EVERY)
+        self.source = SafePoint(upstream, packer.path, _EVERY)
         self.made = 0
         self.cursor = upstream if type(upstream) is Cursor and packer.bare else None
         self.ready: _Ready | None = None
