@@ -81,7 +81,7 @@ from midstream.pipeline.node import Node
 from midstream.pipeline.passes import require_epochs
 from midstream.sources import from_dataset
 from midstream.transport.arena import Arena
-from midstream.transport.bundles import MOST, Unbundler, begin_anew, new_totals
+from midstream.transport.bundles import MAX_PARCELS, Unbundler, restart_counts, new_counts
 from midstream.transport.parcel import Parcel
 from midstream.workers.liveness import exit_status, lost_in
 from midstream.workers.messages import (
@@ -883,7 +883,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._current, self._loaded, self._trained = epoch, None, None
         self._next_epoch = epoch.epoch
         if self._runner is not None and self._runner.totals is not None:
-            most = 1 if any(bound.node.may_wait for bound in epoch.facts.bound.walk()) else MOST
+            most = 1 if any(bound.node.may_wait for bound in epoch.facts.bound.walk()) else MAX_PARCELS
             inner = Unbundler(
                 inner, self.num_workers, self.prefetch_factor, self._runner.totals, most
             )
@@ -976,12 +976,12 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 if self.persistent_workers:
                     runner.shared = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
                 runner.crumbs = new_table(self.num_workers)
-                runner.totals = new_totals(self.num_workers, self.prefetch_factor)
+                runner.totals = new_counts(self.num_workers, self.prefetch_factor)
                 runner.arena = self._arena()
             runner.edits = lane_edits(self._edits)
             self._runner = runner
         if reuse and runner.totals is not None:
-            begin_anew(runner.totals)
+            restart_counts(runner.totals)
         if runner.shared is not None:
             runner.shared[0] = epoch.epoch
             runner.shared[1] += 1
@@ -1024,7 +1024,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         training holds on to.
         """
         try:
-            return Arena(self.num_workers, (self.prefetch_factor + 1) * MOST + 4)
+            return Arena(self.num_workers, (self.prefetch_factor + 1) * MAX_PARCELS + 4)
         except (OSError, ValueError) as error:
             self._no_memory(
                 f"no shared memory for batches ({error}): they go through a pipe, which is slower."
