@@ -181,9 +181,9 @@ def _shape_error(samples: Sequence[Any], where: str) -> ValueError:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Samples of different lengths
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def pad(
@@ -249,7 +249,7 @@ def _pad_columns(
 
 
 def flat(samples: list[Any] | None = None, *, cu_seqlens: bool = False) -> Any:
-    """Collates sequences by joining them end to end, without padding, for variable-length attention.
+    """Joins sequences end to end, without padding, as variable-length attention takes them.
 
     Args:
         samples: The samples of one batch, as for `pad`. Without ``samples``, returns a collate
@@ -366,6 +366,7 @@ def _collate_sequences(
 
 
 def _is_sequence(value: Any) -> bool:
+    """Whether a value is an array, tensor or list of numbers with at least one dimension."""
     if isinstance(value, np.ndarray):
         return value.ndim > 0 and value.dtype.kind in "biufc"
     if isinstance(value, torch.Tensor):
@@ -420,7 +421,7 @@ def _flat_column(column: Column, verb: str, where: str) -> tuple[torch.Tensor, t
     sizes = list(map(len, arrays))
     out = empty((sum(sizes), *tail), dtype)
     if out.size:
-        # Empty values are left out: an empty list is float64, and an empty array may differ in shape.
+        # Without empty values: an empty list is float64, an empty array may differ in shape.
         np.concatenate(
             [array for array in arrays if array.size] if column.dtype is None else arrays, out=out
         )
@@ -435,7 +436,7 @@ def _int64(values: list[int]) -> torch.Tensor:
 def _arrays(
     column: Column, verb: str, where: str
 ) -> tuple[list[npt.NDArray[Any]], tuple[int, ...], np.dtype[Any]]:
-    """The sequences as arrays, their common shape beyond the first dimension, their common dtype."""
+    """The sequences as arrays, their shape beyond the first dimension, their common dtype."""
     if column.dtype is not None:
         return column.values, (), column.dtype
     if not all(_is_sequence(item) for item in column.values):
@@ -484,7 +485,7 @@ def _pad_tensors(
 
 
 def _check_fill(value: float, stored: Any, dtype: Any, where: str) -> None:
-    """Raises if the column's dtype cannot hold the padding; ``stored`` is what it would hold."""
+    """Raises if a dtype cannot hold the padding; ``stored`` is the padding in that dtype."""
     if stored is None or (stored != value and value == value and not isinstance(stored, float)):
         raise ValueError(
             f"pad: {where} holds {dtype}, which cannot hold the value {value}; give value={{column:"
@@ -492,9 +493,9 @@ def _check_fill(value: float, stored: Any, dtype: Any, where: str) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Batches made from columns
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def _collate_columns(columns: Columns) -> dict[str, Any]:

@@ -15,8 +15,8 @@ drift apart. While one worker is far behind, the others send one message per bun
 messages wait in the main process, however long the run.
 
 A message waits in the worker until its bundle is complete. Where the next row may come only after
-the message was delivered (a source that the training loop feeds, for example), every message travels
-alone.
+the message was delivered (a source that the training loop feeds, for example), every message
+travels alone.
 """
 
 from __future__ import annotations

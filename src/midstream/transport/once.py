@@ -20,8 +20,8 @@ class Once:
     """A value that is pickled once for all workers that start as new interpreters.
 
     Its large buffers (Arrow tables, numpy arrays) lie in one anonymous file, which every worker
-    maps. Values that only multiprocessing can send, such as locks and pipes, cannot be pickled once;
-    then the value is pickled for each worker, as usual.
+    maps. Values that only multiprocessing can send, such as locks and pipes, cannot be pickled
+    once; then the value is pickled for each worker, as usual.
 
     Args:
         value: Any value that can be pickled.

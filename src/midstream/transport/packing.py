@@ -1,4 +1,4 @@
-"""Packs a batch in its worker process: `pack`, and `empty` and `split` for those who make batches.
+"""Packs a batch in its worker process: `pack`, and `empty` and `split` for collate functions.
 
 A batch is any nesting of dicts, lists, tuples, dataclasses, strings, numbers, tensors and numpy
 arrays. It is pickled without the bytes of its tensors and arrays, which travel beside the pickle as
@@ -24,8 +24,8 @@ however large it is; a worker never waits for a slot.
                and the loader warns once.
 
 Values that are not plain tensors or arrays (sparse tensors, parameters, masked arrays) are pickled
-whole. Nothing travels as a file, of which torch needs one per tensor. A value that cannot be pickled
-raises when its batch is packed. Tensors that were views of one storage arrive as copies. A process
+whole. Nothing travels as a file, of which torch needs one per tensor. A value that cannot be
+pickled raises when its batch is packed. Tensors that were views of one storage arrive as copies. A process
 that the main process forks while it holds views of a slot may see their values change.
 
 A list of tensors that `split` cut from one tensor travels as that one tensor.
@@ -70,7 +70,7 @@ class SlotWriter:
 
     Attributes:
         thread: The thread that makes batches; arrays of other threads are not placed in slots.
-        notice: What the loader should warn of, or "".
+        notice: A warning for the loader, or "".
     """
 
     def __init__(self, arena: Arena, worker: int) -> None:
@@ -148,7 +148,7 @@ class SlotWriter:
         whole: npt.NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
         for index, part in enumerate(parts):
             start = spans[2 * index]
-            if start >= self._size:  # below it lies what `empty` placed
+            if start >= self._size:  # arrays of `empty` lie below it
                 whole[start : start + part.size] = part
         self.arena.used[self._slot] = 1
         return Parcel(header, spans, total, (self.arena.token, self._slot), "")

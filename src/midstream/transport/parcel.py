@@ -20,7 +20,7 @@ class Parcel:
         body: The buffer, when it travels through the queue; for a slot its size, and after arrival
             the slot's bytes.
         slot: ``(token of the arena, number of the slot)``, or None.
-        notice: What the loader should warn of, or "".
+        notice: A warning for the loader, or "".
     """
 
     __slots__ = ("_body", "_header", "_opened", "_slot", "_spans", "notice")

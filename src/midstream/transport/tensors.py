@@ -26,7 +26,7 @@ NUMPY_DTYPES = {
 """Dtypes for which ``tensor.numpy()`` works."""
 
 _MARK = pickle.PickleBuffer(bytearray(1))
-"""Stands in the pickle for the bytes of a tensor or an array; the n-th mark for the n-th of them."""
+"""Stands in the pickle for the bytes of a tensor or array; mark n is for part n."""
 
 
 class SplitTensors(list[torch.Tensor]):

@@ -43,9 +43,9 @@ class Interleave(Node):
     A *phase* is a part of a schedule with one set of weights. In each phase blocks are counted from
     0, and every dataset continues at its next row.
 
-    With ``weights_by`` there are no blocks. Each pick chooses the dataset that is furthest below its
-    share of the tokens counted so far; a hash decides between equals. Counting starts again when
-    the shares change.
+    With ``weights_by`` there are no blocks. Each pick chooses the dataset that is furthest below
+    its share of the tokens counted so far; a hash decides between equals. Counting starts again
+    when the shares change.
 
     State: random access: none but the position. Stream: ``{"picks", "ended", "inputs": [[pass,
         flags, state], ...]}``, inputs ordered by name; with a schedule also ``"phase": [phase, its
@@ -275,10 +275,15 @@ class _InterleaveIterator(Iterator):
             pass_ = pass_ * PASSES + number
         return iterate(self.bound.inputs[name], self.lane, key, pass_)
 
-    # -- which weights ------------------------------------------------------------------------------------------------
+    # -- which weights --
 
     def _use(self, draws: int, weights: Weights) -> None:
-        """Picks by ``weights`` from now on; ``draws`` is the phase, or -1 - number of the change."""
+        """Picks by ``weights`` from now on.
+
+        Args:
+            draws: Number of the phase; for changed weights -1 minus the number of the change.
+            weights: By name, in the order of the datasets.
+        """
         self.weights = weights
         self.choices = self.node._picks(draws, weights)
         self.pattern: list[int] = []
@@ -346,7 +351,7 @@ class _InterleaveIterator(Iterator):
         ]
         return bool(ends) and all(flags & _EMPTY for flags in ends)
 
-    # -- picking ------------------------------------------------------------------------------------------------------
+    # -- picking --
 
     def _choose(self) -> int:
         """The index of the dataset of this pick."""
@@ -400,7 +405,7 @@ class _InterleaveIterator(Iterator):
         child.source = self._open(self.names[index], child.number)
         return True
 
-    # -- state --------------------------------------------------------------------------------------------------------
+    # -- state --
 
     def _input_state(self, index: int, child: _Input) -> list[State]:
         return [child.number, child.flags, child.source.snapshot()]
@@ -420,7 +425,7 @@ class _InterleaveIterator(Iterator):
         return state
 
     def _load_input(self, index: int, state: list[State]) -> None:
-        """Loads the further entries of an input's state, after pass, flags and its iterator's state."""
+        """Loads further entries of an input's state, after pass, flags and iterator state."""
 
     def _load(self, state: State) -> None:
         self.picks, self.ended = state["picks"], state["ended"]
@@ -477,7 +482,7 @@ class _MeasuredIterator(_InterleaveIterator):
         self.shares = None
 
     def _set_shares(self) -> None:
-        """Computes the shares of the datasets that can be picked; sets the counts of others to 0."""
+        """Computes the shares of datasets that can be picked; sets the counts of others to 0."""
         restarts = self.node.stopping_strategy == "all_exhausted"
         gone = (
             _EMPTY

@@ -1,7 +1,7 @@
 """Closed forms for mixes of random-access datasets: which row of which dataset is at a position.
 
-Picks, blocks, quotas and patterns are defined in `midstream.nodes.mix.picks`. A *phase* is a part of
-the mix with one set of weights; a mix without a schedule has one phase.
+Picks, blocks, quotas and patterns are defined in `midstream.nodes.mix.picks`. A *phase* is a part
+of the mix with one set of weights; a mix without a schedule has one phase.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class Segments:
         self.offsets: dict[tuple[int, int], I64] = {}
 
     def _blocks(self, positions: I64) -> tuple[I64, I64, I64]:
-        """For positions: the segment, the block, and the index among the picks that the block serves."""
+        """The segment and block of each position, and its index among the block's served picks."""
         segment = np.searchsorted(self.before, positions, side="right") - 1
         blocks, inside = np.divmod(
             positions - self.before[segment], np.maximum(self.rates[segment], 1)

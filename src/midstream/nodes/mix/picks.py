@@ -84,13 +84,13 @@ class Picks:
         return found
 
     def number(self, pattern: int) -> npt.NDArray[np.int32]:
-        """int32, shape [block]: for each pick of a pattern, earlier picks of its dataset in the block."""
+        """int32, shape [block]: for each pick, earlier picks of its dataset in the block."""
         self._make(np.array([pattern]))
         found: npt.NDArray[np.int32] = self._number[pattern]
         return found
 
     def locate(self, picks: I64) -> tuple[npt.NDArray[Any], I64]:
-        """For picks, int64 of shape [n]: the dataset of each, and its earlier picks; both of [n]."""
+        """The dataset of each pick, and how often it was picked before; both of shape [n]."""
         block, inside = np.divmod(picks, self.block)
         chosen = self.choose(block)
         self._make(chosen)

@@ -1,7 +1,7 @@
 """Weights of a mix: schedules, checks, and integer quotas.
 
-The *quota* of a dataset is the number of its picks in a *block* of picks, an integer proportional to
-its weight.
+The *quota* of a dataset is the number of its picks in a *block* of picks, an integer proportional
+to its weight.
 """
 
 from __future__ import annotations

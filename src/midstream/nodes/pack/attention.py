@@ -40,7 +40,7 @@ class DocumentMask:
         """The mask as a tensor for ``torch.nn.functional.scaled_dot_product_attention``.
 
         Returns:
-            bool, shape [batch, 1, seq_len, seq_len]: True where query ``i`` may attend to key ``j``.
+            bool, shape [batch, 1, seq_len, seq_len]: True where query i may attend to key j.
         """
         rows, size = self.document_ids.shape
         positions = torch.arange(size, device=self.document_ids.device)

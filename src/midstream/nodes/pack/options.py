@@ -20,7 +20,7 @@ _MIN_FILL = 0.95  # of a row
 
 @dataclass(frozen=True)
 class PackOptions:
-    """The arguments of `Dataset.pack`, checked. `Dataset.pack` says what each of them means.
+    """The arguments of `Dataset.pack`, checked; see there for their meaning.
 
     Raises:
         ValueError, TypeError: If an argument is out of range, or two of them contradict.

@@ -22,7 +22,7 @@ from midstream.pipeline.node import BoundNode, Node, require_dataset
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pack(Node):
-    """Packs documents into rows of ``seq_len`` tokens. A stream: its length is not known in advance.
+    """Packs documents into rows of ``seq_len`` tokens. A stream: its length is not known ahead.
 
     A row is a dict of numpy arrays. Integers come out as int64, other numbers as float32:
 
@@ -31,7 +31,7 @@ class Pack(Node):
                                   mask is 0, on padding, and on each piece's first token, which
                                   would be predicted from another document
         position_ids   [seq_len]  start at 0 for each piece, and for the padding
-        seq_lens       [pieces]   int32: tokens of each piece; their sum is the tokens without padding
+        seq_lens       [pieces]   int32: tokens of each piece; their sum is the tokens of the row
         ...            [seq_len]  every further column, 0 on padding
 
     A piece is a whole document, or the part of a document that is in this row. Each piece is a
@@ -67,8 +67,8 @@ class Pack(Node):
         before the window that they come from), one bit for each input of that window (set where it
         waits), inputs before this window, inputs in it, tokens held, rows of it delivered, row
         numbers used before it.
-    Resume: concat reads at most 16 + 1 inputs again; saved after a failure, also those of the row in
-        progress. fit reads at most two windows again. When the number of tokens held differs:
+    Resume: concat reads at most 16 + 1 inputs again; saved after a failure, also those of the row
+        in progress. fit reads at most two windows again. When the number of tokens held differs:
         `ReplayDiverged`.
     """
 
