@@ -25,8 +25,8 @@ however large it is; a worker never waits for a slot.
 
 Values that are not plain tensors or arrays (sparse tensors, parameters, masked arrays) are pickled
 whole. Nothing travels as a file, of which torch needs one per tensor. A value that cannot be
-pickled raises when its batch is packed. Tensors that were views of one storage arrive as copies. A process
-that the main process forks while it holds views of a slot may see their values change.
+pickled raises when its batch is packed. Tensors that were views of one storage arrive as copies. A
+process that the main process forks while it holds views of a slot may see their values change.
 
 A list of tensors that `split` cut from one tensor travels as that one tensor.
 

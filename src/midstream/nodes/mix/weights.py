@@ -52,7 +52,8 @@ def schedule(phases: Sequence[tuple[int, Mapping[str, float]]]) -> Schedule:
 
     >>> import midstream as ms
     >>> sources = {"easy": ms.from_dataset([0] * 90), "hard": ms.from_dataset([1] * 90)}
-    >>> mix = ms.interleave(sources, ms.schedule([(0, {"easy": 1, "hard": 0}), (5, {"easy": 1, "hard": 1})]))
+    >>> phases = [(0, {"easy": 1, "hard": 0}), (5, {"easy": 1, "hard": 1})]
+    >>> mix = ms.interleave(sources, ms.schedule(phases))
     >>> list(mix)[:5], sum(list(mix)[5:15])
     ([0, 0, 0, 0, 0], 5)
     """

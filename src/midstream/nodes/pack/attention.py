@@ -117,7 +117,7 @@ def _lengths(seq_lens: Any) -> torch.Tensor:
     lengths = lengths[None] if lengths.ndim == 1 else lengths
     if lengths.ndim != 2 or not lengths.numel() or int(lengths.min()) < 0 or not int(lengths.sum()):
         raise ValueError(
-            "document_mask: seq_lens are lengths of documents, shape [documents] or [batch, documents];"
-            f" found shape {tuple(lengths.shape)}"
+            "document_mask: seq_lens are lengths of documents, shape [documents] or"
+            f" [batch, documents]; found shape {tuple(lengths.shape)}"
         )
     return lengths
