@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 import midstream as ms
 from midstream.transport import bundles
 from midstream.transport import packing as transport
-from midstream.transport.bundles import MAX_PARCELS, Bundler, Unbundler, restart_counts, new_counts
+from midstream.transport.bundles import MAX_PARCELS, Bundler, Unbundler, new_counts, restart_counts
 
 
 class Torch:

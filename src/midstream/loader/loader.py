@@ -81,7 +81,7 @@ from midstream.pipeline.node import Node
 from midstream.pipeline.passes import require_epochs
 from midstream.sources import from_dataset
 from midstream.transport.arena import Arena
-from midstream.transport.bundles import MAX_PARCELS, Unbundler, restart_counts, new_counts
+from midstream.transport.bundles import MAX_PARCELS, Unbundler, new_counts, restart_counts
 from midstream.transport.parcel import Parcel
 from midstream.workers.liveness import exit_status, lost_in
 from midstream.workers.messages import (
@@ -883,7 +883,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._current, self._loaded, self._trained = epoch, None, None
         self._next_epoch = epoch.epoch
         if self._runner is not None and self._runner.totals is not None:
-            most = 1 if any(bound.node.may_wait for bound in epoch.facts.bound.walk()) else MAX_PARCELS
+            most = (
+                1 if any(bound.node.may_wait for bound in epoch.facts.bound.walk()) else MAX_PARCELS
+            )
             inner = Unbundler(
                 inner, self.num_workers, self.prefetch_factor, self._runner.totals, most
             )
