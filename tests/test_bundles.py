@@ -4,6 +4,7 @@ for good.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import pickle
@@ -21,11 +22,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_map
 
 import midstream as ms
 from midstream.transport import bundles
 from midstream.transport import packing as transport
-from midstream.transport.bundles import MOST, Bundler, Unbundler, begin_anew, new_totals
+from midstream.transport.bundles import MAX_PARCELS, Bundler, Unbundler, new_counts, restart_counts
 
 
 class Torch:
@@ -109,7 +111,7 @@ def through(
     lists: list[list[Any]], prefetch: int, most_waiting: list[int] | None = None
 ) -> list[Any]:
     """What arrives of these, one list for each worker."""
-    totals = new_totals(len(lists), prefetch)
+    totals = new_counts(len(lists), prefetch)
     workers = [
         Bundler(iter(each), transport.pack, number, totals) for number, each in enumerate(lists)
     ]
@@ -118,7 +120,7 @@ def through(
     for parcel in reader:
         found.append(parcel.open())
         if most_waiting is not None:
-            most_waiting.append(max(map(len, reader._lines)))
+            most_waiting.append(max(map(len, reader._waiting)))
     with pytest.raises(StopIteration):
         next(reader)
     return found
@@ -157,7 +159,7 @@ def test_bundles_grow_and_no_worker_gets_ahead():
     waiting: list[int] = []
     lists = [list(range(4000)), list(range(4000)), list(range(4000))]
     assert through(lists, 2, waiting) == in_turn(lists)
-    assert MOST // 2 <= max(waiting) <= 2 * MOST
+    assert MAX_PARCELS // 2 <= max(waiting) <= 2 * MAX_PARCELS
 
 
 def test_a_worker_with_large_batches_does_not_let_the_others_pile_up(monkeypatch):
@@ -170,7 +172,7 @@ def test_a_worker_with_large_batches_does_not_let_the_others_pile_up(monkeypatch
     assert [len(each) for each in found] == [
         len(each) for each in in_turn([phases, [small] * 6000])
     ]
-    assert max(waiting) <= 8 * MOST
+    assert max(waiting) <= 8 * MAX_PARCELS
 
 
 def test_an_error_comes_after_what_was_made_before_it():
@@ -178,8 +180,8 @@ def test_an_error_comes_after_what_was_made_before_it():
         yield from range(20)
         raise OSError("the disk is gone")
 
-    totals = new_totals(1, 2)
-    totals.mul_(MOST)
+    totals = new_counts(1, 2)
+    totals.mul_(MAX_PARCELS)
     reader = Unbundler(Torch([Bundler(fails(), transport.pack, 0, totals)], 2), 1, 2, totals)
     found = []
     with pytest.raises(OSError, match="the disk is gone"):
@@ -225,23 +227,23 @@ def test_what_waits_does_not_grow_with_the_run(monkeypatch, lengths, seconds, si
         worker, number = value
         return SimpleNamespace(value=value, size=size if worker == 0 and number % 81 == 0 else 1)
 
-    totals = new_totals(len(lengths), prefetch)
+    totals = new_counts(len(lengths), prefetch)
     workers = [Bundler(made(*each), pack, each[0], totals) for each in enumerate(lengths)]
     reader = Unbundler(Lazy(workers, prefetch), len(lengths), prefetch, totals)
     found, waiting = [], []
     for parcel in reader:
         found.append(parcel.value)
-        waiting.append(max(map(len, reader._lines)))
+        waiting.append(max(map(len, reader._waiting)))
     assert found == in_turn(
         [[(worker, number) for number in range(length)] for worker, length in enumerate(lengths)]
     )
-    assert max(waiting) <= (prefetch + len(lengths) + 2) * MOST
+    assert max(waiting) <= (prefetch + len(lengths) + 2) * MAX_PARCELS
 
 
 def test_the_next_epoch_begins_with_the_smallest_bundles_of_late():
-    totals = new_totals(2, 2)
+    totals = new_counts(2, 2)
     totals.copy_(torch.tensor([8, 16, 20, 24, 32, 40, 48, 56, 64, 72, 80, 88]).roll(5))
-    begin_anew(totals)
+    restart_counts(totals)
     assert totals.tolist() == list(range(4, 52, 4))
 
 
@@ -266,7 +268,7 @@ def test_quick_batches_travel_together_and_slow_ones_alone(context):
             found.append(batch.tolist())
             largest = max(largest, iterator._inner._size)
         assert found == (following if epoch else expected)
-    assert largest == MOST
+    assert largest == MAX_PARCELS
     loader.close()
     slow = ms.DataLoader(
         ds.map(_wait), batch_size=2, num_workers=2, multiprocessing_context=context
@@ -307,6 +309,11 @@ def test_a_source_that_waits_for_the_training_loop_gets_what_it_waits_for(huggin
 def _wait(sample: int) -> int:
     time.sleep(3e-3)
     return sample
+
+
+@dataclasses.dataclass
+class Record:
+    tensors: list[torch.Tensor]
 
 
 def test_a_list_cut_from_one_tensor_travels_as_one(worker):
@@ -369,7 +376,6 @@ def test_what_nobody_wants_is_not_kept_until_the_turn_ends(worker):
         del whole
     gc.collect()
     assert [each() for each in wholes] == [None] * 3
-    assert len(transport._filling.split) == 1
     assert len(transport.pack({"ids": pieces})._spans) == 2
 
 
@@ -379,11 +385,29 @@ def test_a_gradient_asked_for_travels(worker):
     assert [each.requires_grad for each in transport.pack(pieces).open()] == [False, True, False]
 
 
+def test_cut_tensors_travel_as_one_wherever_they_are(worker):
+    record = Record(transport.split(torch.arange(9), [2, 3, 4]))
+    parcel = transport.pack(record)
+    assert len(parcel._spans) == 2
+    assert [each.tolist() for each in parcel.open().tensors] == [[0, 1], [2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_functions_over_trees_know_the_list(worker):
+    doubled = tree_map(lambda each: each * 2, {"ids": transport.split(torch.arange(3), [1, 2])})
+    assert [each.tolist() for each in doubled["ids"]] == [[0], [2, 4]]
+
+
+def test_a_sparse_tensor_put_into_the_list_travels(worker):
+    pieces = transport.split(torch.arange(9), [2, 3, 4])
+    pieces[1] = torch.arange(3).to_sparse()
+    assert transport.pack(pieces).open()[1].to_dense().tolist() == [0, 1, 2]
+
+
 @pytest.fixture
 def worker(monkeypatch):
     """This process packs as a worker does."""
     arena = transport.Arena(1, 3)
-    monkeypatch.setattr(transport, "_filling", None)
-    transport.begin(arena, 0)
+    monkeypatch.setattr(transport, "_writer", None)
+    transport.use_arena(arena, 0)
     yield arena
-    transport._filling = None
+    transport._writer = None

@@ -33,7 +33,7 @@ import midstream as ms
 from midstream.transport import packing as transport
 from midstream.transport.arena import Arena
 from midstream.transport.once import Once
-from midstream.transport.packing import DIRECT, INLINE, begin, empty, pack
+from midstream.transport.packing import DIRECT, INLINE, empty, pack, use_arena
 from midstream.transport.parcel import Parcel
 from midstream.workers import readers
 
@@ -170,9 +170,9 @@ def assert_same(left: Any, right: Any) -> None:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Arena]:
     """An arena of which this process is both the worker and the main process."""
-    monkeypatch.setattr(transport, "_filling", None)
+    monkeypatch.setattr(transport, "_writer", None)
     arena = Arena(1, 3)
-    begin(arena, 0)
+    use_arena(arena, 0)
     yield arena
 
 
@@ -180,10 +180,10 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Arena]:
 @given(values=st.lists(nestings, max_size=8), hold=st.lists(st.booleans(), min_size=8, max_size=8))
 def test_any_nesting_arrives_whatever_is_held(values: list[Any], hold: list[bool]) -> None:
     """In one process: three slots, of which some are looked into while the next values are packed."""
-    before, transport._filling = transport._filling, None
+    before, transport._writer = transport._writer, None
     try:
         arena = Arena(1, 3)
-        begin(arena, 0)
+        use_arena(arena, 0)
         held: list[tuple[Any, Any]] = []
         for value, keep in zip(values, hold):
             held.append((travel(value), value))
@@ -195,7 +195,7 @@ def test_any_nesting_arrives_whatever_is_held(values: list[Any], hold: list[bool
         held.clear()
         assert not any(arena.used[:3])
     finally:
-        transport._filling = before
+        transport._writer = before
 
 
 def test_a_slot_is_taken_again_only_when_nothing_looks_into_it(worker: Arena) -> None:

@@ -25,7 +25,7 @@ from midstream.nodes.filter import Filter
 from midstream.nodes.flat_map import FlatMap
 from midstream.nodes.map import Map
 from midstream.nodes.map_batched import MapBatched
-from midstream.nodes.pack.documents import PackOptions
+from midstream.nodes.pack.options import PackOptions
 from midstream.nodes.pack.pack import Pack
 from midstream.nodes.repeat import Repeat
 from midstream.nodes.shuffle import BufferedShuffle, Shuffle

@@ -1,8 +1,8 @@
-"""What makes a batch of samples: torch's default collate, and `pad`, `flat` and `ragged` for samples of different lengths.
+"""Collate functions: `collate` (torch's default), `pad`, `flat` and `ragged`.
 
-Each works on a list of samples, and, with the same result, on the `Columns` that a table gives:
-then no sample is ever made, and what lies in the table is copied once, into the batch.
-`over_columns` finds that form of a collate function.
+Each works on a list of samples and, with the same result, on the `Columns` of a table. From columns
+no sample is made, and the table's values are copied once, into the batch. `over_columns` gives the
+form of a collate function that takes columns.
 """
 
 from __future__ import annotations
@@ -25,15 +25,21 @@ __all__ = ["collate", "flat", "over_columns", "pad", "ragged"]
 
 
 def collate(samples: list[Any]) -> Any:
-    """A batch by torch's rules: dicts and tuples by element, numbers and arrays stacked, strings in a list.
+    """Collates samples by torch's rules; the default of `Dataset.batch` and of `DataLoader`.
 
-    The result is that of ``torch.utils.data.default_collate``; arrays are copied once (samples are
-    read-only views), and what cannot be stacked gets an error that says what to do. One column need
-    not be of one length: ``seq_lens``, as `pack` makes it, is filled up with zeros to [batch,
-    most].
+    Gives the result of ``torch.utils.data.default_collate``: dicts and tuples are collated by
+    element, numbers become a tensor [batch], arrays and tensors of shape [...] a tensor
+    [batch, ...] of their dtype, strings a list. Python's ints become int64, its floats float64.
+    Arrays are copied once.
+
+    One column may differ in length: ``seq_lens`` of packed rows is padded with zeros to
+    [batch, most documents in a row].
+
+    Args:
+        samples: The samples of one batch, all of one structure.
 
     Raises:
-        ValueError: If samples differ in shape.
+        ValueError: If samples differ in shape or in keys, or a value cannot be put into a tensor.
 
     >>> collate([{"x": 1, "name": "a"}, {"x": 2, "name": "b"}])
     {'x': tensor([1, 2]), 'name': ['a', 'b']}
@@ -49,14 +55,14 @@ def _collate(samples: Sequence[Any], where: str) -> Any:
     if kind is str or kind is bytes:
         return samples
     if isinstance(first, Mapping):
-        _same_keys(samples, where)
+        _require_same_keys(samples, where)
         columns = {
             key: _collate_column(key, [sample[key] for sample in samples], where) for key in first
         }
-        return columns if kind is dict else _like(first, columns)
+        return columns if kind is dict else _in_mapping_of(first, columns)
     if any(sample is None for sample in samples):
         raise ValueError(
-            f"{_place(where)} is None in {sum(sample is None for sample in samples)} of"
+            f"{_name(where)} is None in {sum(sample is None for sample in samples)} of"
             f" {len(samples)} samples, and a batch of None has no meaning. Fill or filter missing"
             " values before .batch, or give .batch a collate_fn"
         )
@@ -64,7 +70,7 @@ def _collate(samples: Sequence[Any], where: str) -> Any:
         if any(
             not isinstance(sample, (tuple, list)) or len(sample) != len(first) for sample in samples
         ):
-            raise _ragged(samples, where)
+            raise _shape_error(samples, where)
         elements = [
             _collate(column, f"{where}[{number}]") for number, column in enumerate(zip(*samples))
         ]
@@ -72,7 +78,7 @@ def _collate(samples: Sequence[Any], where: str) -> Any:
             return kind(*elements)
         return elements  # torch makes a list of a tuple too
     if isinstance(first, torch.Tensor) and len({sample.shape for sample in samples}) > 1:
-        raise _ragged(samples, where)
+        raise _shape_error(samples, where)
     try:
         if (
             kind is torch.Tensor
@@ -85,16 +91,14 @@ def _collate(samples: Sequence[Any], where: str) -> Any:
         return default_collate(list(samples))
     except Exception as error:
         raise ValueError(
-            f"{_place(where)} cannot be put into a batch: torch's default_collate says"
+            f"{_name(where)} cannot be put into a batch: torch's default_collate says"
             f" {type(error).__name__}: {error}. Convert such values with .map, or give .batch a"
             " collate_fn"
         ) from error
 
 
 def _collate_column(key: Any, column: list[Any], where: str) -> Any:
-    """One key of dicts. The ``seq_lens`` of packed rows, which have no one length, are filled up
-    with zeros.
-    """
+    """Collates one key of dicts. ``seq_lens`` of different lengths are padded with zeros."""
     inner = f"{where}[{key!r}]"
     if (
         key == "seq_lens"
@@ -106,27 +110,27 @@ def _collate_column(key: Any, column: list[Any], where: str) -> Any:
             for value in column
         }
         return _pad_column(
-            Column(column, kinds.pop() if len(kinds) == 1 else None), 0, 1, _place(inner)
+            Column(column, kinds.pop() if len(kinds) == 1 else None), 0, 1, _name(inner)
         )[0]
     return _collate(column, inner)
 
 
 def _stack(samples: Sequence[Any], where: str) -> torch.Tensor:
-    """Arrays of one shape, copied once. Mixed dtypes are promoted by torch's rules."""
+    """Stacks arrays of one shape. Different dtypes are promoted by torch's rules."""
     if (whole := whole_block(samples)) is not None:
-        return torch.from_numpy(whole)  # rows that pack made together need no copy
+        return torch.from_numpy(whole)  # rows that pack made at once need no copy
     if (
         any(sample is None for sample in samples)
         or len({np.shape(sample) for sample in samples}) > 1
     ):
-        raise _ragged(samples, where)
+        raise _shape_error(samples, where)
     if len({sample.dtype for sample in samples}) > 1:
         return torch.stack([torch.from_numpy(np.array(sample)) for sample in samples])
     return torch.from_numpy(np.stack(samples))
 
 
-def _like(first: Any, columns: dict[Any, Any]) -> Any:
-    """The columns in a mapping of the samples' own type, where that can be made, as torch does."""
+def _in_mapping_of(first: Any, columns: dict[Any, Any]) -> Any:
+    """The columns in a mapping of the type of ``first``, as torch does; a dict if that fails."""
     try:
         clone = copy.copy(first)
         clone.update(columns)
@@ -135,7 +139,7 @@ def _like(first: Any, columns: dict[Any, Any]) -> Any:
     return clone
 
 
-def _same_keys(samples: Sequence[Any], where: str) -> None:
+def _require_same_keys(samples: Sequence[Any], where: str) -> None:
     keys = samples[0].keys()
     for number, sample in enumerate(samples):
         if not isinstance(sample, Mapping) or not keys <= sample.keys():
@@ -144,21 +148,22 @@ def _same_keys(samples: Sequence[Any], where: str) -> None:
             )
             raise ValueError(
                 "samples of a batch have different"
-                f" keys{' bound ' + _place(where) if where else ''}: expected"
+                f" keys{' at ' + _name(where) if where else ''}: expected"
                 f" {sorted(map(str, keys))}, found {found} in sample {number}; make them alike with"
                 " .map before .batch"
             )
 
 
-def _place(where: str) -> str:
+def _name(where: str) -> str:
+    """A sample, or an element of it, in words: ``where`` is a path such as "['ids'][0]"."""
     return f"sample{where}"
 
 
-def _ragged(samples: Sequence[Any], where: str) -> ValueError:
+def _shape_error(samples: Sequence[Any], where: str) -> ValueError:
     missing = sum(sample is None for sample in samples)
     if missing:
         return ValueError(
-            f"{_place(where)} is None in {missing} of {len(samples)} samples, and a batch of None"
+            f"{_name(where)} is None in {missing} of {len(samples)} samples, and a batch of None"
             " has no meaning. Fill or filter missing values before .batch, or give .batch a"
             " collate_fn"
         )
@@ -170,34 +175,39 @@ def _ragged(samples: Sequence[Any], where: str) -> ValueError:
     distinct = sorted(set(shapes))
     shown = ", ".join(map(str, distinct[:4])) + (", ..." if len(distinct) > 4 else "")
     return ValueError(
-        f"samples of a batch differ in shape{' bound ' + _place(where) if where else ''}, so they"
+        f"samples of a batch differ in shape{' at ' + _name(where) if where else ''}, so they"
         f" cannot be stacked: {shown}. Pad them with .batch(n, collate_fn=midstream.pad), cut them"
         " to one length with .map, or give .batch your own collate_fn."
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Samples of different lengths
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def pad(
     samples: list[Any] | None = None, *, value: float | Mapping[str, float] = 0, multiple: int = 1
 ) -> Any:
-    """A collate function that pads sequences to the longest in the batch, or on to a multiple.
+    """Collates sequences by padding them to the longest in the batch.
 
     Args:
-        samples: The batch: dicts whose one- or more-dimensional numeric columns (arrays, tensors,
-            lists of numbers) are padded along their first dimension, or such sequences themselves.
-            Left out, a collate function with the other arguments is returned:
+        samples: The samples of one batch: dicts, or sequences of numbers. A sequence is an array or
+            tensor of shape [length, ...], or a list of numbers; it is padded along its first
+            dimension. Without ``samples``, returns a collate function with the other arguments:
             ``collate_fn=midstream.pad(multiple=8)``.
-        value: What to fill with, for all columns or by name (others get 0).
-        multiple: The padded length is the smallest multiple of this that holds the longest.
+        value: The padding: one number for all columns, or a dict by column (others get 0).
+        multiple: Rounds the padded length up to a multiple of this.
 
     Returns:
-        For dicts, a dict: every padded column as a tensor [batch, length, ...] of its own dtype,
-        its lengths as ``<column>_lengths`` (int64, [batch]), and all other columns as `collate`
-        makes them. For bare sequences the pair (tensor, lengths).
+        For dicts, a dict: for every column of sequences the padded tensor [batch, length, ...], of
+        the column's dtype, and ``<column>_lengths`` (int64, [batch]); all other columns as
+        `collate` makes them. For bare sequences the pair ``(tensor, lengths)``.
+
+    Raises:
+        TypeError: If a bare sample is not a sequence of numbers.
+        ValueError: If sequences differ beyond their first dimension, ``value`` names an unknown
+            column, or a column's dtype cannot hold its value.
 
     >>> batch = pad([{"ids": [1, 2, 3]}, {"ids": [4]}], multiple=4)
     >>> batch["ids"]
@@ -235,26 +245,27 @@ def _pad_columns(
         tensor, lengths = _pad_column(column, fill, multiple, where)
         return (key, tensor), (f"{key}_lengths", lengths)
 
-    return _each(columns, padded)
+    return _collate_sequences(columns, padded)
 
 
 def flat(samples: list[Any] | None = None, *, cu_seqlens: bool = False) -> Any:
-    """A collate function that joins sequences end to end: no padding, and what variable-length attention takes.
+    """Joins sequences end to end, without padding, as variable-length attention takes them.
 
     Args:
-        samples: As for `pad`. Left out, a collate function with the other argument is returned.
-        cu_seqlens: Also give where each sequence begins and the last one ends, as flash attention
-            wants it.
+        samples: The samples of one batch, as for `pad`. Without ``samples``, returns a collate
+            function with the other argument: ``collate_fn=midstream.flat(cu_seqlens=True)``.
+        cu_seqlens: Also return cumulative lengths, as flash attention takes them.
 
     Returns:
-        For dicts, a dict: every column of sequences as one tensor [total, ...] of its own dtype,
-        its lengths as ``<column>_lengths`` (int64, [batch]), with ``cu_seqlens`` the running total
-        from 0 as ``<column>_cu_seqlens`` (int32, [batch + 1]), and all other columns as `collate`
-        makes them. For bare sequences the pair (tensor, lengths), or the triple.
+        For dicts, a dict: for every column of sequences one tensor [total, ...], of the column's
+        dtype, and ``<column>_lengths`` (int64, [batch]); with ``cu_seqlens`` also
+        ``<column>_cu_seqlens`` (int32, [batch + 1]: 0, then where each sequence ends); all other
+        columns as `collate` makes them. For bare sequences the tuple ``(tensor, lengths)`` or
+        ``(tensor, lengths, cu_seqlens)``.
 
     Raises:
-        TypeError, ValueError: If a bare sample is not a sequence of numbers, or sequences differ
-            beyond their first dimension.
+        TypeError: If a bare sample is not a sequence of numbers.
+        ValueError: If sequences differ beyond their first dimension.
 
     >>> batch = flat([{"ids": [1, 2, 3]}, {"ids": [4]}], cu_seqlens=True)
     >>> batch["ids"], batch["ids_lengths"], batch["ids_cu_seqlens"]
@@ -265,7 +276,7 @@ def flat(samples: list[Any] | None = None, *, cu_seqlens: bool = False) -> Any:
     if isinstance(samples[0], Mapping):
         return _flat_columns(_columns(samples), cu_seqlens=cu_seqlens)
     tensor, lengths = _flat_column(Column(samples), "flat", "a sample")
-    return (tensor, lengths, _running(lengths)) if cu_seqlens else (tensor, lengths)
+    return (tensor, lengths, _cumulative(lengths)) if cu_seqlens else (tensor, lengths)
 
 
 def _flat_columns(columns: Columns, *, cu_seqlens: bool = False) -> dict[str, Any]:
@@ -274,29 +285,34 @@ def _flat_columns(columns: Columns, *, cu_seqlens: bool = False) -> dict[str, An
         yield key, tensor
         yield f"{key}_lengths", lengths
         if cu_seqlens:
-            yield f"{key}_cu_seqlens", _running(lengths)
+            yield f"{key}_cu_seqlens", _cumulative(lengths)
 
-    return _each(columns, joined)
+    return _collate_sequences(columns, joined)
 
 
-def _running(lengths: torch.Tensor) -> torch.Tensor:
+def _cumulative(lengths: torch.Tensor) -> torch.Tensor:
+    """0, then where each sequence ends: int32, shape [batch + 1]."""
     out = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     torch.cumsum(lengths, 0, dtype=torch.int32, out=out[1:])
     return out
 
 
 def ragged(samples: list[Any]) -> Any:
-    """A collate function that keeps sequences apart: one tensor for each.
+    """Collates sequences into a list with one tensor for each sequence.
 
-    The tensors of a batch lie end to end in one piece of memory, so they cost little to make; who
-    keeps one for long keeps the batch (``.clone()`` it).
+    The tensors of a batch share one piece of memory, so they are quick to make. A tensor that is
+    kept keeps the memory of the whole batch; keep ``tensor.clone()`` instead.
+
+    Args:
+        samples: The samples of one batch, as for `pad`.
 
     Returns:
-        For dicts, a dict: every column of sequences as a list of tensors [length, ...] of one
-        dtype, and all other columns as `collate` makes them. For bare sequences such a list.
+        For dicts, a dict: every column of sequences as a list of tensors [length, ...], all of the
+        column's dtype; all other columns as `collate` makes them. For bare sequences such a list.
 
     Raises:
-        TypeError, ValueError: As `flat`.
+        TypeError: If a bare sample is not a sequence of numbers.
+        ValueError: If sequences differ beyond their first dimension.
 
     >>> ragged([{"ids": [1, 2, 3], "n": 0}, {"ids": [4], "n": 1}])
     {'ids': [tensor([1, 2, 3]), tensor([4])], 'n': tensor([0, 1])}
@@ -307,7 +323,9 @@ def ragged(samples: list[Any]) -> Any:
 
 
 def _ragged_columns(columns: Columns) -> dict[str, Any]:
-    return _each(columns, lambda key, column, where: [(key, _ragged_column(column, where))])
+    return _collate_sequences(
+        columns, lambda key, column, where: [(key, _ragged_column(column, where))]
+    )
 
 
 def _ragged_column(column: Column, where: str) -> list[torch.Tensor]:
@@ -316,18 +334,24 @@ def _ragged_column(column: Column, where: str) -> list[torch.Tensor]:
 
 
 def _columns(samples: Sequence[Mapping[str, Any]]) -> Columns:
-    """Dicts of the same keys, by column."""
-    _same_keys(samples, "")
+    """Turns dicts with the same keys into columns."""
+    _require_same_keys(samples, "")
     names = list(samples[0])
     return Columns(
         names, [Column([sample[key] for sample in samples]) for key in names], len(samples)
     )
 
 
-def _each(
+def _collate_sequences(
     columns: Columns, sequences: Callable[[str, Column, str], Iterable[tuple[str, Any]]]
 ) -> dict[str, Any]:
-    """A batch: columns of sequences as ``sequences`` makes them, others by torch's rules."""
+    """Makes a batch of columns.
+
+    Args:
+        columns: The samples.
+        sequences: Makes the entries of the batch for one column of sequences, given its key, the
+            column, and its name for errors. Other columns are collated by torch's rules.
+    """
     batch: dict[str, Any] = {}
     for key, column in zip(columns.names, columns.columns):
         if column.dtype is not None or (
@@ -342,6 +366,7 @@ def _each(
 
 
 def _is_sequence(value: Any) -> bool:
+    """Whether a value is an array, tensor or list of numbers with at least one dimension."""
     if isinstance(value, np.ndarray):
         return value.ndim > 0 and value.dtype.kind in "biufc"
     if isinstance(value, torch.Tensor):
@@ -369,18 +394,17 @@ def _pad_column(
     shape = (len(arrays), longest, *tail)
     out = empty(shape, dtype)
     out[...] = value
-    flat, start = out.reshape(len(arrays) * longest, *tail), 0  # no view is made of each row
+    # Written through one flat view: a view for each row takes longer.
+    joined, start = out.reshape(len(arrays) * longest, *tail), 0
     for size, array in zip(sizes, arrays):
         if size:
-            flat[start : start + size] = array
+            joined[start : start + size] = array
         start += longest
     return torch.from_numpy(out), _int64(sizes)
 
 
 def _any_holds(value: int, dtype: np.dtype[Any]) -> bool:
-    """Whether even the narrowest of a kind of numbers holds the value, so that there is nothing to
-    check.
-    """
+    """Whether any dtype of this kind holds the value, so that there is nothing to check."""
     return dtype.kind in "iuf" and 0 <= value < 128
 
 
@@ -389,7 +413,7 @@ def _flat_column(column: Column, verb: str, where: str) -> tuple[torch.Tensor, t
         tensors = column.values
         filled = [item for item in tensors if item.numel()] or tensors[:1]
         if len({(item.shape[1:], item.dtype) for item in filled}) > 1:
-            raise _differ(
+            raise _tail_error(
                 verb, where, sorted({f"{tuple(item.shape)} {item.dtype}" for item in filled})
             )
         return torch.cat(filled), _int64(list(map(len, tensors)))
@@ -397,7 +421,7 @@ def _flat_column(column: Column, verb: str, where: str) -> tuple[torch.Tensor, t
     sizes = list(map(len, arrays))
     out = empty((sum(sizes), *tail), dtype)
     if out.size:
-        # An empty list has a dtype of its own, and an empty array may have another shape.
+        # Without empty values: an empty list is float64, an empty array may differ in shape.
         np.concatenate(
             [array for array in arrays if array.size] if column.dtype is None else arrays, out=out
         )
@@ -405,16 +429,14 @@ def _flat_column(column: Column, verb: str, where: str) -> tuple[torch.Tensor, t
 
 
 def _int64(values: list[int]) -> torch.Tensor:
-    """As ``torch.tensor`` makes it, which takes three times as long."""
+    """Equals ``torch.tensor(values)``, which takes three times as long."""
     return torch.from_numpy(np.array(values, dtype=np.int64))
 
 
 def _arrays(
     column: Column, verb: str, where: str
 ) -> tuple[list[npt.NDArray[Any]], tuple[int, ...], np.dtype[Any]]:
-    """Sequences as arrays, what shape they share beyond the first dimension, and the dtype that
-    holds them all.
-    """
+    """The sequences as arrays, their shape beyond the first dimension, their common dtype."""
     if column.dtype is not None:
         return column.values, (), column.dtype
     if not all(_is_sequence(item) for item in column.values):
@@ -429,13 +451,13 @@ def _arrays(
     filled = [array for array in arrays if array.size] or arrays
     tails = {array.shape[1:] for array in filled}
     if len(tails) > 1:
-        raise _differ(
+        raise _tail_error(
             verb, where, [f"shape {shape}" for shape in sorted({array.shape for array in filled})]
         )
     return arrays, tails.pop(), np.result_type(*{array.dtype for array in filled})
 
 
-def _differ(verb: str, where: str, found: list[str]) -> ValueError:
+def _tail_error(verb: str, where: str, found: list[str]) -> ValueError:
     return ValueError(
         f"{verb}: {where} differs beyond its first dimension, which is the one that "
         f"{'is padded' if verb == 'pad' else 'may differ'}; found {', '.join(found[:4])}"
@@ -445,10 +467,10 @@ def _differ(verb: str, where: str, found: list[str]) -> ValueError:
 def _pad_tensors(
     column: Sequence[Any], value: float, multiple: int, where: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_pad_column` for tensors, whose dtypes numpy need not have."""
+    """`_pad_column` for tensors, whose dtype numpy may not have."""
     filled = [item for item in column if item.numel()] or list(column)
     if len({(item.shape[1:], item.dtype) for item in filled}) > 1:
-        raise _differ(
+        raise _tail_error(
             "pad", where, sorted({f"{tuple(item.shape)} {item.dtype}" for item in filled})
         )
     lengths = torch.tensor([len(item) for item in column], dtype=torch.int64)
@@ -463,7 +485,7 @@ def _pad_tensors(
 
 
 def _check_fill(value: float, stored: Any, dtype: Any, where: str) -> None:
-    """Refuse a fill value that the column cannot hold."""
+    """Raises if a dtype cannot hold the padding; ``stored`` is the padding in that dtype."""
     if stored is None or (stored != value and value == value and not isinstance(stored, float)):
         raise ValueError(
             f"pad: {where} holds {dtype}, which cannot hold the value {value}; give value={{column:"
@@ -471,9 +493,9 @@ def _check_fill(value: float, stored: Any, dtype: Any, where: str) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Over columns
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# Batches made from columns
+# -------------------------------------------------------------------------------------------------
 
 
 def _collate_columns(columns: Columns) -> dict[str, Any]:
@@ -489,11 +511,11 @@ def _collate_columns(columns: Columns) -> dict[str, Any]:
 
 
 def _numbers(column: Column) -> torch.Tensor:
-    """Numbers as torch makes a tensor of Python's: int64, float64 or bool."""
+    """A column of numbers as torch makes tensors of Python's numbers: int64, float64 or bool."""
     array = column.array
     assert array is not None
     if array.dtype == np.uint64 and array.max() >> np.uint64(63):
-        return _collate(column.values, "")  # type: ignore[no-any-return]  # what torch says of it
+        return _collate(column.values, "")  # type: ignore[no-any-return]  # raises torch's error
     return torch.from_numpy(
         array.astype({"b": np.bool_, "f": np.float64}.get(array.dtype.kind, np.int64))
     )
@@ -508,8 +530,11 @@ _OVER_COLUMNS: dict[Any, Callable[..., Any]] = {
 
 
 def over_columns(fn: Callable[..., Any]) -> Callable[[Columns], Any] | None:
-    """What makes of columns the batch that ``fn`` makes of samples; None where only ``fn`` itself
-    can tell.
+    """The form of a collate function that takes `Columns`, or None if ``fn`` has none.
+
+    Args:
+        fn: `collate`, `pad`, `flat` or `ragged`, also with arguments. User functions have no such
+            form.
     """
     keywords: dict[str, Any] = {}
     key: Any = fn

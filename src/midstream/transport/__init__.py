@@ -1,1 +1,1 @@
-"""."""
+"""How a batch leaves its worker process."""

@@ -1,4 +1,4 @@
-"""Slots of anonymous shared memory, in which batches leave a worker."""
+"""Slots of anonymous shared memory, in which batches leave their workers."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ from typing import Any
 
 import numpy as np
 
-_STRIDE = 1 << 40  # between two slots, in an address space that costs nothing
+_STRIDE = 1 << 40  # bytes between two slots; the file is sparse, so they cost nothing
 
-_GRAIN = 64 << 10
+_GRAIN = 64 << 10  # slots grow by multiples of this many bytes
 
 
 class Arena:
-    """The slots of all workers of one loader: an anonymous file that main process and workers hold.
+    """The slots of all workers of one loader.
 
-    Byte ``i`` of its beginning says whether slot i is in use: the worker sets it, the main process
-    clears it.
+    They lie in one anonymous file that the main process and all workers have open. Byte ``i`` of
+    the file is 1 while slot ``i`` is in use: the worker sets it, the main process clears it.
 
     Args:
-        num_workers: How many processes write.
-        slots: For each.
+        num_workers: Number of worker processes.
+        slots: Slots of each worker.
+
+    Attributes:
+        token: Names the arena in all its processes.
+        used: The bytes that say which slots are in use.
 
     Raises:
-        OSError: If the system gives no such file.
+        OSError: If the system has no anonymous shared files.
     """
 
     def __init__(self, num_workers: int, slots: int) -> None:
@@ -48,7 +52,7 @@ class Arena:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
-        # Only while a worker is started; a fork inherits it.
+        # A fork inherits the arena; it is pickled only for new interpreters.
         if get_spawning_popen() is None:
             raise TypeError(
                 "the shared memory of a loader travels only to a worker that is being started"
@@ -56,32 +60,42 @@ class Arena:
         return _attach, (reduction.DupFd(self.fd), self.num_workers, self.slots, self.token)
 
     def leave(self) -> None:
-        """Let go of the memory, in a process that needs it no more."""
+        """Closes the file and unmaps the memory, in a process that no longer needs it."""
         if self._close.detach() is not None:
             os.close(self.fd)
         for memory in (self.used, *(memory for memory, _ in self._maps.values())):
             with contextlib.suppress(BufferError):
                 memory.close()
 
-    def room(self, slot: int, size: int, *, reserve: bool = False) -> mmap.mmap:
-        """The slot's memory, at least so many bytes of it.
+    def memory(self, slot: int, size: int, *, reserve: bool = False) -> mmap.mmap:
+        """Maps at least ``size`` bytes of a slot into this process.
+
+        Args:
+            slot: Number of the slot.
+            size: Bytes that are needed.
+            reserve: Allocate the pages now, and a quarter more, for later batches.
 
         Raises:
-            OSError: If there is none.
+            OSError: If the machine has no memory left.
         """
-        there = self._maps.get(slot)
-        if there is None or there[1] < size:
+        mapped = self._maps.get(slot)
+        if mapped is None or mapped[1] < size:
             with self._lock:
                 start = _STRIDE * (slot + 1)
                 length = size if not reserve else -(-(size + size // 4) // _GRAIN) * _GRAIN
                 length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
                 if reserve and hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(self.fd, start, length)
-                there = self._maps[slot] = mmap.mmap(self.fd, length, offset=start), length
-        return there[0]
+                mapped = self._maps[slot] = mmap.mmap(self.fd, length, offset=start), length
+        return mapped[0]
 
 
 def anonymous_file(size: int) -> int:
+    """Opens a file in memory that has no name, and returns its descriptor.
+
+    Raises:
+        OSError: If the system has no such files.
+    """
     if not hasattr(os, "memfd_create"):
         raise OSError("this system has no anonymous shared files")
     fd = os.memfd_create("midstream")
@@ -101,11 +115,14 @@ def _attach(dup: Any, num_workers: int, slots: int, token: bytes) -> Arena:
 
 
 open_arenas: weakref.WeakValueDictionary[bytes, Arena] = weakref.WeakValueDictionary()
-"""Of the loaders of this process."""
+"""By token: the arenas of the loaders of this process."""
 
 
 class _Lease(np.ndarray[Any, Any]):
-    """A slot's bytes; everything that looks into them holds it. Clears the slot when it goes."""
+    """A slot's bytes in the main process. Marks the slot as free when it is deleted.
+
+    Every tensor or array that is a view of the slot keeps the lease alive.
+    """
 
     used: mmap.mmap | None
     slot: int
@@ -115,14 +132,14 @@ class _Lease(np.ndarray[Any, Any]):
         self.used = None
 
     def __del__(self) -> None:
-        if (
-            self.used is not None and self.pid == os.getpid()
-        ):  # a fork has its own copy of this, but not a say
+        # A forked process has a copy of the lease, which must not free the slot.
+        if self.used is not None and self.pid == os.getpid():
             with contextlib.suppress(ValueError):
                 self.used[self.slot] = 0
 
 
 def lease_slot(memory: mmap.mmap, size: int, used: mmap.mmap, slot: int) -> _Lease:
+    """The first ``size`` bytes of a slot, as an array that frees the slot when it is deleted."""
     lease: _Lease = np.frombuffer(memory, np.uint8, size).view(_Lease)
     lease.slot, lease.pid, lease.used = slot, os.getpid(), used
     return lease

@@ -1,20 +1,22 @@
-"""Several envelopes a trip: what goes from a worker process to the main one costs some 0.2 ms, however small it is.
+"""Sends several small parcels from a worker process to the main process at once.
 
-A worker bundles the envelopes it makes next, when they are quickly made and small. How many is told
-by the main process, which sees what a bundle took, for each worker's first, second, ... bundle of
-an epoch, and for all workers alike: envelopes are handed out one from each worker in turn, so that
-a worker whose bundles were larger would only be waited for by the others.
+One trip through the queue costs about 0.2 ms, however small it is. A worker therefore bundles the
+messages that it makes next, as long as they are small and quick to make. The main process measures
+how long bundles take and publishes the size of later ones as cumulative counts ("after bundle k you
+have sent n messages"). The counts are the same for all workers: messages are handed out one from
+each worker in turn, so a worker with larger bundles would only wait for the others.
 
-    worker 0   | a | c | e g i k | m o q s |        totals  1 2 6 10
+    worker 0   | a | c | e g i k | m o q s |        counts  1 2 6 10
     worker 1   | b | d | f h j l | n p r t |        order   a b c d e f g h i j ...
 
-A bundle that gets late (`_LATE_S`) or large (`_FULL` bytes) leaves as it is. What is told are
-totals: the next ones bring what it lacks, and no difference between workers stays, whatever each of
-them saw told. As long as one is far behind, the others get no more than one envelope a bundle: so
-few wait in the main process, however long the run.
+A bundle that becomes late (`_LATE_S`) or large (`_FULL` bytes) leaves early. A worker that sent too
+few messages, or missed an update of the counts, catches up with its next bundle, so workers never
+drift apart. While one worker is far behind, the others send one message per bundle, so that few
+messages wait in the main process, however long the run.
 
-What is made waits for the rest of its bundle. Where the next row may never come before it arrives
-(a source that the training loop feeds, say), each envelope goes alone.
+A message waits in the worker until its bundle is complete. Where the next row may come only after
+the message was delivered (a source that the training loop feeds, for example), every message
+travels alone.
 """
 
 from __future__ import annotations
@@ -29,37 +31,46 @@ import torch
 
 from midstream.transport.parcel import Parcel
 
-__all__ = ["MOST", "Bundle", "Bundler", "Unbundler", "begin_anew", "new_totals"]
+__all__ = ["MAX_PARCELS", "Bundle", "Bundler", "Unbundler", "new_counts", "restart_counts"]
 
-MOST = 8
-"""Envelopes in a bundle."""
+MAX_PARCELS = 8
+"""The most parcels in a bundle."""
 
-_QUICK_S, _LATE_S = 1e-3, 4e-3
-_FULL = 1 << 20
+_QUICK_S, _LATE_S = 1e-3, 4e-3  # bundles grow below the first, shrink above the second
+_FULL = 1 << 20  # bytes
 
 
-def new_totals(workers: int, prefetch: int) -> torch.Tensor:
-    """How many envelopes a worker is to have sent with each bundle, by its number: int64, used in a
-    ring, in shared memory.
+def new_counts(workers: int, prefetch: int) -> torch.Tensor:
+    """The published counts: how many messages a worker has sent after each of its bundles.
+
+    Args:
+        workers: Number of workers.
+        prefetch: Bundles that torch lets each worker make ahead.
+
+    Returns:
+        int64 in shared memory, a ring: the count for bundle ``k`` is at index ``k % len``.
     """
-    totals = torch.arange(1, prefetch + workers + 9)
-    return totals.share_memory_()  # type: ignore[no-untyped-call, no-any-return]
+    counts = torch.arange(1, prefetch + workers + 9)
+    return counts.share_memory_()  # type: ignore[no-untyped-call, no-any-return]
 
 
-def begin_anew(totals: torch.Tensor) -> None:
-    """For the next epoch of living workers: bundles as small as the smallest of late."""
-    size = int(totals.sort().values.diff().min().clamp(1, MOST))
-    totals.copy_(torch.arange(1, len(totals) + 1) * size)
+def restart_counts(counts: torch.Tensor) -> None:
+    """Prepares the counts for another epoch of the same workers.
+
+    All bundles are as large as the smallest of the last ones.
+    """
+    size = int(counts.sort().values.diff().min().clamp(1, MAX_PARCELS))
+    counts.copy_(torch.arange(1, len(counts) + 1) * size)
 
 
 class Bundle:
-    """Envelopes of one worker, packed, in their order.
+    """Parcels of one worker, in order.
 
     Attributes:
-        worker: Its number.
-        parcels: One for each envelope.
-        took: Seconds to make them; infinitely many where they are too large for a bundle.
-        ended: Whether the worker makes no more.
+        worker: Number of the worker.
+        parcels: One for each message.
+        took: Seconds to make them; infinity if they are too large for a bundle.
+        ended: Whether this is the worker's last bundle.
     """
 
     __slots__ = ("ended", "parcels", "took", "worker")
@@ -71,20 +82,20 @@ class Bundle:
         return Bundle, (self.worker, self.parcels, self.took, self.ended)
 
     def pin_memory(self) -> Bundle:
-        """The same in pinned memory: what torch's thread calls."""
+        """Copies the parcels' tensors to pinned memory. Called by torch's pin-memory thread."""
         for parcel in self.parcels:
             parcel.pin_memory()
         return self
 
 
 class Bundler:
-    """In a worker: iterates bundles of what a reader makes.
+    """Iterates bundles in a worker.
 
     Args:
-        reader: Makes envelopes.
-        pack: Packs one.
-        worker: The worker's number.
-        totals: See `new_totals`.
+        reader: Makes the worker's messages.
+        pack: Packs one message.
+        worker: Number of the worker.
+        counts: See `new_counts`.
     """
 
     def __init__(
@@ -92,11 +103,11 @@ class Bundler:
         reader: Iterator[Any],
         pack: Callable[[Any], Parcel],
         worker: int,
-        totals: torch.Tensor,
+        counts: torch.Tensor,
     ) -> None:
         self._reader, self._pack, self._worker = reader, pack, worker
-        self._totals = memoryview(totals.numpy().data)
-        self._number, self._sent = 0, 0
+        self._counts = memoryview(counts.numpy().data)
+        self._num_bundles, self._num_sent = 0, 0
         self._error: Exception | None = None
 
     def __iter__(self) -> Bundler:
@@ -105,8 +116,9 @@ class Bundler:
     def __next__(self) -> Bundle:
         if self._error is not None:
             raise self._error
-        wanted = min(self._totals[self._number % len(self._totals)] - self._sent, MOST)
-        self._number += 1
+        count = self._counts[self._num_bundles % len(self._counts)]
+        wanted = min(count - self._num_sent, MAX_PARCELS)
+        self._num_bundles += 1
         parcels: list[Parcel] = []
         size, start = 0, perf_counter()
         while True:
@@ -118,41 +130,47 @@ class Bundler:
             except Exception as error:
                 if not parcels:
                     raise
-                self._error = error  # after what was made before it
+                self._error = error  # raised after the parcels that were made before it
                 break
             parcels.append(parcel)
             size += parcel.size
             if len(parcels) >= wanted or size >= _FULL or perf_counter() - start > _LATE_S:
                 break
-        self._sent += len(parcels)
+        self._num_sent += len(parcels)
         took = perf_counter() - start if size < _FULL else math.inf
         return Bundle(self._worker, parcels, took, False)
 
 
 class Unbundler:
-    """In the main process: iterates parcels, one from each worker in turn, and says how large bundles are to be.
+    """Iterates parcels in the main process, one from each worker in turn, and publishes the counts.
 
     Args:
         inner: Torch's iterator over the bundles of all workers.
-        workers: How many there are.
-        prefetch: Bundles that torch lets each of them make ahead.
-        totals: See `new_totals`; as it was when the workers began with it.
-        most: Envelopes in a bundle.
+        workers: Number of workers.
+        prefetch: Bundles that torch lets each worker make ahead.
+        counts: See `new_counts`; the workers began with the same values.
+        max_parcels: The most parcels in a bundle.
     """
 
     def __init__(
-        self, inner: Any, workers: int, prefetch: int, totals: torch.Tensor, most: int = MOST
+        self,
+        inner: Any,
+        workers: int,
+        prefetch: int,
+        counts: torch.Tensor,
+        max_parcels: int = MAX_PARCELS,
     ) -> None:
-        self._inner, self._prefetch, self._most = inner, prefetch, most
-        self._lines: list[deque[Parcel]] = [deque() for _ in range(workers)]
+        self._inner, self._prefetch, self._max_parcels = inner, prefetch, max_parcels
+        self._waiting: list[deque[Parcel]] = [deque() for _ in range(workers)]  # by worker
         self._ended = [False] * workers
-        self._turn = 0
-        self._totals = memoryview(totals.numpy().data)
-        self._size = self._totals[0]
-        self._received = [0] * workers  # bundles
-        self._rows, self._longest = 0, 0.0
-        self._told = prefetch + 2  # of how many bundles the total is settled
-        self._total = self._totals[self._told - 1]
+        self._turn = 0  # the worker whose parcel is handed out next
+        self._counts = memoryview(counts.numpy().data)
+        self._size = self._counts[0]  # messages in a bundle
+        self._num_received = [0] * workers  # bundles of each worker
+        self._rounds = 0  # bundles that every worker that has not ended has sent
+        self._longest = 0.0  # seconds, of the bundles since the last round
+        self._num_published = prefetch + 2  # bundles whose count will not change any more
+        self._count = self._counts[self._num_published - 1]  # that of the last of them
 
     def __iter__(self) -> Unbundler:
         return self
@@ -160,46 +178,48 @@ class Unbundler:
     def __next__(self) -> Parcel:
         while True:
             turn = self._turn
-            line = self._lines[turn]
-            if line or self._ended[turn]:
-                self._turn = turn + 1 if turn + 1 < len(self._lines) else 0
-                if line:
-                    return line.popleft()
-                if any(self._lines):
+            parcels = self._waiting[turn]
+            if parcels or self._ended[turn]:
+                self._turn = turn + 1 if turn + 1 < len(self._waiting) else 0
+                if parcels:
+                    return parcels.popleft()
+                if any(self._waiting):
                     continue
-            self._receive(
-                next(self._inner)
-            )  # with no worker left it lets them end, and raises StopIteration
+            # When all workers have ended, torch's iterator stops them and raises StopIteration.
+            self._receive(next(self._inner))
 
     def _receive(self, bundle: Bundle) -> None:
-        self._lines[bundle.worker].extend(bundle.parcels)
-        self._received[bundle.worker] += 1
+        self._waiting[bundle.worker].extend(bundle.parcels)
+        self._num_received[bundle.worker] += 1
         if bundle.ended:
             self._ended[bundle.worker] = True
         self._longest = max(self._longest, bundle.took)
-        alive = [count for count, ended in zip(self._received, self._ended) if not ended]
-        if alive and min(alive) > self._rows:
-            self._rows = min(alive)
-            self._plan(len(alive))
+        alive = [count for count, ended in zip(self._num_received, self._ended) if not ended]
+        if alive and min(alive) > self._rounds:
+            self._rounds = min(alive)
+            self._publish(len(alive))
 
-    def _plan(self, alive: int) -> None:
-        """A bundle of each worker is here: choose the size of one that none of them can have begun."""
+    def _publish(self, alive: int) -> None:
+        """Publishes the counts of the next bundles, which no worker can have begun.
+
+        Called when a bundle of each of the ``alive`` workers has arrived.
+        """
         if self._longest < _QUICK_S:
-            self._size = min(2 * self._size, self._most)
+            self._size = min(2 * self._size, self._max_parcels)
         elif self._longest > _LATE_S:
             self._size = max(1, self._size // 2)
         self._longest = 0.0
-        # Of each worker that ended, torch has the others make one bundle more ahead.
-        ahead = self._prefetch + -(-len(self._lines) // alive) + 1
-        size = self._size if max(map(len, self._lines)) <= 2 * MOST else 1
-        while self._told < self._rows + ahead:
-            self._total += size
-            self._totals[self._told % len(self._totals)] = self._total
-            self._told += 1
+        # For each worker that has ended, torch lets another one make one more bundle ahead.
+        ahead = self._prefetch + -(-len(self._waiting) // alive) + 1
+        size = self._size if max(map(len, self._waiting)) <= 2 * MAX_PARCELS else 1
+        while self._num_published < self._rounds + ahead:
+            self._count += size
+            self._counts[self._num_published % len(self._counts)] = self._count
+            self._num_published += 1
 
     @property
     def _workers(self) -> Any:
-        """The processes."""
+        """The worker processes, under the name that torch's iterator has for them."""
         return self._inner._workers
 
     def _shutdown_workers(self) -> None:

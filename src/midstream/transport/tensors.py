@@ -1,4 +1,4 @@
-"""A pickler that keeps the bytes of tensors and arrays apart."""
+"""A pickler that writes the bytes of tensors and arrays beside the pickle, not into it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils._pytree import register_pytree_node
 
-NUMPYS = {
+NUMPY_DTYPES = {
     torch.int64,
     torch.int32,
     torch.int16,
@@ -22,17 +23,40 @@ NUMPYS = {
     torch.float32,
     torch.float64,
 }
+"""Dtypes for which ``tensor.numpy()`` works."""
 
 _MARK = pickle.PickleBuffer(bytearray(1))
+"""Stands in the pickle for the bytes of a tensor or array; mark n is for part n."""
+
+
+class SplitTensors(list[torch.Tensor]):
+    """Tensors that were cut from one, so that they lie side by side; `Pickler` sends them as one.
+
+    Exists in worker processes only. In the main process a plain list arrives.
+    """
+
+    __slots__ = ()
+
+
+# torch's tree functions know containers by their exact type.
+register_pytree_node(
+    SplitTensors, lambda tensors: (list(tensors), None), lambda tensors, _: list(tensors)
+)
 
 
 class Pickler(pickle.Pickler):
-    """Keeps the bytes of tensors and arrays apart."""
+    """Pickles a value without the bytes of its tensors and arrays.
+
+    Args:
+        file: Where the pickle is written.
+        parts: The bytes are appended to this list, one array for each tensor or array.
+    """
 
     def __init__(self, file: io.BytesIO, parts: list[npt.NDArray[np.uint8]]) -> None:
         super().__init__(file, protocol=5, buffer_callback=_out_of_band)
         self.dispatch_table = table = copyreg.dispatch_table.copy()
-        table.update(_others())
+        table.update(_foreign_reducers())
+        table[SplitTensors] = _reduce_split
         table[torch.Tensor] = lambda tensor: _reduce_tensor(tensor, parts)
         table[np.ndarray] = lambda array: _reduce_array(array, parts)
 
@@ -42,22 +66,25 @@ _torch_sends = {
     for kind in reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
     if kind.__module__.split(".")[0] == "torch"
 }
-"""By files: not here. What others registered (pipes, say) goes as they want it."""
+"""Types for which torch registers reducers with multiprocessing that send memory by files.
 
-_known: tuple[dict[Any, Any], dict[Any, Any]] = {}, {}
+They are not used here. Reducers of others (for pipes, for example) are.
+"""
+
+_cached: tuple[dict[Any, Any], dict[Any, Any]] = {}, {}
 
 
-def _others() -> dict[Any, Any]:
-    """What others registered, which are few; found again only where something has changed."""
-    global _known
+def _foreign_reducers() -> dict[Any, Any]:
+    """Reducers that others than torch registered with multiprocessing, cached until they change."""
+    global _cached
     extra = reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
-    if _known[0] != extra:
-        _known = dict(extra), {kind: extra[kind] for kind in extra.keys() - _torch_sends}
-    return _known[1]
+    if _cached[0] != extra:
+        _cached = dict(extra), {kind: extra[kind] for kind in extra.keys() - _torch_sends}
+    return _cached[1]
 
 
 def _out_of_band(buffer: pickle.PickleBuffer) -> bool:
-    return buffer is not _MARK  # others (of array subclasses, say) stay in the pickle
+    return buffer is not _MARK  # other buffers, as of array subclasses, stay in the pickle
 
 
 def _bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
@@ -97,12 +124,14 @@ def _reduce_tensor(tensor: torch.Tensor, parts: list[npt.NDArray[np.uint8]]) -> 
         return tensor.__reduce_ex__(4)  # type: ignore[no-untyped-call]
     shape: Any = tuple(tensor.shape)
     if tensor.is_contiguous():
-        parts.append(_bytes_of(tensor.numpy()) if tensor.dtype in NUMPYS else _storage(tensor))
+        parts.append(
+            _bytes_of(tensor.numpy()) if tensor.dtype in NUMPY_DTYPES else _storage(tensor)
+        )
         return _tensor, (_MARK, tensor.dtype, shape)
     repeated = [size > 1 and step == 0 for size, step in zip(shape, tensor.stride())]
-    if any(repeated):  # expanded: its bytes are there once
+    if any(repeated):  # an expanded tensor: its bytes are sent once
         tensor = tensor[tuple(slice(0, 1) if again else slice(None) for again in repeated)]
-    if not _is_dense(tensor):  # channels_last is, say
+    if not _is_dense(tensor):  # channels_last is dense
         tensor = tensor.contiguous()
     small = tuple(tensor.shape)
     parts.append(_storage(tensor))
@@ -116,7 +145,7 @@ def _reduce_tensor(tensor: torch.Tensor, parts: list[npt.NDArray[np.uint8]]) -> 
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether its elements fill a piece of memory, each once."""
+    """Whether the elements fill one stretch of memory, each element once."""
     expected = 1
     for step, size in sorted(
         (step, size) for step, size in zip(tensor.stride(), tensor.shape) if size > 1
@@ -128,7 +157,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _storage(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """The bytes of a dense tensor, in the order of its memory."""
+    """The bytes of a dense tensor, in memory order."""
     flat = tensor.as_strided((tensor.numel(),), (1,))
     return flat.view(torch.uint8).numpy()
 
@@ -147,3 +176,51 @@ def _strided(
 ) -> torch.Tensor:
     tensor = torch.frombuffer(part, dtype=dtype).as_strided(shape, stride)
     return tensor if wide is None else tensor.expand(wide)
+
+
+def cut(whole: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
+    """Cuts a tensor along its first dimension into tensors that share its memory."""
+    # "Unsafe" concerns only pieces that overlap. With it, each piece is a tensor of its own to
+    # autograd, not one of several views.
+    return list(whole.unsafe_split_with_sizes(lengths))
+
+
+def _reduce_split(tensors: SplitTensors) -> Any:
+    return _whole_and_lengths(tensors) or (list, (), None, iter(tensors))
+
+
+def _whole_and_lengths(tensors: SplitTensors) -> Any:
+    """How to pickle the list as one tensor that is cut; None if somebody changed it.
+
+    Tensors that lie side by side where the pieces lay have their values, whoever made them.
+    """
+    first = tensors[0] if tensors else None
+    if type(first) is not torch.Tensor or first.layout is not torch.strided:
+        return None
+    dtype, size, start = first.dtype, first.element_size(), first.storage_offset()
+    if dtype not in NUMPY_DTYPES:
+        return None
+    storage = first.untyped_storage()
+    begin = address = storage.data_ptr() + start * size
+    lengths: list[int] = []
+    for tensor in tensors:
+        if (
+            type(tensor) is not torch.Tensor
+            or tensor.dtype is not dtype
+            or tensor.layout is not torch.strided
+            or tensor.requires_grad
+            or tensor.__dict__
+        ):
+            return None
+        shape = tensor.shape
+        if len(shape) != 1 or not tensor.is_contiguous():
+            return None
+        length = shape[0]
+        if length and tensor.data_ptr() != address:
+            return None
+        lengths.append(length)
+        address += length * size
+    if address > storage.data_ptr() + storage.nbytes():
+        return None
+    total = (address - begin) // size
+    return cut, (first.as_strided((total,), (1,), start), lengths)

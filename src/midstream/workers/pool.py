@@ -12,7 +12,7 @@ from midstream.distributed.topology import Topology
 from midstream.pipeline.breadcrumbs import new_table
 from midstream.pipeline.node import BoundNode, Node
 from midstream.transport.arena import Arena
-from midstream.transport.bundles import MOST, Unbundler, begin_anew, new_totals
+from midstream.transport.bundles import MAX_PARCELS, Unbundler, new_counts, restart_counts
 from midstream.workers.processes import (
     InnerLoader,
     ProcessIterator,
@@ -102,7 +102,7 @@ class Pool:
         assert self.runner is not None
         self.runner.epoch = epoch
         if self.runner.totals is not None:
-            begin_anew(self.runner.totals)
+            restart_counts(self.runner.totals)
         self.runner.announce(renewed=False)
 
     def renew(self, loader: Any, runner: Runner) -> None:
@@ -112,7 +112,7 @@ class Pool:
             if loader.persistent_workers:
                 runner.shared = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
             runner.crumbs = new_table(loader.num_workers)
-            runner.totals = new_totals(loader.num_workers, loader.prefetch_factor)
+            runner.totals = new_counts(loader.num_workers, loader.prefetch_factor)
             runner.arena = self._arena(loader)
         runner.announce(renewed=True)
         self.runner = runner
@@ -142,7 +142,7 @@ class Pool:
             self.readers = Readers(runner.read(0, runner.epoch, runner.plan))
         else:
             inner = inner_loader(loader, runner)
-            most = 1 if any(each.node.may_wait for each in bound.walk()) else MOST
+            most = 1 if any(each.node.may_wait for each in bound.walk()) else MAX_PARCELS
             context = inner.multiprocessing_context
             if early and context is not None and starts_slowly(context):
                 return Launch(lambda: _start(inner, runner, most))
@@ -165,7 +165,7 @@ class Pool:
     def _arena(self, loader: Any) -> Arena | None:
         """Shared memory for the batches that are ready, one that is made, and a few in use."""
         try:
-            return Arena(loader.num_workers, (loader.prefetch_factor + 1) * MOST + 4)
+            return Arena(loader.num_workers, (loader.prefetch_factor + 1) * MAX_PARCELS + 4)
         except (OSError, ValueError) as error:
             self._log_once(
                 "memory",

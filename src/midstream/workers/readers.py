@@ -33,7 +33,7 @@ from midstream.pipeline.single_lane import LaneOutput
 from midstream.transport.arena import Arena
 from midstream.transport.bundles import Bundler
 from midstream.transport.once import Once
-from midstream.transport.packing import begin
+from midstream.transport.packing import use_arena
 from midstream.workers.messages import (
     BATCH,
     ERROR,
@@ -110,7 +110,7 @@ class Runner(IterableDataset[Any]):
             and self.arena is not None
             and multiprocessing.parent_process() is not None
         ):
-            begin(self.arena, worker.id)
+            use_arena(self.arena, worker.id)
         epoch, plan = self.epoch, self.plan
         if self.shared is not None:
             epoch, generation = self.shared.tolist()

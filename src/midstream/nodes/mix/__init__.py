@@ -1,1 +1,1 @@
-"""."""
+"""Interleave: several datasets mixed by weight."""

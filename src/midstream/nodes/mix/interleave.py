@@ -1,4 +1,4 @@
-"""Interleave: several datasets mixed by weight, with every prefix close to the asked shares."""
+"""The node `Interleave`: several datasets mixed by weight, every prefix close to the shares."""
 
 from __future__ import annotations
 
@@ -31,22 +31,27 @@ _STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replac
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Interleave(Node):
-    """Datasets mixed by integer quotas q_c over blocks of B picks.
+    """Mixes datasets by weight.
 
-    In a block, pick j of dataset c has the key (j + u) / q_c with u uniform in [0, 1); the picks in
-    key order are the block's pattern. Sixteen patterns are made once and a hash of the block's
-    number chooses one, so the dataset and the position at any place of the mix are one lookup:
-    dataset c's j-th pick of block b is its position b * q_c + j. In each phase of a schedule blocks
-    are counted anew, and dataset c goes on where it stood.
+    A *pick* chooses the dataset of the next sample. Picks come in *blocks* of B picks; the *quota*
+    q_c is the number of picks of dataset c in each block. The order of the picks in a block is its
+    *pattern*: pick j of dataset c has the key (j + u) / q_c, u uniform in [0, 1), and the picks are
+    sorted by key. There are 16 patterns, made once; a hash of the block's number chooses one. So
+    the dataset and row at any position take one lookup: pick j of dataset c in block b gives its
+    row b * q_c + j.
 
-    With ``weights_by`` there are no blocks: the dataset is picked that is furthest below its share
-    of what was counted so far (of those equally far, by a hash); counting starts again where the
-    shares change.
+    A *phase* is a part of a schedule with one set of weights. In each phase blocks are counted from
+    0, and every dataset continues at its next row.
 
-    State: random access: none but the position. Stream: ``{"picks", "ended", "inputs": {name:
-    [pass, flags, state]}}``, with a schedule ``"phase": [phase, its first pick, samples or tokens
-    given]``, with ``weights_by`` a fourth entry of each input: what it has given since the shares
-    changed. Resume: reads nothing again.
+    With ``weights_by`` there are no blocks. Each pick chooses the dataset that is furthest below
+    its share of the tokens counted so far; a hash decides between equals. Counting starts again
+    when the shares change.
+
+    State: random access: none but the position. Stream: ``{"picks", "ended", "inputs": [[pass,
+        flags, state], ...]}``, inputs ordered by name; with a schedule also ``"phase": [phase, its
+        first pick, samples or tokens given]``; with ``weights_by`` each input has a fourth entry,
+        what it has given since the shares changed.
+    Resume: reads nothing again.
     """
 
     datasets: tuple[tuple[str, Node], ...]
@@ -78,7 +83,7 @@ class Interleave(Node):
         bind(self)
 
     def inputs(self) -> dict[str, Node]:
-        """By name."""
+        """The datasets, by name."""
         return dict(self.datasets)
 
     def with_inputs(self, inputs: Mapping[str, Node]) -> Interleave:
@@ -91,7 +96,7 @@ class Interleave(Node):
         """See `Node.taken_of`.
 
         Raises:
-            ValueError: If that input has started over among them.
+            ValueError: If the input has started over among the first ``count`` samples.
         """
         layout, index = self.layout(), [key for key, _ in self.datasets].index(name)
         taken = int(layout.counts(count)[index])
@@ -103,22 +108,22 @@ class Interleave(Node):
 
     @property
     def phases(self) -> tuple[tuple[int, Weights], ...]:
-        """(where it begins, weights) of each phase of the schedule; one where there is none."""
+        """``(border, weights)`` of each phase; without a schedule there is one phase."""
         return ((0, self.weights), *self.later)
 
     @property
     def label(self) -> str:
-        """The name it was given, or the verb."""
+        """The name given by the user, or "interleave"."""
         return self.name or self.kind
 
     @property
     def random_access(self) -> bool:
-        """As the inputs, but what is counted by a function is known only by reading it."""
+        """True if all inputs have random access and there is no ``weights_by``, which must read."""
         return self.weights_by is None and super().random_access
 
     @property
     def infinite(self) -> bool:
-        """Whether every dataset that can end the mix is endless."""
+        """Whether no dataset that could end the mix ever ends."""
         used = {key for _, weights in self.phases for key, weight in weights if weight}
         at_the_end = {key for key, weight in self.phases[-1][1] if weight}
         if self.stopping_strategy == "first_exhausted":
@@ -143,11 +148,11 @@ class Interleave(Node):
         return fields
 
     def picks(self, phase: int = 0) -> Picks:
-        """The choice sequence of a phase; of few at a time, for a long one takes megabytes."""
+        """The choice sequence of a phase. At most 8 are cached: a long one takes megabytes."""
         return self._picks(phase, self.phases[phase][1])
 
     def _picks(self, phase: int, weights: Weights) -> Picks:
-        """Its salt is the names, not the place: else ``len`` would vary with the tree."""
+        """The choice sequence for some weights, from the cache or new."""
         cached: dict[Any, Picks] = self.__dict__.get("_picks_made") or {}
         if (phase, weights) not in cached:
             while len(cached) >= 8:
@@ -157,7 +162,11 @@ class Interleave(Node):
         return cached[phase, weights]
 
     def draws(self, phase: int) -> int:
-        """The seed of a phase's draws."""
+        """The seed of a phase's draws.
+
+        It depends on the names, not on the node's path: the length of a mix must not depend on the
+        tree around it.
+        """
         names = "/".join([self.label, *sorted(key for key, _ in self.datasets)])
         seed = fold(self.seed, salt(names))
         return fold(seed, phase) if phase else seed
@@ -166,7 +175,7 @@ class Interleave(Node):
         return self.layout().length
 
     def layout(self) -> Layout:
-        """The closed forms, made once."""
+        """The closed forms of the mix, computed once."""
         cached: Layout | None = self.__dict__.get("_layout_made")
         if cached is None:
             lengths = [dataset.length() for _, dataset in self.datasets]
@@ -182,7 +191,7 @@ class Interleave(Node):
         return cached
 
     def passes_over(self, key: str, exact: bool) -> int:
-        """Passes over a dataset that starts over."""
+        """See `Node.passes_over`: more than one if datasets start over."""
         if self.stopping_strategy != "all_exhausted":
             return 1
         if not exact or not self.random_access:
@@ -220,7 +229,14 @@ _YIELDED, _EXHAUSTED, _EMPTY = 1, 2, 4
 
 
 class _Input:
-    """One dataset of a mix, in a lane."""
+    """One dataset of a mix, in a lane.
+
+    Attributes:
+        source: Its iterator.
+        number: Passes over the dataset that are complete.
+        flags: ``_YIELDED``: gave a sample in this pass. ``_EXHAUSTED``: has ended, at least once.
+            ``_EMPTY``: a pass gave no sample.
+    """
 
     __slots__ = ("flags", "number", "source")
 
@@ -229,7 +245,7 @@ class _Input:
 
 
 class _InterleaveIterator(Iterator):
-    """Picks by the patterns of blocks, each lane by its own."""
+    """Picks by blocks and patterns; each lane has its own sequence of patterns."""
 
     def __init__(
         self, node: Interleave, bound: BoundNode, lane: Lane, key: int, pass_: int
@@ -238,16 +254,13 @@ class _InterleaveIterator(Iterator):
         self.names = [name for name, _ in node.datasets]
         self.children = [_Input(self._open(name, 0)) for name in self.names]
         self.picks, self.ended = 0, False
-        self.phase, self.start, self.given = (
-            0,
-            0,
-            0,
-        )  # of the schedule: phase, its first pick, what the mix has given
+        self.phase, self.start = 0, 0  # the phase of the schedule, and its first pick
+        self.given = 0  # samples or tokens that the mix has given
         self.edits = lane.edits.of(bound.path) if lane.edits is not None else None
-        self.edit = -1  # which of them is in force
-        self.watch = bool(node.later) or self.edits is not None
-        # The state of an input is made again only after it was read: with hundreds of them, most
-        # were not.
+        self.edit = -1  # the number of the change in force
+        self.may_change = bool(node.later) or self.edits is not None
+        # The encoded state of each input, renewed only after the input was read: a mix may have
+        # hundreds of inputs.
         self.texts = [""] * len(self.names)
         self.touched = set(range(len(self.names)))
         self.by_name = [index for _, index in sorted(zip(self.names, range(len(self.names))))]
@@ -256,35 +269,37 @@ class _InterleaveIterator(Iterator):
     def _open(self, name: str, number: int) -> Iterator:
         key = int(pass_key(np.array([self.key], dtype=np.uint64), np.array([number]))[0])
         pass_ = self.pass_
-        if (
-            self.node.stopping_strategy == "all_exhausted"
-        ):  # how many passes there will be is not known
+        # The number of passes is not known in advance.
+        if self.node.stopping_strategy == "all_exhausted":
             require_passes(np.array([pass_]), PASSES)
             pass_ = pass_ * PASSES + number
         return iterate(self.bound.inputs[name], self.lane, key, pass_)
 
-    # -- which weights ------------------------------------------------------------------------------------------------
+    # -- which weights --
 
     def _use(self, draws: int, weights: Weights) -> None:
-        """Pick by these weights."""
+        """Picks by ``weights`` from now on.
+
+        Args:
+            draws: Number of the phase; for changed weights -1 minus the number of the change.
+            weights: By name, in the order of the datasets.
+        """
         self.weights = weights
         self.choices = self.node._picks(draws, weights)
         self.pattern: list[int] = []
         self.pattern_of = -1
 
-    def _turn(self) -> bool:
-        """See whether other weights are in force from this pick on; returns whether there is
-        anything to pick.
-        """
+    def _update_weights(self) -> bool:
+        """Applies changed weights or the next phase. Returns whether anything is left to pick."""
         node = self.node
         if self.edits is not None:
-            number = self.edits.bound(self.pass_, self.picks, live=not replaying())
+            number = self.edits.in_force(self.pass_, self.picks, live=not replaying())
             if number != self.edit:
                 self.edit = number
                 weights, first = self.edits.weights(number, self.pass_)
                 self.start = first
                 self._use(-1 - number, check_weights(weights, self.names, self.bound.path))
-                self._settle()
+                self._check_end()
             if self.edit >= 0:
                 return not self.ended
         while self.phase + 1 < len(node.phases) and self.given >= self.lane.share(
@@ -297,10 +312,13 @@ class _InterleaveIterator(Iterator):
         self.phase += 1
         self.start = self.picks
         self._use(self.phase, self.node.phases[self.phase][1])
-        self._settle()
+        self._check_end()
 
-    def _settle(self) -> None:
-        """Weights changed, or a dataset ran out: is there anything that can be picked?"""
+    def _check_end(self) -> None:
+        """Ends the mix or the phase if nothing is left to pick.
+
+        Called when weights changed or a dataset ran out.
+        """
         node, restarts = self.node, self.node.stopping_strategy == "all_exhausted"
         to_come = () if self.edit >= 0 else node.phases[self.phase + 1 :]
         here = [child for child, (_, weight) in zip(self.children, self.weights) if weight]
@@ -325,7 +343,7 @@ class _InterleaveIterator(Iterator):
                 self.ended = True
 
     def _never_ends(self, wanted: set[str]) -> bool:
-        """Whether what could end the mix has no rows in this lane, and the rest is endless."""
+        """Whether the datasets that could end the mix have no rows in this lane."""
         ends = [
             child.flags
             for (name, data), child in zip(self.node.datasets, self.children)
@@ -333,10 +351,10 @@ class _InterleaveIterator(Iterator):
         ]
         return bool(ends) and all(flags & _EMPTY for flags in ends)
 
-    # -- picking ------------------------------------------------------------------------------------------------------
+    # -- picking --
 
     def _choose(self) -> int:
-        """The dataset of this pick."""
+        """The index of the dataset of this pick."""
         block, inside = divmod(self.picks - self.start, self.choices.block)
         if block != self.pattern_of:
             chosen = int(self.choices.choose(block, 1 + self.lane.index)[0])
@@ -345,7 +363,7 @@ class _InterleaveIterator(Iterator):
 
     def _next(self) -> Item:
         while not self.ended:
-            if self.watch and not self._turn():
+            if self.may_change and not self._update_weights():
                 break
             index = self._choose()
             child = self.children[index]
@@ -359,8 +377,9 @@ class _InterleaveIterator(Iterator):
                     return self._counted(index, item)
                 except StopIteration:
                     phase = self.phase
+                    # Repeat the pick: the dataset starts over, or another phase has begun.
                     if self._ran_out(index, child) or self.phase != phase:
-                        continue  # it starts over: the same pick, from its beginning; or another phase begins
+                        continue
             self.picks += 1
         raise StopIteration
 
@@ -370,7 +389,7 @@ class _InterleaveIterator(Iterator):
         return item
 
     def _ran_out(self, index: int, child: _Input) -> bool:
-        """A dataset has no more; returns whether it starts over."""
+        """Handles the end of a dataset. Returns whether it starts over."""
         strategy = self.node.stopping_strategy
         if not child.flags & _YIELDED:
             child.flags |= _EMPTY
@@ -378,7 +397,7 @@ class _InterleaveIterator(Iterator):
             child.flags |= _EXHAUSTED
             self.ended = strategy == "first_exhausted"
         if not self.ended:
-            self._settle()
+            self._check_end()
         if self.ended or child.flags & _EMPTY or strategy != "all_exhausted":
             return False
         child.number += 1
@@ -386,7 +405,7 @@ class _InterleaveIterator(Iterator):
         child.source = self._open(self.names[index], child.number)
         return True
 
-    # -- state --------------------------------------------------------------------------------------------------------
+    # -- state --
 
     def _input_state(self, index: int, child: _Input) -> list[State]:
         return [child.number, child.flags, child.source.snapshot()]
@@ -406,7 +425,7 @@ class _InterleaveIterator(Iterator):
         return state
 
     def _load_input(self, index: int, state: list[State]) -> None:
-        """What an input's state has beyond pass, flags and its own."""
+        """Loads further entries of an input's state, after pass, flags and iterator state."""
 
     def _load(self, state: State) -> None:
         self.picks, self.ended = state["picks"], state["ended"]
@@ -418,7 +437,7 @@ class _InterleaveIterator(Iterator):
         self.edit = -1
         if self.edits is not None:
             self.edit = (
-                self.edits.bound(self.pass_, self.picks - 1, live=False) if self.picks else -1
+                self.edits.in_force(self.pass_, self.picks - 1, live=False) if self.picks else -1
             )
             if self.edit >= 0:
                 weights, self.start = self.edits.weights(self.edit, self.pass_)
@@ -431,7 +450,7 @@ class _InterleaveIterator(Iterator):
             raise ValueError(f"{len(inputs)} inputs of a mix of {len(self.names)}")
         for index, saved in zip(self.by_name, inputs):
             if saved is None:
-                continue  # new since the state was saved: it begins at its beginning
+                continue  # added since the state was saved: starts at its beginning
             child = self.children[index]
             self._load_input(index, saved)
             child.number, child.flags, source = saved[:3]
@@ -440,7 +459,7 @@ class _InterleaveIterator(Iterator):
 
 
 class _MeasuredIterator(_InterleaveIterator):
-    """Picks the dataset that is furthest below its share of what was counted."""
+    """Picks the dataset that is furthest below its share of the tokens counted (``weights_by``)."""
 
     def __init__(
         self, node: Interleave, bound: BoundNode, lane: Lane, key: int, pass_: int
@@ -458,12 +477,12 @@ class _MeasuredIterator(_InterleaveIterator):
         self.touched = set(range(len(self.counted)))
         self.shares: Any = None
 
-    def _settle(self) -> None:
-        super()._settle()
+    def _check_end(self) -> None:
+        super()._check_end()
         self.shares = None
 
-    def _share(self) -> None:
-        """The shares of what can be picked; counting starts again where something has dropped out."""
+    def _set_shares(self) -> None:
+        """Computes the shares of datasets that can be picked; sets the counts of others to 0."""
         restarts = self.node.stopping_strategy == "all_exhausted"
         gone = (
             _EMPTY
@@ -479,12 +498,12 @@ class _MeasuredIterator(_InterleaveIterator):
         self.counted[left == 0] = 0
         self.touched = set(range(len(self.counted)))
         self.shares = left / left.sum()
-        # By name, so that the same mix written in another order is the same.
+        # Sorted by name, so that the order in which a mix is written does not matter.
         self.live = np.array(sorted(np.flatnonzero(left).tolist(), key=self.names.__getitem__))
 
     def _choose(self) -> int:
         if self.shares is None:
-            self._share()
+            self._set_shares()
         behind = (self.shares * self.counted.sum() - self.counted)[self.live]
         most = self.live[behind == behind.max()]
         if len(most) > 1:
@@ -503,18 +522,18 @@ class _MeasuredIterator(_InterleaveIterator):
                 item, size = (size, item[1]), 0
             self.counted[index] += size
             self.given += size
-        # What never counts anything stays furthest behind: if it started over, nothing else would
-        # ever be picked.
+        # A dataset whose samples count 0 stays furthest behind. It must count as empty: if it
+        # started over, nothing else would ever be picked.
         if size or self.node.stopping_strategy != "all_exhausted":
             self.children[index].flags |= _YIELDED
         return item
 
     def _ran_out(self, index: int, child: _Input) -> bool:
-        again = super()._ran_out(index, child)
-        if not again and not self.ended:
+        starts_over = super()._ran_out(index, child)
+        if not starts_over and not self.ended:
             self.counted[:] = 0
             self.touched = set(range(len(self.counted)))
-        return again
+        return starts_over
 
     def _input_state(self, index: int, child: _Input) -> list[State]:
         return [*super()._input_state(index, child), int(self.counted[index])]
@@ -525,7 +544,7 @@ class _MeasuredIterator(_InterleaveIterator):
 
 
 def _measure(by: Any, sample: Any) -> int:
-    """What a sample counts."""
+    """The tokens of a sample, by ``weights_by``."""
     size = len(sample[by]) if isinstance(by, str) else by(sample)
     if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 0:
         raise TypeError(

@@ -1,4 +1,8 @@
-"""Closed forms of mixes with random access: which row of which dataset is at a position."""
+"""Closed forms for mixes of random-access datasets: which row of which dataset is at a position.
+
+Picks, blocks, quotas and patterns are defined in `midstream.nodes.mix.picks`. A *phase* is a part
+of the mix with one set of weights; a mix without a schedule has one phase.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,17 @@ from midstream.nodes.mix.picks import PATTERNS, Picks
 from midstream.pipeline.rows import I64
 
 PASSES = 1 << 20
-"""Passes over one dataset inside an endless epoch, for numbering."""
+"""Passes over one dataset that are numbered within one epoch, when their number is not known."""
 
 
 class _Phase:
-    """One phase of a layout.
+    """One phase of a layout: a stretch of the mix with one set of weights.
 
     Attributes:
-        start: The position of the mix at which it begins.
-        taken: int64, shape [k]: rows of each dataset before it.
-        number: Of its choice sequence.
-        segments: Where every sample comes once: which picks are served.
+        start: The position of the mix at which the phase begins.
+        taken: int64, shape [datasets]: rows of each dataset before the phase.
+        number: Number of the phase, and of its choice sequence.
+        segments: With ``all_exhausted_without_replacement``: which picks give a sample. Else None.
     """
 
     __slots__ = ("number", "segments", "start", "taken")
@@ -32,14 +36,13 @@ class _Phase:
 
 
 class Layout:
-    """The closed forms of a mix of random-access datasets: its length, and what stands at a position.
+    """Computes the length of a mix, and the dataset and row at any position of it.
 
-    In each phase of a schedule the picks are counted anew, and dataset c goes on at its row
-    ``taken[c]``.
+    In each phase picks are counted from 0, and dataset c continues at its row ``taken[c]``.
 
     Attributes:
-        length: Samples in all, None when endless.
-        lengths: Of the datasets; 0 where there is no end.
+        length: Samples of the mix; None when it is endless.
+        lengths: Rows of each dataset; 0 for endless ones.
         repeats: Passes over each dataset within one epoch of the mix.
     """
 
@@ -53,16 +56,16 @@ class Layout:
         *,
         many: bool = False,
     ) -> None:
-        """A layout.
+        """Lays out the phases.
 
         Args:
-            borders: Where each phase begins, the first at 0.
-            picks: The choice sequence of a phase by number.
-            names: Of the datasets.
-            lengths: Of the datasets; None where there is no end.
-            strategy: When the mix ends.
-            many: Number passes as if there were many, whatever the length: it may change within an
-            epoch.
+            borders: The position at which each phase begins; the first is 0.
+            picks: Gives the choice sequence of a phase, by its number.
+            names: Names of the datasets.
+            lengths: Rows of each dataset; None for endless ones.
+            strategy: The stopping strategy.
+            many: Number passes as if there were `PASSES` of each dataset, because the length of the
+                mix may change within an epoch.
         """
         self.picks, self.names, self.strategy = picks, names, strategy
         self.lengths = [length or 0 for length in lengths]
@@ -85,8 +88,8 @@ class Layout:
             phase = _Phase(start, taken, number, self._segments(number, taken))
             self.phases.append(phase)
             end = self._end(phase, later.tolist())
-            # What runs out just at a border ends the mix if it has a weight beyond it: the next
-            # phase says.
+            # A dataset that runs out exactly at a border ends the mix only if it has a weight after
+            # it: the next phase decides.
             inclusive = strategy == "all_exhausted"
             if strategy == "all_exhausted_without_replacement" and limit is not None:
                 limit = limit if end is None else min(limit, end)
@@ -101,6 +104,7 @@ class Layout:
             self._count_passes(many)
 
     def _count_passes(self, many: bool) -> None:
+        """Sets ``repeats``: passes over each dataset, when datasets start over."""
         last = self.phases[-1]
         picks = self.picks(last.number)
         blocks = 0 if self.length is None else -(-(self.length - last.start) // picks.block)
@@ -114,11 +118,12 @@ class Layout:
             )
 
     def _segments(self, number: int, taken: I64) -> Segments | None:
+        """The segments of phase ``number``, for the strategy that leaves exhausted datasets out."""
         if self.strategy != "all_exhausted_without_replacement":
             return None
         picks = self.picks(number)
         left = [
-            _far(quota) if endless else max(0, length - used)
+            _endless_length(quota) if endless else max(0, length - used)
             for length, endless, used, quota in zip(
                 self.lengths, self.endless, taken.tolist(), picks.quotas.tolist()
             )
@@ -126,7 +131,12 @@ class Layout:
         return Segments(picks, left)
 
     def _end(self, phase: _Phase, later: list[bool]) -> int | None:
-        """Where the mix ends if this phase goes on for ever, counted from its start; None: never."""
+        """Where the mix would end if this phase were the last, counted from its start; None: never.
+
+        Args:
+            phase: The phase.
+            later: For each dataset, whether it has a weight in this phase or a later one.
+        """
         picks = self.picks(phase.number)
         here = [index for index, quota in enumerate(picks.quotas.tolist()) if quota]
         left = {
@@ -151,6 +161,7 @@ class Layout:
         return max((picks.end(index, left[index]) for index in missing), default=0)
 
     def _counts(self, phase: _Phase, count: int) -> I64:
+        """Rows of each dataset among the first ``count`` of a phase: int64, shape [datasets]."""
         return (
             phase.segments.counts(count)
             if phase.segments is not None
@@ -158,12 +169,12 @@ class Layout:
         )
 
     def counts(self, position: int) -> I64:
-        """Rows of each dataset before a position, int64 of shape [k]."""
+        """Rows of each dataset before a position of the mix: int64, shape [datasets]."""
         phase = next(phase for phase in reversed(self.phases) if phase.start <= position)
         return phase.taken + self._counts(phase, position - phase.start)
 
     def locate(self, positions: I64) -> tuple[npt.NDArray[Any], I64]:
-        """Node index and position in it, for positions of the mix; all of shape [k]."""
+        """For positions of the mix, int64 of shape [n]: index of the dataset and position in it."""
         if len(self.phases) == 1:
             return self._locate(self.phases[0], positions)
         which = np.searchsorted([phase.start for phase in self.phases], positions, side="right") - 1
@@ -182,19 +193,24 @@ class Layout:
         )
 
 
-def _far(quota: int) -> int:
-    """A length for what never ends: 2**40 blocks, which no run reaches and no product of which
-    overflows.
-    """
+def _endless_length(quota: int) -> int:
+    """A length for an endless dataset: 2**40 blocks, which no run reaches, and without overflow."""
     return max(1, quota) << 40
 
 
 class Segments:
-    """Every sample once: picks of a dataset that has run out are left out.
+    """Closed forms for ``all_exhausted_without_replacement``: every sample comes once.
 
-    Between two blocks in which some dataset runs out, every block has the same limits: how many of
-    each dataset's picks are still served. So the block of a position is a division inside the right
-    segment.
+    A pick gives a sample (it is *served*) if its dataset still has rows; other picks are left out.
+    A *segment* is a run of blocks in which no dataset runs out, or one block in which some do. All
+    blocks of a segment serve the same number of picks of each dataset, so the block of a position
+    is one division within its segment.
+
+    Attributes:
+        starts: int64, shape [segments]: the first block of each segment.
+        limits: int64, shape [segments, datasets]: picks of each dataset that a block serves.
+        rates: int64, shape [segments]: picks that a block serves.
+        before: int64, shape [segments]: samples before each segment.
     """
 
     def __init__(self, picks: Picks, lengths: list[int]) -> None:
@@ -211,7 +227,7 @@ class Segments:
         self.offsets: dict[tuple[int, int], I64] = {}
 
     def _blocks(self, positions: I64) -> tuple[I64, I64, I64]:
-        """Segment, block, and place among the picks served in it."""
+        """The segment and block of each position, and its index among the block's served picks."""
         segment = np.searchsorted(self.before, positions, side="right") - 1
         blocks, inside = np.divmod(
             positions - self.before[segment], np.maximum(self.rates[segment], 1)
@@ -219,7 +235,7 @@ class Segments:
         return segment, blocks + self.starts[segment], inside
 
     def locate(self, positions: I64) -> tuple[npt.NDArray[Any], I64]:
-        """As `Layout.locate`."""
+        """See `Layout.locate`."""
         picks = self.picks
         segment, blocks, inside = self._blocks(positions)
         chosen = picks.choose(blocks)
@@ -228,22 +244,24 @@ class Segments:
         for value in np.unique(joint).tolist():
             here = np.flatnonzero(joint == value)
             offsets = self._served(*divmod(value, PATTERNS))[inside[here]]
-            pool = value % PATTERNS
-            source[here], number[here] = picks.of(pool)[offsets], picks.number(pool)[offsets]
+            pattern = value % PATTERNS
+            source[here] = picks.of(pattern)[offsets]
+            number[here] = picks.number(pattern)[offsets]
         return source, blocks * picks.quotas[source] + number
 
     def counts(self, count: int) -> I64:
-        """Rows of each dataset among the first ``count``, int64 of shape [k]."""
+        """Rows of each dataset among the first ``count`` samples: int64, shape [datasets]."""
         segment, blocks, inside = self._blocks(np.array([count], dtype=np.int64))
         found = np.minimum(blocks * self.picks.quotas, self.lengths)
         if inside[0]:
-            pool = int(self.picks.choose(blocks)[0])
-            places = self._served(int(segment[0]), pool)[: int(inside[0])]
-            found = found + np.bincount(self.picks.of(pool)[places], minlength=len(self.lengths))
+            pattern = int(self.picks.choose(blocks)[0])
+            served = self._served(int(segment[0]), pattern)[: int(inside[0])]
+            sources = self.picks.of(pattern)[served]
+            found = found + np.bincount(sources, minlength=len(self.lengths))
         return np.where(self.picks.quotas > 0, found, 0)
 
     def _served(self, segment: int, pattern: int) -> I64:
-        """Places in a pattern whose picks are served in a segment."""
+        """The picks of a pattern that are served in a segment, ascending indices."""
         known = self.offsets.get((segment, pattern))
         if known is None:
             picks = self.picks

@@ -1,5 +1,8 @@
-"""What a mix picks when: integer quotas, choice sequences, schedules, and the closed forms of mixes
-with random access.
+"""Which dataset a mix picks when.
+
+A *pick* chooses the dataset that gives the next sample. Picks are numbered from 0 and come in
+*blocks* of one size, in which dataset c is picked exactly ``quotas[c]`` times. The order of the
+picks in a block is its *pattern*. There are 16 patterns; a hash of the block's number says which.
 """
 
 from __future__ import annotations
@@ -15,73 +18,79 @@ from midstream.nodes.mix.weights import quotas
 from midstream.pipeline.rows import I64
 
 PATTERNS = 16
+"""Patterns of a choice sequence; a power of two."""
 
 
 class Picks:
-    """The choice sequence: which dataset is picked when, as a pool of block patterns.
+    """The choice sequence of a mix: the dataset of each pick.
+
+    In a pattern, pick j of dataset c has the key ``(j + u) / quotas[c]`` with u uniform in [0, 1);
+    the picks in the order of their keys are the pattern. So every prefix is close to the shares.
+
+    Args:
+        weights: By dataset name, in the order of the datasets.
+        seed: Seed of the patterns and of the hash that chooses among them.
 
     Attributes:
-        quotas: int64, shape [k]: picks of each dataset per block.
-        block: Picks per block.
+        quotas: int64, shape [datasets]: picks of each dataset in a block.
+        block: Picks in a block.
     """
 
     def __init__(self, weights: Mapping[str, float], seed: int) -> None:
         shares, self.block = quotas(weights)
         self.quotas = np.array(shares, dtype=np.int64)
         self.seed = seed
+        # For each pick of each pattern: the dataset, and its earlier picks in the block.
         self._pattern = np.empty((PATTERNS, self.block), dtype=np.int32)
         self._number = np.empty((PATTERNS, self.block), dtype=np.int32)
         self._made = np.zeros(PATTERNS, dtype=bool)
-        # Everything is laid out by name, not by place in the dict: the same mix written in another
-        # order is the same.
+        # Ties are broken by name, so that the order in which a mix is written does not matter.
         self._names = list(weights)
         self._by_name = sorted(range(len(self._names)), key=self._names.__getitem__)
 
     def _make(self, chosen: I64) -> None:
-        """Make the patterns that are looked at: of a schedule of many phases few ever are."""
+        """Makes the chosen patterns, on first use: of a schedule with many phases few are used."""
         if self._made.all():
             return
         shares, names = self.quotas.tolist(), self._names
-        for pool in np.unique(chosen).tolist():
-            if not self._made[pool]:
+        for number in np.unique(chosen).tolist():
+            if not self._made[number]:
                 source = np.concatenate(
                     [np.full(shares[index], index, dtype=np.int32) for index in self._by_name]
                 )
-                number = np.concatenate(
+                earlier = np.concatenate(
                     [np.arange(shares[index], dtype=np.int32) for index in self._by_name]
                 )
                 unit = np.concatenate(
                     [
-                        _unit(fold(self.seed, pool, salt(names[index])), shares[index])
+                        _unit(fold(self.seed, number, salt(names[index])), shares[index])
                         for index in self._by_name
                     ]
                 )
-                order = np.argsort((number + unit) / self.quotas[source], kind="stable")
-                self._pattern[pool], self._number[pool] = source[order], number[order]
-                self._made[pool] = True
+                order = np.argsort((earlier + unit) / self.quotas[source], kind="stable")
+                self._pattern[number], self._number[number] = source[order], earlier[order]
+                self._made[number] = True
 
     @property
     def pattern(self) -> npt.NDArray[np.int32]:
-        """int32, shape [16, block]: the dataset picked."""
+        """int32, shape [16, block]: the dataset of each pick, for all patterns."""
         self._make(np.arange(PATTERNS))
         return self._pattern
 
-    def of(self, pool: int) -> npt.NDArray[np.int32]:
-        """int32, shape [block]: the datasets picked in one pattern."""
-        self._make(np.array([pool]))
-        found: npt.NDArray[np.int32] = self._pattern[pool]
+    def of(self, pattern: int) -> npt.NDArray[np.int32]:
+        """int32, shape [block]: the dataset of each pick in one pattern."""
+        self._make(np.array([pattern]))
+        found: npt.NDArray[np.int32] = self._pattern[pattern]
         return found
 
-    def number(self, pool: int) -> npt.NDArray[np.int32]:
-        """int32, shape [block]: how many times each of them was picked before in the block."""
-        self._make(np.array([pool]))
-        found: npt.NDArray[np.int32] = self._number[pool]
+    def number(self, pattern: int) -> npt.NDArray[np.int32]:
+        """int32, shape [block]: for each pick, earlier picks of its dataset in the block."""
+        self._make(np.array([pattern]))
+        found: npt.NDArray[np.int32] = self._number[pattern]
         return found
 
     def locate(self, picks: I64) -> tuple[npt.NDArray[Any], I64]:
-        """For picks by number: the dataset, and how many times it was picked before; both of shape
-        [k].
-        """
+        """The dataset of each pick, and how often it was picked before; both of shape [n]."""
         block, inside = np.divmod(picks, self.block)
         chosen = self.choose(block)
         self._make(chosen)
@@ -89,7 +98,7 @@ class Picks:
         return source, block * self.quotas[source] + self._number[chosen, inside]
 
     def counts(self, picks: int) -> I64:
-        """How many of the first ``picks`` are of each dataset, int64 of shape [k]."""
+        """Picks of each dataset among the first ``picks``: int64, shape [datasets]."""
         block, inside = divmod(picks, self.block)
         found: I64 = block * self.quotas
         if inside:
@@ -98,17 +107,18 @@ class Picks:
         return found
 
     def end(self, index: int, rows: int) -> int:
-        """The number of the pick that takes row number ``rows`` (from 1) of a dataset, + 1."""
+        """How many picks it takes until dataset ``index`` was picked ``rows`` times."""
         block, number = divmod(rows - 1, int(self.quotas[index]))
         pattern = self.of(int(self.choose(block)[0]))
         return block * self.block + int(np.flatnonzero(pattern == index)[number]) + 1
 
     def choose(self, blocks: I64 | int, lane: int = 0) -> npt.NDArray[np.int64]:
-        """Which of the patterns each block has, int64."""
+        """The pattern of each block: int64. In streams each lane (from 1) has its own sequence."""
         return (fold_array(fold(self.seed, -1 - lane), blocks) & np.uint64(PATTERNS - 1)).astype(
             np.int64
         )
 
 
 def _unit(seed: int, count: int) -> npt.NDArray[np.float64]:
+    """Draws from [0, 1): float64, shape [count]."""
     return (draw(seed, 0, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,4 +1,4 @@
-"""Weights changed during a run, as a lane sees them."""
+"""Weights that `DataLoader.set_weights` changed during a run, as a lane sees them."""
 
 from __future__ import annotations
 
@@ -8,64 +8,72 @@ from midstream.common.plain_state import State
 
 
 class LaneEdits:
-    """Weights that were changed on the way (`DataLoader.set_weights`), as one lane sees them.
+    """Changes of weights during a run (`DataLoader.set_weights`), as one lane applies them.
 
-    The run knows the edits of each mix, in order. A lane places one where it first picks after
-    hearing of it: at a pass and a number of picks, which its state keeps, so that whatever is read
-    again is picked by the weights of then.
+    The run lists the changes of each mix, in order. A lane applies a change at its first pick after
+    it received the list, and records the pass and the pick in its state. A replay of earlier picks
+    therefore uses the weights of that time.
 
-    State: ``{path of the mix: [[edit, pass, pick], ...]}``.
+    Args:
+        known: The run's changes: path of the mix to its weights, in order.
+        placed: A state of this class.
+
+    State: ``{path of the mix: [[number of the change, pass, pick], ...]}``.
     """
 
     def __init__(self, known: Mapping[str, list[dict[str, float]]], placed: State = None) -> None:
-        self.known, self.placed = (
-            known,
-            {path: list(places) for path, places in (placed or {}).items()},
-        )
+        self.known = known
+        self.placed = {path: list(applied) for path, applied in (placed or {}).items()}
 
     def of(self, path: str) -> MixEdits | None:
-        """Those of one mix; None where there are none."""
+        """The changes of one mix; None if there are none."""
         known = self.known.get(path)
         return MixEdits(known, self.placed.setdefault(path, [])) if known else None
 
     def state(self) -> State:
-        """Where edits were placed."""
+        """Where this lane applied changes; see the class."""
         return {
-            path: [list(place) for place in places]
-            for path, places in self.placed.items()
-            if places
+            path: [list(each) for each in applied]
+            for path, applied in self.placed.items()
+            if applied
         }
 
     def forget(self) -> None:
-        """Keep only the last of each mix: a new epoch begins."""
-        for places in self.placed.values():
-            del places[:-1]
+        """Keeps only the last change of each mix, when a new epoch begins."""
+        for applied in self.placed.values():
+            del applied[:-1]
 
 
 class MixEdits:
-    """The part of `LaneEdits` that is of one mix."""
+    """The changes of one mix in one lane; see `LaneEdits`."""
 
     __slots__ = ("known", "placed")
 
     def __init__(self, known: list[dict[str, float]], placed: list[list[int]]) -> None:
         self.known, self.placed = known, placed
 
-    def bound(self, pass_: int, picks: int, *, live: bool) -> int:
-        """The edit in force at a pick, -1 for none; where the pick is not read again, what is new
-        is placed here.
+    def in_force(self, pass_: int, picks: int, *, live: bool) -> int:
+        """The number of the change in force at a pick, or -1.
+
+        Args:
+            pass_: Pass of the mix.
+            picks: Number of the pick.
+            live: Whether the pick is new, not read again: then the newest change is applied here.
         """
         last = len(self.known) - 1
         if live and (not self.placed or self.placed[-1][0] < last):
             self.placed.append([last, pass_, picks])
         found = -1
-        for number, *place in self.placed:
-            if place <= [pass_, picks]:
+        for number, *applied in self.placed:
+            if applied <= [pass_, picks]:
                 found = number
         return found
 
     def weights(self, number: int, pass_: int) -> tuple[dict[str, float], int]:
-        """The weights of an edit, and the first pick of this pass that is by them."""
+        """The weights of a change, and the first pick of this pass that uses them."""
         first = next(
-            picks if place == pass_ else 0 for edit, place, picks in self.placed if edit == number
+            picks if applied_in == pass_ else 0
+            for change, applied_in, picks in self.placed
+            if change == number
         )
         return self.known[number], first

@@ -1,4 +1,8 @@
-"""Weights of a mix: schedules, and weights as integer quotas."""
+"""Weights of a mix: schedules, checks, and integer quotas.
+
+The *quota* of a dataset is the number of its picks in a *block* of picks, an integer proportional
+to its weight.
+"""
 
 from __future__ import annotations
 
@@ -12,40 +16,44 @@ import numpy as np
 
 from midstream.common.validation import require_int
 
-_EXACT_BLOCK = 4096
+_EXACT_BLOCK = 4096  # the most picks in a block whose quotas are exact
 
-_LARGE_BLOCK = 1 << 16
+_LARGE_BLOCK = 1 << 16  # picks in a block whose quotas are rounded
 
 Weights = tuple[tuple[str, float], ...]
+"""``(name, weight)`` of each dataset, in the order of the datasets."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Weights that change on the way; made by `schedule`.
+    """Weights that change within an epoch; made by `schedule`.
 
     Attributes:
-        phases: (where it begins, weights by name), the first at 0.
+        phases: ``(border, weights)``: the sample at which a phase begins, and its weights by name.
+            The first border is 0.
     """
 
     phases: tuple[tuple[int, Weights], ...]
 
 
 def schedule(phases: Sequence[tuple[int, Mapping[str, float]]]) -> Schedule:
-    """Weights of a mix that change at given counts: ``interleave(..., weights=ms.schedule([...]))``.
+    """Makes weights that change during an epoch: ``interleave(..., weights=ms.schedule([...]))``.
 
     Args:
-        phases: ``(border, weights)``, the first border 0, each larger than the one before. A border
-            counts the samples that the mix has given since the epoch began (with ``weights_by``:
-            their tokens, and the sample in which it lies belongs to the phase before). On streams
-            every lane has its share of it, ``border // lanes`` or one more.
+        phases: ``(border, weights)`` of each phase. The first border is 0, each is larger than the
+            one before. A phase begins when the mix has given ``border`` samples since the epoch
+            began. With ``weights_by`` a border counts tokens instead; the sample that crosses it
+            belongs to the phase before. On streams each lane counts for itself, to its share of the
+            border: ``border // lanes`` or one more.
 
     Raises:
         ValueError: If the borders do not rise from 0.
-        TypeError: If something is not a pair of a whole number and weights by name.
+        TypeError: If a phase is not a pair of an integer and weights by name.
 
     >>> import midstream as ms
     >>> sources = {"easy": ms.from_dataset([0] * 90), "hard": ms.from_dataset([1] * 90)}
-    >>> mix = ms.interleave(sources, ms.schedule([(0, {"easy": 1, "hard": 0}), (5, {"easy": 1, "hard": 1})]))
+    >>> phases = [(0, {"easy": 1, "hard": 0}), (5, {"easy": 1, "hard": 1})]
+    >>> mix = ms.interleave(sources, ms.schedule(phases))
     >>> list(mix)[:5], sum(list(mix)[5:15])
     ([0, 0, 0, 0, 0], 5)
     """
@@ -69,12 +77,12 @@ def schedule(phases: Sequence[tuple[int, Mapping[str, float]]]) -> Schedule:
 
 
 def check_weights(weights: Mapping[str, Any], names: Sequence[str], where: str) -> Weights:
-    """Weights as they are kept: in the order of the datasets, whole ones as integers.
+    """Checks weights and brings them into the order of the datasets, whole numbers as integers.
 
     Raises:
         ValueError: If the names are not those of the datasets, or a weight is negative or not
             finite.
-        TypeError: If a weight is no number.
+        TypeError: If a weight is not a number.
     """
     if set(weights) != set(names):
         raise ValueError(
@@ -99,13 +107,16 @@ def _is_whole(value: Any) -> bool:
 
 
 def quotas(weights: Mapping[str, float]) -> tuple[list[int], int]:
-    """Integer quotas per block and the block's size.
+    """Turns weights into integer quotas.
 
-    Exact when the weights are ratios of small numbers (a block of at most 4,096 picks), else within
-    2**-17 of the share over blocks of 2**16.
+    The quotas are exact if a block of at most 4,096 picks can have these shares. Otherwise the
+    block has 2**16 picks, and each quota is within 2**-17 of its share.
+
+    Returns:
+        The picks of each dataset in a block, and their sum, the size of a block.
 
     Raises:
-        ValueError: If all weights are 0, or one that is not would round to 0.
+        ValueError: If all weights are 0, or a weight above 0 gets the quota 0.
 
     >>> quotas({"web": 0.7, "code": 0.3})
     ([7, 3], 10)
@@ -114,8 +125,7 @@ def quotas(weights: Mapping[str, float]) -> tuple[list[int], int]:
     largest = max(values)
     if not largest:
         raise ValueError(f"interleave: at least one weight is above 0; found {dict(weights)}")
-    # Floats are taken relative to the largest, so that neither tiny nor huge ones lose what they
-    # mean.
+    # Floats are divided by the largest, so that the precision is the same at any scale.
     fractions = [
         (
             Fraction(value)
@@ -139,8 +149,7 @@ def quotas(weights: Mapping[str, float]) -> tuple[list[int], int]:
         size = _LARGE_BLOCK
         ideal = [value / exact_total * size for value in values]
         result = [int(value) for value in ideal]
-        # What rounded down to nothing comes first: a source of the mix is never left out for want
-        # of a remainder.
+        # Quotas of 0.5 to 1 that were rounded down to 0 come first, then the largest remainders.
         by_remainder = sorted(
             range(len(ideal)),
             key=lambda index: (

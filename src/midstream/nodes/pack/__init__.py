@@ -1,1 +1,1 @@
-"""."""
+"""Pack: tokenized documents into rows of one length."""

@@ -15,18 +15,20 @@ __all__ = ["DocumentMask", "document_mask"]
 
 @dataclass(frozen=True, eq=False)
 class DocumentMask:
-    """Which tokens of packed rows may attend to which: earlier ones of the same document.
+    """Causal attention masks for packed rows: a token attends to earlier tokens of its document.
 
-    Padding at the end of a row is a document of its own, so that every token attends to something.
+    Padding at the end of a row is a document of its own, so that every token attends to at least
+    one.
 
     Attributes:
-        cu_seqlens: int32, shape [n + 1]: where each document starts in the rows laid end to end
-            (``[batch * seq_len]``), and their end: for variable-length attention kernels.
+        cu_seqlens: int32, shape [documents + 1]: where each document starts when the rows are laid
+            end to end (``[batch * seq_len]``), then ``batch * seq_len``. For variable-length
+            attention kernels such as flash attention.
         max_seqlen: Tokens of the longest document.
-        document_ids: int32, shape [batch, seq_len]: number of the document within its row, -1 on
+        document_ids: int32, shape [batch, seq_len]: index of the document within its row, -1 on
             padding.
         mask_mod: ``(batch, head, q_idx, kv_idx) -> bool`` for
-        ``torch.nn.attention.flex_attention.create_block_mask``.
+            ``torch.nn.attention.flex_attention.create_block_mask``.
     """
 
     cu_seqlens: torch.Tensor
@@ -35,30 +37,32 @@ class DocumentMask:
     mask_mod: Callable[[Any, Any, Any, Any], torch.Tensor]
 
     def dense(self) -> torch.Tensor:
-        """The mask in full, bool, shape [batch, 1, seq_len, seq_len], for
-        ``scaled_dot_product_attention``.
+        """The mask as a tensor for ``torch.nn.functional.scaled_dot_product_attention``.
+
+        Returns:
+            bool, shape [batch, 1, seq_len, seq_len]: True where query i may attend to key j.
         """
         rows, size = self.document_ids.shape
-        place = torch.arange(size, device=self.document_ids.device)
+        positions = torch.arange(size, device=self.document_ids.device)
         batch = torch.arange(rows, device=self.document_ids.device)[:, None, None, None]
-        return self.mask_mod(batch, 0, place[:, None], place)
+        return self.mask_mod(batch, 0, positions[:, None], positions)
 
 
 def document_mask(
     seq_lens: Any, seq_len: int | None = None, *, device: torch.device | str | None = None
 ) -> DocumentMask:
-    """Attention masks from the ``seq_lens`` of packed rows.
+    """Makes attention masks from the ``seq_lens`` of packed rows.
 
     Args:
-        seq_lens: Lengths of the pieces of one row, shape [pieces], or of a batch: [batch, pieces]
-            with zeros behind, as `collate` makes it, or a list of rows.
-        seq_len: Tokens per row with padding, ``batch["input_ids"].shape[-1]``. May be left out when
-            rows are full.
-        device: Where the tensors go; by default where ``seq_lens`` is.
+        seq_lens: Lengths of the documents in one row, shape [documents]; or of a batch, shape
+            [batch, documents], padded with zeros at the end as `collate` does; or a list of rows.
+        seq_len: Tokens per row including padding, ``batch["input_ids"].shape[-1]``. May be omitted
+            when all rows are full.
+        device: Device of the tensors in the result; by default that of ``seq_lens``.
 
     Raises:
-        ValueError: If a row has more tokens than ``seq_len``, or it is left out and rows differ in
-            length.
+        ValueError: If a row has more tokens than ``seq_len``, or if ``seq_len`` is omitted and rows
+            differ in length.
 
     >>> import midstream as ms
     >>> mask = ms.document_mask([[3, 1], [2, 0]], seq_len=4)
@@ -103,7 +107,7 @@ def document_mask(
 
 
 def _lengths(seq_lens: Any) -> torch.Tensor:
-    """int64, shape [batch, pieces], zeros behind."""
+    """The lengths as int64, shape [batch, documents], padded with zeros at the end."""
     if isinstance(seq_lens, Sequence) and len(seq_lens) and hasattr(seq_lens[0], "__len__"):
         rows = [torch.as_tensor(row) for row in seq_lens]
         lengths = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -113,7 +117,7 @@ def _lengths(seq_lens: Any) -> torch.Tensor:
     lengths = lengths[None] if lengths.ndim == 1 else lengths
     if lengths.ndim != 2 or not lengths.numel() or int(lengths.min()) < 0 or not int(lengths.sum()):
         raise ValueError(
-            "document_mask: seq_lens are lengths of documents, shape [pieces] or [batch, pieces];"
-            f" found shape {tuple(lengths.shape)}"
+            "document_mask: seq_lens are lengths of documents, shape [documents] or"
+            f" [batch, documents]; found shape {tuple(lengths.shape)}"
         )
     return lengths

@@ -1,4 +1,4 @@
-"""Fills rows by cutting documents: mode='concat'."""
+"""Fills rows by joining documents and cutting them at each row's end: mode="concat"."""
 
 from __future__ import annotations
 
@@ -8,47 +8,51 @@ import numpy as np
 import numpy.typing as npt
 
 from midstream.common.plain_state import State
-from midstream.nodes.pack.documents import Packer, require_tokens
-from midstream.nodes.pack.rows import Piece
+from midstream.nodes.pack.documents import DocumentReader, require_tokens
+from midstream.nodes.pack.rows import Piece, RowBuilder
 from midstream.pipeline.cursor import Cursor
 from midstream.pipeline.failures import FailedSample
 from midstream.pipeline.iterator import Iterator, SafePoint
 from midstream.pipeline.rows import PARTS, Item
 
-_EVERY = 16
+_EVERY = 16  # inputs between two safe points
 
 
 class Concat(Iterator):
-    """Documents joined and cut."""
+    """Iterates rows of documents that are joined and cut.
 
-    def __init__(self, packer: Packer, upstream: Iterator) -> None:
-        self.packer, self.seq_len = packer, packer.seq_len
-        self.source = SafePoint(upstream, packer.path, _EVERY)
-        self.made = 0
-        self.cursor = upstream if type(upstream) is Cursor and packer.bare else None
-        self.ready: _Ready | None = None
+    One row is in progress: it takes documents one by one. Where documents come as columns, several
+    rows are made at once (`_ReadyRows`), and the row in progress holds the tokens left over.
+    """
+
+    def __init__(self, documents: DocumentReader, rows: RowBuilder, upstream: Iterator) -> None:
+        self.documents, self.rows, self.seq_len = documents, rows, rows.seq_len
+        self.source = SafePoint(upstream, documents.path, _EVERY)
+        self.made = 0  # rows
+        self.cursor = upstream if type(upstream) is Cursor and documents.ids_only else None
+        self.ready: _ReadyRows | None = None
         self._clear()
 
     def _clear(self) -> None:
+        """Starts an empty row."""
         self.pieces: list[Piece] = []
-        self.filled = 0
-        self.rest: Piece | None = None  # what did not fit in of the document taken last
-        self.start: State = (
-            None  # the input before the row's first document; None while the row is empty
-        )
-        self.offset, self.taken = 0, 0
+        self.filled = 0  # tokens of the pieces
+        self.rest: Piece | None = None  # the part of the last document that did not fit
+        # The input's state before the row's first document; None while the row is empty.
+        self.start: State = None
+        self.offset = 0  # tokens of that document that are in earlier rows
+        self.taken = 0  # inputs read since
 
     def _next(self) -> Item:
-        if self.ready is not None and self.ready.bound == len(self.ready.rows):
-            self.ready = (
-                None  # not before: its states do not know of documents taken beyond its last row
-            )
+        if self.ready is not None and self.ready.delivered == len(self.ready.rows):
+            # Not earlier: a state between these rows comes from them, not from the row in progress.
+            self.ready = None
         if self.ready is None and self.cursor is not None and self.rest is None:
             self._make_ready(self.cursor)
         if self.ready is not None:
             self.made += 1
-            self.ready.bound += 1
-            return self.ready.row(self.packer)
+            self.ready.delivered += 1
+            return self.ready.row(self.documents)
         while self.filled < self.seq_len:
             if self.start is None:
                 self.start, self.offset, self.taken = self.source.snapshot(), 0, 0
@@ -59,7 +63,7 @@ class Concat(Iterator):
             self.taken += 1
             document = sample
             if type(sample) is not FailedSample:
-                document = self.packer.document(sample, origins, self.source.number)
+                document = self.documents.document(sample, origins, self.source.number)
             if type(document) is tuple:
                 self._add(document)
                 continue
@@ -70,12 +74,12 @@ class Concat(Iterator):
         return self._emit()
 
     def _make_ready(self, cursor: Cursor) -> None:
-        """Make several rows at once of documents that come as columns; what is left over is held as ever.
+        """Makes several rows at once of documents that come as columns.
 
-        At a document that is empty, or too long and not split, this ends, and they are taken one by
-        one.
+        Tokens left over become the row in progress. Stops before a document that is empty, or too
+        long and not to be split; `_next` then takes documents one by one.
         """
-        source, seq_len, packer = self.source, self.seq_len, self.packer
+        source, seq_len = self.source, self.seq_len
         began, before = source.number, (source.state_at, source.state)
         if (began % _EVERY and before[0] != began - began % _EVERY) or any(
             type(p[3]) is not tuple for p in self.pieces
@@ -83,39 +87,38 @@ class Concat(Iterator):
             return
         views: list[Any] = []
         origins: list[Any] = []
-        row_of_first, need = (
-            0,
-            (packer.together - self.made % packer.together) * seq_len - self.filled,
-        )
+        first_position = 0
+        rows_needed = self.rows.group_size - self.made % self.rows.group_size
+        need = rows_needed * seq_len - self.filled  # tokens
         while need > 0:
-            found = packer.ahead(cursor)
+            found = self.documents.column(cursor)
             if found is None:
                 break
             ends = found.lengths.cumsum()
             taken = min(int(np.searchsorted(ends, need)) + 1, len(ends))
             if not views:
-                row_of_first = cursor.number
+                first_position = cursor.number
             here = slice(found.first, found.first + taken)
-            views.extend(packer.with_separator(found.values[here]))
+            views.extend(self.documents.with_separator(found.values[here]))
             origins.append(found.origins[here])
             cursor.advance(taken)
             need -= int(ends[taken - 1])
-            if found.odd and taken == len(ends):
+            if found.blocked and taken == len(ends):
                 break
         if not views:
             return
-        ready = _Ready(
-            packer,
+        ready = _ReadyRows(
+            self.rows,
             self.pieces,
             views,
             np.concatenate(origins),
             began,
-            row_of_first,
+            first_position,
             cursor.block,
             before,
             self.made,
         )
-        held = ready.held()
+        held = ready.left_over()
         source.number = began + len(views)
         source.state_at = source.number - source.number % _EVERY
         source.state = ready.upstream(source.state_at)
@@ -124,14 +127,14 @@ class Concat(Iterator):
                 self.start, self.offset, self.taken = ready.snapshot(began), 0, 0
             self.taken += len(views)
         else:
-            number, offset = ready.cut(len(ready.rows))
+            number, offset = ready.end_of(len(ready.rows))
             self.start, self.offset = (ready.snapshot(number), offset) if held else (None, 0)
             self.taken = source.number - number if held else 0
             self.ready = ready
         self.pieces, self.filled = held, sum(stop - start for _, start, stop, _ in held)
 
     def _add(self, document: Piece) -> None:
-        """Take a document into the row, as much of it as there is room for."""
+        """Adds to the row as much of a document as it has room for."""
         columns, start, stop, origins = document
         cut = start + self.seq_len - self.filled
         if stop > cut:
@@ -141,24 +144,26 @@ class Concat(Iterator):
         self.filled += stop - start
 
     def _emit(self) -> Item:
+        """Makes the row, and starts the next one with the rest of the last document."""
         pieces, rest = self.pieces, self.rest
         self._clear()
         if rest is not None:
             self.start, self.offset, self.taken = self.source.before(), rest[1], 1
             self._add(rest)
         self.made += 1
-        return self.packer.row(pieces, self.made)
+        return self.rows.row(pieces, self.made)
 
     def _tokens(self) -> int:
-        """Tokens held, to tell whether a replay found what was there."""
+        """Tokens held; a replay must find as many."""
         return self.filled + (0 if self.rest is None else self.rest[2] - self.rest[1])
 
     def _last(self) -> Item:
-        if self.pieces and self.packer.options.last == "pad":
+        """At the end of the input: pads the row in progress, or drops it and ends."""
+        if self.pieces and self.documents.options.last == "pad":
             return self._emit()
         if self.pieces:
             self.made += 1
-            self.packer.drop(self.pieces, self.made)
+            self.rows.count_dropped(self.pieces, self.made)
         self._clear()
         raise StopIteration
 
@@ -188,49 +193,64 @@ class Concat(Iterator):
                 break
             document = sample
             if type(sample) is not FailedSample:
-                document = self.packer.document(sample, origins, self.source.number)
+                document = self.documents.document(sample, origins, self.source.number)
             if type(document) is tuple:
                 columns, _, stop, origins = document
                 self._add((columns, self.offset if number == 0 else 0, stop, origins))
-        require_tokens(self.packer.path, self._tokens(), state["tokens"])
+        require_tokens(self.documents.path, self._tokens(), state["tokens"])
 
 
-class _Ready:
-    """Rows made together, and the state after each, which is a formula: the input is a cursor.
+class _ReadyRows:
+    """Rows that were made at once, and the state after each of them.
+
+    The input is a cursor, whose states are positions, so every state is computed, not stored.
+
+    Args:
+        builder: Makes the rows.
+        pieces: Pieces of the row in progress; they come first.
+        views: Token ids of the documents after them, separators included.
+        origins: int64, shape [len(views), 5].
+        began: Inputs read before the first of ``views``.
+        first_position: The cursor's position of the first of ``views``.
+        block: The block in the cursor's states.
+        before: ``(number of inputs, state)`` of the safe point before the first of ``views``.
+        done: Rows made before.
 
     Attributes:
         rows: Each with its origins.
-        at: How many were delivered.
-        split: (row, document) of those that are longer than a row, until they are told.
+        delivered: How many of them were delivered.
+        split: ``(row, document)`` for each document longer than a row that is not counted yet.
     """
 
     def __init__(
         self,
-        packer: Packer,
+        builder: RowBuilder,
         pieces: list[Piece],
         views: list[Any],
         origins: npt.NDArray[np.int64],
         began: int,
-        first: int,
+        first_position: int,
         block: int,
         before: tuple[int, State],
         done: int,
     ) -> None:
-        self.seq_len, self.pieces, self.views, self.origins = packer.seq_len, pieces, views, origins
-        self.began, self.first, self.block, self.before = began, first, block, before
+        self.seq_len, self.pieces, self.views = builder.seq_len, pieces, views
+        self.origins, self.began, self.first_position = origins, began, first_position
+        self.block, self.before = block, before
         sizes = [*(stop - start for _, start, stop, _ in pieces), *map(len, views)]
         self.starts = np.zeros(len(sizes) + 1, dtype=np.int64)
         np.cumsum(sizes, out=self.starts[1:])
-        self.bound = 0
+        self.delivered = 0
         count = int(self.starts[-1]) // self.seq_len
-        self.rows: list[Item] = self._make(packer, count, done) if count else []
-        # Those that are longer than a row all begin in one of these rows, and are told with it.
+        self.rows: list[Item] = self._make(builder, count, done) if count else []
+        # Every document longer than a row begins in one of these rows, and is counted with it.
         long = np.flatnonzero(np.diff(self.starts[len(pieces) :]) > self.seq_len).tolist()
         self.split = [
             (int(self.starts[len(pieces) + number]) // self.seq_len, number) for number in long
         ]
 
-    def _make(self, packer: Packer, count: int, done: int) -> list[Item]:
+    def _make(self, builder: RowBuilder, count: int, done: int) -> list[Item]:
+        """Makes ``count`` rows of the first documents."""
         seq_len, starts = self.seq_len, self.starts
         total = count * seq_len
         last = int(np.searchsorted(starts, total))  # documents that begin before the end
@@ -240,7 +260,7 @@ class _Ready:
         begins.sort()
         lengths = np.diff(begins, append=total)
         begins, lengths = begins[lengths > 0], lengths[lengths > 0]
-        made = packer.block(tokens, begins, lengths, count, done)
+        made = builder.full_rows(tokens, begins, lengths, count, done)
         document = np.searchsorted(starts, begins, side="right") - 1
         held = [(*origin[:3], origin[3] * PARTS, start) for _, start, _, origin in self.pieces]
         of_views = self.origins * np.array([1, 1, 1, PARTS, 0])
@@ -258,24 +278,27 @@ class _Ready:
             rows.append((row, origins[a:b]))
         return rows
 
-    def row(self, packer: Packer) -> Item:
-        """The row whose turn it is."""
-        while self.split and self.split[0][0] < self.bound:
+    def row(self, documents: DocumentReader) -> Item:
+        """The row delivered last; counts the split documents that begin in it."""
+        while self.split and self.split[0][0] < self.delivered:
             number = self.split.pop(0)[1]
-            packer.count_split(int(self.origins[number, 0]), self.began + number + 1)
-        return self.rows[self.bound - 1]
+            documents.count_split(int(self.origins[number, 0]), self.began + number + 1)
+        return self.rows[self.delivered - 1]
 
-    def cut(self, rows: int) -> tuple[int, int]:
-        """The input in which so many rows end (or which comes next), and how many of its tokens are
-        in them.
+    def end_of(self, rows: int) -> tuple[int, int]:
+        """Where the first ``rows`` rows end.
+
+        Returns:
+            The number of the input that they cut (or that comes next), and how many of its tokens
+            are in them.
         """
         tokens = rows * self.seq_len
         document = int(np.searchsorted(self.starts, tokens, side="right")) - 1
         return self.began + document - len(self.pieces), tokens - int(self.starts[document])
 
-    def held(self) -> list[Piece]:
-        """What is left after the last row."""
-        number, offset = self.cut(len(self.rows)) if self.rows else (self.began, 0)
+    def left_over(self) -> list[Piece]:
+        """The pieces after the last row."""
+        number, offset = self.end_of(len(self.rows)) if self.rows else (self.began, 0)
         first = number - self.began
         left: list[Piece] = [] if self.rows else list(self.pieces)
         for view, origin in zip(self.views[first:], self.origins[first:].tolist()):
@@ -285,25 +308,25 @@ class _Ready:
         return left
 
     def upstream(self, number: int) -> State:
-        """The state of the cursor before an input on the grid of safe points."""
+        """The cursor's state before input ``number``, a multiple of `_EVERY`."""
         return (
             self.before[1]
             if number < self.began
-            else [self.first + number - self.began, 0, self.block]
+            else [self.first_position + number - self.began, 0, self.block]
         )
 
     def snapshot(self, number: int) -> list[State]:
-        """As `SafePoint.snapshot` before an input."""
+        """Equals `SafePoint.snapshot` before input ``number``."""
         grid = number - number % _EVERY
         return [number, number - grid, self.upstream(grid)]
 
     def state(self) -> dict[str, State]:
-        """The state after the rows delivered so far, but for the number of the row."""
-        number, offset = self.cut(self.bound)
+        """The state of `Concat` after the rows delivered so far, without ``"row"``."""
+        number, offset = self.end_of(self.delivered)
         size = int(self.starts[number - self.began + len(self.pieces) + 1]) if offset else 0
         return {
             "source": self.snapshot(number),
             "offset": offset,
             "taken": int(offset > 0),
-            "tokens": size - self.bound * self.seq_len if offset else 0,
+            "tokens": size - self.delivered * self.seq_len if offset else 0,
         }
