@@ -1,7 +1,5 @@
 """The command line. Needs the extra ``cli`` (typer and rich); nothing else in the package does."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys
