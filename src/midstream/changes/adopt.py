@@ -13,13 +13,15 @@ where it stands. It only keeps how rows were dealt to lanes when the epoch began
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from midstream.changes.weights import edits_of, note_load, phases_in
+from midstream.changes.weights import phases_in, with_loaded_weights
+from midstream.checkpoint.changes import AdoptedEpoch, WeightChange
 from midstream.checkpoint.differences import diff_specs, source_names
 from midstream.checkpoint.read import RunState
 from midstream.checkpoint.weights_history import weights_of
-from midstream.common.plain_state import State, decode, encode
+from midstream.common.plain_state import State, decode
 from midstream.common.randomness import fold, salt
 from midstream.errors import CheckpointError, bullet_list
 from midstream.metrics.tracked import Tracked, decode_tracked, encode_tracked, join_tracked
@@ -83,7 +85,7 @@ def adopt(run_state: RunState, pipeline: Node, *, strict: bool) -> list[str]:
         )
     if other_mix:
         _rename(run_state, source_names(run_state.spec), source_names(here))
-        run_state.edits = note_load(
+        run_state.changes = with_loaded_weights(
             run_state, _find(bind(pipeline)).path, weights_of(old), weights_of(new), given
         )
     run_state.spec, run_state.fingerprint = here, describe.fingerprint(pipeline)
@@ -98,8 +100,8 @@ def _adopt_random(
         raise _refusal(
             lines, "a rank is ahead because it lost whole batches; finish the epoch as it is"
         )
-    left: dict[str, Any] = decode(run_state.rest) if run_state.rest else {"offsets": {}, "skip": 0}
-    offsets, skip = left["offsets"], left["skip"] + run_state.batches * size
+    before = run_state.changes.adopted or AdoptedEpoch({}, 0)
+    offsets, skip = before.offsets, before.skip + run_state.batches * size
     given = 0
     if old is not None:
         bound = _find(bind(pipeline))
@@ -110,15 +112,17 @@ def _adopt_random(
                 "with all_exhausted, sources start over, and a mix of passes cannot be counted"
                 " anew",
             )
-        edits = edits_of(run_state.edits, bound.path)
-        counts = _counts(old, mix, offsets, skip, lines, edits, run_state.epoch)
+        changes = run_state.changes.of_mix(bound.path)
+        counts = _counts(old, mix, offsets, skip, lines, changes, run_state.epoch)
         loads = [
-            edit["given"] for edit in edits if "given" in edit and edit["epoch"] == run_state.epoch
+            change.given
+            for change in changes
+            if change.given is not None and change.epoch == run_state.epoch
         ]
         given = skip + (loads[-1] if loads else 0)
         offsets = {name: counts.get(name, 0) for name, _ in mix.datasets}
         skip = 0
-    run_state.rest = encode({"offsets": offsets, "skip": skip})
+    run_state.changes = replace(run_state.changes, adopted=AdoptedEpoch(offsets, skip))
     run_state.batches, run_state.told = 0, {}
     for lane in run_state.lanes.values():
         if lane is not None:
@@ -135,10 +139,10 @@ def _find(bound: BoundNode) -> BoundNode:
 def _counts(
     old: State,
     mix: Interleave,
-    offsets: dict[str, int],
+    offsets: Mapping[str, int],
     rows: int,
     lines: list[str],
-    edits: list[dict[str, Any]],
+    changes: list[WeightChange],
     epoch: int,
 ) -> dict[str, int]:
     """Rows of each input among the first rows of the mix as it was."""
@@ -148,7 +152,7 @@ def _counts(
     planned = [
         (border, tuple((name, weights[name]) for name in names)) for border, weights in steps
     ]
-    phases, _ = phases_in(planned, names, edits, epoch)
+    phases, _ = phases_in(planned, names, changes, epoch)
     counts = dict.fromkeys(names, 0)
     for number, (border, weights) in enumerate(phases):
         end = phases[number + 1][0] if number + 1 < len(phases) else rows

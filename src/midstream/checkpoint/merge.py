@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from midstream.checkpoint.changes import Changes
 from midstream.checkpoint.differences import diff_specs
 from midstream.checkpoint.read import RunState, parse
 from midstream.checkpoint.write import to_state
-from midstream.common.plain_state import State, copy_plain, decode
+from midstream.common.plain_state import State, copy_plain
 from midstream.errors import CheckpointError, bullet_list
 
 
@@ -37,26 +37,7 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
     first = parsed[0]
     lanes: dict[str, str] = {}
     for index, (state, run_state) in enumerate(zip(states, parsed)):
-        if run_state.fingerprint != first.fingerprint:
-            raise CheckpointError(
-                f"the states of different pipelines do not merge; state {index} differs from state"
-                f" 0:{bullet_list(diff_specs(first.spec, run_state.spec))}"
-            )
-        if run_state.edits != first.edits and _lasting(run_state.edits) != _lasting(first.edits):
-            raise CheckpointError(
-                f"state {index} has other changes of weights than state 0: call set_weights on"
-                " every rank, after the same step and with the same weights"
-            )
-        if run_state.excluded != first.excluded:
-            raise CheckpointError(
-                f"state {index} leaves other samples out than state 0: call exclude on every rank,"
-                " after the same step and with the same origins"
-            )
-        if run_state.num_lanes != first.num_lanes:
-            raise CheckpointError(
-                f"state {index} has num_lanes={run_state.num_lanes}, state 0 has {first.num_lanes}:"
-                " they are of different runs"
-            )
+        _require_same_run(index, run_state, first)
         for key, value in state["lanes"].items():
             if value and lanes.get(key):
                 raise CheckpointError(
@@ -76,8 +57,9 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
     # The numbers of any one state do here: where each rank stood is in its lanes. One without lanes
     # has them alone.
     merged = dict(states[0])
-    # Told by a rank in the midst of its epoch, where there is one.
-    merged["edits"] = min((run_state.edits for run_state in parsed), key=_when)
+    # A rank at its end of the epoch may have recorded a change for the next one; the others know
+    # the epoch and step in which it was made.
+    merged["edits"] = min((run_state.changes for run_state in parsed), key=_when).texts["edits"]
     for run_state in parsed:
         if not any(run_state.lanes.values()) and (run_state.epoch, run_state.steps_done) != (
             first.epoch,
@@ -91,17 +73,37 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
     return agreed({**merged, "lanes": dict(sorted(lanes.items()))})[0]
 
 
-def _lasting(edits: str) -> list[Any]:
-    """Changes of weights without when they were made, where that is history alone: streams keep in their lanes from where they
-    hold, and a rank that has come to its end of the epoch tells the next one."""
-    return [
-        {**entry, **({"epoch": 0, "step": 0} if entry["at"] is None else {})}
-        for entry in decode(edits or "[]")
-    ]
+def _require_same_run(index: int, run_state: RunState, first: RunState) -> None:
+    """Raise unless a rank's state is of the same run as that of the first rank."""
+    if run_state.fingerprint != first.fingerprint:
+        raise CheckpointError(
+            f"the states of different pipelines do not merge; state {index} differs from state"
+            f" 0:{bullet_list(diff_specs(first.spec, run_state.spec))}"
+        )
+    if not run_state.changes.same_weights(first.changes):
+        raise CheckpointError(
+            f"state {index} has other changes of weights than state 0: call set_weights on"
+            " every rank, after the same step and with the same weights"
+        )
+    if run_state.changes.excluded != first.changes.excluded:
+        raise CheckpointError(
+            f"state {index} leaves other samples out than state 0: call exclude on every rank,"
+            " after the same step and with the same origins"
+        )
+    if run_state.epoch == first.epoch and run_state.changes.adopted != first.changes.adopted:
+        raise CheckpointError(
+            f"state {index} resumed this epoch with another batch size or mix than state 0:"
+            " every rank loads the same states"
+        )
+    if run_state.num_lanes != first.num_lanes:
+        raise CheckpointError(
+            f"state {index} has num_lanes={run_state.num_lanes}, state 0 has {first.num_lanes}:"
+            " they are of different runs"
+        )
 
 
-def _when(edits: str) -> list[tuple[int, int]]:
-    return [(entry["epoch"], -entry["step"]) for entry in decode(edits or "[]")]
+def _when(changes: Changes) -> list[tuple[int, int]]:
+    return [(change.epoch, -change.step) for change in changes.weights]
 
 
 def agreed(state: dict[str, State]) -> tuple[dict[str, State], RunState]:

@@ -1,48 +1,4 @@
-"""The canonical state of a run: its format, how ranks' states merge, and how two pipelines differ; `save` and `load`.
-
-    {
-      "midstream": 1,            version of this format
-      "fingerprint": "...",      hash of "spec"
-      "spec": "{...}",           the pipeline as data: nodes, names, seeds, weights, lengths (a string: nothing to copy)
-      "epoch": 2,                the epoch in progress (or the next to start)
-      "batches": 96,             batches of the epoch that were delivered, over all ranks in step with this one
-      "steps_done": 48,          batches of the epoch that a rank handed out
-      "num_lanes": 48,           fixed for the run
-      "rest": "",                what the epoch has left, where it began with another batch size or mix (see rest.py)
-      "edits": "",               weights that were changed on the way (see edits.py)
-      "excluded": "",            samples that are left out: {"web": [[epoch, row, part], ...]} as JSON
-      "lanes": {"0000": "...", ...}
-    }
-
-A rank's state holds the lanes l = rank (mod world size); a merged state holds all. Each lane is one
-string, empty before it has anything to say, else a JSON object; its entries, of which all but
-"samples" may be missing:
-
-    "samples", "rows": [..]     delivered over the whole run, by source (as numbered in "spec"); no "rows" where they are equal
-    "tokens": [..]              the same for tokens, where the pipeline packs them
-    "events"                    {"filtered": {"7": 12, "3|1": 4}, ...}: dropped and failed over the whole run, by number of the
-                                node (see _paths.py) and source
-    "at"                        [epoch, batches, steps_done, finished]: where the rank stood that saved this as its first lane;
-                                finished: 1 when it had come to its end of the epoch, and others
-                                perhaps had not
-    "tracked"                   {path: {source: {metric: [...]}}}: totals of what is tracked (see metrics.py), of the whole
-                                rank, in its first lane
-    "told": [batch, errors]     random access: errors of a batch that were raised already
-    "ahead": [[first, stride, count], ...]  random access: batches that are done though they are not below "batches"
-    "lane"                      streams: {"epoch", "rounds", "done", "state", "marks"}: the lane's epoch (an earlier one than
-                                the run's when something was left over), batches made in it, whether
-                                it ended, the nodes' state, and up to where events were counted, by
-                                number of the node; "dealt": the batch size by which rows were dealt
-                                to lanes, where it is not this one; "edits": where in the lane
-                                weights were changed
-    "crc"                       check number of the text before it
-
-Random access needs "batches" alone to go on, and what is "ahead" where a rank lost whole batches;
-streams need their lanes.
-
-Several checkpointers keep one value of the numbers outside the lanes, an arbitrary rank's. So where
-the ranks stood is told by "at", and ranks at different steps are noticed.
-"""
+"""RunState: the state of a run, checked and decoded. The format is described in `midstream.checkpoint`."""
 
 from __future__ import annotations
 
@@ -50,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from midstream.checkpoint.changes import Changes, decode_changes, is_count
 from midstream.checkpoint.spec import Paths
 from midstream.common.plain_state import FORMAT, State, decode, digest, unseal
 from midstream.errors import CheckpointError
@@ -90,9 +47,7 @@ class RunState:
         self.batches: int = state["batches"]
         self.steps_done: int = state["steps_done"]
         self.num_lanes: int = state["num_lanes"]
-        self.rest: str = state["rest"]
-        self.edits: str = _edits(state.get("edits", ""))
-        self.excluded: str = _excluded(state.get("excluded", ""))
+        self.changes: Changes = decode_changes(state)
         paths = Paths(self.spec)
         self.lanes: dict[int, dict[str, Any] | None] = {
             int(key): decode_lane(key, value, paths) for key, value in state["lanes"].items()
@@ -157,7 +112,7 @@ class RunState:
                 " steps are kept together by sync_end=True."
             )
         self.epoch, self.batches, self.steps_done = agreed
-        self.rest = "" if over else self.rest
+        self.changes = self.changes.lasting if over else self.changes
         return over
 
 
@@ -232,44 +187,6 @@ def parse(state: Any) -> RunState:
     )
 
 
-def _edits(text: Any) -> str:
-    """The weights that were changed on the way, if they look it."""
-    try:
-        entries = decode(text) if text else []
-        good = isinstance(text, str) and all(
-            isinstance(entry["mix"], str)
-            and isinstance(entry["weights"], (dict, list))
-            and entry["by"] in ("set_weights", "load_state_dict")
-            and _counts([entry["epoch"], entry["step"]])
-            and (entry["at"] is None or _count(entry["at"]))
-            for entry in entries
-        )
-    except (KeyError, TypeError, ValueError, RecursionError):
-        good = False
-    if not good:
-        raise CheckpointError(
-            f"this state is damaged: its edits are not what was saved: {text!r:.80}"
-        )
-    return str(text)
-
-
-def _excluded(text: Any) -> str:
-    """The samples that are left out, if they look it."""
-    try:
-        known = decode(text) if text else {}
-        good = isinstance(text, str) and all(
-            isinstance(several, list) and all(_counts(origin, 3) for origin in several)
-            for several in known.values()
-        )
-    except (AttributeError, TypeError, ValueError, RecursionError):
-        good = False
-    if not good:
-        raise CheckpointError(
-            f"this state is damaged: what it excludes is not what was saved: {text!r:.80}"
-        )
-    return str(text)
-
-
 def _is_lane(key: str, num_lanes: int) -> bool:
     return len(key) < 12 and int(key) < num_lanes and key == f"{int(key):04d}"
 
@@ -277,12 +194,8 @@ def _is_lane(key: str, num_lanes: int) -> bool:
 _MOST_AHEAD = 10_000_000
 
 
-def _count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
-
-
 def _counts(value: Any, length: int | None = None) -> bool:
-    return isinstance(value, list) and all(map(_count, value)) and length in (None, len(value))
+    return isinstance(value, list) and all(map(is_count, value)) and length in (None, len(value))
 
 
 def _ranges(value: Any) -> bool:
@@ -299,12 +212,12 @@ def _ranges(value: Any) -> bool:
 def _run(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and _count(value.get("rounds"))
-        and _count(value.get("epoch"))
+        and is_count(value.get("rounds"))
+        and is_count(value.get("epoch"))
         and type(value.get("done")) is bool
         and "state" in value
         and isinstance(value.get("marks"), dict)
-        and ("dealt" not in value or (_count(value["dealt"]) and value["dealt"] > 0))
+        and ("dealt" not in value or (is_count(value["dealt"]) and value["dealt"] > 0))
         and ("edits" not in value or _placed(value["edits"]))
     )
 

@@ -8,11 +8,7 @@ from typing import Any
 from midstream.checkpoint.merge import merge_states
 from midstream.checkpoint.read import RunState, parse
 from midstream.checkpoint.spec import walk
-from midstream.common.plain_state import State, decode
-
-
-def decode_changes(text: str) -> list[dict[str, Any]]:
-    return decode(text) if text else []
+from midstream.common.plain_state import State
 
 
 def weights_history(state: State) -> list[dict[str, Any]]:
@@ -38,14 +34,14 @@ def weights_history(state: State) -> list[dict[str, Any]]:
     1 {'a': 1, 'b': 5} set_weights
     """
     run_state = parse(merge_states(state) if isinstance(state, list) else state)
-    entries = decode_changes(run_state.edits)
+    changes = run_state.changes
     history = []
     for path, spec in _mixes(run_state.spec):
-        loads = [entry for entry in entries if entry["mix"] == path and "was" in entry]
-        first = loads[0]["was"] if loads else weights_of(spec)
+        loads = [change.was for change in changes.of_mix(path) if change.was is not None]
+        first = loads[0] if loads else weights_of(spec)
         history.append({"mix": path, "weights": first, "epoch": 0, "step": 0, "by": "pipeline"})
     keys = ("mix", "weights", "epoch", "step", "by")
-    return [*history, *({key: entry[key] for key in keys} for entry in entries)]
+    return [*history, *({key: getattr(change, key) for key in keys} for change in changes.weights)]
 
 
 def asked_shares(state: State) -> dict[str, float | None]:
@@ -68,12 +64,7 @@ def asked_shares(state: State) -> dict[str, float | None]:
 
 def shares_asked(run_state: RunState) -> dict[str, float | None]:
     """`asked_shares` of a checked state."""
-    edited: dict[str, dict[str, float]] = {}
-    for entry in decode_changes(run_state.edits):
-        if entry["by"] == "set_weights":
-            edited[entry["mix"]] = entry["weights"]
-        else:
-            edited.pop(entry["mix"], None)
+    changed = run_state.changes.weights_set()
     paths = {id(spec): path for path, spec in _mixes(run_state.spec)}
     phases = {
         path: found
@@ -95,8 +86,8 @@ def shares_asked(run_state: RunState) -> dict[str, float | None]:
                 down(child, share if len(inputs) == 1 else None, rows)
             return
         path = paths[id(spec)]
-        if path in edited:
-            parts = _normed(edited[path])
+        if path in changed:
+            parts = _normed(changed[path][-1])
         else:
             steps = [[0, spec["weights"]], *spec.get("schedule", [])]
             now = max(index for index, (border, _) in enumerate(steps) if border <= rows)

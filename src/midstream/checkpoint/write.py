@@ -51,8 +51,6 @@ def to_state(run_state: RunState, state: dict[str, State]) -> dict[str, State]:
         "batches": run_state.batches,
         "steps_done": run_state.steps_done,
         "num_lanes": run_state.num_lanes,
-        "rest": run_state.rest,
-        "edits": run_state.edits,
-        "excluded": run_state.excluded,
+        **run_state.changes.texts,
         "lanes": lanes,
     }

@@ -235,7 +235,8 @@ def _add_looking(to: Any) -> None:
     ) -> None:
         """Show what lies between two checkpoints.
 
-        How the pipelines differ, how far the run came from one to the
+        How the pipelines differ, and the samples that were excluded and
+        the weights that were changed; how far the run came from one to the
         other, and which lanes are not the same.
 
         Exit status: 0 they say the same, 1 they do not, 2 one could not be read.

@@ -206,12 +206,14 @@ def spec_lines(spec: State, name: str = "") -> list[str]:
 
 
 def difference(one: dict[str, State], other: dict[str, State]) -> dict[str, Any]:
-    """What lies between two states: of the same run, say, or of two that should agree.
+    """How two states differ: of the same run, or of two runs that should agree.
 
     Returns:
-        ``same``; ``pipeline``: lines that say how the pipelines differ; ``position``: epoch,
-        batches, ... as pairs; ``progress``: what was counted, as pairs, where it differs;
-        ``lanes``: numbers of the lanes that differ.
+        ``same``: whether they do not; ``pipeline``: how the pipelines differ, a line each;
+        ``changes``: the same for changed weights, excluded samples and an epoch resumed with
+        another batch size or mix; ``position``: epoch, batches, ... as pairs where they differ;
+        ``progress``: counts as pairs where they differ; ``lanes``: numbers of the lanes that
+        differ.
     """
     a, b = parse(one), parse(other)
     pairs = {
@@ -230,10 +232,11 @@ def difference(one: dict[str, State], other: dict[str, State]) -> dict[str, Any]
     keys = sorted({*one["lanes"], *other["lanes"]})
     lanes = [key for key in keys if one["lanes"].get(key) != other["lanes"].get(key)]
     pipeline = diff_specs(a.spec, b.spec) if a.fingerprint != b.fingerprint else []
-    same = not (pairs or counts or lanes or pipeline or a.rest != b.rest)
+    changes = a.changes.differences(b.changes)
     return {
-        "same": same,
+        "same": not (pairs or counts or lanes or pipeline or changes),
         "pipeline": pipeline,
+        "changes": changes,
         "position": pairs,
         "progress": counts,
         "lanes": lanes,

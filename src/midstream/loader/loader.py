@@ -30,9 +30,10 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from midstream.changes.adopt import adopt
-from midstream.changes.excluded import excluded_origins, require_excludable, with_origins
-from midstream.changes.running import in_epoch, running
-from midstream.changes.weights import add, lane_edits
+from midstream.changes.excluded import require_excludable, with_excluded
+from midstream.changes.running import running
+from midstream.changes.weights import with_weights
+from midstream.checkpoint.changes import NO_CHANGES, Changes
 from midstream.checkpoint.differences import diff_specs
 from midstream.checkpoint.merge import agreed, merge_states
 from midstream.checkpoint.progress import Progress, progress
@@ -610,7 +611,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             super().__init__(source, None, collate_fn=collate_fn, **common)
         # torch refuses to set these after its constructor, and has other uses for them inside it.
         self.__dict__.update(own, batch_size=batch_size, drop_last=drop_last, collate_fn=collate_fn)
-        self._edits = self._excluded = ""
+        self._changes = NO_CHANGES
         self._skipping = False
         self.__dict__["sampler"] = EpochHint(self)
         self._set_pipeline(pipeline.node)
@@ -638,14 +639,14 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def _set_pipeline(self, pipeline: Node) -> None:
         self._pipeline, self._facts = (
             pipeline,
-            RunningPipeline(pipeline, "", self._edits, -1, self._excluded),
+            RunningPipeline(pipeline, self._changes),
         )
 
     def _epoch_from(
         self, topology: Topology, num_lanes: int, epoch: int, before: Position | None = None
     ) -> Position:
         """The position at the start of an epoch, with the counts of the one before."""
-        facts = self._facts_of("", epoch)
+        facts = self._facts_of(self._changes, epoch)
         turns = self._turns(topology, 0, facts)
         return Position(
             facts,
@@ -662,7 +663,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
 
     def _epoch_at(self, topology: Topology, run_state: RunState) -> Position:
         """The position of a checked state."""
-        start, facts = run_state.batches, self._facts_of(run_state.rest, run_state.epoch)
+        start, facts = run_state.batches, self._facts_of(run_state.changes, run_state.epoch)
         turns, even = self._turns(topology, start, facts), self._even(topology, start, facts)
         return Position(
             facts,
@@ -675,10 +676,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             keep=self._synced,
         )
 
-    def _facts_of(self, rest: str, epoch: int) -> RunningPipeline:
-        if not rest and not in_epoch(self._edits, epoch):
+    def _facts_of(self, changes: Changes, epoch: int) -> RunningPipeline:
+        if changes.adopted is None and not changes.weights_changed_in(epoch):
             return self._facts
-        return RunningPipeline(self._pipeline, rest, self._edits, epoch, self._excluded)
+        return RunningPipeline(self._pipeline, changes, epoch)
 
     # -- topology -----------------------------------------------------------------------------------------------------
 
@@ -846,7 +847,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             return current.first_step + current.turns
         if current is None and self._loaded is not None:
             turns = self._turns(
-                topology, self._loaded[0].batches, self._facts_of(self._loaded[0].rest, self.epoch)
+                topology,
+                self._loaded[0].batches,
+                self._facts_of(self._loaded[0].changes, self.epoch),
             )
             if turns is not None and not self._loaded[0].finished:
                 return self._loaded[0].steps_done + turns
@@ -978,7 +981,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 runner.crumbs = new_table(self.num_workers)
                 runner.totals = new_totals(self.num_workers, self.prefetch_factor)
                 runner.arena = self._arena()
-            runner.edits = lane_edits(self._edits)
+            runner.edits = self._changes.weights_set()
             self._runner = runner
         if reuse and runner.totals is not None:
             begin_anew(runner.totals)
@@ -1331,14 +1334,11 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 )
             log.info("going on with another pipeline than was saved:%s", bullet_list(lines))
         # Raises what is wrong before anything is changed.
-        running(pipeline, run_state.rest, run_state.edits, run_state.epoch, run_state.excluded)
+        running(pipeline, run_state.changes, run_state.epoch)
         topology = self._topology()
         self._check_lanes(run_state, topology)
-        if pipeline is not self._pipeline or (run_state.edits, run_state.excluded) != (
-            self._edits,
-            self._excluded,
-        ):
-            self._edits, self._excluded = run_state.edits, run_state.excluded
+        if pipeline is not self._pipeline or run_state.changes.lasting != self._changes:
+            self._changes = run_state.changes.lasting
             self._set_pipeline(pipeline)
         if pipeline.random_access and run_state.num_lanes < topology.world_size:
             # Here lanes only keep counts, and every rank needs one.
@@ -1380,8 +1380,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         """
         self._no_foreign("set_weights")
         merged, run_state = agreed(self.state_dict())
-        facts = self._facts_of(run_state.rest, run_state.epoch + run_state.finished)
-        run_state.edits = merged["edits"] = add(run_state, facts.bound, mix, weights)
+        facts = self._facts_of(run_state.changes, run_state.epoch + run_state.finished)
+        run_state.changes = with_weights(run_state, facts.bound, mix, weights)
+        merged.update(run_state.changes.texts)
         self._go_on_from(run_state, merged)
 
     def _go_on_from(self, run_state: RunState, merged: dict[str, Any]) -> None:
@@ -1389,7 +1390,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         there.
         """
         over = self._current is not None and self._current.complete and self._loaded is None
-        self._edits, self._excluded = run_state.edits, run_state.excluded
+        self._changes = run_state.changes.lasting
         self._set_pipeline(self._pipeline)
         self._drop_started()
         self._let_go()
@@ -1493,10 +1494,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         """
         self._no_foreign("exclude")
         merged, run_state = agreed(self.state_dict())
-        run_state.excluded = merged["excluded"] = with_origins(
-            run_state.excluded, origins, self._facts.names
-        )
-        if run_state.excluded != self._excluded:
+        run_state.changes = with_excluded(run_state.changes, origins, self._facts.names)
+        merged.update(run_state.changes.texts)
+        if run_state.changes.excluded != self._changes.excluded:
             require_excludable(self._pipeline)
             self._go_on_from(run_state, merged)
 
@@ -1504,9 +1504,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def excluded(self) -> list[Origin]:
         """The samples that are left out."""
         self._no_foreign("excluded")
-        return excluded_origins(
-            self._loaded[0].excluded if self._loaded is not None else self._excluded
-        )
+        changes = self._loaded[0].changes if self._loaded is not None else self._changes
+        return list(changes.excluded)
 
     def _check_lanes(self, run_state: RunState, topology: Topology) -> None:
         """All lanes of this rank must be there, and of this run's number."""

@@ -403,14 +403,14 @@ class Position:
         there too.
         """
         ranks, over = self.topology.world_size, complete and self.together
-        epoch, batches, rest = (
+        epoch, batches, changes = (
             self.epoch,
             self.start + (steps - self.first_step) * ranks,
-            self.facts.rest,
+            self.facts.changes,
         )
         extra: dict[int, dict[str, State]] = {}
         if over:
-            epoch, batches, steps, rest = self.epoch + 1, 0, 0, ""
+            epoch, batches, steps, changes = self.epoch + 1, 0, 0, changes.lasting
             states = (
                 {index: self._kept(states.get(index)) for index in self.own} if self.keep else {}
             )
@@ -453,9 +453,7 @@ class Position:
             "batches": batches,
             "steps_done": steps,
             "num_lanes": self.num_lanes,
-            "rest": rest,
-            "edits": self.facts.edits,
-            "excluded": self.facts.excluded,
+            **changes.texts,
             "lanes": leaves,
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from midstream.changes.running import running
+from midstream.checkpoint.changes import NO_CHANGES, Changes
 from midstream.checkpoint.spec import Paths
 from midstream.common.plain_state import decode, encode
 from midstream.nodes.batch import Batch
@@ -17,11 +18,9 @@ class RunningPipeline:
     keeps workers alive.
     """
 
-    def __init__(
-        self, pipeline: Node, rest: str = "", edits: str = "", epoch: int = -1, excluded: str = ""
-    ) -> None:
-        self.pipeline, self.rest, self.edits, self.excluded = pipeline, rest, edits, excluded
-        self.running = running(pipeline, rest, edits, epoch, excluded)
+    def __init__(self, pipeline: Node, changes: Changes = NO_CHANGES, epoch: int = -1) -> None:
+        self.pipeline, self.changes = pipeline, changes
+        self.running = running(pipeline, changes, epoch)
         self.bound = bind(self.running)
         self.names = self.bound.names
 
