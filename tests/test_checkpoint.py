@@ -428,5 +428,5 @@ def test_ranks_that_resumed_an_epoch_differently_do_not_merge() -> None:
     merged = ms.merge_states(ranks)
     assert parse(merged).changes.adopted == AdoptedEpoch({}, 16)
     other = {**ranks[1], "rest": '{"offsets":{},"skip":12}'}
-    with pytest.raises(ms.CheckpointError, match="resumed this epoch with another batch size"):
+    with pytest.raises(ms.CheckpointError, match="resumed this epoch from another batch size"):
         ms.merge_states([ranks[0], other])

@@ -18,8 +18,9 @@ from typing import Any
 
 from midstream.changes.weights import phases_in, with_loaded_weights
 from midstream.checkpoint.changes import AdoptedEpoch, WeightChange
-from midstream.checkpoint.differences import diff_specs, source_names
+from midstream.checkpoint.differences import diff_specs
 from midstream.checkpoint.read import RunState
+from midstream.checkpoint.spec import source_names
 from midstream.checkpoint.weights_history import weights_of
 from midstream.common.plain_state import State, decode
 from midstream.common.randomness import fold, salt
@@ -96,7 +97,7 @@ def _adopt_random(
     run_state: RunState, pipeline: Node, old: State, size: int, lines: list[str]
 ) -> int:
     """Returns how many rows the mix has given in this epoch."""
-    if run_state.ahead:
+    if run_state.done_early:
         raise _refusal(
             lines, "a rank is ahead because it lost whole batches; finish the epoch as it is"
         )
@@ -123,7 +124,7 @@ def _adopt_random(
         offsets = {name: counts.get(name, 0) for name, _ in mix.datasets}
         skip = 0
     run_state.changes = replace(run_state.changes, adopted=AdoptedEpoch(offsets, skip))
-    run_state.batches, run_state.told = 0, {}
+    run_state.batches, run_state.raised = 0, {}
     for lane in run_state.lanes.values():
         if lane is not None:
             lane.pop("told", None)

@@ -94,7 +94,7 @@ def with_weights(
                 " weights_by the length in tokens."
             )
     else:
-        if run_state.ahead or (run_state.told and not run_state.finished):
+        if run_state.done_early or (run_state.raised and not run_state.finished):
             raise ValueError(
                 "set_weights: a batch raised an error and is not handed out yet, or this rank lost"
                 " whole batches and is ahead of the others, so weights cannot change here without"

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from midstream.checkpoint.differences import source_names
 from midstream.checkpoint.merge import merge_states
 from midstream.checkpoint.read import RunState, parse
+from midstream.checkpoint.spec import source_names
 from midstream.checkpoint.weights_history import shares_asked
 from midstream.common.plain_state import State
 from midstream.common.tables import NOTE, table_html

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from midstream.checkpoint.read import RunState
-from midstream.checkpoint.write import encode_run, leaf_text
+from midstream.checkpoint.write import lane_text, with_node_numbers
 from midstream.common.plain_state import FORMAT, Fragment, State, decode, encode
 from midstream.distributed.topology import Topology, first_batch
 from midstream.errors import Origin
@@ -144,9 +144,9 @@ class Position:
             known = join_tracked(
                 decode_tracked(lane["tracked"]) for lane in mine if "tracked" in lane
             )
-            self.done = run_state.ahead
-            self.ahead = frozenset(n for n in run_state.ahead if self._mine(n))
-            self.told_before = dict(run_state.told)
+            self.done = run_state.done_early
+            self.ahead = frozenset(n for n in run_state.done_early if self._mine(n))
+            self.told_before = dict(run_state.raised)
             for index, lane in run_state.lanes.items():
                 if lane is None or index not in self.own:
                     continue
@@ -155,7 +155,7 @@ class Position:
                 again = lane.get("at", [0])[-1] and not run_state.over and not run_state.finished
                 self.tallies[index] = LaneCounts(self.num_sources, lane).settled(not again)
                 if lane.get("lane") is not None:
-                    self.states[index] = encode(encode_run(lane["lane"], facts.paths))
+                    self.states[index] = encode(with_node_numbers(lane["lane"], facts.paths))
                     self.decoded[index] = lane["lane"]
         for number, errors in self.told_before.items():
             if number >= self.start and self._mine(number):
@@ -163,7 +163,7 @@ class Position:
         self.history = History(known)
         self.passed = self._skip_ahead(0)
         fewest = (
-            0 if turns is None or run_state is None else self._fewest_ahead(run_state.ahead, turns)
+            0 if turns is None or run_state is None else self._fewest_ahead(run_state.done_early, turns)
         )
         self.most = (
             None if turns is None else turns - fewest
@@ -496,7 +496,7 @@ class Position:
         if not text and not more and (tally is None or not (tally.samples.any() or tally.events)):
             return ""
         tally = tally or LaneCounts(self.num_sources)
-        return leaf_text(
+        return lane_text(
             {**tally.texts(), "events": tally.events, **(more or {})}, self.facts.paths, text
         )
 
