@@ -377,7 +377,7 @@ def damaged(place: Path) -> dict[str, str]:
         "format.json": "format 99",
         "key.json": "'epoch' is missing",
         "kind.json": "'batches' is a int",
-        "cut.json": "begins as JSON, and is none",
+        "cut.json": "begins like JSON, but is not valid JSON",
         "none.json": "holds no midstream state",
         "list.json": "holds no midstream state",
         "two.json": "choose one with --key: train, test",

@@ -55,8 +55,8 @@ def with_excluded(changes: Changes, origins: Iterable[Any], names: list[str]) ->
     if len(excluded) > MOST_ORIGINS:
         raise ValueError(
             f"exclude: that would be {len(excluded):,} samples left out, and every checkpoint holds"
-            f" them: at most {MOST_ORIGINS:,}. Take many samples out with .filter, or pass over"
-            " whole batches with loader.skip."
+            f" them: at most {MOST_ORIGINS:,}. Remove many samples with .filter, or skip whole"
+            " batches with loader.skip."
         )
     return dataclasses.replace(changes, excluded=tuple(sorted(excluded)))
 
@@ -77,10 +77,10 @@ def require_excludable(pipeline: Node) -> None:
             return
         if again := bound.node.replay_bound():
             raise ValueError(
-                f"exclude: a resume reads {again} again at {bound.path!r}, above .batch: batches"
-                " that it has read already would come shorter, or not at all, and it could not go"
-                f" on exactly. Put the {bound.node.kind} below the .batch, or pass over whole"
-                " batches with loader.skip."
+                f"exclude: a resume reads {again} again at {bound.path!r}, above .batch. Batches"
+                " that it has read already would be shorter or missing, and the resume would not"
+                f" be exact. Put the {bound.node.kind} below the .batch, or skip whole batches with"
+                " loader.skip."
             )
         for child in bound.inputs.values():
             refuse(child)

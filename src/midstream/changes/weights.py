@@ -88,8 +88,8 @@ def with_weights(
     if not bound.node.random_access:
         if node.random_access:
             raise ValueError(
-                f"set_weights: {mix!r} is read by position under a stream, each lane at another"
-                " one, so there is no place at which its weights could change for all. Make it a"
+                f"set_weights: {mix!r} is read by position below a stream, and each lane is at"
+                " another position, so its weights cannot change for all lanes at once. Make it a"
                 " stream too: interleave(..., weights_by=lambda sample: 1) counts samples, or give"
                 " weights_by the length in tokens."
             )
@@ -97,7 +97,7 @@ def with_weights(
         if run_state.done_early or (run_state.raised and not run_state.finished):
             raise ValueError(
                 "set_weights: a batch raised an error and is not handed out yet, or this rank lost"
-                " whole batches and is ahead of the others, so weights cannot change here without"
+                " whole batches and is ahead of the others. Weights cannot change here without"
                 " losing rows. Call it after the next batch, or in the next epoch."
             )
         done = 0 if run_state.finished else run_state.batches
@@ -124,8 +124,8 @@ def _given(bound: BoundNode, target: BoundNode, count: int, mix: str) -> int:
     taken = node.taken_of(name, count)
     if taken is None:
         raise ValueError(
-            f"set_weights: there is a {node.kind} above {mix!r}, so what was delivered is not the"
-            " beginning of the mix, and its weights cannot change without losing or repeating"
+            f"set_weights: there is a {node.kind} above {mix!r}, so the delivered rows are not"
+            " the first rows of the mix. Its weights cannot change without losing or repeating"
             f" rows. Put the {node.kind} below the mix (on its datasets)."
         )
     return _given(child, target, taken, mix)

@@ -1,18 +1,11 @@
-"""The changes that were made to a run: weights, excluded samples, and an adopted epoch.
+"""Changes of a run as one value: weights, excluded samples, and an adopted epoch.
 
-A checkpoint holds them as three JSON texts, each empty while nothing was changed:
+A checkpoint holds them as three JSON texts, each empty while there is no change of its kind:
 
-    "edits"     a list, in order, one entry for each time the weights of a mix changed:
-                [{"mix": "mix",                path of the mix
-                  "weights": {"web": 1, ...},  from here on
-                  "epoch": 2, "step": 700,     after this step of a rank
-                  "at": 11200,                 random access: the position of the mix; null when the
-                                               change takes effect with the next epoch; null in a stream
-                  "by": "set_weights"},        or "load_state_dict", which also has "was" and "given"
-                 ...]
-    "excluded"  {"web": [[epoch, row, part], ...]}: samples that are left out, by source
-    "rest"      {"offsets": {"web": 700, ...}, "skip": 96}: see `AdoptedEpoch`; empty in each epoch
-                that was begun by the pipeline that runs
+    "edits"     [{"mix": "mix", "weights": {"web": 1, ...}, "epoch": 2, "step": 700, "at": 11200,
+                  "by": "set_weights"}, ...]: the entries are those of `WeightChange`, in order
+    "excluded"  {"web": [[epoch, row, part], ...]}: the samples that are left out, by source
+    "rest"      {"offsets": {"web": 700, ...}, "skip": 96}: the entries are those of `AdoptedEpoch`
 """
 
 from __future__ import annotations
@@ -29,25 +22,25 @@ from midstream.errors import CheckpointError, Origin
 __all__ = ["NO_CHANGES", "AdoptedEpoch", "Changes", "WeightChange", "decode_changes", "is_count"]
 
 _SHOWN = 4
-"""How many origins a line of differences names."""
+"""The most values that a line of differences lists."""
 
 
 @dataclass(frozen=True)
 class WeightChange:
-    """Weights that a mix got during the run.
+    """New weights of a mix, set during the run.
 
     Attributes:
         mix: Path of the mix.
-        weights: By name of the dataset; of a loaded pipeline with a schedule
-            ``[[border, weights], ...]``.
+        weights: The new weights by name of the dataset; those of a loaded pipeline with a schedule
+            as ``[[border, weights], ...]``.
         epoch: The epoch of the change.
         step: Batches of a rank in this epoch after which it was made.
-        at: Random access: position of the mix from which the weights hold. None when they hold from
-            the next epoch on, or in each lane of a stream from its next pick on.
-        by: ``"set_weights"``, or ``"load_state_dict"`` where the pipeline that was loaded into has
-            these weights.
-        was: The weights before a ``"load_state_dict"``.
-        given: Rows that the mix had given in its epoch before a ``"load_state_dict"``.
+        at: Random access: the position of the mix from which on they hold; None when they hold from
+            the next epoch on. Streams: None; they hold from the next pick of each lane on.
+        by: ``"set_weights"``, or ``"load_state_dict"`` when the weights are those of the pipeline
+            that loaded the state.
+        was: The weights before; of a ``"load_state_dict"`` only.
+        given: Rows that the mix had given in this epoch; of a ``"load_state_dict"`` only.
     """
 
     mix: str
@@ -61,7 +54,7 @@ class WeightChange:
 
     @property
     def is_load(self) -> bool:
-        """Whether the pipeline itself has had these weights since the change."""
+        """Whether the pipeline that loaded the state has these weights itself."""
         return self.by == "load_state_dict"
 
     def __str__(self) -> str:
@@ -70,14 +63,14 @@ class WeightChange:
 
 @dataclass(frozen=True)
 class AdoptedEpoch:
-    """Rows of an epoch that were delivered before another batch size or mix took it over.
+    """Rows that were delivered in an epoch before it was resumed with another batch size or mix.
 
-    The pipeline that runs skips them: `midstream.changes.running`. Random access only; the state of
-    a stream's lane holds its own position.
+    Until the epoch ends, the pipeline that runs skips them (`midstream.changes.running`). Random
+    access only; in a stream each lane's state has its own position.
 
     Attributes:
         offsets: Rows of each input of the mix that were delivered; empty when the mix is unchanged.
-        skip: Rows delivered after that, counted right below the batches.
+        skip: Rows delivered after those, counted right below the batches.
     """
 
     offsets: Mapping[str, int]
@@ -97,8 +90,8 @@ class Changes:
     Attributes:
         weights: The changes of weights, in order.
         excluded: The samples that are left out, sorted.
-        adopted: What was delivered of this epoch before another pipeline took it over; None in all
-            other epochs.
+        adopted: Rows delivered before this epoch was resumed with another batch size or mix; None
+            if it was not.
 
     >>> changes = Changes(excluded=(Origin("web", 0, 4),))
     >>> changes.texts
@@ -161,8 +154,9 @@ class Changes:
     def same_weights(self, other: Changes) -> bool:
         """Whether another rank made the same changes of weights after the same step.
 
-        Where a change has no position, its epoch and step are history only and may differ: lanes of
-        a stream keep their own positions, and a rank at its end of the epoch records the next one.
+        Where a change has no position (``at``), its epoch and step are history only and may differ:
+        a lane of a stream has its own position, and a rank at its end of the epoch records the next
+        epoch.
         """
 
         def compared(changes: Changes) -> list[WeightChange]:
@@ -211,10 +205,10 @@ def _shown(values: Sequence[Any], between: str = ", ") -> str:
 
 
 def decode_changes(state: Mapping[str, Any]) -> Changes:
-    """The changes that a state holds.
+    """Decode the changes in a state.
 
     Args:
-        state: With the texts "rest", "edits" and "excluded"; a missing one counts as empty.
+        state: With the texts "rest", "edits" and "excluded"; a missing one is empty.
 
     Raises:
         CheckpointError: If one of the texts is not as it was saved.
