@@ -87,7 +87,7 @@ def _below_equal_nodes(old: State, new: State) -> tuple[State, State]:
 
 
 def _require_mixes(old: State, new: State, lines: list[str], strict: bool) -> None:
-    """Raise unless two specs are mixes that differ in weights and inputs alone, which is allowed."""
+    """Raise unless two specs are mixes that differ only in weights and inputs, and may do so."""
     same = _kind(old) == _kind(new) == "interleave" and _alike(old, new, "weights", "schedule")
     kept = set(old.get("inputs", {})) & set(new.get("inputs", {}))
     if not same or any(old["inputs"][name] != new["inputs"][name] for name in kept):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -297,52 +298,42 @@ def progress(state: State) -> Progress:
         state = merge_states(state)
     run_state = parse(state)
     names = source_names(run_state.spec)
-    lengths = _lengths(run_state.spec)
     totals = {kind: [0] * len(names) for kind in ("samples", "rows", "tokens")}
-    events: dict[str, int] = {}
+    events: Counter[str] = Counter()
     for lane in run_state.lanes.values():
         if lane is not None:
             for kind, counts in totals.items():
                 for index, count in zip(range(len(names)), lane.get(kind, [])):
                     counts[index] += count
-            for key, count in lane["events"].items():
-                events[key] = events.get(key, 0) + count
+            events.update(lane["events"])
+    by_source: defaultdict[int, Counter[str]] = defaultdict(Counter)
+    for key, count in sorted(events.items()):
+        kind, _, source = key.split("|")
+        by_source[int(source)][kind] += count
     tracked, over_all, kinds = _metrics(run_state)
     samples, tokens = totals["samples"], totals["tokens"]
     total, all_tokens = sum(samples), sum(tokens)
     asked = shares_asked(run_state) if len(names) > 1 else {}
-    unattributed: dict[str, int] = {}
-    for key, count in sorted(events.items()):
-        kind, _, source = key.split("|")
-        if source == "-1":
-            unattributed[kind] = unattributed.get(kind, 0) + count
     sources: dict[str, SourceProgress] = {}
-    for index, name in enumerate(names):
-        failures: dict[str, int] = {}
-        lost = {"filtered": 0, "dropped": 0, "emptied": 0}
-        others: dict[str, int] = {}
-        for key, count in events.items():
-            kind, _, source = key.split("|")
-            if int(source) != index:
-                continue
-            if kind.startswith("failed "):
-                failures[kind.removeprefix("failed ")] = (
-                    failures.get(kind.removeprefix("failed "), 0) + count
-                )
-            elif kind in lost:
-                lost[kind] += count
-            else:
-                others[kind] = others.get(kind, 0) + count
-        length, padded = lengths[index], others.pop("padded", 0)
-        read = totals["rows"][index] + sum(lost.values()) + sum(failures.values())
+    for index, (name, length) in enumerate(zip(names, _lengths(run_state.spec))):
+        others = dict(by_source[index])
+        failures = {
+            kind.removeprefix("failed "): others.pop(kind)
+            for kind in list(others)
+            if kind.startswith("failed ")
+        }
+        filtered, dropped, emptied, padded = (
+            others.pop(kind, 0) for kind in ("filtered", "dropped", "emptied", "padded")
+        )
+        read = totals["rows"][index] + filtered + dropped + emptied + sum(failures.values())
         read += others.get("excluded", 0)
         sources[name] = SourceProgress(
             name=name,
             samples=samples[index],
             epochs=read / length if length else None,
             failures=failures,
-            filtered=lost["filtered"],
-            dropped=lost["dropped"] + lost["emptied"],
+            filtered=filtered,
+            dropped=dropped + emptied,
             share=samples[index] / total if total else 0.0,
             padded=padded,
             tokens=tokens[index],
@@ -351,6 +342,7 @@ def progress(state: State) -> Progress:
             token_share=tokens[index] / all_tokens if all_tokens else None,
             metrics=tracked.get(index, {}),
         )
+    unattributed = dict(by_source[-1])
     return Progress(run_state.epoch, run_state.batches, sources, unattributed, over_all, kinds)
 
 

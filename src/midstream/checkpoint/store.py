@@ -249,7 +249,7 @@ class _Store:
         return bytes(self.files.cat_file(self.path(*parts)))
 
     def write(self, folder: str, pattern: str, data: bytes) -> str:
-        """Write a file whole or not at all. Returns its name: the pattern with the hash of the data."""
+        """Write a file whole or not at all; returns its name, the pattern with the data's hash."""
         name = pattern.format(_hash(data))
         path = self.path(folder, name)
         if not self.local:
@@ -395,7 +395,7 @@ def _verified(store: _Store, name: str) -> dict[str, bytes]:
         for file in files:
             if not re.fullmatch(r"(rank|state)-[\w-]+\.(json|pt)", file):
                 raise CheckpointError(
-                    f"{name}/{_MARKER} is damaged: {file!r:.60} is not the name of a checkpoint's file."
+                    f"{name}/{_MARKER} is damaged: {file!r:.60} is no name of a checkpoint file."
                 )
             content[file] = store.read(name, file)
             if _hash(content[file]) != file.rpartition("-")[2].partition(".")[0]:

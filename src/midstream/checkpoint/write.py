@@ -35,7 +35,7 @@ def with_node_numbers(position: Mapping[str, Any], paths: Paths) -> dict[str, St
 
 
 def to_state(run_state: RunState, state: dict[str, State]) -> dict[str, State]:
-    """A copy of a state with the content of ``run_state``, which was decoded from it and changed."""
+    """A copy of a state with the values of ``run_state``, which was decoded from it and changed."""
     position = [run_state.epoch, run_state.batches, run_state.steps_done]
     lanes, paths = dict.fromkeys(state["lanes"], ""), Paths(run_state.spec)
     for index, lane in run_state.lanes.items():
