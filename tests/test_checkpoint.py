@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
+from midstream.checkpoint.changes import AdoptedEpoch, Changes, WeightChange, decode_changes
+from midstream.checkpoint.read import parse
 from midstream.checkpoint.spec import Paths, walk
 from midstream.common.plain_state import seal, unseal
 from midstream.pipeline.node import bind
@@ -320,3 +322,111 @@ def test_counts_of_what_is_not_there_are_refused(entry: dict[str, Any]) -> None:
     damaged = {**state, "lanes": {**state["lanes"], key: seal(json.dumps(lane))}}
     with pytest.raises(ms.CheckpointError, match=f"lane {key}"):
         ms.DataLoader(pipeline).load_state_dict(damaged)
+
+
+# -- changes -------------------------------------------------------------------------------------
+
+_COUNTS = st.integers(0, 1 << 40)
+_NAMES = st.sampled_from(["web", "code", "a/mix", 'ü "quoted"'])
+_WEIGHTS = st.dictionaries(_NAMES, st.integers(0, 9) | st.floats(0.5, 9), min_size=1)
+_SET = st.builds(
+    WeightChange, _NAMES, _WEIGHTS, _COUNTS, _COUNTS, st.none() | _COUNTS, st.just("set_weights")
+)
+_SCHEDULES = st.lists(st.tuples(_COUNTS, _WEIGHTS).map(list), min_size=1)
+_LOADED = st.builds(
+    WeightChange,
+    _NAMES,
+    _WEIGHTS | _SCHEDULES,
+    _COUNTS,
+    _COUNTS,
+    st.just(0),
+    st.just("load_state_dict"),
+    _WEIGHTS | _SCHEDULES,
+    _COUNTS,
+)
+_ORIGINS = st.sets(
+    st.tuples(_NAMES, _COUNTS, _COUNTS, _COUNTS).map(lambda at: ms.Origin(*at)), max_size=6
+)
+_ADOPTED = st.builds(AdoptedEpoch, st.dictionaries(_NAMES, _COUNTS), _COUNTS)
+CHANGES = st.builds(
+    Changes,
+    st.lists(_SET | _LOADED, max_size=4).map(tuple),
+    _ORIGINS.map(sorted).map(tuple),
+    st.none() | _ADOPTED,
+)
+
+
+@given(changes=CHANGES)
+def test_changes_come_back_as_they_were_written(changes: Changes) -> None:
+    texts = changes.texts
+    back = decode_changes(texts)
+    assert back == changes
+    assert back.texts == texts
+    assert list(texts) == ["rest", "edits", "excluded"]
+    assert all(text == "" or json.loads(text) for text in texts.values())
+
+
+@given(one=CHANGES, other=CHANGES)
+def test_changes_that_differ_have_differences_in_words(one: Changes, other: Changes) -> None:
+    assert bool(one.differences(other)) == (one != other)
+    assert not one.differences(decode_changes(one.texts))
+
+
+def test_texts_of_changes_are_those_of_the_format() -> None:
+    changes = Changes(
+        (
+            WeightChange("mix", {"web": 1, "code": 2.5}, 2, 700, 11200, "set_weights"),
+            WeightChange("mix", {"web": 3}, 2, 800, 0, "load_state_dict", {"web": 1}, 5),
+        ),
+        (ms.Origin("code", 1, 7, 3), ms.Origin("web", 0, 4), ms.Origin("web", 0, 5)),
+        AdoptedEpoch({"web": 700, "code": 2}, 96),
+    )
+    assert changes.texts == {
+        "rest": '{"offsets":{"code":2,"web":700},"skip":96}',
+        "edits": '[{"at":11200,"by":"set_weights","epoch":2,"mix":"mix","step":700,'
+        '"weights":{"code":2.5,"web":1}},'
+        '{"at":0,"by":"load_state_dict","epoch":2,"given":5,"mix":"mix","step":800,'
+        '"was":{"web":1},"weights":{"web":3}}]',
+        "excluded": '{"code":[[1,7,3]],"web":[[0,4,0],[0,5,0]]}',
+    }
+    assert Changes().texts == {"rest": "", "edits": "", "excluded": ""}
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "words"),
+    [
+        ("rest", "{", "its rest is not"),
+        ("rest", "[]", "its rest is not"),
+        ("rest", '{"offsets":{}}', "its rest is not"),
+        ("rest", '{"offsets":{"a":-1},"skip":0}', "its rest is not"),
+        ("rest", '{"offsets":{},"skip":true}', "its rest is not"),
+        ("edits", '{"a":1}', "its edits are not"),
+        ("edits", '[{"mix":"mix"}]', "its edits are not"),
+        ("excluded", "[1]", "what it excludes is not"),
+        ("excluded", '{"a":[[1,2]]}', "what it excludes is not"),
+        ("excluded", '{"a":[[1,2,-3]]}', "what it excludes is not"),
+        ("excluded", '{"a":["123"]}', "what it excludes is not"),
+        ("excluded", None, "what it excludes is not"),
+    ],
+)
+def test_damaged_changes_are_refused(key: str, text: Any, words: str) -> None:
+    state = ms.DataLoader(_random()).state_dict()
+    with pytest.raises(ms.CheckpointError, match=words):
+        parse({**state, key: text})
+
+
+def test_ranks_that_resumed_an_epoch_differently_do_not_merge() -> None:
+    cluster = Cluster(_random(), 2, 0)
+    cluster.run(2)
+    saved = cluster.states()
+    ranks = []
+    for rank, size in ((0, 2), (1, 2)):
+        pipeline = ms.from_dataset(range(90), name="web").shuffle(1).batch(size, collate_fn=tuple)
+        loader = ms.DataLoader(pipeline, rank=rank, world_size=2)
+        loader.load_state_dict(saved)
+        ranks.append(loader.state_dict())
+    merged = ms.merge_states(ranks)
+    assert parse(merged).changes.adopted == AdoptedEpoch({}, 16)
+    other = {**ranks[1], "rest": '{"offsets":{},"skip":12}'}
+    with pytest.raises(ms.CheckpointError, match="resumed this epoch from another batch size"):
+        ms.merge_states([ranks[0], other])

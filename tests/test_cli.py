@@ -268,6 +268,60 @@ def test_diff_tells_how_pipelines_differ(place: Path, told_by: AccelerateIterato
     assert "pipeline: shuffle 'web': seed 1 → 2" in out
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda loader: loader.exclude([("web", 0, 399), ("code", 0, 2)]),
+            "excluded samples: only in the second: code[2], web[399]",
+        ),
+        (
+            lambda loader: loader.set_weights("interleave", {"web": 1, "code": 2}),
+            "changed weights of 'interleave': first none; second"
+            ' {"code":2,"web":1} after step 20 of epoch 0 (set_weights)',
+        ),
+    ],
+    ids=["excluded", "weights"],
+)
+def test_diff_names_what_was_changed(
+    change: Callable[[ms.DataLoader], None], words: str, place: Path, told_by: AccelerateIterator
+) -> None:
+    loader = ms.DataLoader(importlib.import_module("cli_pipes").make(), rank=0, world_size=1)
+    loader.load_state_dict(json.loads((place / "a.json").read_text()))
+    change(loader)
+    (place / "changed.json").write_text(json.dumps(loader.state_dict()))
+    ended, out, _ = told_by("diff", "a.json", "changed.json")
+    assert ended == 1
+    assert words in " ".join(out.split())
+    found = json.loads(told_by("diff", "changed.json", "a.json", "--json")[1])
+    assert not found["same"]
+    assert len(found["changes"]) == 1
+    assert (found["pipeline"], found["position"], found["lanes"]) == ([], {}, [])
+    assert told_by("diff", "changed.json", "changed.json")[0] == 0
+
+
+def test_diff_names_an_epoch_that_was_begun_with_another_batch_size(
+    place: Path, told_by: AccelerateIterator
+) -> None:
+    states = []
+    for steps in (2, 3):
+        loader = ms.DataLoader(ms.from_dataset(range(96), name="n"), batch_size=4)
+        for _, _ in zip(range(steps), iter(loader)):
+            pass
+        other = ms.DataLoader(ms.from_dataset(range(96), name="n"), batch_size=8)
+        other.load_state_dict(loader.state_dict())
+        states.append(other.state_dict())
+    states[1] = {**states[0], "rest": states[1]["rest"]}
+    for name, state in zip(("one.json", "other.json"), states):
+        (place / name).write_text(json.dumps(state))
+    ended, out, _ = told_by("diff", "one.json", "other.json")
+    assert ended == 1
+    assert " ".join(out.split()) == (
+        "epoch resumed with another batch size or mix: first 8 rows skipped below the batches;"
+        " second 12 rows skipped below the batches"
+    )
+
+
 def test_trace_names_the_rows_that_come(place: Path, told_by: AccelerateIterator) -> None:
     loader = ms.DataLoader(importlib.import_module("cli_pipes").make(), rank=0, world_size=1)
     loader.load_state_dict(json.loads((place / "a.json").read_text()))
@@ -324,7 +378,7 @@ def damaged(place: Path) -> dict[str, str]:
         "format.json": "format 99",
         "key.json": "'epoch' is missing",
         "kind.json": "'batches' is a int",
-        "cut.json": "begins as JSON, and is none",
+        "cut.json": "begins like JSON, but is not valid JSON",
         "none.json": "holds no midstream state",
         "list.json": "holds no midstream state",
         "two.json": "choose one with --key: train, test",

@@ -535,7 +535,7 @@ def test_changes_that_cannot_be_exact_are_refused_and_change_nothing() -> None:
     for pipeline, reason in (
         (mix.shuffle(1).batch(3), "there is a shuffle above 'mix'.*Put the shuffle below"),
         (mix.repeat(2).batch(3), "there is a repeat above 'mix'"),
-        (mix.filter(bool).batch(3), "read by position under a stream.*weights_by"),
+        (mix.filter(bool).batch(3), "read by position below a stream.*weights_by"),
     ):
         loader = ms.DataLoader(pipeline)
         next(iter(loader))

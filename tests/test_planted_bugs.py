@@ -134,7 +134,7 @@ BUGS = {
     ),
     "another batch size deals the rest of a stream anew": Bug(
         "rest.py",
-        'run.setdefault("dealt", size)',
+        'position.setdefault("dealt", size)',
         "pass",
         ("test_topology.py", "streams_stay_exactly_once"),
     ),

@@ -361,7 +361,7 @@ def test_a_damaged_number_of_ranks_takes_no_memory(tmp_path: Path, ranks: Any) -
             match=rf"checkpoint.json is damaged: .* files of 2 of {ranks!r} ranks",
         ):
             checkpoint.load(new)
-        with pytest.warns(RuntimeWarning, match="Taking the one before"):
+        with pytest.warns(RuntimeWarning, match="Trying the checkpoint before it"):
             assert checkpoint.latest(tmp_path) == old
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:

@@ -1,35 +1,36 @@
-"""Samples that are left out from now on."""
+"""exclude: leaves single samples out of a run, from its next batch on."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from midstream.changes.rewrite import topmost
-from midstream.common.plain_state import decode, encode
+from midstream.checkpoint.changes import Changes
 from midstream.errors import Origin
 from midstream.pipeline.node import BoundNode, Node, bind
 
 MOST_ORIGINS = 4096
-"""How many a run may leave out: they are in every checkpoint, about 16 bytes each."""
+"""The most samples that a run may leave out: each checkpoint holds about 16 bytes for each."""
 
 
-def excluded_origins(text: str) -> list[Origin]:
-    """What a state's "excluded" says."""
-    known = decode(text) if text else {}
-    return [Origin(name, *rest) for name, several in sorted(known.items()) for rest in several]
+def with_excluded(changes: Changes, origins: Iterable[Any], names: list[str]) -> Changes:
+    """The changes of a run that also leaves out these samples.
 
-
-def with_origins(text: str, origins: Iterable[Any], names: list[str]) -> str:
-    """The same with more of them.
+    Args:
+        changes: Those of the run.
+        origins: ``(source, epoch, row)``, ``(source, epoch, row, part)`` or an `Origin`.
+        names: Of the sources.
 
     Raises:
-        ValueError: If one is of no source, or they become too many.
-        TypeError: If one is no origin.
+        ValueError: If an origin names no source, a number is negative, or the run would leave out
+            more than `MOST_ORIGINS` samples.
+        TypeError: If something is no origin.
     """
-    known = {tuple(origin[:4]) for origin in excluded_origins(text)}
+    excluded = set(changes.excluded)
     for origin in origins:
         if (
             not isinstance(origin, (tuple, list))
@@ -50,24 +51,23 @@ def with_origins(text: str, origins: Iterable[Any], names: list[str]) -> str:
             )
         if min(origin[1:]) < 0:
             raise ValueError(f"exclude: epoch, row and part are at least 0; found {origin!r}")
-        known.add((name, int(epoch), int(row), int(part[0]) if part else 0))
-    if len(known) > MOST_ORIGINS:
+        excluded.add(Origin(name, int(epoch), int(row), int(part[0]) if part else 0))
+    if len(excluded) > MOST_ORIGINS:
         raise ValueError(
-            f"exclude: that would be {len(known):,} samples left out, and every checkpoint holds"
-            f" them: at most {MOST_ORIGINS:,}. Take many samples out with .filter, or pass over"
-            " whole batches with loader.skip."
+            f"exclude: that would be {len(excluded):,} samples left out, and every checkpoint holds"
+            f" them: at most {MOST_ORIGINS:,}. Remove many samples with .filter, or skip whole"
+            " batches with loader.skip."
         )
-    by_name: dict[str, list[list[int]]] = {}
-    for name, *rest in sorted(known):
-        by_name.setdefault(name, []).append(rest)  # type: ignore[arg-type]
-    return encode(by_name) if by_name else ""
+    return dataclasses.replace(changes, excluded=tuple(sorted(excluded)))
 
 
 def require_excludable(pipeline: Node) -> None:
-    """Refuse to leave samples out below a node that reads again: batches it has read would not be what they were.
+    """Raise if a node above the batches reads some of them again on a resume.
+
+    It would read other batches than before: shorter ones, or none where all samples are excluded.
 
     Raises:
-        ValueError: If there is such a node above the batches, by its path.
+        ValueError: If there is such a node; the message has its path.
     """
     root = bind(pipeline)
     batches = set(topmost(root, "batch"))
@@ -77,10 +77,10 @@ def require_excludable(pipeline: Node) -> None:
             return
         if again := bound.node.replay_bound():
             raise ValueError(
-                f"exclude: a resume reads {again} again at {bound.path!r}, above .batch: batches"
-                " that it has read already would come shorter, or not at all, and it could not go"
-                f" on exactly. Put the {bound.node.kind} below the .batch, or pass over whole"
-                " batches with loader.skip."
+                f"exclude: a resume reads {again} again at {bound.path!r}, above .batch. Batches"
+                " that it has read already would be shorter or missing, and the resume would not"
+                f" be exact. Put the {bound.node.kind} below the .batch, or skip whole batches with"
+                " loader.skip."
             )
         for child in bound.inputs.values():
             refuse(child)

@@ -1,4 +1,4 @@
-"""Replaces one node of a pipeline. Everything below and above it stays as it is."""
+"""Finds a node in the tree of a pipeline, and replaces it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from midstream.pipeline.node import BoundNode, Node, bind
 
 def rewrite(pipeline: Node, path: str, change: Callable[[Any], Node]) -> Node:
     """The pipeline with the node at ``path`` replaced by ``change(node)``.
+
+    All other nodes stay, with new copies of those above it.
 
     Raises:
         KeyError: If there is no node at this path.
@@ -27,10 +29,10 @@ def rewrite(pipeline: Node, path: str, change: Callable[[Any], Node]) -> Node:
 
 
 def path_of(pipeline: Node, kind: str) -> str:
-    """The path of the first node of a kind. Only one-to-one nodes may stand above it.
+    """The path of the topmost node of a kind. Only one-to-one nodes may be above it.
 
     Raises:
-        ValueError: If another node stands above it, or there is none.
+        ValueError: If another node is above it, or there is none.
     """
     bound = bind(pipeline)
     while bound.node.kind != kind:
@@ -41,7 +43,7 @@ def path_of(pipeline: Node, kind: str) -> str:
 
 
 def topmost(bound: BoundNode, kind: str) -> list[str]:
-    """The paths of all nodes of a kind that have no other of that kind above them."""
+    """The paths of all nodes of a kind that have no other node of this kind above them."""
     if bound.node.kind == kind:
         return [bound.path]
     return [path for child in bound.inputs.values() for path in topmost(child, kind)]

@@ -1,106 +1,101 @@
-"""The pipeline that really runs in an epoch."""
+"""The pipeline that runs in an epoch: with changed weights, skipped rows and excluded samples."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
-from midstream.changes.excluded import excluded_origins
 from midstream.changes.rewrite import path_of, rewrite, topmost
-from midstream.changes.weights import edits_of, phases_in
-from midstream.checkpoint.weights_history import decode_changes
-from midstream.common.plain_state import decode
-from midstream.errors import CheckpointError
+from midstream.changes.weights import phases_in
+from midstream.checkpoint.changes import AdoptedEpoch, Changes, WeightChange
+from midstream.errors import CheckpointError, Origin
 from midstream.nodes.exclude import Exclude
+from midstream.nodes.mix.interleave import Interleave
 from midstream.nodes.skip import Skip
 from midstream.pipeline.node import Node, bind
 
 
-def in_epoch(text: str, epoch: int) -> bool:
-    """Whether weights were changed in the middle of an epoch."""
-    return any(entry["epoch"] == epoch for entry in decode_changes(text))
-
-
-def apply(pipeline: Node, text: str, epoch: int) -> Node:
+def running(pipeline: Node, changes: Changes, epoch: int = -1) -> Node:
     """The pipeline that runs in an epoch.
 
+    Args:
+        pipeline: As the user built it.
+        changes: Those of the run.
+        epoch: The epoch; -1 for one in which no weights changed.
+
     Raises:
-        CheckpointError: If the edits do not fit the pipeline.
+        CheckpointError: If the changes do not fit the pipeline.
     """
-    if not text or not pipeline.random_access:
+    pipeline = _with_changed_weights(pipeline, changes, epoch)
+    adopted = changes.adopted
+    if adopted is None:
+        return _without_excluded(pipeline, changes.excluded)
+    try:
+        skipping = rewrite(
+            pipeline,
+            path_of(pipeline, "batch"),
+            lambda batch: _without_delivered(batch, adopted),
+        )
+        return _without_excluded(skipping, changes.excluded)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"this state is damaged: its rest {changes.texts['rest']!r:.80} does not fit the"
+            f" pipeline ({error})"
+        ) from None
+
+
+def _with_changed_weights(pipeline: Node, changes: Changes, epoch: int) -> Node:
+    """The pipeline with the weights of an epoch.
+
+    In a stream each lane changes its weights itself (`midstream.nodes.mix.weight_changes`).
+    """
+    if not changes.weights or not pipeline.random_access:
         return pipeline
     try:
-        for path in dict.fromkeys(entry["mix"] for entry in decode_changes(text)):
-            pipeline = rewrite(
-                pipeline, path, functools.partial(_edited, edits_of(text, path), epoch)
-            )
+        for path in dict.fromkeys(change.mix for change in changes.weights):
+            reweigh = functools.partial(_reweighed, changes=changes.of_mix(path), epoch=epoch)
+            pipeline = rewrite(pipeline, path, reweigh)
         return pipeline
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"this state is damaged: its edits {text!r:.80} do not fit the pipeline ({error})"
+            f"this state is damaged: its edits {changes.texts['edits']!r:.80} do not fit the"
+            f" pipeline ({error})"
         ) from None
 
 
-def _edited(entries: list[dict[str, Any]], epoch: int, mix: Any) -> Node:
-    """A mix with the phases that its edits give it in an epoch."""
-    phases, changed = phases_in(mix.phases, [name for name, _ in mix.datasets], entries, epoch)
+def _reweighed(mix: Interleave, changes: list[WeightChange], epoch: int) -> Node:
+    """A mix with the phases that its changes give it in an epoch."""
+    phases, changed = phases_in(mix.phases, [name for name, _ in mix.datasets], changes, epoch)
     if not changed:
-        return mix  # type: ignore[no-any-return]
-    return dataclasses.replace(mix, weights=phases[0][1], later=tuple(phases[1:]), edited=True)  # type: ignore[no-any-return]
+        return mix
+    return dataclasses.replace(mix, weights=phases[0][1], later=tuple(phases[1:]), edited=True)
 
 
-def running(
-    pipeline: Node, rest: str, edits: str = "", epoch: int = -1, excluded: str = ""
-) -> Node:
-    """The pipeline that makes what is left of an epoch, without the samples that are left out.
-
-    Raises:
-        CheckpointError: If ``rest`` or ``edits`` do not fit the pipeline.
-    """
-    pipeline = apply(pipeline, edits, epoch)
-    if not rest:
-        return _excluding(pipeline, excluded)
-    try:
-        left = decode(rest)
-        cut = rewrite(
-            pipeline,
-            path_of(pipeline, "batch"),
-            lambda batch: _cut(batch, left["offsets"], left["skip"]),
+def _without_delivered(batch: Node, adopted: AdoptedEpoch) -> Node:
+    """A batch node that skips the rows delivered before the epoch was adopted."""
+    source = batch.inputs()[""]
+    if adopted.offsets:
+        source = rewrite(
+            source,
+            path_of(source, "interleave"),
+            lambda mix: mix.with_inputs(
+                {
+                    name: Skip(data, adopted.offsets[name]) if adopted.offsets[name] else data
+                    for name, data in mix.inputs().items()
+                }
+            ),
         )
-        return _excluding(cut, excluded)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"this state is damaged: its rest {rest!r:.80} does not fit the pipeline ({error})"
-        ) from None
+    return batch.with_inputs({"": Skip(source, adopted.skip)})
 
 
-def _excluding(pipeline: Node, excluded: str) -> Node:
+def _without_excluded(pipeline: Node, excluded: tuple[Origin, ...]) -> Node:
     """The pipeline with `Exclude` right below its batches, or at the root where it has none."""
     if not excluded:
         return pipeline
-    origins = tuple(
-        (name, epoch, row, part) for name, epoch, row, part, _ in excluded_origins(excluded)
-    )
+    origins = tuple((origin.source, origin.epoch, origin.row, origin.part) for origin in excluded)
     batches = topmost(bind(pipeline), "batch")
     for path in batches:
         pipeline = rewrite(
             pipeline, path, lambda batch: batch.with_inputs({"": Exclude(batch.source, origins)})
         )
     return pipeline if batches else Exclude(pipeline, origins)
-
-
-def _cut(batch: Node, offsets: dict[str, int], skip: int) -> Node:
-    source = batch.inputs()[""]
-    if offsets:
-        source = rewrite(source, path_of(source, "interleave"), lambda mix: _offset(mix, offsets))
-    return batch.with_inputs({"": Skip(source, skip)})
-
-
-def _offset(mix: Node, offsets: dict[str, int]) -> Node:
-    return mix.with_inputs(
-        {
-            name: Skip(data, offsets[name]) if offsets[name] else data
-            for name, data in mix.inputs().items()
-        }
-    )

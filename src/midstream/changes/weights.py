@@ -1,27 +1,18 @@
-"""Weights that were changed while a run was going on: what was changed when, and what follows for an epoch.
+"""set_weights: changes the weights of a mix during a run.
 
-A state says so in "edits", empty before the first one, else a JSON list in order, the run's
-history:
-
-    {"mix": "mix",                path of the mix
-     "weights": {"web": 1, ...},  from here on
-     "epoch": 2, "step": 700,     after which step of a rank
-     "at": 11200,                 random access: the position of the mix; null when it takes effect with the next epoch
-     "by": "set_weights"}         or "load_state_dict", with the weights before it in "was": then the pipeline has these
-
-Random access: in the epoch of an edit the mix that runs has one more phase in its schedule; in
-later epochs it has the new weights from the start. Streams: each lane places the edit where it next
-picks (`midstream.nodes.mix.picks.LaneEdits`).
+Random access: in the epoch of a change, the mix that runs has one more phase in its schedule; in
+later epochs it has the new weights from the start. Streams: each lane makes the change at its next
+pick (`midstream.nodes.mix.weight_changes.LaneEdits`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from midstream.checkpoint.changes import Changes, WeightChange
 from midstream.checkpoint.read import RunState
-from midstream.checkpoint.weights_history import decode_changes
-from midstream.common.plain_state import State, encode
+from midstream.common.plain_state import State
 from midstream.nodes.mix.interleave import Interleave
 from midstream.nodes.mix.weights import Weights, check_weights, quotas
 from midstream.pipeline.node import BoundNode
@@ -30,65 +21,48 @@ from midstream.pipeline.node import BoundNode
 def phases_in(
     planned: Sequence[tuple[int, Weights]],
     names: Sequence[str],
-    entries: list[dict[str, Any]],
+    changes: Sequence[WeightChange],
     epoch: int,
 ) -> tuple[list[tuple[int, Weights]], bool]:
-    """The phases of a mix in an epoch, and whether they are others than planned.
+    """The phases of a mix in an epoch, and whether they differ from the pipeline's own.
 
     Args:
-        planned: What the pipeline says.
+        planned: The phases of the pipeline: ``(first position, weights)``.
         names: Of the datasets.
-        entries: The edits of this mix.
+        changes: Those of this mix.
         epoch: The epoch.
     """
     phases, changed = list(planned), False
-    for entry in entries:
-        if (
-            entry["by"] != "set_weights"
-        ):  # the pipeline has had these weights since, and the mix was counted anew
-            given = entry["given"] if entry["epoch"] == epoch else 0
-            begun = max(index for index, (border, _) in enumerate(planned) if border <= given)
-            phases = [(max(0, border - given), weights) for border, weights in planned[begun:]]
+    for change in changes:
+        if change.is_load:
+            # The pipeline has had these weights since, and its schedule counts from the load on.
+            given = change.given if change.given is not None and change.epoch == epoch else 0
+            current = max(index for index, (border, _) in enumerate(planned) if border <= given)
+            phases = [(max(0, border - given), weights) for border, weights in planned[current:]]
             changed = given > 0 and len(planned) > 1
             continue
-        border = entry["at"] if entry["epoch"] == epoch else 0
+        border = change.at if change.epoch == epoch else 0
         if border is not None:
-            weights = check_weights(entry["weights"], names, "set_weights")
+            weights = check_weights(change.weights, names, "set_weights")
             phases = [*(phase for phase in phases if phase[0] < border), (border, weights)]
             changed = True
     return phases, changed
 
 
-def edits_of(text: str, path: str) -> list[dict[str, Any]]:
-    """The edits of one mix."""
-    return [entry for entry in decode_changes(text) if entry["mix"] == path]
-
-
-def lane_edits(text: str) -> dict[str, list[dict[str, float]]]:
-    """What `midstream.nodes.mix.picks.LaneEdits` knows: the weights set for each mix, in order,
-    since it was last loaded anew.
-    """
-    known: dict[str, list[dict[str, float]]] = {}
-    for entry in decode_changes(text):
-        if entry["by"] == "set_weights":
-            known.setdefault(entry["mix"], []).append(entry["weights"])
-        else:
-            known.pop(entry["mix"], None)
-    return known
-
-
-def add(run_state: RunState, bound: BoundNode, mix: str, weights: Mapping[str, float]) -> str:
-    """The edits with one more: from the next batch on.
+def with_weights(
+    run_state: RunState, bound: BoundNode, mix: str, weights: Mapping[str, float]
+) -> Changes:
+    """The changes of a run with new weights for a mix from the next batch on.
 
     Args:
-        canonical: Where the run stands.
-        place: Of the pipeline that runs.
+        run_state: Where the run stands.
+        bound: Root of the pipeline that runs.
         mix: Name or path of the mix.
-        weights: By name.
+        weights: By name of the dataset.
 
     Raises:
-        ValueError: If there is no such mix, the names are not its datasets', or it cannot be done
-            exactly; with the reason.
+        ValueError: If there is no such mix, the names are not those of its datasets, or no exact
+            change is possible; with the reason.
         TypeError: If a weight is no number.
     """
     mixes = [each for each in bound.walk() if isinstance(each.node, Interleave)]
@@ -114,32 +88,27 @@ def add(run_state: RunState, bound: BoundNode, mix: str, weights: Mapping[str, f
     if not bound.node.random_access:
         if node.random_access:
             raise ValueError(
-                f"set_weights: {mix!r} is read by position under a stream, each lane at another"
-                " one, so there is no place at which its weights could change for all. Make it a"
+                f"set_weights: {mix!r} is read by position below a stream, and each lane is at"
+                " another position, so its weights cannot change for all lanes at once. Make it a"
                 " stream too: interleave(..., weights_by=lambda sample: 1) counts samples, or give"
                 " weights_by the length in tokens."
             )
     else:
-        if run_state.ahead or (run_state.told and not run_state.finished):
+        if run_state.done_early or (run_state.raised and not run_state.finished):
             raise ValueError(
                 "set_weights: a batch raised an error and is not handed out yet, or this rank lost"
-                " whole batches and is ahead of the others, so weights cannot change here without"
+                " whole batches and is ahead of the others. Weights cannot change here without"
                 " losing rows. Call it after the next batch, or in the next epoch."
             )
         done = 0 if run_state.finished else run_state.batches
         at = _given(bound, target, done, mix)
         length = node.length()
         if length is not None and at >= length > 0:
-            at = None  # there is nothing left of it in this epoch
-    entry = {
-        "mix": target.path,
-        "weights": dict(checked),
-        "epoch": epoch,
-        "step": step,
-        "at": at,
-        "by": "set_weights",
-    }
-    return encode([*decode_changes(run_state.edits), entry])
+            at = None  # the mix has no samples left in this epoch
+    return _appended(
+        run_state.changes,
+        WeightChange(target.path, dict(checked), epoch, step, at, by="set_weights"),
+    )
 
 
 def _given(bound: BoundNode, target: BoundNode, count: int, mix: str) -> int:
@@ -155,23 +124,39 @@ def _given(bound: BoundNode, target: BoundNode, count: int, mix: str) -> int:
     taken = node.taken_of(name, count)
     if taken is None:
         raise ValueError(
-            f"set_weights: there is a {node.kind} above {mix!r}, so what was delivered is not the"
-            " beginning of the mix, and its weights cannot change without losing or repeating"
+            f"set_weights: there is a {node.kind} above {mix!r}, so the delivered rows are not"
+            " the first rows of the mix. Its weights cannot change without losing or repeating"
             f" rows. Put the {node.kind} below the mix (on its datasets)."
         )
     return _given(child, target, taken, mix)
 
 
-def note_load(run_state: RunState, path: str, was: State, now: State, given: int) -> str:
-    """The edits with a load (``strict=False``) that goes on with the weights of another pipeline."""
-    entry: dict[str, State] = {
-        "mix": path,
-        "weights": now,
-        "was": was,
-        "epoch": run_state.epoch,
-        "step": run_state.steps_done,
-        "at": 0,
-        "given": given,
-        "by": "load_state_dict",
-    }
-    return encode([*decode_changes(run_state.edits), entry])
+def with_loaded_weights(
+    run_state: RunState, path: str, was: State, now: State, given: int
+) -> Changes:
+    """The changes of a run that a pipeline with other weights loaded (``strict=False``).
+
+    Args:
+        run_state: Where the run stands.
+        path: Of the mix.
+        was: Its weights before, as `midstream.checkpoint.weights_history.weights_of` gives them.
+        now: Its weights from here on.
+        given: Rows that the mix has given in this epoch.
+    """
+    return _appended(
+        run_state.changes,
+        WeightChange(
+            path,
+            now,
+            run_state.epoch,
+            run_state.steps_done,
+            at=0,
+            by="load_state_dict",
+            was=was,
+            given=given,
+        ),
+    )
+
+
+def _appended(changes: Changes, change: WeightChange) -> Changes:
+    return dataclasses.replace(changes, weights=(*changes.weights, change))

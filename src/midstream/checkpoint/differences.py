@@ -1,21 +1,17 @@
-"""How the pipelines of two checkpoints differ."""
+"""Differences of two pipelines, in words."""
 
 from __future__ import annotations
 
 from midstream.common.plain_state import State, encode
 
 
-def source_names(spec: State) -> list[str]:
-    """Names of the sources of a pipeline, as a checkpoint numbers them."""
-    if "name" in spec:
-        return [spec["name"]]
-    return [
-        name for _, child in sorted(spec.get("inputs", {}).items()) for name in source_names(child)
-    ]
-
-
 def diff_specs(saved: State, here: State, path: str = "") -> list[str]:
-    """What differs between the pipeline that was saved and this one, a line each.
+    """How a saved pipeline and this one differ, a line each.
+
+    Args:
+        saved: The spec of the saved one.
+        here: The spec of this one.
+        path: Of the node that both specs are of; empty at the root.
 
     >>> diff_specs({"node": "shuffle", "seed": 1}, {"node": "shuffle", "seed": 2})
     ['shuffle: seed 1 → 2']

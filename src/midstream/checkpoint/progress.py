@@ -1,14 +1,15 @@
-"""How far a run has come, per source, counted as delivered."""
+"""Progress of a run per source, in samples delivered."""
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from midstream.checkpoint.differences import source_names
 from midstream.checkpoint.merge import merge_states
 from midstream.checkpoint.read import RunState, parse
+from midstream.checkpoint.spec import source_names
 from midstream.checkpoint.weights_history import shares_asked
 from midstream.common.plain_state import State
 from midstream.common.tables import NOTE, table_html, table_lines
@@ -20,7 +21,7 @@ __all__ = ["Progress", "SourceProgress", "progress"]
 
 @dataclass(frozen=True)
 class SourceProgress:
-    """One source's part.
+    """Progress of one source.
 
     Attributes:
         name: The source.
@@ -29,20 +30,20 @@ class SourceProgress:
         epochs: Passes over the source, as a float; None when its length is not known.
         failures: Samples lost to errors in user code, by exception type.
         filtered: Samples that a filter dropped.
-        dropped: Samples left over in last batches that were dropped, and rows that ``flat_map``
-            made nothing of.
-        share: Its part of all samples delivered.
-        padded: Samples delivered once more so that every rank gets as many batches; in no other
-            number.
+        dropped: Samples of incomplete last batches that were dropped, and rows for which
+            ``flat_map`` returned nothing.
+        share: Fraction of all samples delivered.
+        padded: Samples delivered again so that every rank gets as many batches; no other number
+            includes them.
         tokens: Tokens delivered; 0 where the pipeline does not count them (``pack`` does).
-        counts: What else was counted, by name: documents ``split`` and ``truncated``, ``tokens
-            dropped``; samples ``excluded``, and ``skipped`` with their ``tokens skipped`` (see
+        counts: Other counts by name: documents ``split`` and ``truncated``, ``tokens dropped``;
+            samples ``excluded``, and ``skipped`` with their ``tokens skipped`` (see
             `DataLoader.exclude` and `DataLoader.skip`).
         asked: The share that the weights of the mixes above it ask for now; None where no weights
-            say.
-        token_share: Its part of all tokens delivered; None where tokens are not counted.
-        metrics: What `Dataset.track` gathered, by name: ``count``, ``sum``, ``mean``, ``min``,
-            ``max``, of a distribution ``p05``, ``p50``, ``p95`` too; or the counts of categories.
+            set it.
+        token_share: Fraction of all tokens delivered; None where tokens are not counted.
+        metrics: Metrics of `Dataset.track` by name: ``count``, ``sum``, ``mean``, ``min``, ``max``,
+            of a distribution also ``p05``, ``p50``, ``p95``; or the counts of categories.
     """
 
     name: str
@@ -62,7 +63,7 @@ class SourceProgress:
 
 @dataclass(frozen=True, repr=False)
 class Progress:
-    """Counts since the run's first epoch; survives resumes, merges over ranks.
+    """Counts since the first epoch of a run, over all ranks and resumes.
 
     ``str(progress)`` is a table; `to_dict` has flat names for a logger.
 
@@ -79,33 +80,33 @@ class Progress:
     batches: int
     sources: dict[str, SourceProgress] = field(default_factory=dict)
     unattributed: dict[str, int] = field(default_factory=dict)
-    """Counts that are of no single source: rows of a mix that ``drop_last`` left out, batches that failed as a whole,
+    """Counts of no single source: rows of a mix that ``drop_last`` dropped, failed batches,
     ``padding tokens``."""
     metrics: dict[str, dict[str, int | float]] = field(default_factory=dict)
-    """What `Dataset.track` gathered over all sources; a mean is that of all samples."""
+    """Metrics of `Dataset.track` over all sources; a mean is that of all samples."""
     kinds: dict[str, str] = field(default_factory=dict)
     """For each metric ``"numbers"``, ``"distribution"`` or ``"count"``."""
 
     @property
     def samples(self) -> int:
-        """All samples delivered."""
+        """Number of samples delivered."""
         return sum(source.samples for source in self.sources.values())
 
     @property
     def tokens(self) -> int:
-        """All tokens delivered, padding not counted."""
+        """Number of tokens delivered, without padding."""
         return sum(source.tokens for source in self.sources.values())
 
     @property
     def packing_waste(self) -> float | None:
-        """Padding as a part of all tokens of the rows that were packed; None where none were."""
+        """Fraction of the tokens in packed rows that is padding; None where no rows were packed."""
         padding = self.unattributed.get("padding tokens", 0)
         skipped = sum(source.counts.get("tokens skipped", 0) for source in self.sources.values())
-        whole = self.tokens + skipped + padding
-        return padding / whole if whole else None
+        total = self.tokens + skipped + padding
+        return padding / total if total else None
 
     def to_dict(self) -> dict[str, float]:
-        """Flat names, as experiment loggers take them."""
+        """All numbers under flat names, for an experiment logger."""
         flat: dict[str, float] = {
             "epoch": self.epoch,
             "batches": self.batches,
@@ -134,11 +135,9 @@ class Progress:
         return {**flat, **_flat(self.metrics, "all/")}
 
     def rows(self) -> list[list[str]]:
-        """The table as text: a header, then one row per source. Columns that would say nothing are
-        not there.
-        """
+        """The table as text: a header, then one row per source. Empty columns are omitted."""
         sources = list(self.sources.values())
-        percent = [
+        token_shares = [
             None if source.token_share is None else f"{source.token_share:.1%}"
             for source in sources
         ]
@@ -155,7 +154,7 @@ class Progress:
             "source": [source.name for source in sources],
             "samples": [f"{source.samples:,}" for source in sources],
             "share": [f"{source.share:.1%}" for source in sources],
-            **({"token share": percent} if self.tokens and len(sources) > 1 else {}),
+            **({"token share": token_shares} if self.tokens and len(sources) > 1 else {}),
             **({"asked": asked} if any(asked) else {}),
             "epochs": [
                 None if source.epochs is None else f"{source.epochs:.3f}" for source in sources
@@ -172,31 +171,27 @@ class Progress:
         return [list(columns), *map(list, zip(*cells))]
 
     def metric_rows(self) -> list[list[str]]:
-        """Tracked numbers as text: a header, then a row per metric and source; empty where there
-        are none.
-        """
+        """Tracked numbers as text: a header, then a row per metric and source; or an empty list."""
         words = ["count", "mean", "min", "p05", "p50", "p95", "max", "sum"]
         wide = any(kind == "distribution" for kind in self.kinds.values())
         words = [word for word in words if wide or not word.startswith("p")]
-        told = [
-            (name, where, of[name])
-            for name, where, of in self._tracked()
-            if self.kinds[name] != "count"
-        ]
         rows = [
-            [name, where, *(_number(of.get(word)) for word in words)] for name, where, of in told
+            [name, source, *(_number(metrics[name].get(word)) for word in words)]
+            for name, source, metrics in self._tracked()
+            if self.kinds[name] != "count"
         ]
         return [["metric", "source", *words], *rows] if rows else []
 
     def category_rows(self) -> list[list[str]]:
-        """Counted categories as text: a header, then a row per metric and source, most frequent
-        first; empty likewise.
+        """Counted categories as text: a header, then a row per metric and source; or an empty list.
+
+        Each row names the most frequent categories first.
         """
         rows = []
-        for name, where, of in self._tracked():
+        for name, source, metrics in self._tracked():
             if self.kinds[name] == "count":
-                total = sum(of[name].values())
-                ordered = sorted(of[name].items(), key=lambda item: -item[1])
+                total = sum(metrics[name].values())
+                ordered = sorted(metrics[name].items(), key=lambda item: -item[1])
                 shown = [
                     f"{category} {number:,} ({number / total:.0%})"
                     for category, number in ordered[:6]
@@ -205,7 +200,7 @@ class Progress:
                 rows.append(
                     [
                         name,
-                        where,
+                        source,
                         f"{total:,}",
                         ", ".join(shown) + (f", {more} more" if more else ""),
                     ]
@@ -213,21 +208,22 @@ class Progress:
         return [["metric", "source", "count", "categories"], *rows] if rows else []
 
     def _tracked(self) -> list[tuple[str, str, dict[str, dict[str, int | float]]]]:
-        """Name of the metric, where, and all metrics there: each metric of its sources, and over
-        all where there are more.
+        """Name of a metric, name of a source, and all metrics of this source.
+
+        The source is "all" for the totals, which are included where they say more.
         """
         found = []
         for name in self.kinds:
-            places = [
+            of_sources = [
                 (source.name, source.metrics)
                 for source in self.sources.values()
                 if name in source.metrics
             ]
-            several = len(places) != 1 or (
-                name in self.metrics and places[0][1][name] != self.metrics[name]
-            )
-            found += [(name, where, of) for where, of in places]
-            found += [(name, "all", self.metrics)] if several and name in self.metrics else []
+            found += [(name, source, metrics) for source, metrics in of_sources]
+            if name in self.metrics and not (
+                len(of_sources) == 1 and of_sources[0][1][name] == self.metrics[name]
+            ):
+                found.append((name, "all", self.metrics))
         return found
 
     def __str__(self) -> str:
@@ -257,8 +253,8 @@ class Progress:
 def _flat(metrics: dict[str, dict[str, int | float]], prefix: str) -> dict[str, float]:
     return {
         f"{prefix}{name}/{word}": value
-        for name, told in metrics.items()
-        for word, value in told.items()
+        for name, summary in metrics.items()
+        for word, value in summary.items()
     }
 
 
@@ -273,13 +269,13 @@ def _indented(lines: list[str]) -> list[str]:
 
 
 def progress(state: State) -> Progress:
-    """The progress that a checkpoint tells.
+    """The progress of a run, read from a checkpoint.
 
     Args:
         state: A loader's ``state_dict()``, a merged one, or a list of the states of all ranks.
 
     Raises:
-        CheckpointError: If it is not such a state.
+        CheckpointError: If it is no such state.
 
     >>> import midstream as ms
     >>> loader = ms.DataLoader(ms.from_dataset(range(8), name="eight"), batch_size=4)
@@ -291,52 +287,42 @@ def progress(state: State) -> Progress:
         state = merge_states(state)
     run_state = parse(state)
     names = source_names(run_state.spec)
-    lengths = _lengths(run_state.spec)
     totals = {kind: [0] * len(names) for kind in ("samples", "rows", "tokens")}
-    events: dict[str, int] = {}
+    events: Counter[str] = Counter()
     for lane in run_state.lanes.values():
         if lane is not None:
             for kind, counts in totals.items():
                 for index, count in zip(range(len(names)), lane.get(kind, [])):
                     counts[index] += count
-            for key, count in lane["events"].items():
-                events[key] = events.get(key, 0) + count
+            events.update(lane["events"])
+    by_source: defaultdict[int, Counter[str]] = defaultdict(Counter)
+    for key, count in sorted(events.items()):
+        kind, _, source = key.split("|")
+        by_source[int(source)][kind] += count
     tracked, over_all, kinds = _metrics(run_state)
     samples, tokens = totals["samples"], totals["tokens"]
     total, all_tokens = sum(samples), sum(tokens)
     asked = shares_asked(run_state) if len(names) > 1 else {}
-    unattributed: dict[str, int] = {}
-    for key, count in sorted(events.items()):
-        kind, _, source = key.split("|")
-        if source == "-1":
-            unattributed[kind] = unattributed.get(kind, 0) + count
     sources: dict[str, SourceProgress] = {}
-    for index, name in enumerate(names):
-        failures: dict[str, int] = {}
-        lost = {"filtered": 0, "dropped": 0, "emptied": 0}
-        others: dict[str, int] = {}
-        for key, count in events.items():
-            kind, _, source = key.split("|")
-            if int(source) != index:
-                continue
-            if kind.startswith("failed "):
-                failures[kind.removeprefix("failed ")] = (
-                    failures.get(kind.removeprefix("failed "), 0) + count
-                )
-            elif kind in lost:
-                lost[kind] += count
-            else:
-                others[kind] = others.get(kind, 0) + count
-        length, padded = lengths[index], others.pop("padded", 0)
-        read = totals["rows"][index] + sum(lost.values()) + sum(failures.values())
+    for index, (name, length) in enumerate(zip(names, _lengths(run_state.spec))):
+        others = dict(by_source[index])
+        failures = {
+            kind.removeprefix("failed "): others.pop(kind)
+            for kind in list(others)
+            if kind.startswith("failed ")
+        }
+        filtered, dropped, emptied, padded = (
+            others.pop(kind, 0) for kind in ("filtered", "dropped", "emptied", "padded")
+        )
+        read = totals["rows"][index] + filtered + dropped + emptied + sum(failures.values())
         read += others.get("excluded", 0)
         sources[name] = SourceProgress(
             name=name,
             samples=samples[index],
             epochs=read / length if length else None,
             failures=failures,
-            filtered=lost["filtered"],
-            dropped=lost["dropped"] + lost["emptied"],
+            filtered=filtered,
+            dropped=dropped + emptied,
             share=samples[index] / total if total else 0.0,
             padded=padded,
             tokens=tokens[index],
@@ -345,6 +331,7 @@ def progress(state: State) -> Progress:
             token_share=tokens[index] / all_tokens if all_tokens else None,
             metrics=tracked.get(index, {}),
         )
+    unattributed = dict(by_source[-1])
     return Progress(run_state.epoch, run_state.batches, sources, unattributed, over_all, kinds)
 
 
@@ -352,10 +339,10 @@ _Summaries = dict[str, dict[str, "int | float"]]
 
 
 def _metrics(run_state: RunState) -> tuple[dict[int, _Summaries], _Summaries, dict[str, str]]:
-    """What was tracked: by index of the source, over all, and the kind of each metric.
+    """Tracked metrics by index of the source, those over all sources, and the kind of each metric.
 
-    Two nodes may track a metric of one name in different branches: their totals belong together
-    where their kinds agree, else each goes by its path and kind.
+    Nodes in different branches may track metrics of the same name. Their totals are joined where
+    their kinds agree; otherwise each metric is named after its path and kind.
     """
     lanes = [
         lane["tracked"]
@@ -369,17 +356,17 @@ def _metrics(run_state: RunState) -> tuple[dict[int, _Summaries], _Summaries, di
             kinds.setdefault(name, set()).add(totals.kind)
     by_source: dict[int, dict[str, Totals]] = {}
     for (path, source), named in sorted(tracked.items()):
-        told = {
+        renamed = {
             name if len(kinds[name]) == 1 else f"{name} ({path}, {totals.kind})": totals
             for name, totals in named.items()
         }
-        by_source[source] = merge_totals(by_source.get(source, {}), told)
+        by_source[source] = merge_totals(by_source.get(source, {}), renamed)
     whole: dict[str, Totals] = {}
-    for told in by_source.values():
-        whole = merge_totals(whole, told)
+    for totals_by_name in by_source.values():
+        whole = merge_totals(whole, totals_by_name)
     summaries = {
-        source: {name: told[name].summary() for name in sorted(told)}
-        for source, told in by_source.items()
+        source: {name: by_name[name].summary() for name in sorted(by_name)}
+        for source, by_name in by_source.items()
     }
     names = sorted(whole)
     return (
@@ -398,7 +385,7 @@ def _lengths(spec: State) -> list[Any]:
 
 
 def _html(progress: Progress) -> str:
-    """A progress table."""
+    """The tables of a progress as HTML."""
     tables = [
         (progress.rows(), 1, False),
         (progress.metric_rows(), 2, False),

@@ -1,48 +1,4 @@
-"""The canonical state of a run: its format, how ranks' states merge, and how two pipelines differ; `save` and `load`.
-
-    {
-      "midstream": 1,            version of this format
-      "fingerprint": "...",      hash of "spec"
-      "spec": "{...}",           the pipeline as data: nodes, names, seeds, weights, lengths (a string: nothing to copy)
-      "epoch": 2,                the epoch in progress (or the next to start)
-      "batches": 96,             batches of the epoch that were delivered, over all ranks in step with this one
-      "steps_done": 48,          batches of the epoch that a rank handed out
-      "num_lanes": 48,           fixed for the run
-      "rest": "",                what the epoch has left, where it began with another batch size or mix (see rest.py)
-      "edits": "",               weights that were changed on the way (see edits.py)
-      "excluded": "",            samples that are left out: {"web": [[epoch, row, part], ...]} as JSON
-      "lanes": {"0000": "...", ...}
-    }
-
-A rank's state holds the lanes l = rank (mod world size); a merged state holds all. Each lane is one
-string, empty before it has anything to say, else a JSON object; its entries, of which all but
-"samples" may be missing:
-
-    "samples", "rows": [..]     delivered over the whole run, by source (as numbered in "spec"); no "rows" where they are equal
-    "tokens": [..]              the same for tokens, where the pipeline packs them
-    "events"                    {"filtered": {"7": 12, "3|1": 4}, ...}: dropped and failed over the whole run, by number of the
-                                node (see _paths.py) and source
-    "at"                        [epoch, batches, steps_done, finished]: where the rank stood that saved this as its first lane;
-                                finished: 1 when it had come to its end of the epoch, and others
-                                perhaps had not
-    "tracked"                   {path: {source: {metric: [...]}}}: totals of what is tracked (see metrics.py), of the whole
-                                rank, in its first lane
-    "told": [batch, errors]     random access: errors of a batch that were raised already
-    "ahead": [[first, stride, count], ...]  random access: batches that are done though they are not below "batches"
-    "lane"                      streams: {"epoch", "rounds", "done", "state", "marks"}: the lane's epoch (an earlier one than
-                                the run's when something was left over), batches made in it, whether
-                                it ended, the nodes' state, and up to where events were counted, by
-                                number of the node; "dealt": the batch size by which rows were dealt
-                                to lanes, where it is not this one; "edits": where in the lane
-                                weights were changed
-    "crc"                       check number of the text before it
-
-Random access needs "batches" alone to go on, and what is "ahead" where a rank lost whole batches;
-streams need their lanes.
-
-Several checkpointers keep one value of the numbers outside the lanes, an arbitrary rank's. So where
-the ranks stood is told by "at", and ranks at different steps are noticed.
-"""
+"""RunState: a state checked and decoded. `midstream.checkpoint` describes the format."""
 
 from __future__ import annotations
 
@@ -50,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from midstream.checkpoint.changes import Changes, decode_changes, is_count
 from midstream.checkpoint.spec import Paths
 from midstream.common.plain_state import FORMAT, State, decode, digest, unseal
 from midstream.errors import CheckpointError
@@ -69,18 +26,27 @@ _KEYS: dict[str, type] = {
 
 _MAX_LANES = 1 << 24
 
+_MAX_DONE_EARLY = 10_000_000
+
 
 class RunState:
-    """A checked state.
+    """The state of a run or of one of its ranks, checked and decoded.
 
     Attributes:
-        lanes: The decoded lanes by number; None where a lane has nothing to say yet.
-        told: Errors raised already, by batch number.
-        ahead: Batches from `batches` on that are done.
-        over: Whether all ranks had come to the end of the epoch that they were saved in: this is
-            the start of the next.
-        finished: Whether that is true of the one rank whose state this is, and nothing is known of
-        the others.
+        fingerprint: Hash of the pipeline.
+        spec: The pipeline as data.
+        epoch: The epoch in progress, or the next to start.
+        batches: Batches of the epoch that were delivered, over all ranks.
+        steps_done: Batches of the epoch that each rank handed out.
+        num_lanes: Lanes of the run.
+        changes: Changed weights, excluded samples, rows delivered by another pipeline.
+        lanes: The decoded lanes by number; None where nothing was recorded yet.
+        raised: Errors that were raised already, by batch number.
+        done_early: Batches from ``batches`` on that are done, in order.
+        over: Whether all ranks had reached the end of the epoch in which they were saved; then the
+            position is the start of the next.
+        finished: Whether the one rank of this state had reached it, and the state does not say
+            whether the others had.
     """
 
     def __init__(self, state: dict[str, State]) -> None:
@@ -90,45 +56,49 @@ class RunState:
         self.batches: int = state["batches"]
         self.steps_done: int = state["steps_done"]
         self.num_lanes: int = state["num_lanes"]
-        self.rest: str = state["rest"]
-        self.edits: str = _edits(state.get("edits", ""))
-        self.excluded: str = _excluded(state.get("excluded", ""))
+        self.changes: Changes = decode_changes(state)
         paths = Paths(self.spec)
         self.lanes: dict[int, dict[str, Any] | None] = {
             int(key): decode_lane(key, value, paths) for key, value in state["lanes"].items()
         }
-        spoken = [lane for lane in self.lanes.values() if lane is not None]
+        recorded = [lane for lane in self.lanes.values() if lane is not None]
         self.finished = False
-        self.over = self._agree([lane["at"] for lane in spoken if "at" in lane])
+        self.over = self._take_position([lane["at"] for lane in recorded if "at" in lane])
         if self.over:
-            for lane in spoken:
+            for lane in recorded:
                 for name in ("lane", "told", "ahead"):
                     lane.pop(name, None)
-        self.told: dict[int, int] = dict(lane["told"] for lane in spoken if "told" in lane)
-        self.ahead: list[int] = sorted(
+        self.raised: dict[int, int] = dict(lane["told"] for lane in recorded if "told" in lane)
+        self.done_early: list[int] = sorted(
             number
-            for lane in spoken
+            for lane in recorded
             for first, stride, count in lane.get("ahead", ())
             for number in range(first, first + stride * count, stride)
             if number >= self.batches
         )
-        for lane in spoken:
+        for lane in recorded:
             if "lane" in lane and lane["lane"]["epoch"] > self.epoch:
                 raise CheckpointError(
                     f"this state is damaged: a lane is in epoch {lane['lane']['epoch']}, the run in"
                     f" {self.epoch}"
                 )
 
-    def _agree(self, marks: list[list[int]]) -> bool:
-        """Take the position from where the ranks say they stood; True when that is the start of the next epoch.
+    def _take_position(self, recorded: list[list[int]]) -> bool:
+        """Set the position from those that the ranks recorded in their lanes ("at").
 
-        Ranks that save after the same step stand at the same place, but for those that had come to
-        their end of the epoch before the others. When all had, the next epoch begins.
+        Ranks that save after the same step record the same position, except those that had reached
+        their end of the epoch before. When all had, the position is the start of the next epoch.
+
+        Returns:
+            Whether it is.
+
+        Raises:
+            CheckpointError: If the ranks were saved at different steps.
         """
-        if not marks:
+        if not recorded:
             return False
-        running = sorted({tuple(mark[:3]) for mark in marks if not mark[3]})
-        ended = sorted({tuple(mark[:3]) for mark in marks if mark[3]})
+        running = sorted({tuple(position[:3]) for position in recorded if not position[3]})
+        ended = sorted({tuple(position[:3]) for position in recorded if position[3]})
         here = (self.epoch, self.batches, self.steps_done)
         all_ended = bool(ended) and running in ([], [(ended[0][0] + 1, 0, 0)])
         whole = bool(running) or len(self.lanes) == self.num_lanes
@@ -142,30 +112,30 @@ class RunState:
             fits = len(running) == 1 and all(
                 end[0] == agreed[0] and end[2] <= agreed[2] for end in ended
             )
-        # A rank that had come to its end and saves right after a load knows where the others stood:
-        # at a later step.
+        # A rank at its end of the epoch that saves right after a load has the position of the other
+        # ranks, at a later step, outside its lanes.
         later = self.finished and here[0] == agreed[0] and here[2] >= agreed[2]
         if not fits or not (later or here in (agreed, *running, *ended)):
-            places = sorted({*running, *ended, here})
+            positions = sorted({*running, *ended, here})
             shown = "; ".join(
                 f"epoch {epoch}, step {step} (batch {batches})"
-                for epoch, batches, step in places[:4]
+                for epoch, batches, step in positions[:4]
             )
             raise CheckpointError(
-                f"the ranks were saved at different steps: {shown}. Save all after the same one,"
-                " with loader.state_at(step) of the smallest; ranks whose epochs end at different"
-                " steps are kept together by sync_end=True."
+                f"the ranks were saved at different steps: {shown}. Save all ranks after the same"
+                " step, with loader.state_at(step) of the smallest; with sync_end=True the epochs"
+                " of all ranks end at the same step."
             )
         self.epoch, self.batches, self.steps_done = agreed
-        self.rest = "" if over else self.rest
+        self.changes = self.changes.lasting if over else self.changes
         return over
 
 
 def parse(state: Any) -> RunState:
-    """Check a state of a loader (one rank's, or merged).
+    """Check and decode a state of a loader: one rank's, or a merged one.
 
     Raises:
-        CheckpointError: If it is not one, or of an unknown version.
+        CheckpointError: If it is no such state, is damaged, or has another version.
     """
     if not isinstance(state, dict):
         raise CheckpointError(
@@ -181,39 +151,8 @@ def parse(state: Any) -> RunState:
         raise CheckpointError(
             f"this state has format {state['midstream']!r}; this midstream reads format {FORMAT}"
         )
-    for key, kind in _KEYS.items():
-        if key not in state:
-            raise CheckpointError(f"this state is incomplete: the key {key!r} is missing")
-        if type(state[key]) is not kind:
-            raise CheckpointError(
-                f"this state is damaged: {key!r} is a {kind.__name__}; found"
-                f" {type(state[key]).__name__}"
-            )
-        if kind is int and not 0 <= state[key] < 1 << 62:
-            raise CheckpointError(
-                f"this state is damaged: {key!r} is not negative and below 2**62; found"
-                f" {state[key]}"
-            )
-    num_lanes = state["num_lanes"]
-    if not 1 <= num_lanes <= _MAX_LANES:
-        raise CheckpointError(
-            f"this state is damaged: num_lanes is in [1, 2**24]; found {num_lanes}"
-        )
-    for key, value in state["lanes"].items():
-        if (
-            type(key) is not str
-            or not key.isdecimal()
-            or not key.isascii()
-            or not _is_lane(key, num_lanes)
-        ):
-            raise CheckpointError(
-                f"this state is damaged: lanes are numbered '0000' to '{num_lanes - 1:04d}'; found"
-                f" {key!r:.40}"
-            )
-        if type(value) is not str:
-            raise CheckpointError(
-                f"this state is damaged: lane {key} is a string; found {type(value).__name__}"
-            )
+    _require_entries(state)
+    _require_lanes(state["lanes"], state["num_lanes"])
     if not state["spec"].startswith('{"'):
         raise CheckpointError(
             f"this state is damaged: its spec is no JSON object: {state['spec']!r:.60}"
@@ -232,105 +171,99 @@ def parse(state: Any) -> RunState:
     )
 
 
-def _edits(text: Any) -> str:
-    """The weights that were changed on the way, if they look it."""
-    try:
-        entries = decode(text) if text else []
-        good = isinstance(text, str) and all(
-            isinstance(entry["mix"], str)
-            and isinstance(entry["weights"], (dict, list))
-            and entry["by"] in ("set_weights", "load_state_dict")
-            and _counts([entry["epoch"], entry["step"]])
-            and (entry["at"] is None or _count(entry["at"]))
-            for entry in entries
-        )
-    except (KeyError, TypeError, ValueError, RecursionError):
-        good = False
-    if not good:
+def _require_entries(state: dict[str, Any]) -> None:
+    for key, kind in _KEYS.items():
+        if key not in state:
+            raise CheckpointError(f"this state is incomplete: the key {key!r} is missing")
+        if type(state[key]) is not kind:
+            raise CheckpointError(
+                f"this state is damaged: {key!r} is a {kind.__name__}; found"
+                f" {type(state[key]).__name__}"
+            )
+        if kind is int and not 0 <= state[key] < 1 << 62:
+            raise CheckpointError(
+                f"this state is damaged: {key!r} is not negative and below 2**62; found"
+                f" {state[key]}"
+            )
+    if not 1 <= state["num_lanes"] <= _MAX_LANES:
         raise CheckpointError(
-            f"this state is damaged: its edits are not what was saved: {text!r:.80}"
+            f"this state is damaged: num_lanes is in [1, 2**24]; found {state['num_lanes']}"
         )
-    return str(text)
 
 
-def _excluded(text: Any) -> str:
-    """The samples that are left out, if they look it."""
-    try:
-        known = decode(text) if text else {}
-        good = isinstance(text, str) and all(
-            isinstance(several, list) and all(_counts(origin, 3) for origin in several)
-            for several in known.values()
-        )
-    except (AttributeError, TypeError, ValueError, RecursionError):
-        good = False
-    if not good:
-        raise CheckpointError(
-            f"this state is damaged: what it excludes is not what was saved: {text!r:.80}"
-        )
-    return str(text)
+def _require_lanes(lanes: dict[Any, Any], num_lanes: int) -> None:
+    for key, value in lanes.items():
+        if type(key) is not str or not _is_lane(key, num_lanes):
+            raise CheckpointError(
+                f"this state is damaged: lanes are numbered '0000' to '{num_lanes - 1:04d}'; found"
+                f" {key!r:.40}"
+            )
+        if type(value) is not str:
+            raise CheckpointError(
+                f"this state is damaged: lane {key} is a string; found {type(value).__name__}"
+            )
 
 
 def _is_lane(key: str, num_lanes: int) -> bool:
-    return len(key) < 12 and int(key) < num_lanes and key == f"{int(key):04d}"
+    if not (key.isdecimal() and key.isascii() and len(key) < 12):
+        return False
+    return int(key) < num_lanes and key == f"{int(key):04d}"
 
 
-_MOST_AHEAD = 10_000_000
+def _are_counts(value: Any, length: int | None = None) -> bool:
+    return isinstance(value, list) and all(map(is_count, value)) and length in (None, len(value))
 
 
-def _count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
-
-
-def _counts(value: Any, length: int | None = None) -> bool:
-    return isinstance(value, list) and all(map(_count, value)) and length in (None, len(value))
-
-
-def _ranges(value: Any) -> bool:
+def _are_ranges(value: Any) -> bool:
     return (
         isinstance(value, list)
         and all(
-            _counts(item, 3) and item[1] > 0 and item[0] + item[1] * item[2] < 1 << 62
+            _are_counts(item, 3) and item[1] > 0 and item[0] + item[1] * item[2] < 1 << 62
             for item in value
         )
-        and sum(item[2] for item in value) <= _MOST_AHEAD
+        and sum(item[2] for item in value) <= _MAX_DONE_EARLY
     )
 
 
-def _run(value: Any) -> bool:
+def _is_lane_position(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and _count(value.get("rounds"))
-        and _count(value.get("epoch"))
+        and is_count(value.get("rounds"))
+        and is_count(value.get("epoch"))
         and type(value.get("done")) is bool
         and "state" in value
         and isinstance(value.get("marks"), dict)
-        and ("dealt" not in value or (_count(value["dealt"]) and value["dealt"] > 0))
-        and ("edits" not in value or _placed(value["edits"]))
+        and ("dealt" not in value or (is_count(value["dealt"]) and value["dealt"] > 0))
+        and ("edits" not in value or _are_weight_places(value["edits"]))
     )
 
 
-def _placed(value: Any) -> bool:
+def _are_weight_places(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(places, list) and all(_counts(place, 3) for place in places)
+        isinstance(places, list) and all(_are_counts(place, 3) for place in places)
         for places in value.values()
     )
 
 
-_PARTS: dict[str, tuple[bool, Callable[[Any], bool]]] = {
-    "samples": (True, _counts),
-    "rows": (False, _counts),
-    "tokens": (False, _counts),
-    "at": (False, lambda mark: _counts(mark, 4)),
+_LANE_ENTRIES: dict[str, tuple[bool, Callable[[Any], bool]]] = {
+    "samples": (True, _are_counts),
+    "rows": (False, _are_counts),
+    "tokens": (False, _are_counts),
+    "at": (False, lambda position: _are_counts(position, 4)),
     "tracked": (False, is_tracked_state),
-    "told": (False, lambda told: _counts(told, 2)),
-    "ahead": (False, _ranges),
-    "lane": (False, _run),
+    "told": (False, lambda raised: _are_counts(raised, 2)),
+    "ahead": (False, _are_ranges),
+    "lane": (False, _is_lane_position),
 }
-"""The entries of a lane: whether it must be there, and what it must look like."""
+"""The entries of a lane: whether each is required, and the check of its value."""
 
 
 def decode_lane(key: str, text: str, paths: Paths) -> dict[str, Any] | None:
-    """A lane, decoded, with nodes by path."""
+    """Decode a lane, with nodes by path; None where nothing was recorded.
+
+    Raises:
+        CheckpointError: If the text is not what `midstream.checkpoint.write.lane_text` made.
+    """
     if not text:
         return None
     try:
@@ -341,8 +274,8 @@ def decode_lane(key: str, text: str, paths: Paths) -> dict[str, Any] | None:
         ) from None
     if not isinstance(lane, dict):
         raise CheckpointError(f"this state is damaged: lane {key} is no JSON object: {text!r:.60}")
-    for name, (needed, good) in _PARTS.items():
-        if not (good(lane[name]) if name in lane else not needed):
+    for name, (required, is_valid) in _LANE_ENTRIES.items():
+        if not (is_valid(lane[name]) if name in lane else not required):
             raise CheckpointError(
                 f"this state is damaged: lane {key} has no valid {name!r}: {lane.get(name)!r:.60}"
             )
@@ -352,7 +285,7 @@ def decode_lane(key: str, text: str, paths: Paths) -> dict[str, Any] | None:
             lane["lane"]["marks"] = paths.marks(lane["lane"]["marks"], lane["lane"]["epoch"])
     except ValueError as error:
         raise CheckpointError(
-            f"this state is damaged: lane {key} counts what its pipeline has not ({error})"
+            f"this state is damaged: lane {key} has counts that do not fit its pipeline ({error})"
         ) from None
     lane.setdefault("rows", lane["samples"].copy())
     return lane

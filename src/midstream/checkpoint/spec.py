@@ -1,6 +1,7 @@
-"""Nodes by number: what a checkpoint calls them, so that it costs nothing how long names are.
+"""The pipeline as data: paths and numbers of its nodes, and names of its sources.
 
-Nodes are numbered from the root down, inputs in the order of their names; the paths are those of
+A checkpoint names nodes by number, so its size does not depend on the length of names. Nodes are
+numbered from the root down, inputs in the order of their names. The paths are those of
 `midstream.pipeline.node.bind`.
 """
 
@@ -12,16 +13,16 @@ from typing import Any, NamedTuple
 from midstream.common.plain_state import State
 from midstream.pipeline.node import unique_labels
 
-__all__ = ["Node", "Paths", "walk"]
+__all__ = ["Paths", "SpecNode", "short_value", "source_names", "walk"]
 
 
-class Node(NamedTuple):
-    """A node of a pipeline that is there as data only.
+class SpecNode(NamedTuple):
+    """A node of a pipeline's spec.
 
     Attributes:
-        path: As its place has it.
-        spec: Of the node, with what is below it.
-        sources: Indices of the sources below it, or its own.
+        path: As `midstream.pipeline.node.BoundNode` has it.
+        spec: Of the node and the nodes below it.
+        sources: Indices of the sources below it; of a source its own.
     """
 
     path: str
@@ -29,11 +30,14 @@ class Node(NamedTuple):
     sources: range
 
 
-def walk(spec: Mapping[str, Any], prefix: tuple[str, ...] = (), first: int = 0) -> Iterator[Node]:
+def walk(
+    spec: Mapping[str, Any], prefix: tuple[str, ...] = (), first: int = 0
+) -> Iterator[SpecNode]:
     """All nodes of a pipeline's spec, from the root down.
 
     >>> import midstream as ms
-    >>> mix = ms.interleave({"b": ms.from_dataset("xy"), "a": ms.from_dataset("xyz").shuffle(1).shuffle(2)})
+    >>> shuffled = ms.from_dataset("xyz").shuffle(1).shuffle(2)
+    >>> mix = ms.interleave({"b": ms.from_dataset("xy"), "a": shuffled})
     >>> [(node.path, list(node.sources)) for node in walk(mix.batch(2).spec())][1:4]
     [('interleave', [0, 1]), ('a/shuffle#2', [0]), ('a/shuffle', [0])]
     """
@@ -48,16 +52,27 @@ def walk(spec: Mapping[str, Any], prefix: tuple[str, ...] = (), first: int = 0) 
     chain.reverse()
     labels = unique_labels(str(node.get("label", node["node"])) for node in chain)
     sources = range(first, after + ("name" in chain[0]))
-    here = [Node("/".join((*prefix, label)), node, sources) for node, label in zip(chain, labels)]
+    here = [
+        SpecNode("/".join((*prefix, label)), node, sources) for node, label in zip(chain, labels)
+    ]
     yield from reversed(here)
     yield from below
 
 
-class Paths:
-    """Writes what is counted by path by number, and reads it back.
+def source_names(spec: State) -> list[str]:
+    """Names of the sources of a pipeline, as a checkpoint numbers them."""
+    if "name" in spec:
+        return [spec["name"]]
+    return [
+        name for _, child in sorted(spec.get("inputs", {}).items()) for name in source_names(child)
+    ]
 
-    What is of no node of the pipeline (a source that was removed, a node that only ran for a while)
-    keeps its path, behind a slash.
+
+class Paths:
+    """Converts counts and marks between node paths and node numbers.
+
+    A path that the pipeline does not have (of a removed source, or of a node that ran for a while)
+    is kept as it is, behind a slash.
     """
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
@@ -68,8 +83,9 @@ class Paths:
         self._short: dict[str, tuple[str, str]] = {}
 
     def short_events(self, events: Mapping[str, int]) -> dict[str, State]:
-        """``{"kind|path|source": n}`` as ``{kind: {"number|source": n}}``; the source is left out
-        where a node has one.
+        """Convert ``{"kind|path|source": n}`` to ``{kind: {"number|source": n}}``.
+
+        The source is omitted where the node has only one.
         """
         packed: dict[str, dict[str, int]] = {}
         for key, count in events.items():
@@ -92,7 +108,7 @@ class Paths:
         """The inverse of `short_events`.
 
         Raises:
-            ValueError: If it is not what that gave.
+            ValueError: If ``packed`` cannot be its result.
         """
         events: dict[str, int] = {}
         try:
@@ -120,7 +136,7 @@ class Paths:
         return events
 
     def short_mark(self, mark: str) -> str:
-        """A node's path, perhaps with a word behind it, by its number."""
+        """A mark, which is a path or "path word", with the node's number in place of the path."""
         number = self.numbers.get(mark)
         if number is not None:
             return str(number)
@@ -129,14 +145,14 @@ class Paths:
         return f"/{mark}" if number is None or "/" in word else f"{number} {word}"
 
     def short_marks(self, marks: Mapping[str, list[int]], epoch: int) -> dict[str, State]:
-        """``{path: [pass, number]}`` by number; the pass is left out where it is the epoch."""
+        """Convert ``{path: [pass, count]}`` to node numbers; see `short_value` for the values."""
         return {self.short_mark(mark): short_value(value, epoch) for mark, value in marks.items()}
 
     def marks(self, packed: Any, epoch: int) -> dict[str, list[int]]:
         """The inverse of `short_marks`.
 
         Raises:
-            ValueError: If it is not what that gave.
+            ValueError: If ``packed`` cannot be its result.
         """
         marks: dict[str, list[int]] = {}
         try:
@@ -156,7 +172,7 @@ class Paths:
 
 
 def short_value(value: list[int], epoch: int) -> State:
-    """A mark's pass and number; the number alone where the pass is the epoch."""
+    """A mark's ``[pass, count]``; the count alone where the pass is the epoch."""
     return value[1] if value[0] == epoch else value
 
 

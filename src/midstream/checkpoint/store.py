@@ -1,19 +1,24 @@
-"""A run's checkpoints in a folder or behind a URL: committed whole or not at all, whenever a process is killed.
+"""save, load, latest: checkpoints in a folder or behind a URL, committed whole or not at all.
 
     <root>/step-000000001200/
-        rank-00000-of-00002-<lineage>-<hash>.json     {"rank", "world_size", "state_file", "loader": the rank's state}
+        rank-00000-of-00002-<lineage>-<hash>.json   {"rank", "world_size", "state_file", "loader"}:
+                                                    "loader" is the state of the rank
         rank-00001-of-00002-<lineage>-<hash>.json
-        state-<hash>.pt                               what `save` was given as ``state`` on rank 0
-        checkpoint.json                               written last: {"midstream_checkpoint": 1, "files": {name: hash}, ...}
+        state-<hash>.pt                             the argument ``state`` of `save` on rank 0
+        checkpoint.json                             the marker, written last:
+                                                    {"midstream_checkpoint": 1, "world_size": 2,
+                                                    "files": [names of the files above]}
 
-Ranks do not wait for each other: each writes its file, and whoever then sees the files of all ranks
-writes the marker. A file's name holds the hash of its content, so nothing is ever written over; and
-its lineage (where this attempt of the run was resumed, and on how many ranks), so that what a dead
-attempt left is never taken for a part of another. What a dead attempt of the same lineage left may
-be: it is the same step of the same run.
+Ranks do not wait for each other. Each writes its file; the rank that then finds the files of all
+ranks writes the marker. A process may be killed at any moment.
 
-Locally a file is written under another name, synced, renamed, and its folder synced. Elsewhere
-(fsspec) an object appears whole or not at all.
+The name of a file has the hash of its content, so no file is ever overwritten. It also has the
+lineage of the attempt: where the run was resumed, and on how many ranks. So a file that a dead
+attempt left is never combined with those of another lineage. Files of the same lineage may be
+combined: they are of the same step of the same run.
+
+A local file is written under a temporary name, synced and renamed, and its folder is synced. With
+other fsspec file systems an object appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -50,28 +55,28 @@ def save(
     state: Any = None,
     keep: int | None = None,
 ) -> str:
-    """Save where a loader stands. Every rank calls it after the same training step; no rank waits for another.
+    """Save the position of a loader. Call it on every rank after the same training step.
 
-    The checkpoint counts once the last rank's file is there; until then `latest` gives the one
-    before.
+    No rank waits for another. The checkpoint is committed when the file of the last rank is
+    written; until then `latest` returns the one before.
 
     Args:
-        root: Folder of the run's checkpoints, or a URL that fsspec knows.
+        root: Folder of the run's checkpoints, or a URL that fsspec supports.
         loader: The `DataLoader`.
-        global_step: The training step, the same on all ranks: names the checkpoint ``step-...``.
-            Left out, epoch and step of the loader do, which works where all ranks end their epochs
-            at the same step.
-        step: The batch of the epoch that was trained last, when more were fetched
+        global_step: The training step, the same on all ranks. It names the checkpoint
+            ``step-...``. Without it the loader's epoch and step do, which needs all ranks to end
+            their epochs at the same step.
+        step: The last batch of the epoch that was trained, where more were fetched
             (`DataLoader.state_at`).
-        state: Anything ``torch.save`` can write, the model and the optimizer, say. Written by rank
-            0 under the same marker.
-        keep: How many committed checkpoints to keep, the newest ones; None: all.
+        state: Anything that ``torch.save`` can write, for example model and optimizer. Rank 0
+            writes it under the same marker.
+        keep: Number of committed checkpoints to keep, the newest ones; None keeps all.
 
     Returns:
         Path or URL of the checkpoint.
 
     Raises:
-        ValueError: If ``keep`` is below 1, or a ``global_step`` is needed.
+        ValueError: If ``keep`` is below 1, or ``global_step`` is needed and missing.
 
     >>> import tempfile
     >>> import midstream as ms
@@ -92,8 +97,8 @@ def save(
     if global_step is None:
         if parse(found).finished:
             raise ValueError(
-                "this rank has come to its end of the epoch and others perhaps have not, so epoch"
-                " and step do not name the same checkpoint on all ranks: give global_step, the"
+                "this rank has reached its end of the epoch and other ranks may not have, so epoch"
+                " and step do not name the same checkpoint on all ranks: pass global_step, the"
                 " training step"
             )
         name = f"epoch-{found['epoch']:06d}-batch-{found['steps_done']:012d}"
@@ -117,9 +122,9 @@ def save(
 
 
 def latest(root: str | os.PathLike[str]) -> str | None:
-    """Path or URL of the newest checkpoint that is committed and whole; None where there is none.
+    """Path or URL of the newest committed checkpoint; None if there is none.
 
-    One whose marker is there but whose files are damaged is passed over with a warning.
+    A committed checkpoint with damaged files is skipped with a warning.
     """
     store = _Store(root)
     for name in reversed(store.names()):
@@ -128,7 +133,7 @@ def latest(root: str | os.PathLike[str]) -> str | None:
         try:
             _verified(store, name)
         except CheckpointError as error:
-            warnings.warn(f"{error} Taking the one before.", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{error} Trying the checkpoint before it.", RuntimeWarning, stacklevel=2)
             continue
         return store.full(name)
     return None
@@ -142,21 +147,23 @@ def load(
     weights_only: bool = True,
     map_location: Any = None,
 ) -> Any:
-    """Load a checkpoint of any number of ranks and workers into a loader. Every rank calls it.
+    """Load a checkpoint into a loader. Call it on every rank.
+
+    The numbers of ranks and workers may differ from those at the time of `save`.
 
     Args:
-        path: A checkpoint, or the folder of checkpoints, of which `latest` is taken.
-        loader: The `DataLoader`; None to get the extra state alone.
+        path: A checkpoint, or a folder of checkpoints, of which `latest` is loaded.
+        loader: The `DataLoader`; None to only return the extra state.
         strict: As in `DataLoader.load_state_dict`.
-        weights_only: As in ``torch.load``; False trusts whoever wrote the checkpoint.
+        weights_only: As in ``torch.load``; False runs any code that the checkpoint contains.
         map_location: As in ``torch.load``.
 
     Returns:
-        What `save` was given as ``state`` on rank 0; None if nothing.
+        The argument ``state`` of `save` on rank 0; None if it had none.
 
     Raises:
-        CheckpointError: If there is none, or it is damaged, incomplete, or of another pipeline.
-        Nothing was loaded.
+        CheckpointError: If there is no checkpoint, or it is damaged, incomplete, or of another
+            pipeline. Then nothing was loaded.
     """
     _, bodies, extra = _read(path)
     if loader is not None:
@@ -167,28 +174,31 @@ def load(
 
 
 def states(path: str | os.PathLike[str]) -> tuple[str, list[Any]]:
-    """The states of all ranks in a checkpoint, and where it is, without a loader: for looking at it.
+    """Read the states of all ranks without a loader.
 
     Args:
         path: As in `load`.
 
+    Returns:
+        Path or URL of the checkpoint, and the states.
+
     Raises:
-        CheckpointError: If there is none, or it is damaged.
+        CheckpointError: If there is no checkpoint, or it is damaged.
     """
-    where, bodies, _ = _read(path)
-    return where, [body.get("loader") for body in bodies]
+    found, bodies, _ = _read(path)
+    return found, [body.get("loader") for body in bodies]
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[str, list[dict[str, Any]], list[bytes]]:
-    """Where a checkpoint is, its ranks' files, and what else was saved, as bytes."""
+    """Path of a checkpoint, decoded files of its ranks, and the extra state as bytes, if any."""
     path = os.fspath(path)
     root, _, name = path.rstrip("/").rpartition("/")
     if _FOLDER.fullmatch(name) is None:
         newest = latest(path)
         if newest is None:
             raise CheckpointError(
-                f"there is no committed checkpoint in {path}. Ask midstream.checkpoint.latest(...)"
-                " first where a run may be a new one."
+                f"there is no committed checkpoint in {path}. Where a run may be new, check"
+                " midstream.checkpoint.latest(...) first: it returns None."
             )
         root, _, name = newest.rpartition("/")
     store = _Store(root or ".")
@@ -220,7 +230,7 @@ class _Store:
         return "/".join([self.root.rstrip("/"), *parts])
 
     def names(self, *parts: str) -> list[str]:
-        """What is in a folder, sorted; nothing where there is none."""
+        """Names in a folder, sorted; empty if there is no such folder."""
         self.files.invalidate_cache()
         try:
             found = self.files.ls(self.path(*parts), detail=False)
@@ -240,7 +250,7 @@ class _Store:
         return bytes(self.files.cat_file(self.path(*parts)))
 
     def write(self, folder: str, pattern: str, data: bytes) -> str:
-        """Write a file whole or not at all; its hash goes into its name. Returns the name."""
+        """Write a file whole or not at all; returns its name, the pattern with the data's hash."""
         name = pattern.format(_hash(data))
         path = self.path(folder, name)
         if not self.local:
@@ -250,15 +260,16 @@ class _Store:
         return name
 
     def remove(self, *parts: str) -> None:
-        """Remove a file that another rank may be removing as well."""
+        """Remove a file, which another rank may be removing at the same time."""
         try:
             self.files.rm_file(self.path(*parts))
         except FileNotFoundError:
             pass
 
     def remove_folder(self, name: str) -> None:
-        """Marker first, so that what is half removed is no checkpoint. Other ranks may be at it as
-        well.
+        """Remove a checkpoint, its marker first: a half-removed checkpoint is not committed.
+
+        Other ranks may be removing it at the same time.
         """
         self.remove(name, _MARKER)
         if self.local:
@@ -275,8 +286,9 @@ class _Store:
 
 
 def write_whole(path: str, data: bytes) -> None:
-    """Write a local file whole or not at all, whenever the process is killed: another name, synced,
-    renamed, folder synced.
+    """Write a local file whole or not at all, even if the process is killed.
+
+    The file is written under a temporary name, synced and renamed; then its folder is synced.
     """
     folder = os.path.dirname(path) or "."
     temporary = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
@@ -309,7 +321,7 @@ def _json(value: Any) -> bytes:
 
 
 def _commit(store: _Store, name: str, mine: str, ranks: int, lineage: str) -> bool:
-    """Write the marker if the files of all ranks are there."""
+    """Write the marker if the files of all ranks exist. Returns whether they do."""
     found: dict[int, str] = {}
     for file in store.names(name):
         match = _RANK.fullmatch(file)
@@ -326,8 +338,9 @@ def _commit(store: _Store, name: str, mine: str, ranks: int, lineage: str) -> bo
 
 
 def _prune(store: _Store, newest: str, keep: int) -> None:
-    """Remove what is older than the last ``keep`` committed checkpoints, and what was never
-    committed before them.
+    """Remove all checkpoints before ``newest`` but the last ``keep - 1`` committed ones.
+
+    Checkpoints that were never committed are removed too.
     """
     older = [name for name in store.names() if _FOLDER.fullmatch(name) and name < newest]
     committed = [name for name in older if store.exists(name, _MARKER)]
@@ -348,10 +361,13 @@ def _parsed(name: str, file: str, data: bytes) -> dict[str, Any]:
 
 
 def _verified(store: _Store, name: str) -> dict[str, bytes]:
-    """The content of all files of a checkpoint.
+    """Read all files of a checkpoint and compare them with their hashes.
+
+    Returns:
+        Their contents by file name.
 
     Raises:
-        CheckpointError: If it is not committed, or a file is missing or is not what was written.
+        CheckpointError: If the checkpoint is not committed, or a file is missing or damaged.
     """
     if not store.exists(name, _MARKER):
         raise CheckpointError(
@@ -369,9 +385,8 @@ def _verified(store: _Store, name: str) -> dict[str, bytes]:
         if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
             raise CheckpointError(f"{name}/{_MARKER} is damaged: it lists no files: {files!r:.60}.")
         found = [match for match in map(_RANK.fullmatch, files) if match]
-        whole = (
-            type(ranks) is int and ranks == len(found) > 0
-        )  # compared first: a damaged number may be of any size
+        # The count is compared first: a damaged number may be of any size.
+        whole = type(ranks) is int and ranks == len(found) > 0
         if not whole or sorted(int(match[1]) for match in found) != list(range(len(found))):
             raise CheckpointError(
                 f"{name}/{_MARKER} is damaged: it lists the files of {len(found)} of {ranks!r:.20}"
@@ -381,7 +396,7 @@ def _verified(store: _Store, name: str) -> dict[str, bytes]:
         for file in files:
             if not re.fullmatch(r"(rank|state)-[\w-]+\.(json|pt)", file):
                 raise CheckpointError(
-                    f"{name}/{_MARKER} is damaged: {file!r:.60} is no file of a checkpoint."
+                    f"{name}/{_MARKER} is damaged: {file!r:.60} is no name of a checkpoint file."
                 )
             content[file] = store.read(name, file)
             if _hash(content[file]) != file.rpartition("-")[2].partition(".")[0]:

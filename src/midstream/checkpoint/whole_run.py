@@ -1,6 +1,6 @@
-"""One state for the whole job: the states of all ranks, gathered and merged on every one of them.
+"""WholeRun: one state for all ranks, gathered and merged on each of them.
 
-Lightning, Fabric, Accelerate and transformers keep what one rank saved and give it to all on load.
+Lightning, Fabric, Accelerate and transformers save the state of one rank and load it on all.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ __all__ = ["WholeRun", "gather_states"]
 def gather_states(
     states: Callable[[], list[Any]], group: ProcessGroup | None = None
 ) -> list[dict[str, Any]]:
-    """The merged states of all ranks, for each of several loaders: the same on every rank. A collective.
+    """Gather and merge the states of all ranks, for each of several loaders. A collective.
 
     Args:
-        states: Gives this rank's states, one per loader. When it raises, all ranks raise.
-        group: The ranks; all of them when left out.
+        states: Returns this rank's states, one per loader. When it raises, all ranks raise.
+        group: Process group of the ranks; all ranks by default.
+
+    Returns:
+        One merged state per loader, the same on every rank.
 
     Raises:
-        CheckpointError: If a rank has none to give, or they do not fit together.
+        CheckpointError: If ``states`` raised on a rank, or the states cannot be merged.
     """
     if size_of_group(group) == 1:
         return states()
@@ -39,30 +42,33 @@ def gather_states(
     if failed:
         rank, answer = min(failed.items())
         raise CheckpointError(f"rank {rank} has no state to save: {answer}")
-    return [merge_states(_different(parts)) for parts in zip(*found)]
+    return [merge_states(_distinct(parts)) for parts in zip(*found)]
 
 
-def _different(states: Any) -> list[dict[str, Any]]:
-    """One of each: ranks that read the same data (tensor or pipeline parallel) have the same lanes."""
-    different: list[dict[str, Any]] = []
+def _distinct(states: Any) -> list[dict[str, Any]]:
+    """The states without repetitions.
+
+    Ranks that read the same data (tensor or pipeline parallel) have the same lanes.
+    """
+    distinct: list[dict[str, Any]] = []
     for state in states:
-        if not any(state["lanes"] == other["lanes"] for other in different):
-            different.append(state)
-    return different
+        if not any(state["lanes"] == other["lanes"] for other in distinct):
+            distinct.append(state)
+    return distinct
 
 
 class WholeRun:
-    """A loader whose state is that of the whole run, for programs that keep one state for all ranks.
+    """Wraps a loader: its state is that of the whole run. For programs that save one rank's state.
 
         accelerator.register_for_checkpointing(midstream.WholeRun(loader))
         fabric.save(path, {"model": model, "loader": midstream.WholeRun(loader)})
 
-    `state_dict` asks all ranks, so all have to call it, after the same step; any number of ranks
-    can load what it gives.
+    `state_dict` is a collective: all ranks call it, after the same step. Any number of ranks can
+    load its state.
 
     Args:
-        loader: This rank's loader, or what Fabric made of it.
-        group: Process group of the ranks that the data is divided among; all ranks when left out.
+        loader: This rank's loader, or the one that Fabric's ``setup_dataloaders`` returned.
+        group: Process group of the ranks that share the data; all ranks by default.
 
     >>> import midstream as ms
     >>> loader = ms.DataLoader(ms.from_dataset(range(8)), batch_size=2)

@@ -1,4 +1,4 @@
-"""Encodes a run's state."""
+"""Encodes the state of a run. `midstream.checkpoint` describes the format."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from midstream.checkpoint.spec import Paths
 from midstream.common.plain_state import State, copy_plain, encode, seal
 
 
-def leaf_text(lane: Mapping[str, Any], paths: Paths, run: str | None = None) -> str:
-    """What `decode_lane` decodes, of a lane with nodes by path.
+def lane_text(lane: Mapping[str, Any], paths: Paths, position: str | None = None) -> str:
+    """Encode a lane. The inverse of `midstream.checkpoint.read.decode_lane`.
 
     Args:
-        lane: Its entries.
+        lane: Its entries, with nodes by path.
         paths: Of the pipeline.
-        run: Its "lane" with nodes by number, encoded, where that is known already.
+        position: The entry "lane" with nodes by number, where it is encoded already.
     """
-    parts = {name: part for name, part in lane.items() if name not in ("crc", "events", "lane")}
-    if parts["rows"] == parts["samples"]:
-        del parts["rows"]
+    entries = {name: part for name, part in lane.items() if name not in ("crc", "events", "lane")}
+    if entries["rows"] == entries["samples"]:
+        del entries["rows"]
     if lane["events"]:
-        parts["events"] = paths.short_events(lane["events"])
+        entries["events"] = paths.short_events(lane["events"])
     if "lane" in lane:
-        run = encode(encode_run(lane["lane"], paths))
-    body = encode(parts)
-    return seal(f'{body[:-1]},"lane":{run}}}' if run else body)
+        position = encode(with_node_numbers(lane["lane"], paths))
+    body = encode(entries)
+    return seal(f'{body[:-1]},"lane":{position}}}' if position else body)
 
 
-def encode_run(run: Mapping[str, Any], paths: Paths) -> dict[str, State]:
-    """A lane's "lane" with nodes by number."""
-    return {**run, "marks": paths.short_marks(run["marks"], run["epoch"])}
+def with_node_numbers(position: Mapping[str, Any], paths: Paths) -> dict[str, State]:
+    """The entry "lane" of a lane, with nodes by number in place of paths."""
+    return {**position, "marks": paths.short_marks(position["marks"], position["epoch"])}
 
 
 def to_state(run_state: RunState, state: dict[str, State]) -> dict[str, State]:
-    """``state`` with everything that ``run_state`` says, after it was changed."""
+    """A copy of a state with the values of ``run_state``, which was decoded from it and changed."""
     position = [run_state.epoch, run_state.batches, run_state.steps_done]
     lanes, paths = dict.fromkeys(state["lanes"], ""), Paths(run_state.spec)
     for index, lane in run_state.lanes.items():
         if lane is not None:
             if "at" in lane:
                 lane["at"] = [*position, 0]
-            lanes[f"{index:04d}"] = leaf_text(lane, paths)
+            lanes[f"{index:04d}"] = lane_text(lane, paths)
     return {
         **copy_plain({**state, "lanes": {}}),
         "fingerprint": run_state.fingerprint,
@@ -51,8 +51,6 @@ def to_state(run_state: RunState, state: dict[str, State]) -> dict[str, State]:
         "batches": run_state.batches,
         "steps_done": run_state.steps_done,
         "num_lanes": run_state.num_lanes,
-        "rest": run_state.rest,
-        "edits": run_state.edits,
-        "excluded": run_state.excluded,
+        **run_state.changes.texts,
         "lanes": lanes,
     }

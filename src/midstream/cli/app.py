@@ -225,8 +225,9 @@ def diff(
 ) -> None:
     """Show how two checkpoints differ.
 
-    Lists the differences of the pipelines, how far the run came from one
-    checkpoint to the other, and the lanes that are not the same.
+    Lists the differences of the pipelines, of excluded samples and of
+    changed weights, how far the run came from one checkpoint to the
+    other, and the lanes that are not the same.
 
     Exit status: 0 they are the same, 1 they differ, 2 one could not be read.
     """

@@ -1,9 +1,9 @@
-"""Checkpoints to look at: read from anywhere, described, compared, followed. What the command line shows.
+"""Reads, describes, compares and follows checkpoints, for the command line.
 
-read       the state in a folder of `midstream.checkpoint.save`, a JSON file, or a file of ``torch.save``
-describe   what it says
-difference what lies between two
-follow     which rows come next
+read        reads a state from a checkpoint of `midstream.checkpoint.save`, JSON or ``torch.save``
+describe    its content as plain values
+difference  how two states differ
+follow      the rows that come next
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ __all__ = ["describe", "difference", "find", "follow", "loader_for", "read", "sp
 
 
 def find(name: str) -> Any:
-    """What ``module:function`` (or ``file.py:function``) names.
+    """Import the object that ``module:function`` or ``file.py:function`` names.
 
     Raises:
-        ValueError: If there is no such thing, or importing it fails.
+        ValueError: If it does not exist, or the import fails.
     """
-    bound, colon, path = name.partition(":")
-    if not colon or not bound or not path:
+    module, colon, path = name.partition(":")
+    if not colon or not module or not path:
         raise ValueError(f"give module:function, or file.py:function; found {name!r}")
-    if bound.endswith(".py"):
-        file = Path(bound)
+    if module.endswith(".py"):
+        file = Path(module)
         if not file.is_file():
-            raise ValueError(f"there is no file {bound}")
-        folder, bound = str(file.resolve().parent), file.stem
+            raise ValueError(f"there is no file {module}")
+        folder, module = str(file.resolve().parent), file.stem
     else:
         folder = os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        found = importlib.import_module(bound)
+        found = importlib.import_module(module)
     except Exception as error:
-        raise ValueError(f"importing {bound} failed: {type(error).__name__}: {error}") from error
+        raise ValueError(f"importing {module} failed: {type(error).__name__}: {error}") from error
     for part in path.split("."):
         if not hasattr(found, part):
             names = [
@@ -64,23 +64,23 @@ def find(name: str) -> Any:
                 if not key.startswith("_") and callable(value)
             ]
             raise ValueError(
-                f"{bound} has no {path!r}; it has {', '.join(names[:12]) or 'nothing'}"
+                f"{module} has no {path!r}; it has {', '.join(names[:12]) or 'nothing'}"
             )
         found = getattr(found, part)
     return found
 
 
 def read(path: str, key: str | None = None) -> dict[str, State]:
-    """The state of a run, whole or one rank's part, checked.
+    """Read and check a state: of a whole run, or of one rank.
 
     Args:
-        path: A checkpoint of `midstream.checkpoint.save` or the folder of them (also by URL), a
-            JSON file, or a file of ``torch.save`` (read with ``weights_only``).
-        key: Where in the file the state is, ``trainer.loader`` say; needed only where there are
-            several.
+        path: A checkpoint of `midstream.checkpoint.save` or a folder of them (also by URL), a JSON
+            file, or a file of ``torch.save`` (read with ``weights_only``).
+        key: Path of the state within the file, like ``trainer.loader``; needed only where there
+            are several.
 
     Raises:
-        CheckpointError: If there is none, or it is damaged.
+        CheckpointError: If there is no state, or it is damaged.
     """
     if "://" in path or os.path.isdir(path):
         found: list[Any] = stored_states(path)[1]
@@ -96,8 +96,8 @@ def read(path: str, key: str | None = None) -> dict[str, State]:
                     )
                     raise CheckpointError(f"{path} has no {key!r}: at {part!r} there is {keys}")
                 content = content[part]
-        where = dict(_states_in(content))
-        if not where:
+        by_key = dict(_states_in(content))
+        if not by_key:
             keys = (
                 f"with the keys {sorted(map(str, content))[:12]}"
                 if isinstance(content, dict)
@@ -106,12 +106,13 @@ def read(path: str, key: str | None = None) -> dict[str, State]:
             raise CheckpointError(
                 f"{path} holds no midstream state: found a {type(content).__name__} {keys}".rstrip()
             )
-        places = {bound.rpartition("[")[0] for bound in where}
-        if len(where) > 1 and (len(places) > 1 or ("" in places and not isinstance(content, list))):
+        lists = {each.rpartition("[")[0] for each in by_key}
+        # Several states are those of all ranks when they stand in one list.
+        if len(by_key) > 1 and (len(lists) > 1 or ("" in lists and not isinstance(content, list))):
             raise CheckpointError(
-                f"{path} holds several states: choose one with --key: {', '.join(map(str, where))}"
+                f"{path} holds several states: choose one with --key: {', '.join(by_key)}"
             )
-        found = list(where.values())
+        found = list(by_key.values())
     return merge_states(found) if len(found) > 1 else agreed(found[0])[0]
 
 
@@ -126,15 +127,14 @@ def _content(path: str) -> Any:
             return json.loads(Path(path).read_bytes())
         except (ValueError, RecursionError) as error:
             raise CheckpointError(
-                f"{path} is damaged: it begins as JSON, and is none ({error})"
+                f"{path} is damaged: it begins like JSON, but is not valid JSON ({error})"
             ) from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path} is no file that can be read: it is not JSON, and torch.load(weights_only=True)"
-            " refuses it, which it does to what is no file of torch.save, and to one that holds"
-            " more than tensors and plain values"
+            f"{path} cannot be read: it is not JSON, and torch.load(weights_only=True) refuses it."
+            " Either torch.save did not write it, or it holds more than tensors and plain values"
         ) from None
     except Exception as error:
         raise CheckpointError(
@@ -143,23 +143,23 @@ def _content(path: str) -> Any:
         ) from None
 
 
-def _states_in(value: Any, bound: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """States anywhere inside, with the way to them."""
+def _states_in(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """All states inside a value, each with its key."""
     if depth > 8:
         return
     if isinstance(value, dict):
         if ("midstream" in value and "lanes" in value) or (not depth and "midstream" in value):
-            yield bound, value
+            yield key, value
             return
-        for key, item in value.items():
-            yield from _states_in(item, f"{bound}.{key}" if bound else str(key), depth + 1)
+        for name, item in value.items():
+            yield from _states_in(item, f"{key}.{name}" if key else str(name), depth + 1)
     elif isinstance(value, (list, tuple)) and len(value) <= 100_000:
         for index, item in enumerate(value):
-            yield from _states_in(item, f"{bound}[{index}]", depth + 1)
+            yield from _states_in(item, f"{key}[{index}]", depth + 1)
 
 
 def describe(state: dict[str, State]) -> dict[str, Any]:
-    """What a state says, as plain values."""
+    """The content of a state as plain values."""
     run_state = parse(state)
     lanes = {
         index: {
@@ -206,42 +206,50 @@ def spec_lines(spec: State, name: str = "") -> list[str]:
 
 
 def difference(one: dict[str, State], other: dict[str, State]) -> dict[str, Any]:
-    """What lies between two states: of the same run, say, or of two that should agree.
+    """How two states differ: of the same run, or of two runs that should agree.
 
     Returns:
-        ``same``; ``pipeline``: lines that say how the pipelines differ; ``position``: epoch,
-        batches, ... as pairs; ``progress``: what was counted, as pairs, where it differs;
-        ``lanes``: numbers of the lanes that differ.
+        ``same``: whether they do not; ``pipeline``: how the pipelines differ, a line each;
+        ``changes``: the same for changed weights, excluded samples and an epoch resumed with
+        another batch size or mix; ``position``: epoch, batches, ... as pairs where they differ;
+        ``progress``: counts as pairs where they differ; ``lanes``: numbers of the lanes that
+        differ.
     """
-    a, b = parse(one), parse(other)
-    pairs = {
-        name: [getattr(a, name), getattr(b, name)]
+    first, second = parse(one), parse(other)
+    position = {
+        name: [getattr(first, name), getattr(second, name)]
         for name in ("epoch", "batches", "steps_done", "num_lanes")
-        if getattr(a, name) != getattr(b, name)
+        if getattr(first, name) != getattr(second, name)
     }
-    counted = [progress(state).to_dict() for state in (one, other)]
-    skip = {"epoch", "batches"}
-    names = [name for name in dict.fromkeys(chain(*counted)) if name not in skip]
+    before, after = progress(one).to_dict(), progress(other).to_dict()
     counts = {
-        n: [counted[0].get(n), counted[1].get(n)]
-        for n in names
-        if counted[0].get(n) != counted[1].get(n)
+        name: [before.get(name), after.get(name)]
+        for name in dict.fromkeys(chain(before, after))
+        if name not in ("epoch", "batches") and before.get(name) != after.get(name)
     }
     keys = sorted({*one["lanes"], *other["lanes"]})
     lanes = [key for key in keys if one["lanes"].get(key) != other["lanes"].get(key)]
-    pipeline = diff_specs(a.spec, b.spec) if a.fingerprint != b.fingerprint else []
-    same = not (pairs or counts or lanes or pipeline or a.rest != b.rest)
+    pipeline = (
+        diff_specs(first.spec, second.spec) if first.fingerprint != second.fingerprint else []
+    )
+    changes = first.changes.differences(second.changes)
     return {
-        "same": same,
+        "same": not (position or counts or lanes or pipeline or changes),
         "pipeline": pipeline,
-        "position": pairs,
+        "changes": changes,
+        "position": position,
         "progress": counts,
         "lanes": lanes,
     }
 
 
 def loader_for(target: Any, state: dict[str, State]) -> ms.DataLoader:
-    """The loader that goes on from a state: of a function that makes it, or a dataset batched as the state was.
+    """A loader that continues from a state.
+
+    Args:
+        target: A dataset, or a function that returns a dataset or a loader. A dataset is batched
+            as it was when the state was saved.
+        state: The state.
 
     Raises:
         TypeError: If the target makes no midstream dataset or loader.
@@ -249,10 +257,12 @@ def loader_for(target: Any, state: dict[str, State]) -> ms.DataLoader:
     """
     made = target
     if not isinstance(target, Dataset):
-        takes = inspect.signature(target).parameters
+        parameters = inspect.signature(target).parameters
         values = {"num_workers": 0, "rank": 0, "world_size": 1}
-        every = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-        made = target(**{name: value for name, value in values.items() if every or name in takes})
+        takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        made = target(
+            **{name: value for name, value in values.items() if takes_all or name in parameters}
+        )
     if isinstance(made, Dataset):
         options: dict[str, Any] = {}
         spec = decode(state["spec"])
@@ -263,7 +273,7 @@ def loader_for(target: Any, state: dict[str, State]) -> ms.DataLoader:
         ):
             options = {"batch_size": spec["batch_size"], "drop_last": bool(spec.get("drop_last"))}
             if "collate_fn" in spec:
-                options["collate_fn"] = _named(spec["collate_fn"])
+                options["collate_fn"] = _collate_named(spec["collate_fn"])
         made = ms.DataLoader(made, rank=0, world_size=1, remainder="uneven", **options)
     if not isinstance(made, ms.DataLoader):
         raise TypeError(
@@ -273,9 +283,10 @@ def loader_for(target: Any, state: dict[str, State]) -> ms.DataLoader:
     return made
 
 
-def _named(name: str) -> Any:
-    """A collate function that has the name that was saved: only rows are looked at here, not what
-    is made of them.
+def _collate_named(name: str) -> Any:
+    """A collate function with the name that was saved.
+
+    It returns the samples as they are: only their rows are shown.
     """
     if name == "pad":
         return ms.pad
@@ -288,8 +299,9 @@ def _named(name: str) -> Any:
 
 
 def follow(loader: ms.DataLoader, steps: int) -> Iterator[tuple[int, int, list[Origin] | str]]:
-    """Epoch, batch of the epoch and origins of the batches that come; an error's text where one is
-    raised.
+    """Epoch, batch of the epoch and origins of each of the next batches.
+
+    Where a batch raises, the text of the error in place of the origins.
     """
     left = steps
     while left > 0:

@@ -121,6 +121,8 @@ def show_difference(found: dict[str, Any]) -> None:
         return
     for line in found["pipeline"]:
         console.print(f"pipeline: {line}", markup=False)
+    for line in found["changes"]:
+        console.print(line, markup=False)
     rows = [["", "first", "second", "change"]]
     for name, (before, after) in {**found["position"], **found["progress"]}.items():
         both = before is not None and after is not None
@@ -138,8 +140,6 @@ def show_difference(found: dict[str, Any]) -> None:
         lanes = found["lanes"]
         shown = ", ".join(lanes[:8]) + (f" and {len(lanes) - 8} more" if len(lanes) > 8 else "")
         console.print(f"lanes that differ: {shown}", markup=False)
-    if len(rows) == 1 and not found["pipeline"] and not found["lanes"]:
-        console.print("the changes of the run differ: weights, exclusions, or the rest of an epoch")
 
 
 def _number(value: Any, sign: str = "") -> str:

@@ -19,7 +19,6 @@ import torch
 from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from midstream.changes.weights import lane_edits
 from midstream.checkpoint.progress import Progress, progress
 from midstream.common.tables import MONO
 from midstream.common.validation import require_int
@@ -302,7 +301,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 position.plan(),
                 run.turns(topology, 0),
             )
-            runner.edits = lane_edits(run.edits)
+            runner.edits = run.changes.weights_set()
             self._iterator = None
             pool.renew(self, runner)
         readers = pool.start(self, pipeline.bound, early)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from midstream.checkpoint.read import RunState
-from midstream.checkpoint.write import encode_run
+from midstream.checkpoint.write import with_node_numbers
 from midstream.common.plain_state import encode
 from midstream.distributed.topology import Topology, first_batch
 from midstream.errors import Origin
@@ -166,7 +166,7 @@ class Position:
         self.passed = self._skip_done(0)
         self.most = turns
         if turns is not None and run_state is not None:
-            self.most = turns - self._fewest_done_early(run_state.ahead, turns)
+            self.most = turns - self._fewest_done_early(run_state.done_early, turns)
         self.complete = False
         self.log: deque[Undo] = deque()
         self.log_bytes = 0
@@ -175,9 +175,9 @@ class Position:
 
     def _continue_from(self, run_state: RunState) -> Tracked:
         """Take over lanes and counts of a state; returns the metrics of this rank."""
-        self.all_done_early = run_state.ahead
-        self.done_early = frozenset(n for n in run_state.ahead if self._is_own(n))
-        self.raised_before = dict(run_state.told)
+        self.all_done_early = run_state.done_early
+        self.done_early = frozenset(n for n in run_state.done_early if self._is_own(n))
+        self.raised_before = dict(run_state.raised)
         self.raised = {
             number: errors
             for number, errors in self.raised_before.items()
@@ -192,7 +192,7 @@ class Position:
             again = lane.get("at", [0])[-1] and not run_state.over and not run_state.finished
             self.counts[index] = LaneCounts(self.num_sources, lane).settled(not again)
             if lane.get("lane") is not None:
-                self.states[index] = encode(encode_run(lane["lane"], self.pipeline.paths))
+                self.states[index] = encode(with_node_numbers(lane["lane"], self.pipeline.paths))
                 self.decoded[index] = lane["lane"]
             if "tracked" in lane:
                 tracked.append(decode_tracked(lane["tracked"]))

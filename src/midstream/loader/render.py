@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from midstream.checkpoint.write import leaf_text
+from midstream.checkpoint.write import lane_text
 from midstream.common.plain_state import FORMAT, Fragment, State, decode, encode
 from midstream.loader.counts import LaneCounts
 from midstream.loader.position import Position, Snapshot
@@ -23,12 +23,12 @@ def state_at(position: Position, step: int | None) -> dict[str, Any]:
     """
     at = position.at(step)
     ranks, over = position.topology.world_size, at.complete and position.together
-    epoch, steps, rest = position.epoch, at.steps, position.pipeline.rest
+    epoch, steps, changes = position.epoch, at.steps, position.pipeline.changes
     batches = position.start + (steps - position.first_step) * ranks
     states: Mapping[int, str] = at.states
     extra: dict[int, dict[str, State]] = {}
     if over:
-        epoch, batches, steps, rest = position.epoch + 1, 0, 0, ""
+        epoch, batches, steps, changes = position.epoch + 1, 0, 0, changes.lasting
         states = {}
         if position.keep:
             states = {index: _left_over(position, at.states.get(index)) for index in position.own}
@@ -57,9 +57,7 @@ def state_at(position: Position, step: int | None) -> dict[str, Any]:
         "batches": batches,
         "steps_done": steps,
         "num_lanes": position.num_lanes,
-        "rest": rest,
-        "edits": pipeline.edits,
-        "excluded": pipeline.excluded,
+        **changes.texts,
         "lanes": leaves,
     }
 
@@ -157,7 +155,7 @@ def _leaf(
         return ""
     counts = counts or LaneCounts(position.num_sources)
     entries = {**counts.texts(), "events": counts.events, **(more or {})}
-    return leaf_text(entries, position.pipeline.paths, state)
+    return lane_text(entries, position.pipeline.paths, state)
 
 
 def to_ranges(numbers: list[int]) -> list[list[int]]:

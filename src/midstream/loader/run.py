@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from midstream.changes.adopt import adopt
-from midstream.changes.excluded import excluded_origins, require_excludable, with_origins
-from midstream.changes.running import in_epoch, running
-from midstream.changes.weights import add
+from midstream.changes.excluded import require_excludable, with_excluded
+from midstream.changes.running import running
+from midstream.changes.weights import with_weights
+from midstream.checkpoint.changes import NO_CHANGES, Changes
 from midstream.checkpoint.differences import diff_specs
 from midstream.checkpoint.merge import agreed, merge_states
 from midstream.checkpoint.read import RunState, parse
@@ -70,8 +71,7 @@ class Run:
     Attributes:
         pipeline: The pipeline as it was given.
         running: The pipeline with the changes of this run, and facts about it.
-        edits: Changed weights, encoded as in a checkpoint.
-        excluded: Samples that are left out, likewise.
+        changes: Changed weights and excluded samples, which last beyond the epoch.
         position: The position in the epoch last iterated; None before that.
         loaded: A loaded state that waits for the next ``iter()``, decoded and as plain values.
         next_epoch: The epoch of the next ``iter()``, where no state waits.
@@ -85,7 +85,7 @@ class Run:
 
     def __init__(self, pipeline: Node, settings: Settings, seed_from_torch: bool) -> None:
         self.settings, self.seed_from_torch = settings, seed_from_torch
-        self.edits = self.excluded = ""
+        self.changes = NO_CHANGES
         self._set_pipeline(pipeline)
         self.position: Position | None = None
         self.loaded: tuple[RunState, dict[str, Any]] | None = None
@@ -118,13 +118,13 @@ class Run:
 
     def _set_pipeline(self, pipeline: Node) -> None:
         self.pipeline = pipeline
-        self.running = RunningPipeline(pipeline, "", self.edits, -1, self.excluded)
+        self.running = RunningPipeline(pipeline, self.changes)
 
-    def _running_in(self, rest: str, epoch: int) -> RunningPipeline:
+    def _running_in(self, changes: Changes, epoch: int) -> RunningPipeline:
         """The pipeline that runs in an epoch."""
-        if not rest and not in_epoch(self.edits, epoch):
+        if changes.adopted is None and not changes.weights_changed_in(epoch):
             return self.running
-        return RunningPipeline(self.pipeline, rest, self.edits, epoch, self.excluded)
+        return RunningPipeline(self.pipeline, changes, epoch)
 
     def topology(self) -> Topology:
         """Ranks and workers now."""
@@ -220,7 +220,7 @@ class Run:
             return position.first_step + position.turns
         if position is None and self.loaded is not None:
             run_state = self.loaded[0]
-            pipeline = self._running_in(run_state.rest, self.epoch)
+            pipeline = self._running_in(run_state.changes, self.epoch)
             turns = self.turns(topology, run_state.batches, pipeline)
             if turns is not None and not run_state.finished:
                 return run_state.steps_done + turns
@@ -302,7 +302,7 @@ class Run:
             epoch: The epoch.
             before: The position whose counts and metrics continue.
         """
-        pipeline = self._running_in("", epoch)
+        pipeline = self._running_in(self.changes, epoch)
         return Position(
             pipeline,
             topology,
@@ -318,7 +318,7 @@ class Run:
 
     def _position_of(self, topology: Topology, run_state: RunState) -> Position:
         """The position that a checked state describes."""
-        start, pipeline = run_state.batches, self._running_in(run_state.rest, run_state.epoch)
+        start, pipeline = run_state.batches, self._running_in(run_state.changes, run_state.epoch)
         return Position(
             pipeline,
             topology,
@@ -425,12 +425,11 @@ class Run:
         if run_state.fingerprint != describe.fingerprint(pipeline):
             merged = self._adopt(run_state, merged, pipeline, strict)
         # Raises before anything is changed.
-        running(pipeline, run_state.rest, run_state.edits, run_state.epoch, run_state.excluded)
+        running(pipeline, run_state.changes, run_state.epoch)
         topology = self.topology()
         check_lanes(run_state, topology, self.settings, self.pipeline)
-        changes = (run_state.edits, run_state.excluded)
-        if pipeline is not self.pipeline or changes != (self.edits, self.excluded):
-            self.edits, self.excluded = changes
+        if pipeline is not self.pipeline or run_state.changes.lasting != self.changes:
+            self.changes = run_state.changes.lasting
             self._set_pipeline(pipeline)
         if pipeline.random_access and run_state.num_lanes < topology.world_size:
             # Here lanes only keep counts, and every rank needs one.
@@ -481,17 +480,17 @@ class Run:
     def set_weights(self, mix: str, weights: Mapping[str, float]) -> None:
         """See `DataLoader.set_weights`."""
         merged, run_state = agreed(self.state_dict())
-        running_now = self._running_in(run_state.rest, run_state.epoch + run_state.finished)
-        run_state.edits = merged["edits"] = add(run_state, running_now.bound, mix, weights)
+        running_now = self._running_in(run_state.changes, run_state.epoch + run_state.finished)
+        run_state.changes = with_weights(run_state, running_now.bound, mix, weights)
+        merged.update(run_state.changes.texts)
         self._continue_from(run_state, merged)
 
     def exclude(self, origins: Iterable[Any]) -> bool:
         """See `DataLoader.exclude`. Whether it changed anything."""
         merged, run_state = agreed(self.state_dict())
-        run_state.excluded = merged["excluded"] = with_origins(
-            run_state.excluded, origins, self.running.names
-        )
-        if run_state.excluded == self.excluded:
+        run_state.changes = with_excluded(run_state.changes, origins, self.running.names)
+        merged.update(run_state.changes.texts)
+        if run_state.changes.excluded == self.changes.excluded:
             return False
         require_excludable(self.pipeline)
         self._continue_from(run_state, merged)
@@ -500,13 +499,13 @@ class Run:
     @property
     def excluded_origins(self) -> list[Origin]:
         """The samples that are left out."""
-        loaded = self.loaded
-        return excluded_origins(loaded[0].excluded if loaded is not None else self.excluded)
+        changes = self.loaded[0].changes if self.loaded is not None else self.changes
+        return list(changes.excluded)
 
     def _continue_from(self, run_state: RunState, merged: dict[str, Any]) -> None:
         """Read anew from a changed state of where the run stands; so does the iterator in use."""
         over = self.position is not None and self.position.complete and self.loaded is None
-        self.edits, self.excluded = run_state.edits, run_state.excluded
+        self.changes = run_state.changes.lasting
         self._set_pipeline(self.pipeline)
         if not over and self.active is not None:
             self.active, self.renewed = None, self.active

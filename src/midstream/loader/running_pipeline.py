@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from midstream.changes.running import running
+from midstream.checkpoint.changes import NO_CHANGES, Changes
 from midstream.checkpoint.spec import Paths
 from midstream.common.plain_state import decode, encode
 from midstream.nodes.batch import Batch
@@ -17,10 +18,8 @@ class RunningPipeline:
 
     Args:
         given: The pipeline as the loader was given it.
-        rest: What is left of the epoch, where it began with another pipeline.
-        edits: Changed weights.
+        changes: The changes of the run.
         epoch: The epoch; -1 for any epoch in which no weights were changed midway.
-        excluded: Samples that are left out.
 
     Attributes:
         node: The pipeline that runs.
@@ -28,11 +27,9 @@ class RunningPipeline:
         names: The names of its sources.
     """
 
-    def __init__(
-        self, given: Node, rest: str = "", edits: str = "", epoch: int = -1, excluded: str = ""
-    ) -> None:
-        self.given, self.rest, self.edits, self.excluded = given, rest, edits, excluded
-        self.node = running(given, rest, edits, epoch, excluded)
+    def __init__(self, given: Node, changes: Changes = NO_CHANGES, epoch: int = -1) -> None:
+        self.given, self.changes = given, changes
+        self.node = running(given, changes, epoch)
         self.bound = bind(self.node)
         self.names = self.bound.names
 

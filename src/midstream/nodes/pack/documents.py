@@ -125,7 +125,7 @@ class DocumentReader:
 
         Ends before the first document that is empty, or that is too long and not to be split. None
         where there is no such document, or the token ids are no column of integers. The cursor does
-        not move: call ``cursor.pass_by`` for those that were taken.
+        not move: call ``cursor.advance`` for those that were taken.
         """
         found = cursor.ready_columns()
         if found is None or self.options.key not in found[0].names:
