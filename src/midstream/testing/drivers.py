@@ -102,7 +102,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """How a target's loaders are made and read; the same in every process of a check.
+    """Settings for making and reading a target's loaders, the same in every process of a check.
 
     Attributes:
         epochs: Number of epochs to read.
