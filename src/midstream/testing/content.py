@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["digest", "name_samples", "plain", "some"]
+__all__ = ["digest", "first_names", "name_samples", "plain"]
 
 _LONGEST = 48
 """Characters of a name."""
@@ -135,7 +135,8 @@ def name_samples(batch: Any, key: Callable[[Any], Any] | None = None) -> list[st
     ['row 7', 'row 8']
     """
     return [
-        _name(sample) if key is None else str(_readable(key(sample))) for sample in samples_of(batch)
+        _name(sample) if key is None else str(_readable(key(sample)))
+        for sample in samples_of(batch)
     ]
 
 
@@ -158,10 +159,10 @@ def _readable(value: Any) -> Any:
     return value
 
 
-def some(items: Sequence[str], most: int = 6) -> str:
+def first_names(items: Sequence[str], most: int = 6) -> str:
     """Returns the first few names as text.
 
-    >>> some(["a", "b", "c"], 2)
+    >>> first_names(["a", "b", "c"], 2)
     'a, b and 1 more'
     """
     shown = ", ".join(items[:most])

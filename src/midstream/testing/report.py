@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from midstream.common.tables import column_sides, rich_table, table_lines
-from midstream.testing.content import some
+from midstream.testing.content import first_names
 from midstream.testing.drivers import Item
 
 __all__ = ["Check", "Difference", "ResumeError", "ResumeReport", "compare"]
@@ -57,10 +57,10 @@ class Difference:
             f"{' ' * len(self.place)}     found {self.found}",
         ]
         if self.num_repeated:
-            lines.append(f"  repeated {self.num_repeated}: {some(self.repeated)}")
+            lines.append(f"  repeated {self.num_repeated}: {first_names(self.repeated)}")
         if self.num_lost:
             until = "" if self.to_the_end else " (in what was read)"
-            lines.append(f"  lost {self.num_lost}{until}: {some(self.lost)}")
+            lines.append(f"  lost {self.num_lost}{until}: {first_names(self.lost)}")
         if not self.num_repeated and not self.num_lost:
             lines.append("  no sample is lost or repeated: the order or the content differs")
         return lines
@@ -429,5 +429,5 @@ def _show(item: Item | None, *, by_content: bool) -> str:
     if item.error:
         return item.error
     if by_content:
-        return f"{some(item.samples, 2)} as {item.content} (hash {item.digest})"
-    return some(item.samples, 4)
+        return f"{first_names(item.samples, 2)} as {item.content} (hash {item.digest})"
+    return first_names(item.samples, 4)
