@@ -244,7 +244,7 @@ def _overwrite(value: Any) -> None:
 
 
 def state_is_small(make: Make) -> None:
-    """A state has at most 300 bytes for random access, 1 KB and 64 bytes per source for a stream."""
+    """A state is at most 300 bytes over random access, 1 KB and 64 bytes per source for a stream."""
     ds = make()
     limit = 300 if ds.random_access else 1024 + 64 * len(bind(ds.node).names)
     whole = run(ds)
