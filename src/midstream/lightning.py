@@ -103,7 +103,7 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         self._group: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns a small state, so that Lightning warns if a run is resumed without this callback."""
+        """Returns a small state, so that Lightning warns if a run resumes without this callback."""
         return {"format": 1}
 
     # -- loading -----------------------------------------------------------------------------------
@@ -175,7 +175,10 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         self._pass_to(ours, start)
 
     def _on_all_ranks(self, true: bool) -> bool:
-        """Whether a condition holds on all ranks. Ranks must start to read together, or they deadlock."""
+        """Whether a condition holds on all ranks.
+
+        Ranks must start to read together, or they wait for each other for ever.
+        """
         if self._group is None:
             return true
         return bool(smallest(int(true), self._group))
@@ -243,7 +246,7 @@ class ResumeCallback(Callback):  # type: ignore[misc]
         self._pass_to(ours, marks)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Silences the warning of validation loaders that are left early, as by the sanity check."""
+        """Silences a warning of validation loaders that are left early, as by the sanity check."""
         combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
         for loader in combined.flattened if combined is not None else ():
             if isinstance(loader, DataLoader):

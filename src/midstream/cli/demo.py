@@ -207,7 +207,7 @@ def _checkpoint(folder: Path) -> Path:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Loads the last checkpoint. It holds tensors and plain values only, so pickle is not needed."""
+    """Loads the last checkpoint: tensors and plain values, so that pickle is not needed."""
     checkpoint: dict[str, Any] = torch.load(_checkpoint(folder), weights_only=True)
     return checkpoint
 

@@ -1,1 +1,1 @@
-"""How pipelines and their samples look, as text and in a notebook."""
+"""Shows pipelines and their samples as text and in notebooks."""

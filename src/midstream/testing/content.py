@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["digest", "name_samples", "plain", "some"]
+__all__ = ["digest", "first_names", "name_samples", "plain"]
 
 _LONGEST = 48
 """Characters of a name."""
@@ -135,16 +135,17 @@ def name_samples(batch: Any, key: Callable[[Any], Any] | None = None) -> list[st
     ['row 7', 'row 8']
     """
     return [
-        _name(sample) if key is None else str(_bare(key(sample))) for sample in samples_of(batch)
+        _name(sample) if key is None else str(_readable(key(sample)))
+        for sample in samples_of(batch)
     ]
 
 
 def _name(sample: Any) -> str:
-    text = repr(_bare(sample))
+    text = repr(_readable(sample))
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 10]}… #{digest(sample)[:8]}"
 
 
-def _bare(value: Any) -> Any:
+def _readable(value: Any) -> Any:
     """Returns plain data for a name: arrays without their types, large ones as a hash."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         size = value.numel() if isinstance(value, torch.Tensor) else value.size
@@ -152,16 +153,16 @@ def _bare(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Mapping):
-        return {key: _bare(item) for key, item in value.items()}
+        return {key: _readable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_bare(item) for item in value]
+        return [_readable(item) for item in value]
     return value
 
 
-def some(items: Sequence[str], most: int = 6) -> str:
+def first_names(items: Sequence[str], most: int = 6) -> str:
     """Returns the first few names as text.
 
-    >>> some(["a", "b", "c"], 2)
+    >>> first_names(["a", "b", "c"], 2)
     'a, b and 1 more'
     """
     shown = ", ".join(items[:most])

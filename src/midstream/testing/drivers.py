@@ -102,7 +102,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """How a target's loaders are made and read; the same in every process of a check.
+    """Settings for making and reading a target's loaders, the same in every process of a check.
 
     Attributes:
         epochs: Number of epochs to read.
@@ -162,7 +162,7 @@ class Target:
         values = {"num_workers": topology.workers, "rank": rank, "world_size": topology.ranks}
         return self.given(**{name: value for name, value in values.items() if name in self.takes})
 
-    def look(self) -> tuple[bool, Dataset | None]:
+    def probe(self) -> tuple[bool, Dataset | None]:
         """Returns whether the loaders are midstream's, and the dataset if the user gave one."""
         made = self._call(Topology(1, 0), 0)
         if isinstance(made, Dataset):

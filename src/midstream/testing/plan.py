@@ -62,7 +62,7 @@ class Plan:
         self.target, self.ticker = Target(given), ticker
         window = steps or _WINDOW
         self.started, self.seconds = time.perf_counter(), seconds
-        self.is_midstream, dataset = self.target.look()
+        self.is_midstream, dataset = self.target.probe()
         if dataset is not None:
             setup = replace(
                 setup, lanes=fitting_lanes(dataset, ranks, workers, setup.batch_size, window)

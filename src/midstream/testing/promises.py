@@ -1,4 +1,4 @@
-"""The order that is promised after a resume: where samples may come in another order, or be dropped."""
+"""The part of the order that is promised on another number of ranks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ def _before_errors(items: Sequence[Item]) -> dict[int, int] | None:
 
 
 def droppable_batches(*runs: Recording | Topology) -> int:
-    """Returns how many batches ranks may drop at the end of an epoch, because not all can have one."""
+    """Returns how many batches ranks may drop at the end of an epoch.
+
+    Ranks drop them if there is not one for each rank.
+    """
     recordings = [run for run in runs if isinstance(run, Recording)]
     if not any(run.drops for run in recordings):
         return 0

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from midstream.common.tables import column_sides, rich_table, table_lines
-from midstream.testing.content import some
+from midstream.testing.content import first_names
 from midstream.testing.drivers import Item
 
 __all__ = ["Check", "Difference", "ResumeError", "ResumeReport", "compare"]
@@ -57,10 +57,10 @@ class Difference:
             f"{' ' * len(self.place)}     found {self.found}",
         ]
         if self.num_repeated:
-            lines.append(f"  repeated {self.num_repeated}: {some(self.repeated)}")
+            lines.append(f"  repeated {self.num_repeated}: {first_names(self.repeated)}")
         if self.num_lost:
             until = "" if self.to_the_end else " (in what was read)"
-            lines.append(f"  lost {self.num_lost}{until}: {some(self.lost)}")
+            lines.append(f"  lost {self.num_lost}{until}: {first_names(self.lost)}")
         if not self.num_repeated and not self.num_lost:
             lines.append("  no sample is lost or repeated: the order or the content differs")
         return lines
@@ -362,36 +362,36 @@ def compare(
 
 
 def _compare_epoch(
-    rest: Sequence[Item], came: Sequence[Item], open_end: bool, in_order: int | None
+    expected: Sequence[Item], found: Sequence[Item], open_end: bool, in_order: int | None
 ) -> tuple[Outcome, int | None]:
     """Compares the items of one epoch.
 
     Args:
-        rest: The expected items.
-        came: The items of the resumed run.
+        expected: The expected items.
+        found: The items of the resumed run.
         open_end: Whether reading stopped inside the epoch, so that items may follow.
         in_order: Number of items that must come in the same order; None: all.
 
     Returns:
         The outcome, and the index of the first item that differs.
     """
-    size = min(len(rest), len(came)) if open_end else max(len(rest), len(came))
+    size = min(len(expected), len(found)) if open_end else max(len(expected), len(found))
     limit = size if in_order is None else min(size, max(0, in_order))
-    wrong = next((i for i in range(limit) if not _same_at(rest, came, i)), None)
+    wrong = next((i for i in range(limit) if not _same_at(expected, found, i)), None)
     if wrong is not None:
         return "differs", wrong
     if limit == size:
-        return ("differs", size) if open_end and len(came) < len(rest) else ("exact", None)
+        return ("differs", size) if open_end and len(found) < len(expected) else ("exact", None)
     if open_end:
         return "exact", None  # items in any order cannot be distinguished from later ones
-    if _counts(rest) != _counts(came):
-        return "differs", next(i for i in range(size) if not _same_at(rest, came, i))
-    same = len(rest) == len(came) and all(a.same(b) for a, b in zip(rest, came))
+    if _counts(expected) != _counts(found):
+        return "differs", next(i for i in range(size) if not _same_at(expected, found, i))
+    same = len(expected) == len(found) and all(a.same(b) for a, b in zip(expected, found))
     return ("exact" if same else "once"), None
 
 
-def _same_at(rest: Sequence[Item], came: Sequence[Item], index: int) -> bool:
-    return index < len(rest) and index < len(came) and rest[index].same(came[index])
+def _same_at(expected: Sequence[Item], found: Sequence[Item], index: int) -> bool:
+    return index < len(expected) and index < len(found) and expected[index].same(found[index])
 
 
 def _counts(items: Sequence[Item]) -> Counter[str]:
@@ -429,5 +429,5 @@ def _show(item: Item | None, *, by_content: bool) -> str:
     if item.error:
         return item.error
     if by_content:
-        return f"{some(item.samples, 2)} as {item.content} (hash {item.digest})"
-    return some(item.samples, 4)
+        return f"{first_names(item.samples, 2)} as {item.content} (hash {item.digest})"
+    return first_names(item.samples, 4)
