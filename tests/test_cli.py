@@ -17,6 +17,7 @@ import torch
 import midstream as ms
 from midstream.cli import app as cli
 from midstream.cli.demo import Step, Verdict
+from midstream.cli.output import show_demo
 
 
 def status(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -124,7 +125,7 @@ def test_forced_colours_without_a_terminal_bring_no_moving_bar(
 ) -> None:
     told += ["a line", *(Step("whole", step, 5.5) for step in range(1, 100)), WRONG]
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert cli._show_demo(False, steps=100) is False
+    assert show_demo(False, steps=100) is False
     out = capsys.readouterr().out
     assert "\r" not in out
     assert "loss 5.5" not in out

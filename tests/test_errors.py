@@ -730,10 +730,10 @@ def test_a_killed_worker_leaves_nothing_behind_that_raises_later(
 HANG_UP = """
     import multiprocessing as mp, multiprocessing.resource_sharer as sharer, os, sys, threading
     from multiprocessing import connection
-    from midstream.workers.signals import Orphanage
+    from midstream.workers.signals import WorkerInit
 
     def worker(pipe):
-        Orphanage(None)(0)
+        WorkerInit(None)(0)
         sharer.DupFd(os.open(os.devnull, os.O_RDONLY))  # starts the thread that hands descriptors over
         pipe.send(sharer._resource_sharer._address)
         pipe.recv()

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import midstream as ms
+from midstream.common.plain_state import FORMAT
 from midstream.common.randomness import (
     draw,
     fold,
@@ -30,7 +31,6 @@ from midstream.common.randomness import (
     salt,
 )
 from midstream.dataset import Dataset
-from midstream.common.plain_state import FORMAT
 from midstream.pipeline.rows import I64
 from midstream.pipeline.single_lane import SingleLaneIterator
 from midstream.sources import SequenceSource

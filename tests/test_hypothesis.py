@@ -294,7 +294,7 @@ class Trees:
             count = self.draw(st.sampled_from([1, 2, 2, 3]))
             parts = [self.tree(depth - 1) for _ in range(count)]
             if shape == "concatenate":
-                parts = [part for part in parts[:-1] if not part[1].infinite] + parts[-1:]
+                parts = [part for part in parts[:-1] if not part[1].node.infinite] + parts[-1:]
                 plan = ("concatenate", tuple(part[0] for part in parts))
             else:
                 weights = tuple(self.draw(st.sampled_from([1, 1, 2, 3, 7, 0.5, 0])) for _ in parts)
@@ -788,9 +788,11 @@ def batches_in_step(loader: ms.DataLoader, num_lanes: int) -> int:
     """
     pipeline = loader._pipeline
     if pipeline.random_access:
-        return len(pipeline)
+        length = pipeline.length()
+        assert length is not None
+        return length
     return min(
-        sum(1 for _ in SingleLaneIterator(pipeline.node, lane, num_lanes, 0)) * num_lanes + lane
+        sum(1 for _ in SingleLaneIterator(pipeline, lane, num_lanes, 0)) * num_lanes + lane
         for lane in range(num_lanes)
     )
 

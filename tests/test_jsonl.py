@@ -191,7 +191,7 @@ def test_an_index_is_made_once_and_found_on_disk_afterwards(
     assert [path.suffix for path in kept] == [".npy"] * 3  # and no temporary file
     ds = ms.read_json(pattern)
     assert ids(ds) == list(range(21))
-    assert isinstance(ds._offsets()[0].base, np.memmap)
+    assert isinstance(ds.node._offsets()[0].base, np.memmap)
     assert len(searched) == 3
 
     stat = os.stat(folder / "1.jsonl")
@@ -343,7 +343,7 @@ def test_a_remote_file_is_a_stream_that_seeks(tmp_path: Path) -> None:
         resumed = iter(ds)
         resumed.load_state_dict(state)
         assert ids(resumed) == list(range(step, 14))
-    start = jsonl._JsonShards([found.file for found in ds._found()])
+    start = jsonl._JsonShards([found.file for found in ds.node._found()])
     line_stream = start.open(0, states[5]["state"][4])
     assert next(line_stream)["id"] == 3  # nothing before the last state is read
     assert line_stream.data.tell() > states[5]["state"][4][2] > 3

@@ -139,8 +139,7 @@ def _make(
     }
     if stream:
         parts = {name: part.filter(lambda row: True) for name, part in parts.items()}
-    mix = ms.interleave(parts, plan, seed=seed, stopping_strategy=strategy)
-    return mix
+    return ms.interleave(parts, plan, seed=seed, stopping_strategy=strategy)
 
 
 @settings(max_examples=250, deadline=None)
@@ -159,7 +158,7 @@ def test_a_schedule_by_position_is_its_reading_step_by_step(
     expected = step_by_step(mix, lengths)
     assert len(mix) == len(expected)
     assert list(mix) == [100 * c + row % max(1, lengths[c]) for c, row in expected]
-    layout = mix.layout()
+    layout = mix.node.layout()
     for position in range(0, len(expected) + 1, 7):
         counts = Counter(c for c, _ in expected[:position])
         assert layout.counts(position).tolist() == [counts[c] for c in range(len(lengths))]

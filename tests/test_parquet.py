@@ -26,8 +26,8 @@ import pytest
 import midstream as ms
 import midstream.sources.files as files
 import midstream.sources.parquet as parquet
-import midstream.sources.row_groups as row_groups
 import midstream.sources.read_ahead as ahead
+import midstream.sources.row_groups as row_groups
 from midstream.pipeline.cursor import Cursor
 from midstream.pipeline.iterator import Lane
 from midstream.pipeline.ledger import Ledger
@@ -673,7 +673,7 @@ def test_a_group_that_is_being_read_is_waited_for_not_read_again(
     ds = ms.read_parquet(f"{make_files(tmp_path)}/*.parquet")
     decoding.gate.clear()
     ds.rows([0])
-    ds._hint(np.array([5]))
+    ds.node._hint(np.array([5]))
     assert decoding.began.acquire(timeout=60)
     found: list[int] = []
     asks = threading.Thread(target=lambda: found.extend(ids(ds.rows([6]))))
@@ -950,7 +950,7 @@ def test_a_child_forked_while_the_thread_reads_reads_by_itself(
         whole = iter(ds)
         assert next(whole)["id"] == 0
         ds.node._handle().store.wanted.clear()
-        ds._hint(np.array([35, 30, 25, 20]))
+        ds.node._hint(np.array([35, 30, 25, 20]))
         held = ds.node._handle().store.reading
         ours, theirs = context.Pipe()
 

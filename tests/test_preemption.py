@@ -23,7 +23,6 @@ import numpy as np
 import pytest
 
 import midstream as ms
-from midstream.cli.inspection import describe
 from midstream.pipeline.breadcrumbs import ROWS, Trail, describe_trail
 
 METHODS = ["fork", "spawn", "forkserver"]
@@ -577,7 +576,7 @@ def test_between_two_turns_nothing_is_in_hand() -> None:
         assert runner.crumbs is not None
         crumbs = runner.crumbs.numpy()
         assert crumbs[0, 1:].any(), "the worker wrote where the main process reads"
-        assert describe(crumbs[0], ["data"]) == ""
+        assert describe_trail(crumbs[0], ["data"]) == ""
         loader.close()
 
 

@@ -258,7 +258,7 @@ def test_blocks_of_parts_are_shuffled_in_windows_too(
     parts = ms.concatenate([blocks(a, 0, "a"), blocks(b, 1000, "b")]).skip(skipped).take(taken)
     order = [*range(sum(a)), *range(1000, 1000 + sum(b))][skipped:][:taken]
     assert sorted(lane(parts.shuffle(3, window_blocks=2))) == order
-    sizes = parts.block_sizes()
+    sizes = parts.node.block_sizes()
     assert sizes is not None
     assert sizes.sum() == len(order)
     assert (sizes > 0).all()

@@ -7,7 +7,8 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator as Iter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import midstream as ms
 from midstream.dataset import Dataset
-from midstream.pipeline import node as core
 from midstream.pipeline.cursor import iterate
-from midstream.pipeline.iterator import Lane
-from midstream.pipeline.node import BoundNode
+from midstream.pipeline.iterator import Iterator, Lane
+from midstream.pipeline.node import BoundNode, Node
+from midstream.pipeline.rows import Rows
 from midstream.testing import (
     Check,
     LawError,
@@ -45,10 +46,10 @@ HERE: dict[str, Any] = {"workers": (0,), "ranks": (1,), "kill": False, "seconds"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Faulty(core.Node):
+class Faulty(Node):
     """Passes samples on, and has one fault."""
 
-    source: core.Node
+    source: Node
     fault: str
     kind = "faulty"
 
@@ -56,12 +57,12 @@ class Faulty(core.Node):
     def random_access(self) -> bool:
         return False
 
-    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> core.Iterator:
+    def _iterate(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
         return FaultyIterator(self.fault, iterate(bound.input, lane, key, pass_))
 
 
-class FaultyIterator(core.Iterator):
-    def __init__(self, fault: str, source: core.Iterator) -> None:
+class FaultyIterator(Iterator):
+    def __init__(self, fault: str, source: Iterator) -> None:
         self.fault, self.source = fault, source
         self.before = source.snapshot()
         self.seen: list[int] = []
@@ -320,7 +321,7 @@ class Foreign:
             0 < state["at"] < self.rows
         )
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iter[dict[str, Any]]:
         if self.bound >= self.rows:
             self.bound = 0
         while self.bound < self.rows:
@@ -637,8 +638,8 @@ def test_a_draw_from_a_global_generator_breaks_a_law() -> None:
 
 def test_rows_that_are_not_those_of_the_stream_break_a_law() -> None:
     @dataclass(frozen=True, eq=False, repr=False)
-    class Chunky(core.Node):
-        source: core.Node
+    class Chunky(Node):
+        source: Node
         kind = "chunky"
 
         def _length(self) -> int | None:
@@ -646,7 +647,7 @@ def test_rows_that_are_not_those_of_the_stream_break_a_law() -> None:
 
         def _rows(self, bound: Any, positions: Any, keys: Any, passes: Any) -> Any:
             rows = bound.input.rows(positions, keys, passes)
-            return core.Rows(
+            return Rows(
                 [(sample, i) for i, sample in enumerate(rows.samples)], rows.origins, rows.sizes
             )
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import midstream as ms
+from midstream.dataset import Dataset
 from midstream.pipeline.single_lane import SingleLaneIterator
 from simulate import Cluster
 
@@ -399,7 +400,7 @@ def test_strict_false_goes_on_with_other_weights_and_inputs(stream: bool, cut: i
 def test_differences_that_cannot_be_honoured_are_refused_with_the_reason() -> None:
     state = ms.DataLoader(_two({"web": 7, "code": 3})).state_dict()
     shuffled = ms.DataLoader(
-        _two({"web": 7, "code": 3}).inputs()[""].shuffle(1).batch(3, collate_fn=tuple)
+        Dataset(_two({"web": 7, "code": 3}).node.inputs()[""]).shuffle(1).batch(3, collate_fn=tuple)
     )
     with pytest.raises(ms.CheckpointError, match="input|root|shuffle"):
         shuffled.load_state_dict(state, strict=False)

@@ -31,11 +31,12 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream.transport import packing as transport
+from midstream.transport import parcel
 from midstream.transport.arena import Arena
 from midstream.transport.once import Once
 from midstream.transport.packing import DIRECT, INLINE, begin, empty, pack
 from midstream.transport.parcel import Parcel
-from midstream.workers import readers
+from midstream.workers.messages import BATCH, Message, pack_message, unpack_message
 
 
 def travel(value: Any) -> Any:
@@ -244,7 +245,7 @@ def test_a_pinned_parcel_gives_its_slot_back(
 ) -> None:
     arrived = pickle.loads(pickle.dumps(pack([torch.ones(INLINE)])))
     monkeypatch.setattr(
-        transport.pin_memory, "pin_memory", lambda value: [each.clone() for each in value]
+        parcel.pin_memory, "pin_memory", lambda value: [each.clone() for each in value]
     )
     pinned = arrived.pin_memory()
     assert worker.used[0] == 0
@@ -446,11 +447,9 @@ def test_pipes_travel_as_multiprocessing_sends_them() -> None:
 
 def test_origins_do_not_hold_a_slot(worker: Arena) -> None:
     origins = np.arange(5 * INLINE).reshape(-1, 5)
-    packed = readers.send(
-        (3, -1, [readers.Out(readers.BATCH, torch.ones(INLINE), origins, True, "s", None)])
-    )
+    packed = pack_message((3, -1, [Message(BATCH, torch.ones(INLINE), origins, True, "s", None)]))
     assert isinstance(packed, Parcel)
-    number, lane, (out,) = readers.deliver(pickle.loads(pickle.dumps(packed)))
+    number, lane, (out,) = unpack_message(pickle.loads(pickle.dumps(packed)))
     assert (number, lane, out.final, out.state) == (3, -1, True, "s")
     assert np.array_equal(out.origins, origins)
     kept = out.origins
