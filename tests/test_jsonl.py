@@ -376,7 +376,7 @@ def test_lanes_of_a_stream_are_at_most_its_files_and_the_error_says_ways_out(
     plain = ms.read_json(tmp_path / "x.jsonl")
     assert plain.node.max_lanes() is None
     assert plain.node.full_lanes(5, 4)[0] == 3
-    assert isinstance(plain, JsonSource)
+    assert isinstance(plain.node, JsonSource)
 
 
 def test_a_stream_cut_short_loses_nothing_before_the_cut_and_does_not_end_quietly(

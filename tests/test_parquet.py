@@ -327,9 +327,9 @@ def test_a_pickle_is_small_holds_nothing_open_and_spares_the_footers(
     assert fresh < 1000
     assert len(data) < 5000
     monkeypatch.setattr(row_groups, "_read_footer", None)
-    monkeypatch.setattr(parquet, "list_files", None)
+    monkeypatch.setattr(row_groups, "list_files", None)
     copy = pickle.loads(data)
-    assert "_opened" not in copy.__dict__
+    assert "_opened" not in copy.node.__dict__
     assert copy == ds
     assert ids(copy) == list(range(36))
 
@@ -416,7 +416,7 @@ def test_what_matches_nothing_is_not_found_on_first_use(tmp_path: Path) -> None:
         (tmp_path / "x", "there is no file"),
     ):
         ds = ms.read_parquet(path)
-        assert isinstance(ds, ParquetSource)
+        assert isinstance(ds.node, ParquetSource)
         for use in (len, repr, list):
             with pytest.raises(FileNotFoundError, match=text):
                 use(ds)
@@ -614,7 +614,7 @@ def test_samples_and_states_are_the_same_with_and_without(
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_what_is_foretold_is_what_is_read(
+def test_hints_are_what_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     node = pipelines(f"{make_files(tmp_path)}/*.parquet")[name].node
@@ -632,7 +632,7 @@ def test_what_is_foretold_is_what_is_read(
     )
     monkeypatch.setattr(
         ParquetSource,
-        "_foretell",
+        "_hint",
         lambda self, positions: told.append((id(self), positions.tolist())),
     )
     place, positions = bind(node), np.arange(node.length())
@@ -1044,7 +1044,7 @@ def test_a_thread_is_there_only_while_there_is_something_to_read(
     assert ids(ds) == list(range(36))
     settle(ds)
     assert [thread.name for thread in threading.enumerate() if thread.name == THREAD] == []
-    assert "_opened" not in pickle.loads(pickle.dumps(ds)).__dict__
+    assert "_opened" not in pickle.loads(pickle.dumps(ds)).node.__dict__
 
 
 @pytest.mark.slow
