@@ -755,6 +755,11 @@ def bool_of(sample: Any) -> bool:
     return bool(identify(sample))
 
 
+def build(row: str, bomb: frozenset[int] = frozenset()) -> Dataset:
+    """The pipeline of a row; its user code fails on the ids in ``bomb``."""
+    return CASES[row].build(bomb)
+
+
 FIVE = [
     "interleave",
     "interleave streams",

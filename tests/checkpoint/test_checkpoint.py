@@ -17,6 +17,7 @@ import midstream as ms
 from midstream.checkpoint.spec import Paths, walk
 from midstream.common.plain_state import seal, unseal
 from midstream.pipeline.node import bind
+from tests.helpers.loaders import through_json
 from tests.helpers.simulate import Cluster
 
 
@@ -54,7 +55,7 @@ def _loads_or_refuses(pipeline: ms.Dataset, state: Any, *, read: bool = True) ->
     except ms.CheckpointError:
         assert loader.state_dict() == before
         return
-    assert json.loads(json.dumps(loader.state_dict())) == loader.state_dict()
+    assert through_json(loader.state_dict()) == loader.state_dict()
     if read:
         try:
             for _, _ in zip(range(3), loader):

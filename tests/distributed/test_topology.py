@@ -4,7 +4,6 @@ is promised.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
 from typing import Any
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 import midstream as ms
 from midstream.dataset import Dataset
 from midstream.pipeline.single_lane import SingleLaneIterator
+from tests.helpers.loaders import through_json
 from tests.helpers.simulate import Cluster
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lanes are dealt to.*:RuntimeWarning")
@@ -459,7 +459,7 @@ def test_what_an_epoch_leaves_out_is_counted_once_though_a_rank_ends_first(
                     if cluster.epoch:
                         break
                     cluster.run(steps)
-                    state = ms.merge_states(json.loads(json.dumps(cluster.states())))
+                    state = ms.merge_states(through_json(cluster.states()))
                 told = ms.progress(state).sources["web"]
                 if ranks == 2:
                     assert told == expected, (rows, cut)

@@ -16,19 +16,15 @@ import torch
 import midstream as ms
 import midstream.nodes
 import midstream.sources
-from midstream.dataset import Dataset
 from midstream.pipeline.node import Node, bind
 from midstream.testing import laws
-from midstream.testing.laws import LANES, items, run, through_json
-from tests.cases import BASE, CASES, Case, Counted, identify
+from midstream.testing.laws import LANES, items, run
+from tests.cases import BASE, CASES, Case, Counted, build, identify
+from tests.helpers.loaders import through_json
 
 ROWS = list(CASES)
 every_row = pytest.mark.parametrize("row", ROWS)
 every_lane = pytest.mark.parametrize("lane", LANES, ids=lambda lane: f"lane {lane[0]} of {lane[1]}")
-
-
-def build(row: str, bomb: frozenset[int] = frozenset()) -> Dataset:
-    return CASES[row].build(bomb)
 
 
 def test_every_exported_node_and_source_has_a_case() -> None:

@@ -5,7 +5,6 @@ early.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import signal
 import threading
@@ -16,8 +15,8 @@ import pytest
 
 import midstream as ms
 from midstream.dataset import Dataset
-from tests.cases import CASES, plain
-from tests.loader.test_loader import build, loader, whole
+from tests.cases import CASES, build, plain
+from tests.helpers.loaders import loader, through_json, whole
 
 ROWS = [row for row in CASES if row != "map isolated rng"]
 THREADS: dict[str, dict[str, Any]] = {
@@ -48,7 +47,7 @@ def piece(made: ms.DataLoader, count: int | None) -> list[Any]:
     """So many batches, or all that are left, each with the state after it."""
     found = []
     for batch in made:
-        found.append((plain(batch), json.loads(json.dumps(made.state_dict())), made.trace()))
+        found.append((plain(batch), through_json(made.state_dict()), made.trace()))
         if count is not None and len(found) == count:
             break
     return found
@@ -266,7 +265,7 @@ STARTED: dict[str, dict[str, Any]] = {
     **THREADS,
     "fork": {"workers": 2},
     "persistent": {"workers": 2, "persistent_workers": True},
-    "spawn": {"workers": 1, "multiprocessing_context": "spawn"},
+    "spawn": {"workers": 1, "method": "spawn"},
 }
 
 

@@ -18,60 +18,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import midstream as ms
 from midstream.dataset import Dataset
-from tests.cases import BASE, CASES, FIVE, identify, numbers, plain
+from tests.cases import BASE, CASES, FIVE, build, identify, numbers, plain
+from tests.helpers.loaders import LANES, chain, loader, through_json, whole
 
 ROWS = list(CASES)
-LANES = 12
 
 pytestmark = pytest.mark.filterwarnings("ignore:the loader was left after batch:UserWarning")
-
-
-def build(row: str) -> Dataset:
-    return CASES[row].build(frozenset())
-
-
-def loader(ds: Dataset, workers: int = 0, **options: Any) -> ms.DataLoader:
-    if ds.batch_rows is None:
-        options.setdefault("batch_size", 4)
-        if "collate_fn" not in options:
-            options["collate_fn"] = list
-    if (
-        workers
-        and options.get("multiprocessing_context") is None
-        and options.get("worker_type") != "thread"
-    ):
-        options["multiprocessing_context"] = "fork"
-    return ms.DataLoader(ds, num_workers=workers, lanes=LANES, **options)
-
-
-def whole(ds: Dataset, workers: int = 0, **options: Any) -> list[Any]:
-    made = loader(ds, workers, **options)
-    batches = [plain(batch) for batch in made]
-    made.close()
-    return batches
-
-
-def chain(ds: Dataset, pieces: list[tuple[int, int | None]], **options: Any) -> list[Any]:
-    """Batches of a run cut into pieces of (workers, batches), each resumed from the state of the
-    one before.
-    """
-    found: list[Any] = []
-    state = None
-    for workers, count in pieces:
-        made = loader(ds, workers, **options)
-        if state is not None:
-            made.load_state_dict(state)
-            assert made.state_dict() == state
-        iterator = iter(made)
-        while count is None or count > 0:
-            try:
-                found.append(plain(next(iterator)))
-            except StopIteration:
-                break
-            count = None if count is None else count - 1
-        state = json.loads(json.dumps(made.state_dict()))
-        made.close()
-    return found
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -98,13 +50,13 @@ def test_batches_are_the_same_for_more_workers_and_persistence(
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_batches_are_the_same_for_every_start_method(row: str, method: str) -> None:
     ds = build(row)
-    assert whole(ds, 2, multiprocessing_context=method) == whole(ds)
+    assert whole(ds, 2, method=method) == whole(ds)
 
 
 def test_lambdas_and_closures_travel_to_spawned_workers() -> None:
     offset = 5
     ds = ms.from_dataset(range(40)).map(lambda x: x + offset).filter(lambda x: x % 2)
-    assert whole(ds, 2, multiprocessing_context="spawn") == whole(ds)
+    assert whole(ds, 2, method="spawn") == whole(ds)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -123,11 +75,11 @@ def test_cut_anywhere_and_resumed_with_other_workers_five_times(row: str) -> Non
 def test_resume_at_every_batch(row: str) -> None:
     ds = build(row)
     made = loader(ds)
-    states = [json.loads(json.dumps(made.state_dict()))]
+    states = [through_json(made.state_dict())]
     batches = []
     for batch in made:
         batches.append(plain(batch))
-        states.append(json.loads(json.dumps(made.state_dict())))
+        states.append(through_json(made.state_dict()))
     for step, state in enumerate(states[:-1]):
         resumed = loader(ds)
         resumed.load_state_dict(state)
@@ -160,9 +112,9 @@ def test_three_epochs_with_a_save_at_every_step(row: str, workers: int, persiste
         epochs.append([])
         for batch in made:
             epochs[-1].append(plain(batch))
-            states.append((epoch, len(epochs[-1]), json.loads(json.dumps(made.state_dict()))))
+            states.append((epoch, len(epochs[-1]), through_json(made.state_dict())))
         states.append(
-            (epoch, len(epochs[-1]), json.loads(json.dumps(made.state_dict())))
+            (epoch, len(epochs[-1]), through_json(made.state_dict()))
         )  # after StopIteration
     made.close()
     assert epochs[0] != epochs[1]
@@ -367,7 +319,7 @@ def test_a_bare_stateful_dataloader_resumes(row: str, workers: int) -> None:
     batches, states = [], []
     for batch in made:
         batches.append(plain(batch))
-        states.append(json.loads(json.dumps(made.state_dict())))
+        states.append(through_json(made.state_dict()))
     cuts = {1, 2, len(batches) // 2, len(batches) - 1}
     for cut in sorted(cuts):
         resumed = StatefulDataLoader(build(row), **options)
@@ -767,7 +719,7 @@ def test_a_state_taken_in_a_signal_handler_restores_what_follows(row: str, worke
     assert states
     for seen, state in states[:: max(1, len(states) // 40)]:
         resumed = loader(ds)
-        resumed.load_state_dict(json.loads(json.dumps(state)))
+        resumed.load_state_dict(through_json(state))
         if state["epoch"] == 1:
             assert seen >= len(expected) - 1
             continue

@@ -23,6 +23,7 @@ import midstream as ms
 from midstream.dataset import Dataset
 from midstream.metrics.totals import MOST_BYTES, Categories, Numbers, Spread, totals_of
 from midstream.metrics.tracked import decode_tracked, encode_tracked
+from tests.helpers.loaders import through_json
 from tests.helpers.simulate import Cluster
 
 values = st.one_of(
@@ -366,7 +367,7 @@ def test_errors_that_are_raised_count_once_over_resumes(raised: bool) -> None:
         if raised or steps % 3:
             state = loader.state_dict()
             loader = made()
-            loader.load_state_dict(json.loads(json.dumps(state)))
+            loader.load_state_dict(through_json(state))
             assert loader.state_dict() == state
             iterator = iter(loader)
     assert told(loader.progress())["all"] == counted(rows(0, 66))["all"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,13 @@ from midstream.pipeline.node import bind
 from midstream.pipeline.passes import epoch_key
 from midstream.pipeline.rows import as_origin_array
 from midstream.pipeline.single_lane import LaneOutput, SingleLaneIterator
+from tests.helpers.loaders import drain, through_json
+
+
+def split(iterator: Any) -> tuple[list[Any], list[ms.SampleError]]:
+    found = drain(iterator)
+    errors = [each for each in found if isinstance(each, ms.SampleError)]
+    return [each for each in found if not isinstance(each, ms.SampleError)], errors
 
 
 def rows(count: int) -> Dataset:
@@ -28,17 +34,6 @@ def rows(count: int) -> Dataset:
 
 def keep(batch: Any) -> Any:
     return batch
-
-
-def drain(iterator: Any) -> tuple[list[Any], list[ms.SampleError]]:
-    found, errors = [], []
-    while True:
-        try:
-            found.append(next(iterator))
-        except StopIteration:
-            return found, errors
-        except ms.SampleError as error:
-            errors.append(error)
 
 
 def test_the_function_sees_the_columns_of_a_group_and_what_it_returns_replaces_them() -> None:
@@ -92,7 +87,7 @@ def test_what_it_may_not_return_loses_the_group(returned: Any, error: str, words
     def fn(batch: dict[str, list[Any]]) -> Any:
         return returned if 2 in batch["id"] else batch
 
-    found, errors = drain(iter(rows(6).map(fn, batched=True, batch_size=2)))
+    found, errors = split(iter(rows(6).map(fn, batched=True, batch_size=2)))
     assert [sample["id"] for sample in found] == [0, 1, 4, 5]
     assert [each.error_type for each in errors] == [error]
     assert words in str(errors[0])
@@ -103,7 +98,7 @@ def test_samples_of_other_keys_in_a_group_are_told() -> None:
     ds = ms.from_dataset([{"a": 1}, {"b": 1}, {"a": 2}, {"a": 3}]).map(
         keep, batched=True, batch_size=2
     )
-    found, errors = drain(iter(ds))
+    found, errors = split(iter(ds))
     assert found == [{"a": 2}, {"a": 3}]
     assert "expected ['a'], found ['b'] in sample 1" in str(errors[0])
 
@@ -235,7 +230,7 @@ def test_cut_anywhere_it_goes_on_identically(
     ds = ds.batch(2, collate_fn=list) if batch else ds
 
     def events(run: SingleLaneIterator) -> tuple[list[Any], list[Any]]:
-        found, states = [], [json.loads(json.dumps(run.state_dict()))]
+        found, states = [], [through_json(run.state_dict())]
         while True:
             try:
                 found.append(next(run))
@@ -243,7 +238,7 @@ def test_cut_anywhere_it_goes_on_identically(
                 return found, states
             except ms.SampleError as error:
                 found.append(error.original_message)
-            states.append(json.loads(json.dumps(run.state_dict())))
+            states.append(through_json(run.state_dict()))
 
     found, states = events(SingleLaneIterator(ds.node, *lane, 0))
     for step, state in enumerate(states):

@@ -21,6 +21,7 @@ import midstream as ms
 from midstream.dataset import Dataset
 from midstream.nodes.mix.interleave import Interleave
 from midstream.pipeline.single_lane import SingleLaneIterator
+from tests.helpers.loaders import through_json
 from tests.helpers.simulate import Cluster
 
 STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
@@ -64,10 +65,6 @@ KINDS = ("rows", "streams", "tokens", "buffered", "nested")
 
 def flat(batches: Any) -> list[int]:
     return [row for batch in batches for row in batch]
-
-
-def drain(loader: Any) -> list[Any]:
-    return list(loader)
 
 
 # -- closed forms against a reading step by step --------------------------------------------------------------------------
@@ -327,13 +324,13 @@ def test_a_schedule_resumes_with_real_workers_at_every_batch_around_its_border(
     pipeline = mixed(
         kind, ms.schedule([(0, {"web": 7, "code": 3}), (23, {"web": 1, "code": 9})]), rows=40
     )
-    reference = drain(ms.DataLoader(pipeline, lanes=4))
+    reference = list(ms.DataLoader(pipeline, lanes=4))
     loader = ms.DataLoader(pipeline, lanes=4, num_workers=workers)
     states = [loader.state_dict(), *(loader.state_dict() for _ in loader)]
     resumed = ms.DataLoader(pipeline, num_workers=2 - workers)
     for step in (6, 7, 8):
         resumed.load_state_dict(states[step])
-        assert drain(resumed) == reference[step:]
+        assert list(resumed) == reference[step:]
 
 
 # -- weights that change on the way ----------------------------------------------------------------------------------------
@@ -426,7 +423,7 @@ def test_set_weights_in_a_loop_changes_the_next_batch_and_the_epochs_after(
     pipeline = mixed(kind, rows=60, stopping_strategy="all_exhausted_without_replacement")
     loader = ms.DataLoader(pipeline, lanes=4, num_workers=workers, persistent_workers=persistent)
     plain = ms.DataLoader(pipeline, lanes=4)
-    before = drain(plain)
+    before = list(plain)
     epochs: list[list[Any]] = []
     states = []
     for epoch in range(3):
@@ -454,7 +451,7 @@ def test_set_weights_in_a_loop_changes_the_next_batch_and_the_epochs_after(
         lanes=4,
     )
     again.set_epoch(1)
-    later = drain(again)
+    later = list(again)
     if kind == "rows":
         assert epochs[1] == later
     assert sum(row < 10_000 for row in flat(epochs[1])[:30]) < sum(
@@ -476,7 +473,7 @@ def test_set_weights_in_a_loop_changes_the_next_batch_and_the_epochs_after(
             list(itertools.islice(iter(resumed), known and known - step))
             == epochs[epoch][step:known]
         )
-    assert drain(resumed) == epochs[2]
+    assert list(resumed) == epochs[2]
 
 
 @pytest.mark.parametrize("kind", ["rows", "buffered"])
@@ -507,7 +504,7 @@ def test_set_weights_after_the_last_batch_is_for_the_next_epoch() -> None:
     for kind in ("rows", "tokens"):
         pipeline = mixed(kind, rows=30)
         loader = ms.DataLoader(pipeline, lanes=2)
-        total = len(drain(ms.DataLoader(pipeline, lanes=2)))
+        total = len(list(ms.DataLoader(pipeline, lanes=2)))
         seen = 0
         for _ in loader:
             seen += 1
@@ -699,7 +696,7 @@ def test_what_counts_nothing_in_a_whole_pass_does_not_start_over(kind: str, lane
     assert {row for row in rows if row < 10_000} == (set(range(7)) if kind == "zero" else set())
     for done, state in enumerate(states[:-1]):
         again = ms.DataLoader(counts_nothing(kind), lanes=lanes)
-        again.load_state_dict(json.loads(json.dumps(state)))
+        again.load_state_dict(through_json(state))
         assert list(again) == batches[done:]
         assert again.state_dict() == states[-1]
 
@@ -800,7 +797,7 @@ def test_weights_set_when_a_rank_has_ended_are_one_change_for_all() -> None:
             begun.run(step)
             for loader in begun.loaders:
                 loader.set_weights("mix", {"web": 5, "code": 1})
-            state = ms.merge_states(json.loads(json.dumps(begun.states()))[::order])
+            state = ms.merge_states(through_json(begun.states())[::order])
             (_, told) = ms.weights_history(state)
             assert (told["epoch"], told["step"]) == (0, step)
             later = ranks(1 if order > 0 else 2, state)

@@ -21,6 +21,7 @@ import midstream as ms
 from midstream.dataset import Dataset
 from midstream.pipeline.node import bind
 from midstream.pipeline.single_lane import SingleLaneIterator
+from tests.helpers.loaders import drain, loader, through_json
 
 
 def numbers(n: int = 30, name: str | None = None) -> Dataset:
@@ -29,28 +30,6 @@ def numbers(n: int = 30, name: str | None = None) -> Dataset:
 
 def stream(n: int = 30) -> Dataset:
     return numbers(n).filter(lambda _: True)
-
-
-def loader(ds: Dataset, workers: int = 0, **options: Any) -> ms.DataLoader:
-    if ds.batch_rows is None:
-        options.setdefault("batch_size", 4)
-        options.setdefault("collate_fn", list)
-    return ms.DataLoader(
-        ds, num_workers=workers, multiprocessing_context="fork" if workers else None, **options
-    )
-
-
-def drain(iterator: Iterator[Any], limit: int = 1000) -> list[Any]:
-    """Samples, and sample errors in their places."""
-    out: list[Any] = []
-    for _ in range(limit):
-        try:
-            out.append(next(iterator))
-        except StopIteration:
-            return out
-        except ms.SampleError as error:
-            out.append(error)
-    raise AssertionError(f"no end after {limit}")
 
 
 def until_too_many(iterator: Iterator[Any]) -> tuple[list[Any], ms.TooManyErrors]:
@@ -715,7 +694,7 @@ def test_the_state_after_too_many_errors_is_that_of_the_last_batch_handed_out(
 ) -> None:
     made = loader(limited(mode, 2), workers, lanes=2)
     found, _ = until_too_many(iter(made))
-    state = json.loads(json.dumps(made.state_dict()))
+    state = through_json(made.state_dict())
     assert state["steps_done"] == len(found)
     made.close()
     resumed = loader(limited(mode, None), lanes=2)
@@ -730,7 +709,7 @@ def test_the_state_after_too_many_errors_is_that_of_the_last_sample_handed_out(m
     with pytest.raises(ms.TooManyErrors):
         next(run)
     resumed = SingleLaneIterator(limited(mode, None).node, 0, 1, 0)
-    resumed.load_state_dict(json.loads(json.dumps(run.state_dict())))
+    resumed.load_state_dict(through_json(run.state_dict()))
     assert found + list(resumed) == [x for x in range(30) if x not in (5, 6, 13, 22)]
 
 

@@ -5,7 +5,6 @@ is refused.
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from typing import Any
 
@@ -21,6 +20,7 @@ from midstream.nodes.pack.fit import best_fit
 from midstream.nodes.pack.rows import IGNORED
 from midstream.pipeline.single_lane import SingleLaneIterator
 from tests.cases import pieces, plain
+from tests.helpers.loaders import through_json
 
 SEQ = 8
 HARD = [
@@ -268,7 +268,7 @@ def cut_and_go_on(ds: Dataset, cuts: list[int]) -> list[Any]:
         if state is not None:
             part.load_state_dict(state)
         found.extend(plain(row) for row in itertools.islice(part, cut))
-        state = json.loads(json.dumps(part.state_dict()))
+        state = through_json(part.state_dict())
     return found
 
 
@@ -398,11 +398,11 @@ def test_saved_at_every_pack_no_token_is_lost_or_repeated(
         return ms.DataLoader(ds, batch_size=1, lanes=2, num_workers=num_workers)
 
     made = loader(workers)
-    batches, states = [], [json.loads(json.dumps(made.state_dict()))]
+    batches, states = [], [through_json(made.state_dict())]
     counted: Counter[int] = Counter()
     for batch in made:
         batches.append(plain(batch))
-        states.append(json.loads(json.dumps(made.state_dict())))
+        states.append(through_json(made.state_dict()))
         counted.update(token // 1_000_000 for token in tokens([batch]) if token != 900)
         assert sum(origin.tokens for origin in made.trace()) == len(tokens([batch]))
         if "separator" not in options:
@@ -610,7 +610,7 @@ def test_an_unusable_document_is_one_lost_sample(
             assert error.origin == ms.Origin("docs", 0, 2)
             assert error.node == "pack"
             assert state is None
-            state, before = json.loads(json.dumps(whole.state_dict())), len(rows)
+            state, before = through_json(whole.state_dict()), len(rows)
             with pytest.raises(ms.SampleError, match=message):
                 raise
             assert "before .pack" in str(error) or "overflow=" in str(error)

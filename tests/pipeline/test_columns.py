@@ -5,7 +5,6 @@ errors.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from midstream.pipeline.passes import epoch_key
 from midstream.pipeline.rows import as_origin_array
 from midstream.pipeline.single_lane import LaneOutput
 from midstream.sources.arrow_table import TableReader
+from tests.helpers.loaders import through_json
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "collate": ms.collate,
@@ -300,7 +300,7 @@ def deliveries(ds: Dataset, lane: Lane, state: Any = None, most: int = 10_000) -
             sample, origins = delivery.next()
         except StopIteration:
             break
-        after = json.loads(json.dumps(delivery.iterator.state_dict()))
+        after = through_json(delivery.iterator.state_dict())
         found.append(
             (whole(sample), as_origin_array(origins).tolist(), after, dict(lane.ledger.events))
         )

@@ -5,6 +5,7 @@ an error twice.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 import subprocess
@@ -20,6 +21,8 @@ import midstream as ms
 import midstream.errors
 from midstream.dataset import Dataset
 from midstream.pipeline.single_lane import SingleLaneIterator
+from tests.helpers import loaders
+from tests.helpers.loaders import drain, through_json
 
 CONFIGURATIONS = [
     pytest.param((0, None), id="0 workers"),
@@ -27,30 +30,7 @@ CONFIGURATIONS = [
     pytest.param((2, "spawn"), id="2 spawned", marks=pytest.mark.slow),
 ]
 
-
-def loader(
-    ds: Dataset, workers: int = 0, method: str | None = "fork", **options: Any
-) -> ms.DataLoader:
-    if ds.batch_rows is None:
-        options.setdefault("batch_size", 4)
-        options.setdefault("collate_fn", list)
-    options.setdefault("lanes", 4)
-    return ms.DataLoader(
-        ds, num_workers=workers, multiprocessing_context=method if workers else None, **options
-    )
-
-
-def drain(iterator: Iterator[Any], limit: int = 1000) -> list[Any]:
-    """Samples, and sample errors in their places."""
-    out: list[Any] = []
-    for _ in range(limit):
-        try:
-            out.append(next(iterator))
-        except StopIteration:
-            return out
-        except ms.SampleError as error:
-            out.append(error)
-    raise AssertionError(f"no end after {limit}")
+loader = functools.partial(loaders.loader, lanes=4)
 
 
 def told(found: list[Any]) -> list[Any]:
@@ -432,7 +412,7 @@ def test_a_checkpoint_taken_right_after_an_error_does_not_meet_it_again(kind: st
     ds = PIPELINES[kind]()
     made = loader(ds)
     found: list[Any] = []
-    states = [json.loads(json.dumps(made.state_dict()))]
+    states = [through_json(made.state_dict())]
     iterator = iter(made)
     while True:
         try:
@@ -441,7 +421,7 @@ def test_a_checkpoint_taken_right_after_an_error_does_not_meet_it_again(kind: st
             break
         except ms.SampleError as error:
             found.append(error)
-        states.append(json.loads(json.dumps(made.state_dict())))
+        states.append(through_json(made.state_dict()))
     expected = told(found)
     assert sum(isinstance(item, ms.SampleError) for item in found) >= 2
     for step, state in enumerate(states[:-1]):
@@ -497,7 +477,7 @@ def test_the_plain_iterator_does_not_meet_an_error_again(kind: str) -> None:
             break
         except ms.SampleError as error:
             found.append(error)
-        states.append(json.loads(json.dumps(run.state_dict())))
+        states.append(through_json(run.state_dict()))
     for step, state in enumerate(states):
         resumed = SingleLaneIterator(ds.node, 0, 1, 0)
         resumed.load_state_dict(state)

@@ -8,7 +8,6 @@ number of examples: 1 by default.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from midstream.pipeline.rows import I64, as_origin_array
 from midstream.pipeline.single_lane import LaneOutput, SingleLaneIterator
 from midstream.sources import SequenceSource
 from tests.cases import BASE, Bomb, Shards, identify, ids, plain
+from tests.helpers.loaders import through_json
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the loader was left after batch:UserWarning"),
@@ -422,10 +422,6 @@ bombs = st.frozensets(
 
 
 # -- reading -------------------------------------------------------------------------------------------------------------
-
-
-def through_json(state: Any) -> Any:
-    return json.loads(json.dumps(state))
 
 
 def step(run: SingleLaneIterator) -> tuple[Any, ...] | None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import midstream as ms
 from midstream.dataset import Dataset
+from tests.helpers.loaders import through_json
 from tests.helpers.simulate import Cluster, simulated_workers
 
 ROWS = 180
@@ -94,7 +95,7 @@ def test_what_is_skipped_is_what_would_have_come(data: Any) -> None:
                 passed += sum(map(len, expected[done : done + jump * ranks]))
                 del expected[done : done + jump * ranks]
                 end -= jump * ranks
-        state = ms.merge_states(json.loads(json.dumps(cluster.states())))
+        state = ms.merge_states(through_json(cluster.states()))
         got += cluster.sequence
         assert got == expected[: len(got)] and len(got) == done
         counts = Counter[str]()
@@ -152,7 +153,7 @@ def test_what_is_excluded_leaves_its_place_and_nothing_else_moves(data: Any) -> 
                 met |= out & set(traces[number])
             done += steps * ranks
         assert cluster.sequence == got[len(got) - len(cluster.sequence) :]
-        state = ms.merge_states(json.loads(json.dumps(cluster.states())))
+        state = ms.merge_states(through_json(cluster.states()))
         told = ms.progress(state)
         assert sum(source.counts.get("excluded", 0) for source in told.sources.values()) == len(met)
         assert told.samples == sum(map(len, got))
@@ -208,7 +209,7 @@ def short(kind: str) -> Dataset:
 
 def place(loader: Any) -> Any:
     """Where a loader stands, without what it has counted and leaves out."""
-    state = json.loads(json.dumps(loader.state_dict()))
+    state = through_json(loader.state_dict())
     leaves = {name: json.loads(text) for name, text in state["lanes"].items() if text}
     for leaf in leaves.values():
         for counted in ("samples", "rows", "events", "crc"):
@@ -481,7 +482,7 @@ def test_what_reads_nothing_again_may_stand_above_the_batches(above: str) -> Non
         assert len(expected) > 1
         for number, state in enumerate(states):
             again = ms.DataLoader(pipeline, batch_size=None, lanes=2)
-            again.load_state_dict(json.loads(json.dumps(state)))
+            again.load_state_dict(through_json(state))
             if again.epoch == 0:
                 assert list(again) == expected[number:], (at, number)
 
@@ -502,7 +503,7 @@ def test_the_state_holds_sixteen_bytes_or_so_for_each() -> None:
     before = len(json.dumps(loader.state_dict()))
     loader.exclude(("a", 0, row) for row in range(4096))
     assert len(json.dumps(loader.state_dict())) - before < 16 * 4096
-    loader.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    loader.load_state_dict(through_json(loader.state_dict()))
     assert len(loader.excluded) == 4096
 
 

@@ -36,6 +36,7 @@ from midstream.dataset import Dataset
 from midstream.pipeline.single_lane import SingleLaneIterator
 from midstream.sources.arrow_table import TableReader
 from midstream.sources.huggingface import _HubShards
+from tests.helpers.loaders import drain, loader, through_json
 
 N = 24
 
@@ -49,28 +50,15 @@ def test_column_names_and_rows_are_told_without_reading() -> None:
 # -- what runs and resumes ----------------------------------------------------------------------------------------------
 
 
-def drain(iterator: Iterator[Any], limit: int = 1000) -> list[Any]:
-    """Samples, and errors in their places."""
-    out: list[Any] = []
-    for _ in range(limit):
-        try:
-            out.append(next(iterator))
-        except StopIteration:
-            return out
-        except ms.SampleError as error:
-            out.append(error)
-    raise AssertionError(f"no end after {limit}")
-
-
 def check_resume(make: Callable[[], Dataset], lane: tuple[int, int] = (0, 1)) -> list[Any]:
     """Cut after every sample, in chains of 1, 2, 3 and 7, each state saved again right after its
     load.
     """
     whole = SingleLaneIterator(make().node, *lane, 0)
-    samples, states = [], [json.loads(json.dumps(whole.state_dict()))]
+    samples, states = [], [through_json(whole.state_dict())]
     for sample in whole:
         samples.append(plain(sample))
-        states.append(json.loads(json.dumps(whole.state_dict())))
+        states.append(through_json(whole.state_dict()))
     for step, state in enumerate(states):
         resumed = SingleLaneIterator(make().node, *lane, 0)
         resumed.load_state_dict(state)
@@ -101,13 +89,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
-
-
-def loader(ds: Dataset, workers: int = 0, method: str = "fork", **options: Any) -> ms.DataLoader:
-    options.setdefault("batch_size", 4)
-    options.setdefault("collate_fn", list)
-    context = method if workers else None
-    return ms.DataLoader(ds, num_workers=workers, multiprocessing_context=context, **options)
 
 
 def all_batches(ds: Dataset, workers: int = 0, **options: Any) -> list[Any]:
@@ -847,7 +828,7 @@ def test_a_generator_that_raises_is_dead_and_said_to_be(split: Any) -> None:
     assert caught.value.origin == ms.Origin("net", 0, 8)
     assert caught.value.original_message == "connection lost"
     assert "generator_that_dies @ " in caught.value.function
-    state = json.loads(json.dumps(run.state_dict()))
+    state = through_json(run.state_dict())
     resumed = SingleLaneIterator(make().node, 0, 1, 0)
     resumed.load_state_dict(state)
     for stream in (
@@ -893,7 +874,7 @@ def test_an_iterator_that_goes_on_after_raising_loses_one_sample(split: Any, bad
             break
         except ms.SampleError as error:
             found.append(error.origin)
-        states.append(json.loads(json.dumps(whole.state_dict())))
+        states.append(through_json(whole.state_dict()))
     expected: list[Any] = [100 * shard + row for shard in (0, 1) for row in range(10)]
     expected[bad], expected[10 + bad] = (
         ms.Origin("log", 0, 2 * bad),
