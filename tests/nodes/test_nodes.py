@@ -550,7 +550,7 @@ def test_repeat_of_nothing_ends(nothing: str, times: int | None) -> None:
     ds = NOTHING[nothing]().repeat(times)
     assert list(ds) == []
     for workers in (0, 2 if nothing == "nothing passes" else 0):
-        made = loader(ds, workers)
+        made = loader(ds, workers, lanes=None)
         assert list(made) == []
         made.close()
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import collections
 import datetime
+import functools
 import decimal
 import gc
 import io
@@ -36,9 +37,12 @@ from midstream.dataset import Dataset
 from midstream.pipeline.single_lane import SingleLaneIterator
 from midstream.sources.arrow_table import TableReader
 from midstream.sources.huggingface import _HubShards
-from tests.helpers.loaders import drain, loader, through_json
+from tests.helpers.loaders import drain, through_json
+from tests.helpers import loaders
 
 N = 24
+loader = functools.partial(loaders.loader, lanes=None)
+all_batches = functools.partial(loaders.whole, lanes=None)
 
 
 def test_column_names_and_rows_are_told_without_reading() -> None:
@@ -78,24 +82,6 @@ def check_resume(make: Callable[[], Dataset], lane: tuple[int, int] = (0, 1)) ->
                 break
         assert found == samples, f"pieces of {stride}"
     return samples
-
-
-def plain(value: Any) -> Any:
-    """A value with every array as a list, to be compared whole."""
-    if isinstance(value, (np.ndarray, torch.Tensor)):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
-
-
-def all_batches(ds: Dataset, workers: int = 0, **options: Any) -> list[Any]:
-    made = loader(ds, workers, **options)
-    batches = [plain(batch) for batch in made]
-    made.close()
-    return batches
 
 
 # -- Arrow tables -------------------------------------------------------------------------------------------------------
@@ -401,7 +387,7 @@ def test_an_empty_dataset_has_no_rows(view: str) -> None:
     assert list(ds) == []
     assert ds.rows([]) == []
     assert list(ds.shuffle(1)) == []
-    assert all_batches(ds) == []
+    assert whole(ds) == []
 
 
 def test_reading_calls_no_formatter_of_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
