@@ -770,3 +770,19 @@ FIVE = [
     "pack fit",
 ]
 """The rows on which every loader law runs with every number of workers and start method."""
+
+CORE = {
+    "arrow mapped, shuffled",
+    "parquet, window shuffle",
+    "json lines",
+    "iterable",
+    "hub stream",
+    "concatenate streams",
+    "map batched",
+    "track below a batch",
+    "take",
+    "pack concat",
+    "pack fit",
+    "everything",
+}
+"""The rows of the inner loop, ``pytest -m core``: every source and every node once."""

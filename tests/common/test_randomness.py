@@ -468,7 +468,7 @@ class Mix:
         self, ds: Interleave, children: list[Callable[[int], Iterator[int]]], lane: int | None
     ) -> None:
         self.strategy, self.children = ds.stopping_strategy, children
-        picks = mix.picks()
+        picks = ds.picks()
         self.used = [number for number, quota in enumerate(picks.quotas.tolist()) if quota]
         self.picks, self.lane = picks, lane
 

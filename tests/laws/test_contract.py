@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Collection
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import midstream.sources
 from midstream.pipeline.node import Node, bind
 from midstream.testing import laws
 from midstream.testing.laws import LANES, items, run
-from tests.cases import BASE, CASES, Case, Counted, build, identify
+from tests.cases import BASE, CASES, CORE, Case, Counted, build, identify
 from tests.helpers.loaders import through_json
 
 ROWS = list(CASES)
@@ -27,14 +28,15 @@ every_row = pytest.mark.parametrize("row", ROWS)
 every_lane = pytest.mark.parametrize("lane", LANES, ids=lambda lane: f"lane {lane[0]} of {lane[1]}")
 
 
-def test_every_exported_node_and_source_has_a_case() -> None:
+@pytest.mark.parametrize("rows", [CASES, CORE], ids=["all", "core"])
+def test_every_exported_node_and_source_has_a_case(rows: Collection[str]) -> None:
     exported = {
         value
         for module in (midstream.nodes, midstream.sources)
         for value in map(module.__dict__.get, module.__all__)
         if isinstance(value, type) and issubclass(value, Node)
     }
-    used = {type(place.node) for row in ROWS for place in bind(build(row).node).walk()}
+    used = {type(place.node) for row in rows for place in bind(build(row).node).walk()}
     assert exported - used == set()
 
 
