@@ -226,6 +226,7 @@ def _killed_at(number: int, work: Callable[[], Any]) -> bool:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("keep", [None, 1])
+@pytest.mark.processes
 def test_killed_at_every_system_call_a_save_is_there_or_not(
     tmp_path: Path, ranks: int, keep: int | None
 ) -> None:
@@ -261,6 +262,7 @@ def test_killed_at_every_system_call_a_save_is_there_or_not(
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.processes
 def test_killed_at_every_system_call_the_first_save_leaves_none_or_one(tmp_path: Path) -> None:
     for number in range(1000):
         root = tmp_path / str(number)

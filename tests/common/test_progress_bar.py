@@ -190,6 +190,7 @@ def test_a_notebook_is_where_someone_looks(
     assert _bar._is_wanted() == wanted
 
 
+@pytest.mark.processes
 def test_a_real_worker_shows_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: Terminal
 ) -> None:

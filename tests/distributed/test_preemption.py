@@ -567,6 +567,7 @@ def test_the_table_says_what_is_in_hand() -> None:
     assert describe_trail(table, names) == ""
 
 
+@pytest.mark.processes
 def test_between_two_turns_nothing_is_in_hand() -> None:
     for ds in (ms.from_dataset(range(40)), ms.from_dataset(range(40)).filter(lambda x: True)):
         loader = ms.DataLoader(ds.batch(4), num_workers=1, lanes=2, multiprocessing_context="fork")
@@ -580,6 +581,7 @@ def test_between_two_turns_nothing_is_in_hand() -> None:
         loader.close()
 
 
+@pytest.mark.processes
 def test_shared_memory_is_given_back() -> None:
     def maps() -> int:
         return Path("/proc/self/maps").read_text().count("torch_")

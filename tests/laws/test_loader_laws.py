@@ -17,6 +17,7 @@ ROWS = list(CASES)
 
 
 @pytest.mark.parametrize("row", ROWS)
+@pytest.mark.processes
 def test_batches_are_the_same_for_any_number_of_workers(row: str) -> None:
     ds = build(row)
     expected = whole(ds)
@@ -44,6 +45,7 @@ def test_batches_are_the_same_for_every_start_method(row: str, method: str) -> N
 
 
 @pytest.mark.parametrize("row", ROWS)
+@pytest.mark.processes
 def test_cut_anywhere_and_resumed_with_other_workers_five_times(row: str) -> None:
     ds = build(row)
     expected = whole(ds)

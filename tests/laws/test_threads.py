@@ -65,6 +65,7 @@ def test_batches_states_and_origins_are_those_of_the_main_process(row: str, kind
 
 
 @pytest.mark.parametrize("row", ROWS)
+@pytest.mark.processes
 def test_threads_processes_and_reading_ahead_go_on_from_each_other(row: str) -> None:
     ds = build(row)
     expected = whole(ds)
