@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from tests.cases import BASE, CASES, FIVE, build, identify, plain
+from tests.cases import BASE, CASES, FIVE, READERS, build, identify, plain
 from tests.helpers.loaders import chain, loader, through_json, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:the loader was left after batch:UserWarning")
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the loader was left after batch:
 ROWS = list(CASES)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", READERS)
 @pytest.mark.processes
 def test_batches_are_the_same_for_any_number_of_workers(row: str) -> None:
     ds = build(row)
@@ -44,7 +44,7 @@ def test_batches_are_the_same_for_every_start_method(row: str, method: str) -> N
     assert whole(ds, 2, method=method) == whole(ds)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", READERS)
 @pytest.mark.processes
 def test_cut_anywhere_and_resumed_with_other_workers_five_times(row: str) -> None:
     ds = build(row)
@@ -83,8 +83,9 @@ def test_cut_anywhere_and_resumed_with_one_to_four_workers(row: str) -> None:
     assert chain(ds, [(1, step), (3, step), (4, 1), (2, step), (3, 2), (1, None)]) == expected
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    ("row", "workers"), [*((row, 0) for row in ROWS), *((row, 2) for row in READERS)]
+)
 def test_progress_and_trace_count_what_was_delivered(row: str, workers: int) -> None:
     case = CASES[row]
     ds = build(row)

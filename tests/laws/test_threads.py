@@ -15,10 +15,10 @@ import pytest
 
 import midstream as ms
 from midstream.dataset import Dataset
-from tests.cases import CASES, build, plain
+from tests.cases import READERS, build, plain
 from tests.helpers.loaders import loader, through_json, whole
 
-ROWS = [row for row in CASES if row != "map isolated rng"]
+ROWS = [row for row in READERS if row != "map isolated rng"]
 THREADS: dict[str, dict[str, Any]] = {
     "threads": {"workers": 2, "worker_type": "thread"},
     "ahead": {"prefetch_factor": 3},
