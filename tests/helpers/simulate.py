@@ -114,3 +114,10 @@ class Cluster:
     def sequence(self) -> list[Any]:
         """All batches in the run's order."""
         return [batch for step in self.steps for batch in step]
+
+
+def reference(pipeline: ms.Dataset, lanes: int) -> list[Any]:
+    """All batches of an epoch on one rank, in the run's order."""
+    cluster = Cluster(pipeline, 1, 0, lanes=lanes)
+    cluster.run()
+    return cluster.sequence
