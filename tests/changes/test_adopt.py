@@ -9,7 +9,7 @@ import pytest
 
 import midstream as ms
 from midstream.dataset import Dataset
-from tests.helpers.simulate import Cluster, reference
+from tests.helpers.simulate import Cluster, run_alone
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lanes are dealt to.*:RuntimeWarning")
 
@@ -102,7 +102,7 @@ def test_strict_false_goes_on_with_other_weights_and_inputs(stream: bool, cut: i
     if not stream:
         math = [x for x in seen if x >= 2000]
         for part, pipeline, low in ((web, before, 0), (math, after, 2000)):
-            whole = [x for batch in reference(pipeline, 12) for x in batch if low <= x < low + 1000]
+            whole = [x for batch in run_alone(pipeline, 12) for x in batch if low <= x < low + 1000]
             assert part[: len(whole)] == whole[: len(part)]
         assert len(web) == 300 or len(math) == 300
     half = [x for batch in second.sequence for x in batch]

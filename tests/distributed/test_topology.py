@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import midstream as ms
 from midstream.pipeline.single_lane import SingleLaneIterator
 from tests.helpers.loaders import through_json
-from tests.helpers.simulate import Cluster, reference
+from tests.helpers.simulate import Cluster, run_alone
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lanes are dealt to.*:RuntimeWarning")
 
@@ -115,7 +115,7 @@ def test_any_chain_of_topologies_delivers_every_sample_exactly_once(
     rank to the end.
     """
     pipeline = PIPELINES[name]()
-    reference = reference(pipeline, lanes)
+    reference = run_alone(pipeline, lanes)
     in_step = _in_step(pipeline, lanes)
     promised = len(reference)  # so many batches are to come in the order of one rank
     seen: list[Any] = []

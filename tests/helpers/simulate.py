@@ -116,7 +116,7 @@ class Cluster:
         return [batch for step in self.steps for batch in step]
 
 
-def reference(pipeline: ms.Dataset, lanes: int) -> list[Any]:
+def run_alone(pipeline: ms.Dataset, lanes: int) -> list[Any]:
     """All batches of an epoch on one rank, in the run's order."""
     cluster = Cluster(pipeline, 1, 0, lanes=lanes)
     cluster.run()
