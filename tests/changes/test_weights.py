@@ -98,6 +98,7 @@ def _run(part: Cluster, steps: int) -> None:
 
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
 @pytest.mark.parametrize("kind", ["rows", "buffered"])
+@pytest.mark.processes
 def test_set_weights_in_a_loop_changes_the_next_batch_and_the_epochs_after(
     kind: str, workers: int, persistent: bool
 ) -> None:

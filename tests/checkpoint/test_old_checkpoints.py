@@ -229,6 +229,7 @@ def test_old_states_of_ranks_merge_to_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.processes
 def test_the_same_run_is_saved_as_the_same_state(name: str) -> None:
     assert json.loads(json.dumps(states_of(CASES[name]))) == written(name)["states"]
 

@@ -162,6 +162,7 @@ def test_mixed_keys_in_one_call_are_the_calls_of_their_own(
     assert together.tolist() == [int(each[w][p]) for w, p in zip(which, positions)]
 
 
+@pytest.mark.slow
 def test_all_permutations_of_few_rows_are_equally_likely() -> None:
     for length, rounds in ((3, 6000), (4, 12_000), (5, 24_000)):
         counts = Counter(
@@ -276,6 +277,7 @@ def test_blocks_and_the_rows_of_a_window_are_uniformly_placed() -> None:
     assert abs(chi_square(place)) < 5
 
 
+@pytest.mark.slow
 def test_no_window_and_windows_over_everything_are_full_permutations() -> None:
     sizes, rounds = [3] * 4, 3000
     for window in (None, 4, 16):

@@ -57,7 +57,7 @@ def test_cut_anywhere_and_resumed_with_other_workers_five_times(row: str) -> Non
         assert chain(ds, pieces) == expected, pieces
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", READERS)
 def test_resume_at_every_batch(row: str) -> None:
     ds = build(row)
     made = loader(ds)

@@ -275,6 +275,7 @@ def running(made: ms.DataLoader) -> Any:
 
 
 @pytest.mark.parametrize("kind", STARTED)
+@pytest.mark.processes
 def test_workers_that_were_started_early_are_the_ones_that_read(kind: str) -> None:
     ds: Dataset = ms.from_dataset(range(40)).shuffle(1)
     plainly = loader(ds)
@@ -299,6 +300,7 @@ def test_workers_that_were_started_early_are_the_ones_that_read(kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["threads", "fork", "persistent"])
+@pytest.mark.processes
 def test_what_changes_after_start_is_what_counts(kind: str) -> None:
     ds: Dataset = ms.from_dataset(range(40)).shuffle(1)
     plainly = loader(ds)

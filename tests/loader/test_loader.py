@@ -20,6 +20,7 @@ from tests.helpers.loaders import LANES, loader, through_json, whole
 pytestmark = pytest.mark.filterwarnings("ignore:the loader was left after batch:UserWarning")
 
 
+@pytest.mark.processes
 def test_lambdas_and_closures_travel_to_spawned_workers() -> None:
     offset = 5
     ds = ms.from_dataset(range(40)).map(lambda x: x + offset).filter(lambda x: x % 2)
@@ -106,6 +107,7 @@ def test_set_epoch_keeps_a_loaded_position_and_ignores_an_earlier_epoch() -> Non
     assert [plain(batch) for batch in resumed] == epochs[2]
 
 
+@pytest.mark.processes
 def test_break_and_iterate_again_restarts_a_finite_epoch_with_one_warning() -> None:
     ds = numbers(0, 40).shuffle(1)
     expected = whole(ds)
@@ -124,6 +126,7 @@ def test_break_and_iterate_again_restarts_a_finite_epoch_with_one_warning() -> N
         made.close()
 
 
+@pytest.mark.processes
 def test_break_and_iterate_again_goes_on_where_an_endless_pipeline_stands() -> None:
     for ds in (numbers(0, 10).shuffle(1).repeat(), numbers(0, 30).filter(bool).repeat()):
         for options in ({}, {"workers": 2}, {"workers": 2, "persistent_workers": True}):
@@ -158,6 +161,7 @@ def test_state_at_answers_for_earlier_batches(row: str) -> None:
         made.state_at(len(states))
 
 
+@pytest.mark.processes
 def test_progress_survives_resumes_and_epochs() -> None:
     ds = build("interleave streams")
     made = loader(ds)
@@ -328,6 +332,7 @@ def test_map_style_data_gives_torch_batches() -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"num_workers": 1, "multiprocessing_context": "fork"}, {"prefetch_factor": 2}]
 )
+@pytest.mark.processes
 def test_reading_draws_nothing_from_the_generator_of_torch(options: dict[str, Any]) -> None:
     before = torch.get_rng_state()
     made = ms.DataLoader(numbers(0, 8), batch_size=4, **options)
@@ -369,6 +374,7 @@ def test_shuffle_takes_the_seed_of_torch_and_the_checkpoint_keeps_it() -> None:
     assert sorted(sum(batches + rest, [])) == list(range(20))
 
 
+@pytest.mark.processes
 def test_a_loader_rebuilt_from_its_attributes_yields_the_same_batches() -> None:
     import inspect
 

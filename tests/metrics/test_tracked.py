@@ -540,6 +540,7 @@ def test_three_distributions_of_a_hundred_sources_stay_within_their_kilobyte() -
     assert len(max(state["lanes"].values(), key=len)) < 60 * (MOST_BYTES + 20) + 20 * 64 + 1024
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_back_the_totals_of_many_sources_take_little_memory() -> None:
     parts = {f"s{k}": ms.from_dataset(range(k, 4000, 3), name=f"s{k}") for k in range(8)}
     mix = (

@@ -62,6 +62,7 @@ RANDOM: dict[str, Callable[[Dataset], Dataset]] = {
 
 @pytest.mark.parametrize("kind", RANDOM)
 @pytest.mark.parametrize("source", [numbers, stream])
+@pytest.mark.processes
 def test_random_augmentation_depends_on_the_sample_alone(
     kind: str, source: Callable[[int], Dataset]
 ) -> None:

@@ -263,6 +263,7 @@ def test_a_schedule_crossing_its_border_in_a_batch_resumes_around_it(kind: str) 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["rows", "tokens"])
+@pytest.mark.processes
 def test_a_schedule_resumes_with_real_workers_at_every_batch_around_its_border(
     kind: str, workers: int
 ) -> None:

@@ -389,6 +389,7 @@ def test_waiting_rows_save_padding_and_the_padding_is_told() -> None:
     ],
     ids=str,
 )
+@pytest.mark.processes
 def test_saved_at_every_pack_no_token_is_lost_or_repeated(
     options: dict[str, Any], workers: int
 ) -> None:

@@ -25,6 +25,7 @@ NOTHING: dict[str, Callable[[], Dataset]] = {
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # that a lane found nothing is told
 @pytest.mark.parametrize("times", [3, None], ids=["three times", "for ever"])
 @pytest.mark.parametrize("nothing", NOTHING)
+@pytest.mark.processes
 def test_repeat_of_nothing_ends(nothing: str, times: int | None) -> None:
     ds = NOTHING[nothing]().repeat(times)
     assert list(ds) == []

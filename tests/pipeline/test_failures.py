@@ -178,6 +178,7 @@ def reference() -> dict[int, ms.SampleError]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.processes
 def test_an_error_tells_node_origin_function_type_and_traceback(
     kind: int, outcome: dict[int, ms.SampleError]
 ) -> None:
@@ -407,6 +408,7 @@ PIPELINES: dict[str, Callable[[], Dataset]] = {
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.processes
 def test_a_checkpoint_taken_right_after_an_error_does_not_meet_it_again(kind: str) -> None:
     """Nor one taken anywhere else; with other numbers of workers, and through a chain of them."""
     ds = PIPELINES[kind]()
@@ -439,6 +441,7 @@ def test_a_checkpoint_taken_right_after_an_error_does_not_meet_it_again(kind: st
 
 
 @pytest.mark.parametrize("kind", ["random access", "stream", "sample and collate"])
+@pytest.mark.processes
 def test_a_run_cut_after_every_error_goes_on_with_other_workers(kind: str) -> None:
     ds = PIPELINES[kind]()
     expected = told(drain(iter(loader(ds))))
@@ -684,6 +687,7 @@ def killed() -> tuple[list[dict[str, Any]], str, int]:
 @pytest.mark.parametrize(
     "case", range(4), ids=["lists", "tensors", "stream of lists", "stream of tensors"]
 )
+@pytest.mark.processes
 def test_a_killed_worker_is_a_worker_error_and_the_state_stays(
     case: int, killed: tuple[list[dict[str, Any]], str, int]
 ) -> None:
@@ -698,6 +702,7 @@ def test_a_killed_worker_is_a_worker_error_and_the_state_stays(
     assert f"batch {outcome['found']} of epoch 0" in outcome["text"]
 
 
+@pytest.mark.processes
 def test_a_killed_worker_leaves_nothing_behind_that_raises_later(
     killed: tuple[list[dict[str, Any]], str, int],
 ) -> None:
@@ -737,6 +742,7 @@ HANG_UP = """
 """
 
 
+@pytest.mark.processes
 def test_a_worker_says_nothing_of_a_receiver_that_hung_up_but_tells_its_own_errors() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(HANG_UP)],

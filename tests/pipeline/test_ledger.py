@@ -162,6 +162,7 @@ def test_the_state_after_too_many_errors_is_that_of_the_last_sample_handed_out(m
     assert found + list(resumed) == [x for x in range(30) if x not in (5, 6, 13, 22)]
 
 
+@pytest.mark.processes
 def test_errors_before_a_resume_count_towards_the_limit() -> None:
     run = SingleLaneIterator(limited("skip", 2).node, 0, 1, 0)
     assert [next(run) for _ in range(8)] == [0, 1, 2, 3, 4, 7, 8, 9]

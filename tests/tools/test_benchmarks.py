@@ -76,6 +76,7 @@ def test_every_stage_can_be_measured(bench, kind, data):
     assert all(measure() > 0 for measure in found.values())
 
 
+@pytest.mark.processes
 def test_the_one_command_records_what_fails_and_goes_on(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(
         bench.run, "measure", lambda question, one, *rest: {"failed": "told to fail", "took": 0.0}
@@ -101,6 +102,7 @@ def test_the_one_command_records_what_fails_and_goes_on(bench, tmp_path, monkeyp
     assert text.count("told to fail") >= 2 and "midstream" in text
 
 
+@pytest.mark.processes
 def test_all_contestants_say_what_was_set(bench):
     from contestants import everyone
 

@@ -239,6 +239,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.processes
 def test_nothing_happens_at_import(imported: dict[str, Any]) -> None:
     assert imported["changed"] == []
 
@@ -255,6 +256,7 @@ def test_nothing_happens_at_import(imported: dict[str, Any]) -> None:
         "midstream.cli",
     ],
 )
+@pytest.mark.processes
 def test_importing_midstream_does_not_import(module: str, imported: dict[str, Any]) -> None:
     assert module not in imported["modules"]
 
