@@ -31,6 +31,7 @@ EDITS = st.lists(
     phases=[Phase.explicit, Phase.generate],
 )
 @given(edits=EDITS, data=st.data())
+@pytest.mark.slow
 def test_set_weights_is_exact_on_any_chain_of_topologies(
     kind: str, edits: Any, data: st.DataObject
 ) -> None:

@@ -232,6 +232,7 @@ PLAN = [(0, {"web": 7, "code": 3}), (100, {"web": 1, "code": 1}), (190, {"web": 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_schedule_crossing_its_border_in_a_batch_resumes_around_it(kind: str) -> None:
     """100 is in the middle of batch 33 (and of a lane's batch, on streams): before, on and after
     it, other topologies.

@@ -134,6 +134,7 @@ def sigmas(counts: Any, expected: float, freedom: int) -> float:
 
 
 @pytest.mark.parametrize("length", [3, 10, 64, 256, 257, 300])
+@pytest.mark.slow
 def test_every_row_is_equally_likely_at_every_position(length: int) -> None:
     rounds = 4000
     counts = np.zeros((length, length))
@@ -233,6 +234,7 @@ def check_shares(picked: list[int], weights: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.slow
 def test_shares_hold_after_every_prefix(weights: dict[str, float], stream: bool) -> None:
     rows = 30_000
     parts = {}

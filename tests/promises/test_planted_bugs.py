@@ -318,6 +318,7 @@ def test_an_iterator_hands_out_fresh_values() -> None:
     assert iterator.state_dict()["safe"][1] != []
 
 
+@pytest.mark.processes
 def test_a_checkpoint_after_an_error_in_a_batch_goes_on_with_the_rest_of_it() -> None:
 
     def fails(row: int) -> int:
@@ -415,6 +416,7 @@ def run(folder: Path, file: str, expression: str) -> tuple[int, str]:
     return status, out.read_text()
 
 
+@pytest.mark.processes
 def test_the_copy_is_what_is_tested(copy: Path) -> None:
     (copy / "tests" / "test_where.py").write_text(
         "def test(): import midstream; assert not midstream.__file__"

@@ -172,6 +172,7 @@ READERS = (
 
 @pytest.mark.parametrize("kind", ["rows", "stream"])
 @pytest.mark.parametrize("options", READERS, ids=str)
+@pytest.mark.processes
 def test_a_loop_goes_on_after_skip_and_exclude_into_the_next_epoch(
     kind: str, options: dict[str, Any]
 ) -> None:
@@ -248,6 +249,7 @@ BEFORE = {
     ("ranks", "remainder"), [(1, "drop"), (2, "drop"), (2, "pad"), (2, "uneven")]
 )
 @pytest.mark.parametrize("kind", ["rows", "buffered"])
+@pytest.mark.slow
 def test_skip_crosses_the_end_of_an_epoch_from_any_batch(
     kind: str, ranks: int, remainder: Any, before: str
 ) -> None:

@@ -78,6 +78,7 @@ def shard_by_shard(data: datasets.IterableDataset) -> list[list[Any]]:
 @pytest.mark.parametrize(
     ("lane", "every"), [((0, 1), 4), ((1, 3), 256)], ids=["whole, own states", "lane 1 of 3"]
 )
+@pytest.mark.slow
 def test_a_hub_stream_yields_its_shards_and_resumes_at_every_row(
     kind: str, lane: tuple[int, int], every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ def test_a_hub_stream_split_by_node_is_refused(shards: int) -> None:
     "kind",
     ["arrow", "generator", "map of batches", "filter", "skip", "interleaved", "concatenated"],
 )
+@pytest.mark.processes
 def test_workers_read_every_row_of_a_hub_stream_once(kind: str) -> None:
     """Inside a torch worker a Hugging Face stream would shard itself once more."""
     data = HUB[kind]()
@@ -166,6 +168,7 @@ def test_workers_read_every_row_of_a_hub_stream_once(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["arrow", "interleaved by chance"])
+@pytest.mark.processes
 def test_a_hub_stream_resumes_with_other_workers(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +188,7 @@ def test_a_hub_stream_resumes_with_other_workers(
 
 
 @pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.processes
 def test_every_epoch_of_a_hub_stream_is_whole(persistent: bool) -> None:
     made = loader(ms.from_dataset(stream(24, 4)), 2, persistent_workers=persistent)
     epochs = [sorted(row["id"] for batch in made for row in batch) for _ in range(3)]
@@ -213,6 +217,7 @@ def open_hub_generators() -> int:
     ],
     ids=["run", "iter", "pipeline", "loader"],
 )
+@pytest.mark.slow
 def test_a_dropped_iterator_closes_its_hub_stream_at_once(
     run: Callable[[Dataset], Any], resumed: bool
 ) -> None:

@@ -254,6 +254,7 @@ def test_a_pickle_is_small_and_holds_no_index(
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.processes
 def test_a_forked_child_reads_right_after_its_parent_read_and_shares_the_index(
     folder: Path, searched: list[str]
 ) -> None:

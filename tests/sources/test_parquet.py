@@ -334,6 +334,7 @@ def test_a_pickle_is_small_holds_nothing_open_and_spares_the_footers(
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.processes
 def test_a_forked_child_reads_right_after_its_parent_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

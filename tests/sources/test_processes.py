@@ -52,6 +52,7 @@ def test_a_memory_mapped_dataset_pickles_as_a_path_and_reopens(
     assert [plain(sample) for sample in copy.rows(range(len(expected)))] == expected
 
 
+@pytest.mark.processes
 def test_a_forked_worker_leaves_the_parents_handles_alone(mapped: datasets.Dataset) -> None:
     ds = ms.from_dataset(mapped.select(range(60)))
     expected = [plain(sample) for sample in ds]

@@ -74,6 +74,7 @@ def test_without_the_extra_one_line_names_it(
     assert told.err == f"the command line needs {module}: pip install 'midstream[cli]'\n"
 
 
+@pytest.mark.processes
 def test_importing_the_command_line_imports_neither_the_extra_nor_torch() -> None:
     code = (
         "import sys, types; sys.modules['midstream'] = types.ModuleType('midstream'); "

@@ -212,6 +212,7 @@ def test_every_piece_has_a_byte_to_predict() -> None:
         assert sum(len(piece["ids"]) for piece in made) in (length, length - 1)
 
 
+@pytest.mark.slow
 def test_the_last_batch_of_an_epoch_trains_too() -> None:
     loader = ms.DataLoader(demo.pipeline(200), batch_size=BATCH, collate_fn=ms.pad)
     model = demo.Model()

@@ -146,6 +146,7 @@ def test_a_right_pipeline_passes_everywhere() -> None:
     assert len(pairs) == 16
 
 
+@pytest.mark.slow
 def test_random_access_keeps_its_order_on_any_number_of_ranks() -> None:
     pipeline = ms.from_dataset(range(83)).shuffle(seed=1).batch(4)
     found = check_resume(pipeline, workers=(0,), ranks=(1, 2, 3, 4), kill=False, seconds=None)
@@ -154,6 +155,7 @@ def test_random_access_keeps_its_order_on_any_number_of_ranks() -> None:
     assert all(check.cuts == check.of for check in found.checks)
 
 
+@pytest.mark.slow
 def test_streams_on_uneven_ranks_are_exactly_once() -> None:
     found = check_resume(right, workers=(0,), ranks=(1, 5), kill=False, seconds=None)
     assert wrong_or_none(found) is None
@@ -457,6 +459,7 @@ def test_an_empty_pipeline_is_no_proof() -> None:
         check_resume(ms.from_dataset(range(10)).filter(lambda row: False), **HERE)
 
 
+@pytest.mark.slow
 def test_sync_end_is_refused_with_the_way_out() -> None:
     def make(rank: int, world_size: int) -> ms.DataLoader:
         return ms.DataLoader(right(), batch_size=4, rank=rank, world_size=world_size, sync_end=True)
@@ -728,6 +731,7 @@ def test_the_plugin_checks_and_tells(full: bool, tmp_path: Path) -> None:
         assert "repeated" in done.stdout
 
 
+@pytest.mark.processes
 def test_the_plugin_costs_other_peoples_tests_nothing() -> None:
     code = "import sys, pytest_midstream; assert not {'torch', 'midstream'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, timeout=60)

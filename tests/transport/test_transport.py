@@ -228,6 +228,7 @@ def test_a_parcel_that_nobody_opens_gives_its_slot_back(worker: Arena) -> None:
     assert worker.used[0] == 0
 
 
+@pytest.mark.processes
 def test_a_fork_of_the_main_process_gives_no_slot_back(worker: Arena) -> None:
     found = travel(np.zeros(INLINE))
     child = os.fork()
@@ -332,6 +333,7 @@ def plain(batch: dict[str, Any]) -> Any:
     ],
     ids=str,
 )
+@pytest.mark.processes
 def test_a_whole_list_of_batches_is_right(options: dict[str, Any]) -> None:
     """It holds more batches than there are slots."""
     expected = [plain(batch) for batch in uneven(0)]
