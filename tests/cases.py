@@ -755,6 +755,11 @@ def bool_of(sample: Any) -> bool:
     return bool(identify(sample))
 
 
+def build(row: str, bomb: frozenset[int] = frozenset()) -> Dataset:
+    """The pipeline of a row; its user code fails on the ids in ``bomb``."""
+    return CASES[row].build(bomb)
+
+
 FIVE = [
     "interleave",
     "interleave streams",
@@ -765,3 +770,59 @@ FIVE = [
     "pack fit",
 ]
 """The rows on which every loader law runs with every number of workers and start method."""
+
+CORE = {
+    "arrow mapped, shuffled",
+    "parquet, window shuffle",
+    "json lines",
+    "iterable",
+    "hub stream",
+    "concatenate streams",
+    "map batched",
+    "track below a batch",
+    "take",
+    "pack concat",
+    "pack fit",
+    "everything",
+}
+"""The rows of the inner loop, ``pytest -m core``: every source and every node once."""
+
+READERS = [
+    row
+    for row in CASES
+    if row in CORE
+    or row in FIVE
+    or row
+    in {
+        # sources as other processes and threads open them
+        "sequence",
+        "arrow in memory",
+        "arrow formatted",
+        "json lines gz",
+        "iterable stride",
+        # lanes that end early, begin again, or hold samples back
+        "repeat stream",
+        "take stream",
+        "skip stream",
+        "buffered shuffle",
+        "batch stream drop_last",
+        "batch of batches",
+        "flat over columns",
+        "ragged over columns",
+        # what travels with a batch: dropped samples, counts, metrics, parts
+        "map refill",
+        "map skip",
+        "map isolated rng",
+        "interleave by tokens, schedule, buffered",
+        "interleave schedule streams once",
+        "interleave max_epochs",
+        "interleave max_epochs streams all",
+        "track stream",
+        "track packed",
+        "mix of packs",
+    }
+]
+"""The rows that differ for a loader. Their iterators alone are tested on all rows, in one lane and
+as one of three (test_contract.py); a loader does nothing of its own for a node, so laws that only
+add workers or threads run on these.
+"""
