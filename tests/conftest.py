@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import (
@@ -23,6 +24,7 @@ settings.register_profile("same", derandomize=True, **patient)
 settings.register_profile("explore", **patient)
 settings.load_profile("same")
 
+TRAINERS = Path(__file__).parent / "trainers"
 EXAMPLES_OF_CORE = 10  # of a hypothesis test, with ``-m core``
 
 # What the processes of a fork server need, imported there once.
@@ -52,6 +54,11 @@ def starts_processes(item: pytest.Item) -> bool:
     return item.get_closest_marker("processes") is not None or bool(workers)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Trainers are not in the inner loop: importing them alone takes seconds."""
+    return True if config.option.markexpr == "core" and collection_path == TRAINERS else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark rows of cases.py as `matrix` but for a few, and what is left for the inner loop as
@@ -64,7 +71,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("matrix")
         elif starts_processes(item):
             item.add_marker("processes")
-        if not any(item.get_closest_marker(name) for name in ("matrix", "slow", "processes")):
+        others = any(item.get_closest_marker(name) for name in ("matrix", "slow", "processes"))
+        if not others and TRAINERS not in item.path.parents:
             item.add_marker("core")
     if config.option.markexpr == "core":
         for item in items:

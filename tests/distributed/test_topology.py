@@ -108,6 +108,7 @@ LEGS = st.lists(
 # Rank 2 of "lossy" loses all its batches: it is at its end before the others, also where it was so
 # when it was loaded.
 @example(lanes=12, legs=[(1, 0, 0, False), (1, 0, 2, False), (4, 0, 1, False), (4, 0, 1, False)])
+@pytest.mark.slow
 def test_any_chain_of_topologies_delivers_every_sample_exactly_once(
     name: str, lanes: int, legs: list[tuple[int, int, int, bool]]
 ) -> None:

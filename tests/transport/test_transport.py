@@ -345,6 +345,7 @@ def test_a_whole_list_of_batches_is_right(options: dict[str, Any]) -> None:
     assert [plain(batch) for batch in found[1:]] == expected[1:]
 
 
+@pytest.mark.processes
 def test_memory_is_bounded_and_slots_come_back(caplog: pytest.LogCaptureFixture) -> None:
     made = uneven(2, multiprocessing_context="fork", persistent_workers=True)
     for _ in range(2):
@@ -372,6 +373,7 @@ def test_memory_is_bounded_and_slots_come_back(caplog: pytest.LogCaptureFixture)
     assert not caplog.records
 
 
+@pytest.mark.processes
 def test_without_memory_batches_go_through_the_pipe_and_the_loader_says_so_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,6 +394,7 @@ def test_without_memory_batches_go_through_the_pipe_and_the_loader_says_so_once(
         assert "No space left on device" in caplog.text
 
 
+@pytest.mark.processes
 def test_a_worker_lets_go_of_the_memory_of_other_loaders() -> None:
     """But for slots that the main process looked into just when it forked."""
     first = uneven(1, multiprocessing_context="fork", persistent_workers=True)
@@ -420,6 +423,7 @@ def held_files() -> list[int]:
     return found
 
 
+@pytest.mark.processes
 def test_a_batch_that_cannot_travel_is_an_error_that_says_so() -> None:
     ds = ms.from_dataset(range(8)).map(lambda x: x if x < 4 else iter_of(x))
     made = ms.DataLoader(ds, None, num_workers=2, multiprocessing_context="fork")
@@ -567,6 +571,7 @@ LEAK = """
         ("fork", "leave"),
     ],
 )
+@pytest.mark.processes
 def test_nothing_is_left_in_dev_shm_nor_any_process(method: str, end: str, tmp_path: Any) -> None:
     script = tmp_path / "leak.py"
     script.write_text(textwrap.dedent(LEAK))
