@@ -20,7 +20,7 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 
 from midstream.loader.position import Position
 
-__all__ = ["LIGHTNING_ALONE", "EpochHint", "AccelerateIterator", "asked_by", "not_registered"]
+__all__ = ["LIGHTNING_ALONE", "AccelerateIterator", "EpochHint", "asked_by", "not_registered"]
 
 LIGHTNING_ALONE = (
     "Lightning saves the state of this loader by itself, and what it saves is not always what was"

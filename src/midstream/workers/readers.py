@@ -240,16 +240,16 @@ class LaneReader:
     """Reads one lane of a stream: what an earlier epoch left over, then the epoch in progress."""
 
     __slots__ = (
+        "bound",
         "dealt",
-        "output",
         "done",
         "epoch",
         "index",
         "lane",
         "last_epoch",
         "marks",
+        "output",
         "paths",
-        "bound",
         "resumed",
         "rounds",
     )
