@@ -127,6 +127,7 @@ FOREIGN_PRIVATE = {
     "_exit",  # the standard library's documented ones
     "_getframe",
     "_replace",
+    "_fields",
     "_repr_html_",  # IPython's protocol
 }
 

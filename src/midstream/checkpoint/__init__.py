@@ -31,9 +31,9 @@ The state of a run is a dict of plain values:
       "batches": 96,             batches of the epoch that were delivered, over all ranks
       "steps_done": 48,          batches of the epoch that each rank handed out
       "num_lanes": 48,           fixed for the run
-      "rest": "",                rows of the epoch delivered by another pipeline; see changes.py
-      "edits": "",               weights changed during the run; see changes.py
-      "excluded": "",            samples left out of the run; see changes.py
+      "rest": "",                rows of the epoch delivered by another pipeline; see checkpoint/changes.py
+      "edits": "",               weights changed during the run; see checkpoint/changes.py
+      "excluded": "",            samples left out of the run; see checkpoint/changes.py
       "lanes": {"0000": "...", ...}
     }
 
@@ -45,7 +45,7 @@ is always there:
                                is omitted when equal to "samples"
     "tokens": [..]             tokens delivered, by source, of a pipeline that packs them
     "events"                   {"filtered": {"7": 12, "3|1": 4}, ...}: samples dropped or failed
-                               over the whole run, by node number (see spec.py) and source
+                               over the whole run, by node number (checkpoint/spec.py) and source
     "at"                       [epoch, batches, steps_done, finished]: the position of the rank, in
                                its first lane; finished is 1 when the rank had reached its
                                end of the epoch and other ranks perhaps had not

@@ -1,7 +1,6 @@
 """The commands of ``midstream``: their options and exit statuses.
 
-They need the extra ``cli`` (typer and rich). Importing this file imports neither of them, and not
-torch: each command imports what it needs when it runs.
+They need the extra ``cli`` (typer and rich). Importing this file imports neither of them.
 """
 
 from __future__ import annotations
@@ -12,6 +11,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+
+import midstream
+from midstream.cli import inspection
+from midstream.cli.inspection import find
+from midstream.cli.output import show_batches, show_checkpoint, show_demo, show_difference
+from midstream.errors import MidstreamError
+from midstream.testing import check_resume
 
 if TYPE_CHECKING:
     import typer
@@ -51,8 +57,6 @@ def _app() -> typer.Typer:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        import midstream
-
         typer.echo(f"midstream {midstream.__version__}")
         raise typer.Exit
 
@@ -114,7 +118,6 @@ def demo(
 
     Exit status: 0 exact, 1 not exact, 2 it could not run.
     """
-    from midstream.cli.output import show_demo
 
     try:
         exact = show_demo(
@@ -170,8 +173,6 @@ def verify(
 
     Exit status: 0 exact, 1 not exact, 2 it could not run.
     """
-    from midstream.cli.inspection import find
-    from midstream.testing import check_resume
 
     with _bad_input():
         report = check_resume(
@@ -205,8 +206,6 @@ def inspect(
 
     Exit status: 0 it could be read, 2 it could not.
     """
-    from midstream.cli import inspection
-    from midstream.cli.output import show_checkpoint
 
     with _bad_input():
         state = inspection.read(path, key)
@@ -231,8 +230,6 @@ def diff(
 
     Exit status: 0 they are the same, 1 they differ, 2 one could not be read.
     """
-    from midstream.cli import inspection
-    from midstream.cli.output import show_difference
 
     with _bad_input():
         found = inspection.difference(inspection.read(one, key), inspection.read(other, key))
@@ -261,11 +258,9 @@ def trace(
 
     Exit status: 0, or 2 if the checkpoint is not of this pipeline.
     """
-    from midstream.cli import inspection
-    from midstream.cli.output import show_batches
 
     with _bad_input():
-        loader = inspection.loader_for(inspection.find(target), inspection.read(path, key))
+        loader = inspection.loader_for(find(target), inspection.read(path, key))
         batches = inspection.follow(loader, steps)
         if as_json:
             for epoch, batch, origins in batches:
@@ -286,7 +281,6 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
 @contextlib.contextmanager
 def _bad_input() -> Iterator[None]:
     """Prints errors of the input, in place of a traceback, and exits with status 2."""
-    from midstream.errors import MidstreamError
 
     try:
         yield

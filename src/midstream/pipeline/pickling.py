@@ -20,10 +20,11 @@ class PickledByValue:
         self.value = value
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _from_bytes, (_to_bytes(self.value),)
+        return from_bytes, (to_bytes(self.value),)
 
 
-def _to_bytes(value: Any) -> bytes:
+def to_bytes(value: Any) -> bytes:
+    """Pickle a value: by reference where that works in another process, else by value."""
     module = getattr(value, "__module__", None) or type(value).__module__
     if module != "__main__":
         try:
@@ -33,5 +34,6 @@ def _to_bytes(value: Any) -> bytes:
     return bytes(dill.dumps(value, recurse=True))
 
 
-def _from_bytes(data: bytes) -> PickledByValue:
+def from_bytes(data: bytes) -> PickledByValue:
+    """Load a value that `to_bytes` pickled."""
     return PickledByValue(dill.loads(data))

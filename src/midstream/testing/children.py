@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from midstream.pipeline.pickling import _from_bytes, _to_bytes
+from midstream.pipeline.pickling import from_bytes, to_bytes
 from midstream.testing.drivers import Item, Saved, Session, Setup, Target, Topology
 
 __all__ = ["Child", "ChildStep", "Unreachable"]
@@ -52,7 +52,7 @@ class Child:
         self, given: Any, topology: Topology, setup: Setup, saved: Saved | None, batches: int | None
     ) -> None:
         try:
-            target, key = _to_bytes(given), _to_bytes(setup.key)
+            target, key = to_bytes(given), to_bytes(setup.key)
         except Exception as error:
             raise Unreachable(
                 f"the target cannot be sent to another process ({type(error).__name__}: {error})."
@@ -128,7 +128,7 @@ def main(handle: int) -> None:
     sys.path[:] = job["path"]
     out = os.fdopen(handle, "wb")
     setup: Setup = pickle.loads(base64.b64decode(job["setup"]))
-    target, key = (_from_bytes(base64.b64decode(job[name])).value for name in ("target", "key"))
+    target, key = (from_bytes(base64.b64decode(job[name])).value for name in ("target", "key"))
     setup, target = dataclasses.replace(setup, key=key), Target(target)
     saved = pickle.loads(base64.b64decode(job["saved"]))
     session = Session(target, Topology(*job["topology"]), setup, saved)
