@@ -59,7 +59,7 @@ def in_chunks(
         start = time.process_time()
         for at in range(0, samples // each - chunk + 1, chunk):
             rows = np.arange(at, at + chunk) if order is None else order[at : at + chunk]
-            found = place.later(rows, key, first)
+            found = place.lazy_rows(rows, key, first)
             for number in range(len(found) if isinstance(found, LazyBatches) else 0):
                 found.item(number, None)
         done = samples // each // chunk * chunk * each

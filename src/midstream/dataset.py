@@ -106,6 +106,16 @@ class Dataset(IterableDataset[Any]):
         return self.node.random_access
 
     @property
+    def infinite(self) -> bool:
+        """Whether it never ends by itself."""
+        return self.node.infinite
+
+    @property
+    def label(self) -> str:
+        """The name of its last operation in paths: that of the verb, or the one it was given."""
+        return self.node.label
+
+    @property
     def batch_rows(self) -> int | None:
         """Samples per batch when the pipeline ends in `batch`, else None.
 

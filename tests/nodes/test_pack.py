@@ -483,7 +483,7 @@ def test_fit_holds_no_views_of_chunks() -> None:
     next(iterator)
     held = [
         columns[0]
-        for group in iterator._delivery.iterator.held.values()
+        for group in iterator._output.iterator.held.values()
         for columns, _, _, _ in group
     ]
     assert len(held) == 5

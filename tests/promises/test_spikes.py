@@ -322,7 +322,7 @@ def test_skip_crosses_an_end_that_the_ranks_agree_on(kind: str, before: str) -> 
         with ThreadPoolExecutor(2) as ranks:
             return list(ranks.map(one, range(2)))
 
-    with mock.patch("midstream.loader.loader.Agreement", Agreed):
+    with mock.patch("midstream.loader.run.Agreement", Agreed):
         whole = both()
         assert (
             len(whole[0][0])

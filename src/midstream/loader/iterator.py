@@ -203,7 +203,10 @@ class Pass:
     def _raise(self, error: BaseException) -> NoReturn:
         """Raise an error that is the result of this call: the position stays after it."""
         self.settled = True
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # the error's traceback holds this frame: a cycle would keep the workers
 
     def _finish(self) -> NoReturn:
         """The epoch is complete: give the warnings that are left, and let the workers end."""

@@ -519,9 +519,9 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         loop: LoaderIterator | None = mark.iterator() if mark is not None else None
         iterator = loop
         if loop is not None and mark is run.active and loop.position is not run.position:
-            iterator = loop = None  # it came to its end, and then the run was changed
+            iterator = None  # it came to its end, and then the run was changed
         position = run.position
-        if loop is None and num_batches and position is not None and not position.complete:
+        if iterator is None and num_batches and position is not None and not position.complete:
             # Continue where a loop was left, not at the start of its epoch.
             self.load_state_dict(self.state_dict())
         made, fresh = False, False
