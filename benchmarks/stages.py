@@ -104,7 +104,9 @@ def stages(work: Work, samples: int) -> dict[str, Callable[[], float]]:
     batched = top.batch(BATCH, collate_fn=SHAPES[work.shape])
     paths, plan, topology = Paths(batched.spec()), Plan(0, None, {}, {}), Topology(0, 1, 0)
     found["batch"] = in_chunks(batched, samples, BATCH)
-    found["reader"] = batches(lambda: Runner(batched, paths, topology, 48, 0, plan, None), samples)
+    found["reader"] = batches(
+        lambda: Runner(batched.node, paths, topology, 48, 0, plan, None), samples
+    )
     found["loader"] = batches(lambda: ms.DataLoader(batched), samples)
     for name in ("limit", "limit-rows"):
         found[name] = batches(lambda name=name: everyone()[name].open(work), samples)  # type: ignore[misc]

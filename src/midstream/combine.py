@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from midstream.common.validation import require_choice, require_int, require_name
-from midstream.dataset import Dataset
+from midstream.dataset import Dataset, node_of
 from midstream.nodes.concatenate import Concatenate
 from midstream.nodes.mix.interleave import Interleave, StoppingStrategy
 from midstream.nodes.mix.weights import Schedule, check_weights
 from midstream.nodes.repeat import Repeat
-from midstream.pipeline.node import Node, require_dataset
+from midstream.pipeline.node import Node
 
 
 def interleave(
@@ -79,7 +79,7 @@ def interleave(
             "interleave takes datasets by name, like interleave({'web': web, 'code': code}); "
             f"found {type(datasets).__name__}"
         )
-    nodes = {key: _node(dataset, f"interleave {key!r}") for key, dataset in datasets.items()}
+    nodes = {key: node_of(dataset, f"interleave {key!r}") for key, dataset in datasets.items()}
     if weights is None:
         weights = dict.fromkeys(datasets, 1)
     if not isinstance(weights, (Mapping, Schedule)):
@@ -172,15 +172,4 @@ def concatenate(datasets: Sequence[Dataset]) -> Dataset:
             "concatenate takes a list of datasets: concatenate([a, b]); found"
             f" {type(datasets).__name__}"
         )
-    return Dataset(Concatenate(tuple(_node(dataset, "concatenate") for dataset in datasets)))
-
-
-def _node(value: Any, where: str) -> Node:
-    """Return the node of a dataset.
-
-    Raises:
-        TypeError: If ``value`` is no dataset.
-    """
-    node = value.node if isinstance(value, Dataset) else value
-    require_dataset(node, where)
-    return node
+    return Dataset(Concatenate(tuple(node_of(dataset, "concatenate") for dataset in datasets)))

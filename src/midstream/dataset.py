@@ -718,3 +718,22 @@ def _row(bound: BoundNode, row: int) -> Any:
 
 def _path(path: str | os.PathLike[str] | None) -> str | None:
     return None if path is None else os.fspath(path)
+
+
+def node_of(dataset: Any, where: str) -> Node:
+    """The node of a dataset, or the node itself.
+
+    Args:
+        dataset: What a user passed.
+        where: The function it was passed to, for the error.
+
+    Raises:
+        TypeError: If it is neither; the error says how to make a dataset.
+    """
+    node = dataset.node if isinstance(dataset, Dataset) else dataset
+    if not isinstance(node, Node):
+        raise TypeError(
+            f"{where} takes midstream datasets; found {type(node).__name__}. Wrap data with"
+            " midstream.from_dataset(data), a stream with midstream.from_iterable(make, name=...)."
+        )
+    return node

@@ -15,10 +15,10 @@ import numpy as np
 from midstream.checkpoint.progress import Progress, progress
 from midstream.common.plain_state import State
 from midstream.common.validation import require_int
-from midstream.dataset import Dataset
+from midstream.dataset import Dataset, node_of
 from midstream.display.preview import peek
 from midstream.pipeline.failures import SampleFailure
-from midstream.pipeline.node import bind, require_dataset
+from midstream.pipeline.node import bind
 from midstream.pipeline.rows import as_origin_array
 
 if TYPE_CHECKING:
@@ -153,15 +153,15 @@ def shuffle(dataset: Dataset, *, n: int = 2000, epoch: int = 0, ax: Axes | None 
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('position out', 'row of the source')
     """
-    require_dataset(getattr(dataset, "node", dataset), "plot.shuffle")
+    node = node_of(dataset, "plot.shuffle")
     require_int(n, "n", 1, "plot.shuffle")
     points = []
-    for out, (sample, origins) in enumerate(islice(peek(dataset.node, epoch), n)):
+    for out, (sample, origins) in enumerate(islice(peek(node, epoch), n)):
         if not isinstance(sample, SampleFailure):
             points += [(out, origin[0], origin[2]) for origin in as_origin_array(origins).tolist()]
     ax = _axes(ax)
     found = np.array(points, dtype=np.int64).reshape(-1, 3)
-    names = bind(dataset.node).names
+    names = bind(node).names
     for index, name in enumerate(names):
         here = found[found[:, 1] == index]
         if len(here):
@@ -215,11 +215,11 @@ def lengths(
     >>> ax.get_xlabel()
     'length'
     """
-    require_dataset(getattr(dataset, "node", dataset), "plot.lengths")
+    node = node_of(dataset, "plot.lengths")
     require_int(n, "n", 1, "plot.lengths")
-    names = bind(dataset.node).names
+    names = bind(node).names
     found: dict[int, list[int]] = {index: [] for index in range(len(names))}
-    for sample, origins in islice(peek(dataset.node), n):
+    for sample, origins in islice(peek(node), n):
         if not isinstance(sample, SampleFailure):
             first = as_origin_array(origins)
             found[int(first[0, 0]) if len(first) else 0].append(_length(sample, key))

@@ -165,6 +165,11 @@ def bind(root: Node) -> BoundNode:
     paths: dict[str, str] = {}  # of the sources, by name
 
     def build(node: Node, prefix: tuple[str, ...]) -> BoundNode:
+        if not isinstance(node, Node):
+            raise TypeError(
+                f"{'/'.join(prefix) or 'a pipeline'} is made of nodes; found a"
+                f" {type(node).__name__}. The node of a dataset is dataset.node"
+            )
         chain = [node]
         while list(chain[-1].inputs()) == [""]:
             chain.append(chain[-1].inputs()[""])
@@ -462,19 +467,6 @@ class Node:
     def __setstate__(self, state: dict[str, Any]) -> None:
         for key, value in state.items():
             self._set(key, value.value if isinstance(value, PickledByValue) else value)
-
-
-def require_dataset(value: Any, where: str) -> None:
-    """Raise unless ``value`` is a node; the error says how to wrap data in a dataset.
-
-    Raises:
-        TypeError: If it is not.
-    """
-    if not isinstance(value, Node):
-        raise TypeError(
-            f"{where} takes midstream datasets; found {type(value).__name__}. Wrap data with"
-            " midstream.from_dataset(data), a stream with midstream.from_iterable(make, name=...)."
-        )
 
 
 def _short(value: State) -> str:

@@ -19,7 +19,7 @@ from midstream.nodes.user_function import RAISE, Call
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import FailedSample, callable_name
 from midstream.pipeline.iterator import Iterator, Lane, replaying
-from midstream.pipeline.node import BoundNode, Node, Selection, bind, require_dataset
+from midstream.pipeline.node import BoundNode, Node, Selection, bind
 from midstream.pipeline.passes import require_passes
 from midstream.pipeline.rows import I64, U64, Item, pick
 
@@ -69,13 +69,12 @@ class Interleave(Node):
             raise ValueError("interleave takes at least one dataset; found none")
         require_int(self.seed, "seed", -(1 << 63), "interleave")
         require_choice(self.stopping_strategy, "stopping_strategy", _STRATEGIES, "interleave")
-        for key, dataset in self.datasets:
+        for key, _ in self.datasets:
             if not isinstance(key, str) or not key or "/" in key or "|" in key:
                 raise ValueError(
                     f"interleave: a name is a string without '/' and '|'; found {key!r}"
                 )
             require_text(key, "interleave: a name")
-            require_dataset(dataset, f"interleave {key!r}")
         if self.weights_by is not None and not isinstance(self.weights_by, str):
             require_callable(self.weights_by, "interleave: weights_by")
         for _, weights in self.phases:

@@ -17,7 +17,7 @@ from midstream.nodes.pack.rows import RowBuilder
 from midstream.nodes.parts import require_depth
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.iterator import Iterator, Lane
-from midstream.pipeline.node import BoundNode, Node, require_dataset
+from midstream.pipeline.node import BoundNode, Node
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,7 +77,6 @@ class Pack(Node):
     kind = "pack"
 
     def __post_init__(self) -> None:
-        require_dataset(self.source, "pack")
         require_depth(self)
 
     @property
