@@ -480,7 +480,7 @@ def test_other_weights_and_sources_keep_the_totals() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.filterwarnings("ignore:going on with another pipeline")
+@pytest.mark.filterwarnings("ignore:continuing with another pipeline")
 def test_an_input_that_was_removed_counts_when_it_is_there_again(stream: bool) -> None:
     def made(names: str) -> ms.DataLoader:
         parts = {}

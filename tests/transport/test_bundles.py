@@ -266,7 +266,7 @@ def test_quick_batches_travel_together_and_slow_ones_alone(context):
         found = []
         for batch in iterator:
             found.append(batch.tolist())
-            largest = max(largest, iterator._pass._messages._size)
+            largest = max(largest, iterator._pass._turns._size)
         assert found == (following if epoch else expected)
     assert largest == MAX_PARCELS
     loader.close()
@@ -275,7 +275,7 @@ def test_quick_batches_travel_together_and_slow_ones_alone(context):
     )
     iterator = iter(slow)
     assert [next(iterator).tolist() for _ in range(20)] == expected[:20]
-    assert iterator._pass._messages._size == 1
+    assert iterator._pass._turns._size == 1
     slow.close()
 
 

@@ -36,7 +36,7 @@ from midstream.transport.arena import Arena
 from midstream.transport.once import Once
 from midstream.transport.packing import DIRECT, INLINE, empty, pack, use_arena
 from midstream.transport.parcel import Parcel
-from midstream.workers.messages import BATCH, Message, pack_message, unpack_message
+from midstream.workers.messages import BATCH, Message, pack_turn, unpack_turn
 
 
 def travel(value: Any) -> Any:
@@ -453,9 +453,9 @@ def test_pipes_travel_as_multiprocessing_sends_them() -> None:
 
 def test_origins_do_not_hold_a_slot(worker: Arena) -> None:
     origins = np.arange(5 * INLINE).reshape(-1, 5)
-    packed = pack_message((3, -1, [Message(BATCH, torch.ones(INLINE), origins, True, "s", None)]))
+    packed = pack_turn((3, -1, [Message(BATCH, torch.ones(INLINE), origins, True, "s", None)]))
     assert isinstance(packed, Parcel)
-    number, lane, (out,) = unpack_message(pickle.loads(pickle.dumps(packed)))
+    number, lane, (out,) = unpack_turn(pickle.loads(pickle.dumps(packed)))
     assert (number, lane, out.final, out.state) == (3, -1, True, "s")
     assert np.array_equal(out.origins, origins)
     kept = out.origins

@@ -2,11 +2,12 @@
 
 The way of a state (files relative to src/midstream):
 
-    pipeline/iterator.py    the iterator of each node returns its state; the root's is its lane's
-    workers/readers.py      makes a batch, and attaches the encoded state of its lane
+    pipeline/iterator.py    streams: the iterator of each node returns its state; the root's is the
+                            lane's (random access needs none: its state is the number of the batch)
+    workers/readers.py      makes a batch; streams: attaches the encoded state of its lane
     workers/messages.py     Message: batch, origins, counts and lane state, sent to the main process
-    loader/iterator.py      hands the batch out, and applies the message to the position
-    loader/position.py      keeps each lane's last state and counts, and can undo 1,024 batches
+    loader/iterator.py      applies the message to the position, then hands the batch out
+    loader/position.py      keeps each lane's last state and counts, and can undo the last messages
     loader/render.py        turns a position into the state dict of its rank
     checkpoint/write.py     encodes a lane, with nodes by number (checkpoint/spec.py)
     checkpoint/merge.py     merges the states of all ranks (checkpoint/whole_run.py gathers them)
@@ -16,10 +17,11 @@ and back:
 
     checkpoint/store.py     load: reads and verifies the files of all ranks
     checkpoint/read.py      checks each state and decodes it to a RunState
-    checkpoint/merge.py     merges them, and finds the one position at which all ranks agree
+    checkpoint/merge.py     merges them; RunState finds the one position at which all ranks agree
+    loader/run.py           Run.load drives all of this, and keeps the state until the next iter()
     changes/adopt.py        adapts the state where batch size or mix of the pipeline differ
-    loader/run.py           keeps it until the next iter(), which makes a Position of it
-    workers/readers.py      restores the iterators of each lane from the position's Plan
+    loader/position.py      Position: made of the state when a pass begins; its Plan goes to readers
+    workers/readers.py      restores the iterators of each lane from the Plan (workers/messages.py)
 
 The state of a run is a dict of plain values:
 
@@ -30,7 +32,7 @@ The state of a run is a dict of plain values:
       "epoch": 2,                the epoch in progress, or the next to start
       "batches": 96,             batches of the epoch that were delivered, over all ranks
       "steps_done": 48,          batches of the epoch that each rank handed out
-      "num_lanes": 48,           fixed for the run
+      "num_lanes": 48,           fixed by the first run (for random access: raised with the ranks)
       "rest": "",                rows of the epoch delivered by another pipeline; see checkpoint/changes.py
       "edits": "",               weights changed during the run; see checkpoint/changes.py
       "excluded": "",            samples left out of the run; see checkpoint/changes.py
@@ -64,8 +66,8 @@ is always there:
         "edits"                where in the lane weights were changed, if they were
     "crc"                      checksum of the text before it
 
-Random access resumes from "batches" alone, and from "ahead" where a rank lost whole batches to
-errors. Streams resume from their lanes.
+Random access resumes from "batches"; where samples failed, from "ahead" and "told" too. Streams
+resume from their lanes.
 
 Some checkpointers keep the numbers outside the lanes of one arbitrary rank only. So each rank
 records its position in a lane too ("at"), and ranks saved at different steps are detected.

@@ -252,8 +252,8 @@ def _weight_changes(entries: Any) -> tuple[WeightChange, ...]:
 def _origins(known: Any) -> tuple[Origin, ...]:
     origins = [
         Origin(source, epoch, row, part)
-        for source, places in known.items()
-        for epoch, row, part in places
+        for source, rows in known.items()
+        for epoch, row, part in rows
     ]
     if not all(map(is_count, (number for origin in origins for number in origin[1:]))):
         raise ValueError("no origins")

@@ -55,8 +55,8 @@ def merge_states(states: Sequence[State]) -> dict[str, State]:
         )
     # The numbers outside the lanes may be those of any state: each lane has its rank's position.
     merged = dict(states[0])
-    # A rank at its end of the epoch records a change for the next epoch. The earliest record has
-    # the epoch and step in which the change was made.
+    # A rank that has reached its end of the epoch records a change as of the next epoch, step 0;
+    # the others as of this epoch and their step. The record of those is the one to keep.
     merged["edits"] = min((run_state.changes for run_state in parsed), key=_when).texts["edits"]
     for run_state in parsed:  # a rank without lanes has its position outside them only
         if not any(run_state.lanes.values()) and (run_state.epoch, run_state.steps_done) != (
@@ -101,7 +101,7 @@ def _require_same_run(index: int, run_state: RunState, first: RunState) -> None:
 
 
 def _when(changes: Changes) -> list[tuple[int, int]]:
-    """Sort key of the changes of a rank: by epoch, within an epoch the latest step first."""
+    """Sort key: the lowest epoch first, and within an epoch the highest step first."""
     return [(change.epoch, -change.step) for change in changes.weights]
 
 

@@ -234,14 +234,14 @@ def _is_lane_position(value: Any) -> bool:
         and "state" in value
         and isinstance(value.get("marks"), dict)
         and ("dealt" not in value or (is_count(value["dealt"]) and value["dealt"] > 0))
-        and ("edits" not in value or _are_weight_places(value["edits"]))
+        and ("edits" not in value or _are_first_picks(value["edits"]))
     )
 
 
-def _are_weight_places(value: Any) -> bool:
+def _are_first_picks(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(places, list) and all(_are_counts(place, 3) for place in places)
-        for places in value.values()
+        isinstance(picks, list) and all(_are_counts(pick, 3) for pick in picks)
+        for picks in value.values()
     )
 
 

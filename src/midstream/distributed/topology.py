@@ -62,7 +62,7 @@ def current_topology(rank: int | None, world_size: int | None, num_workers: int)
 
 
 def choose_lanes(asked: int | None, topology: Topology, limit: tuple[int, str] | None) -> int:
-    """The number of lanes of a first run. The checkpoint records it, and it never changes again.
+    """The number of lanes of a first run. The checkpoint records it; a stream keeps it for good.
 
     Args:
         asked: The loader's argument ``lanes``.
@@ -123,7 +123,7 @@ def batches_of_rank(total: int, start: int, rank: int, world_size: int, remainde
     return max(0, -(-(total - first_batch(start, rank, world_size)) // world_size))
 
 
-def slots(topology: Topology, lanes: int, worker: int) -> list[int]:
+def lanes_of_worker(topology: Topology, lanes: int, worker: int) -> list[int]:
     """A worker's lanes in the order of its turns; -1 for an empty slot.
 
     >>> slots(Topology(0, 2, 2), 6, 0), slots(Topology(0, 2, 2), 6, 1)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from midstream.checkpoint.read import RunState
-from midstream.distributed.topology import Topology, slots
+from midstream.distributed.topology import Topology, lanes_of_worker
 from midstream.errors import CheckpointError
 from midstream.loader.arguments import Settings
 from midstream.pipeline.node import Node
@@ -132,7 +132,7 @@ def _check_workers(
     # The same on every rank, so that no rank waits for one that was refused.
     for rank in range(ranks) if 0 < full < num_lanes else ():
         for worker in range(readers):
-            own = slots(topology._replace(rank=rank), num_lanes, worker)
+            own = lanes_of_worker(topology._replace(rank=rank), num_lanes, worker)
             if all(lane < 0 or lane >= full for lane in own):
                 raise ValueError(
                     f"{topology} cannot be served: only {full} of {num_lanes} lanes have any"

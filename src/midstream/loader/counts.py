@@ -110,7 +110,7 @@ class LaneCounts:
         other.samples, other.tokens = self.samples, self.tokens
         return other._with(skipped)
 
-    def settled(self, keep: bool) -> LaneCounts:
+    def with_ends_resolved(self, keep: bool) -> LaneCounts:
         """Resolves provisional end-of-epoch counts.
 
         Args:

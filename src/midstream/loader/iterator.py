@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 
 from midstream.errors import MidstreamError, SourceError, WorkerError
 from midstream.loader.position import Position
-from midstream.loader.run import ActiveMark, Run
+from midstream.loader.run import IteratorToken, Run
 from midstream.pipeline.breadcrumbs import describe_trail
 from midstream.pipeline.ledger import RecentFailures, add_counts, check_limits, failed_in
 from midstream.transport.parcel import Parcel
 from midstream.workers.liveness import exit_status, lost_in
-from midstream.workers.messages import BATCH, FATAL, NOTHING, Message, unpack_message
+from midstream.workers.messages import BATCH, FATAL, NOTHING, Message, unpack_turn
 from midstream.workers.pool import Readers
 
 log = logging.getLogger("midstream")
@@ -42,7 +42,7 @@ class LoaderIterator:
 
     def __init__(self, run: Run, first: Pass, renew: Callable[[], Pass]) -> None:
         self._run, self._pass, self._renew = run, first, renew
-        self._mark = run.active = ActiveMark(weakref.ref(self))
+        self._token = run.active = IteratorToken(weakref.ref(self))
         self._over = False  # whether `DataLoader.skip` continued into the next epoch
 
     def __iter__(self) -> LoaderIterator:
@@ -54,14 +54,14 @@ class LoaderIterator:
     def __next__(self) -> Any:
         if self._over:
             raise StopIteration
-        if self._run.active is not self._mark:
+        if self._run.active is not self._token:
             self._reactivate()
         current = self._pass
         applied = current.position.applied
         current.settled = False
         current.taken.clear()
         try:
-            return current.deliver()
+            return current.next_batch()
         except BaseException as error:
             current.recover(error, applied)
             raise
@@ -78,14 +78,14 @@ class LoaderIterator:
     def _reactivate(self) -> None:
         """Continue with new readers after a change of the run; refuse if another iterator did."""
         run = self._run
-        if run.renewed is not self._mark:
+        if run.must_restart is not self._token:
             raise RuntimeError(
                 "this iterator was left behind: the loader was iterated again, closed, or a state"
                 " was loaded after it was made. Use the newest one."
             )
-        run.renewed = None
+        run.must_restart = None
         self._pass = self._renew()
-        run.active = self._mark
+        run.active = self._token
 
 
 class Pass:
@@ -105,17 +105,19 @@ class Pass:
 
     def __init__(self, run: Run, position: Position, readers: Readers, crumbs: Any) -> None:
         self._run, self.position, self._readers, self._crumbs = run, position, readers, crumbs
-        self._messages = readers.messages
+        self._turns = readers.turns
         self._ready: deque[tuple[int, int, Message]] = deque()
-        self._loud = 0  # how many of `_ready` are handed out or raised
+        self._num_to_return = 0  # how many of `_ready` are to be returned or raised
         self._agreement = run.agreement(position.topology)
         # Whether one batch is held back, so that the last one is known when it is handed out.
         unsized = position.turns is None and not run.pipeline.infinite
-        self._hold = unsized or self._agreement is not None
-        self._asked = False  # whether the ranks were asked in this pass
-        # How many more batches every rank has, as agreed for the delivery in progress.
-        self._least: int | None = None
-        self._late: list[Message] = []  # counted at the end; their warnings are still to come
+        self._looks_ahead = unsized or self._agreement is not None
+        self._ranks_asked = False  # whether the ranks were asked in this pass
+        # How many more batches every rank has, as agreed for the call in progress.
+        self._agreed_batches: int | None = None
+        self._warnings_left: list[
+            Message
+        ] = []  # counted at the end; their warnings are still to come
         self._death_known = False
         self._ended = False
         self._broken: BaseException | None = None
@@ -124,8 +126,8 @@ class Pass:
         self.settled = False
         self.taken: list[tuple[int, int, Message]] = []
 
-    def deliver(self) -> Any:
-        """The next batch.
+    def next_batch(self) -> Any:  # noqa: RET503  `_finish` raises
+        """Return the next batch.
 
         Raises:
             StopIteration: At the end of the epoch.
@@ -138,26 +140,27 @@ class Pass:
         if position.complete:
             self._finish()
         self._refill()
-        while self._loud:
+        while self._num_to_return:
             # What may raise comes before the message is taken and counted: nothing is lost then.
             number, lane, message = self._ready[0]
-            self._report(message)
+            if message.notes is not None:
+                self._report(message)
             if message.kind == FATAL:
                 self._fail(message.payload)
-            loud = message.kind != NOTHING
-            last = loud and self._ended and self._loud == 1
+            returns = message.kind != NOTHING
+            last = returns and self._ended and self._num_to_return == 1
             if self._agreement is not None:
                 if message.kind == BATCH and not self._agree():
                     break
-                last = message.kind == BATCH and self._least == 1
+                last = message.kind == BATCH and self._agreed_batches == 1
             skipping = self._run.skipping
             position.apply(
                 number, lane, message, last=last, skipped=skipping and message.kind == BATCH
             )
-            self._least = None
+            self._agreed_batches = None
             self.taken.append(self._ready.popleft())
-            self._loud -= loud
-            if not loud:
+            self._num_to_return -= returns
+            if not returns:
                 continue
             if last and self._ended:
                 self._count_rest()
@@ -171,12 +174,12 @@ class Pass:
             self._refill()
         if self._broken is not None:
             self._broken = self._explain(self._broken)
-            self._tell_others()
+            self._report_failure_to_ranks()
             self._raise(self._broken)
         if self._agreement is None or self._agree() or self._ended:
             self._count_rest()
         position.finish()
-        return self.deliver()  # which ends, after the warnings that are left
+        self._finish()  # raises
 
     def recover(self, error: BaseException, applied: int) -> None:
         """Undo what the failed call did, unless its result stands.
@@ -188,7 +191,7 @@ class Pass:
             return
         self.position.undo_to(applied)
         self._ready.extendleft(reversed(self.taken))
-        self._loud = sum(message.kind != NOTHING for _, _, message in self._ready)
+        self._num_to_return = sum(message.kind != NOTHING for _, _, message in self._ready)
         if not isinstance(error, Exception):  # Ctrl-C: a message may have been lost on its way here
             self._broken = RuntimeError(
                 "reading was interrupted. To continue:"
@@ -210,47 +213,51 @@ class Pass:
 
     def _finish(self) -> NoReturn:
         """The epoch is complete: give the warnings that are left, and let the workers end."""
-        while self._late:
-            self._report(self._late.pop(), counted=True)
-        if not self._ended and not self._hold:
+        while self._warnings_left:
+            message = self._warnings_left.pop()
+            if message.notes is not None:
+                self._report(message, counted=True)
+        if not self._ended and not self._looks_ahead:
             self._ended = True
             with contextlib.suppress(StopIteration):
                 while True:
-                    next(self._messages)
+                    next(self._turns)
         self._raise(StopIteration())
 
     def _fail(self, payload: tuple[str, str, bytes]) -> NoReturn:
         """A reader cannot continue: neither can this pass."""
-        self._tell_others()
+        self._report_failure_to_ranks()
         self._broken = _rebuild(payload)
         self._ready.clear()
-        self._loud = 0
+        self._num_to_return = 0
         self._raise(self._broken)
 
     # -- messages --------------------------------------------------------------------------------
 
     def _refill(self) -> None:
-        """Take what the next delivery needs. An error is kept until all before it is handed out."""
+        """Take what the next call needs. An error is kept until all before it is handed out."""
         try:
             if self._broken is None:
-                self._fetch(2 if self._hold else 1)
+                self._fetch(2 if self._looks_ahead else 1)
         except StopIteration:
             self._ended = True
         except Exception as error:
             self._broken = error
 
-    def _fetch(self, loud: int) -> None:
-        """Take messages until ``loud`` of them are to be handed out or raised."""
+    def _fetch(self, count: int) -> None:
+        """Take turns until ``count`` messages are there to be returned or raised."""
         while not self._ended:
-            if self._loud >= loud and (self._agreement is None or self._in_hand() >= loud):
+            if self._num_to_return >= count and (
+                self._agreement is None or self._in_hand() >= count
+            ):
                 break
-            arrived = next(self._messages)
+            arrived = next(self._turns)
             if type(arrived) is Parcel and arrived.notice:
                 self._run.log_once("memory", arrived.notice)
-            number, lane, messages = unpack_message(arrived)
+            number, lane, messages = unpack_turn(arrived)
             for message in messages:
                 self._ready.append((number, lane, message))
-                self._loud += message.kind != NOTHING
+                self._num_to_return += message.kind != NOTHING
 
     def _in_hand(self) -> int:
         """Batches that are ready. A failure to come counts too: it is raised in its turn."""
@@ -264,7 +271,7 @@ class Pass:
             self.position.apply(number, lane, message, last=True)
             self.taken.append(self._ready.popleft())
             # A warning that a filter turned into an error must not cost the batch in hand.
-            self._late.append(message)
+            self._warnings_left.append(message)
 
     def _report(self, message: Message, *, counted: bool = False) -> None:
         """Give the warnings of a message, and check the limits of failed samples.
@@ -276,8 +283,7 @@ class Pass:
         Raises:
             TooManyErrors: If a limit is passed.
         """
-        if message.notes is None:
-            return
+        assert message.notes is not None
         for key, text in message.notes.notices:
             self._run.warn_once(key, text, stacklevel=5)
         events, limits = message.notes.events, message.notes.limits
@@ -291,16 +297,16 @@ class Pass:
             check_limits(after, limits, self._failures, seen)
         except MidstreamError as error:
             self._broken = error
-            self._tell_others()
+            self._report_failure_to_ranks()
             raise
 
     # -- other ranks -----------------------------------------------------------------------------
 
-    def _tell_others(self) -> None:
+    def _report_failure_to_ranks(self) -> None:
         """Send the other ranks, where they wait for it, that this one cannot continue."""
-        if self._agreement is not None and self._least is None:
-            self._least = _FAILED
-            if self._asked:
+        if self._agreement is not None and self._agreed_batches is None:
+            self._agreed_batches = _FAILED
+            if self._ranks_asked:
                 self._agreement.least(_FAILED)
             else:
                 self._agreement.all(_FAILED)
@@ -308,25 +314,25 @@ class Pass:
     def _agree(self) -> bool:
         """Whether every rank has a batch to hand out now.
 
-        Sets `_least`: 1 when the batch is the last for some rank.
+        Sets `_agreed_batches`: 1 when the batch is the last for some rank.
         """
         assert self._agreement is not None
-        if self._least is None:
+        if self._agreed_batches is None:
             have = min(2, self._in_hand())
-            if self._asked:
-                self._least = self._agreement.least(have)
+            if self._ranks_asked:
+                self._agreed_batches = self._agreement.least(have)
             else:
                 found = self._agreement.all(have)
-                self._asked, self._least = True, min(found)
+                self._ranks_asked, self._agreed_batches = True, min(found)
                 empty = [rank for rank, count in enumerate(found) if count == 0]
-                if empty and self.position.steps == 0 and self._least >= 0:
+                if empty and self.position.steps == 0 and self._agreed_batches >= 0:
                     self._refuse_empty(empty, len(found))
-            if self._least < 0:
+            if self._agreed_batches < 0:
                 self._broken = WorkerError(
                     "another rank cannot continue reading; its own error says why"
                 )
                 self._raise(self._broken)
-        return self._least > 0
+        return self._agreed_batches > 0
 
     def _refuse_empty(self, empty: list[int], ranks: int) -> NoReturn:
         names = ", ".join(f"rank {rank}" for rank in empty[:8])

@@ -1,11 +1,13 @@
-"""DataLoader: the public face of reading. Every method is short; the work is done elsewhere.
+"""DataLoader: the class that users call. The work is done in other files.
 
 loader/arguments.py   what the constructor's arguments mean
 loader/run.py         where the run stands between passes: epoch, changes, loaded state
+loader/checks.py      topologies and lanes that cannot be served
 workers/pool.py       the readers: in this process, in threads, in processes
 loader/iterator.py    one pass: messages of the readers in, batches out
-loader/position.py    the position within an epoch, and how to undo the last batches
+loader/position.py    the position within an epoch, and how to undo the last messages
 loader/render.py      a position as a checkpoint
+loader/trainers.py    hooks that Lightning, Fabric and Accelerate look for
 """
 
 from __future__ import annotations
@@ -64,8 +66,8 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     the number of workers or how they are started.
 
     ``state_dict()`` may be called at any time and costs microseconds. ``load_state_dict()`` takes a
-    state that was saved with any number of workers. Worker processes ignore SIGINT, SIGTERM,
-    SIGUSR1 and SIGUSR2, and end with the main process. The epoch in progress is `epoch`:
+    state that was saved with any number of workers. Worker processes are not stopped by
+    SIGINT, SIGTERM, SIGUSR1 and SIGUSR2, and end with the main process. The epoch in progress is `epoch`:
 
         for epoch in range(loader.epoch, num_epochs):
             for batch in loader:
@@ -246,7 +248,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         """Batches of an epoch on this rank.
 
         Raises:
-            TypeError: If only reading shows how many there are, or there is no end.
+            TypeError: If it is unknown before reading, or there is no end.
         """
         return int(super().__len__()) if self._run is None else self._run.length()
 
@@ -372,7 +374,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 iterator._shutdown_workers()
             return
         self._drop_started()
-        self._run.active = self._run.renewed = None
+        self._run.active = self._run.must_restart = None
         self._iterator = None
         self._pool.close()
 
@@ -429,7 +431,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 `state_dict`.
 
         Raises:
-            ValueError: If it is older than the last 1,024 batches, or not reached yet.
+            ValueError: If it is too old (at least 64, at most 1,024 batches are kept), or not reached yet.
         """
         return self._run_for("state_at").state_at(step)
 
@@ -458,7 +460,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         self.sampler.forget()
 
     def _read_anew(self) -> None:
-        """Readers that have begun read from another position than the run has now."""
+        """Drop the readers: the run is no longer where they read."""
         self._drop_started()
         self._let_go()
         self._pool.runner = None
@@ -515,10 +517,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         """
         run = self._run_for("skip")
         require_int(num_batches, "num_batches", 0, "skip")
-        mark = run.active or run.renewed
-        loop: LoaderIterator | None = mark.iterator() if mark is not None else None
+        token = run.active or run.must_restart
+        loop: LoaderIterator | None = token.iterator() if token is not None else None
         iterator = loop
-        if loop is not None and mark is run.active and loop.position is not run.position:
+        if loop is not None and token is run.active and loop.position is not run.position:
             iterator = None  # it came to its end, and then the run was changed
         position = run.position
         if iterator is None and num_batches and position is not None and not position.complete:
@@ -599,7 +601,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
             step: The number of the batch in the epoch, from 1.
 
         Raises:
-            ValueError: If that batch is not among the last 1,024.
+            ValueError: If that batch is not among the last ones (at least 64, at most 1,024).
         """
         position = self._run_for("trace").position
         if position is None:

@@ -23,7 +23,7 @@ from midstream.pipeline.ledger import add_counts, failed_in
 from midstream.pipeline.rows import I64
 from midstream.workers.messages import BATCH, ERROR, NOTHING, Message, Plan, source_of
 
-_LOG_BATCHES = 1024
+_LOG_MESSAGES = 1024
 _LOG_BYTES = 64 << 20
 
 
@@ -103,7 +103,7 @@ class Position:
         topology: Ranks and workers.
         num_lanes: Of the run.
         epoch: The epoch in progress.
-        turns: Batches that this rank makes from the start on; None if only reading shows.
+        turns: Batches that this rank makes from the start on; None: unknown before reading.
         run_state: The state to continue from.
         counts: The counts to continue from, where there is no such state.
         tracked: The metrics, likewise.
@@ -145,7 +145,9 @@ class Position:
     ) -> None:
         self.pipeline, self.topology, self.num_lanes = pipeline, topology, num_lanes
         self.epoch, self.turns = epoch, turns
-        self.by_position = pipeline.given.random_access  # asked once: it walks the whole pipeline
+        self.by_position = (
+            pipeline.original.random_access
+        )  # asked once: it walks the whole pipeline
         self.even, self.keep = even, keep and not self.by_position
         self.num_sources = len(pipeline.names)
         self.total = pipeline.node.length() if pipeline.node.random_access else None
@@ -159,7 +161,9 @@ class Position:
         self.all_done_early: Sequence[int] = ()
         self.states: dict[int, str] = {}
         self.decoded: dict[int, Any] = {}
-        self.counts = {index: each.settled(True) for index, each in (counts or {}).items()}
+        self.counts = {
+            index: each.with_ends_resolved(True) for index, each in (counts or {}).items()
+        }
         if run_state is not None:
             tracked = self._continue_from(run_state)
         self.history = TotalsHistory(tracked or {})  # metrics of this rank over the whole run
@@ -187,10 +191,10 @@ class Position:
         for index, lane in run_state.lanes.items():
             if lane is None or index not in self.own:
                 continue
-            # When this was saved, rank 0 had finished the epoch and other ranks had not. It will
+            # When this was saved, this rank had finished the epoch and others had not. It will
             # reach the end again, so its end-of-epoch counts must not be kept.
             again = lane.get("at", [0])[-1] and not run_state.over and not run_state.finished
-            self.counts[index] = LaneCounts(self.num_sources, lane).settled(not again)
+            self.counts[index] = LaneCounts(self.num_sources, lane).with_ends_resolved(not again)
             if lane.get("lane") is not None:
                 self.states[index] = encode(with_node_numbers(lane["lane"], self.pipeline.paths))
                 self.decoded[index] = lane["lane"]
@@ -223,8 +227,8 @@ class Position:
         """Where readers continue."""
         return Plan(self.start, self.turns, self.raised_before, self.decoded, self.done_early)
 
-    def leaf_of(self, batch: int) -> int:
-        """The lane of this rank that keeps what there is to say of a batch.
+    def recording_lane(self, batch: int) -> int:
+        """The lane of this rank whose text records early or failed batches, for batch ``batch``.
 
         The next owner of that lane finds it there.
         """
@@ -246,7 +250,7 @@ class Position:
             skipped: Whether its batch is passed over, not handed out.
         """
         random_access = lane < 0
-        key = self.leaf_of(self.topology.rank) if random_access else lane
+        key = self.recording_lane(self.topology.rank) if random_access else lane
         padded = random_access and self.total is not None and number >= self.total
         is_batch = message.kind == BATCH
         passed = self.passed
@@ -289,7 +293,7 @@ class Position:
     def _events(
         self, message: Message, padded: bool, last: bool, passed: int
     ) -> Mapping[str, int] | None:
-        """What a message adds to the counts beside its batch."""
+        """The events that a message adds to the counts, beside its batch."""
         events: Mapping[str, int] | None = None
         if message.notes is not None:
             events = message.notes.events
@@ -321,7 +325,7 @@ class Position:
         """Forget the oldest messages, by number and size."""
         log = self.log
         self.log_bytes += entry.origins.nbytes if entry.origins is not None else 0
-        while len(log) > _LOG_BATCHES or (self.log_bytes > _LOG_BYTES and len(log) > 64):
+        while len(log) > _LOG_MESSAGES or (self.log_bytes > _LOG_BYTES and len(log) > 64):
             old = log.popleft()
             self.log_bytes -= old.origins.nbytes if old.origins is not None else 0
         self.history.finish(entry.number, log[0].number)
@@ -329,7 +333,7 @@ class Position:
     def finish(self) -> None:
         """The epoch is over, and there was nothing more to hand out."""
         if not self.complete:
-            self.apply(-1, self.leaf_of(self.topology.rank), Message(NOTHING), last=True)
+            self.apply(-1, self.recording_lane(self.topology.rank), Message(NOTHING), last=True)
 
     def _left_out(self, passed: int) -> dict[str, int]:
         """Rows of a sized epoch that are never delivered, as an event.
@@ -341,7 +345,7 @@ class Position:
         if self.total is None or self.turns is None:
             return {}
         pipeline, ranks = self.pipeline, self.topology.world_size
-        rows = max(0, self.turns - passed) * (pipeline.given.batch_rows or 1)
+        rows = max(0, self.turns - passed) * (pipeline.original.batch_rows or 1)
         if self.topology.rank == 0:
             first = self.start + self.turns * ranks if self.even else self.total
             rows += pipeline.left_out(min(first, self.total))

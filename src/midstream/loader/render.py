@@ -40,25 +40,25 @@ def state_at(position: Position, step: int | None) -> dict[str, Any]:
         if tracked := position.history.after(at.number):
             own["tracked"] = Fragment(encode_tracked(tracked))
     if over:
-        leaves = {
-            f"{index:04d}": _leaf(position, states.get(index), at.counts.get(index))
+        texts = {
+            f"{index:04d}": _lane_text(position, states.get(index), at.counts.get(index))
             for index in position.own
         }
     else:
-        leaves = _leaves(position, at)
+        texts = _lane_texts(position, at)
     for index, more in extra.items() if position.own else ():
-        leaves[f"{index:04d}"] = _leaf(position, states.get(index), at.counts.get(index), more)
+        texts[f"{index:04d}"] = _lane_text(position, states.get(index), at.counts.get(index), more)
     pipeline = position.pipeline
     return {
         "midstream": FORMAT,
-        "fingerprint": describe.fingerprint(pipeline.given),
+        "fingerprint": describe.fingerprint(pipeline.original),
         "spec": pipeline.spec,
         "epoch": epoch,
         "batches": batches,
         "steps_done": steps,
         "num_lanes": position.num_lanes,
         **changes.texts,
-        "lanes": leaves,
+        "lanes": texts,
     }
 
 
@@ -87,13 +87,13 @@ def _left_over(position: Position, state: str | None) -> str:
 def _add_done_early(
     position: Position, at: Snapshot, batches: int, extra: dict[int, dict[str, State]]
 ) -> int:
-    """Random access: add batches done early and errors already raised to the leaves.
+    """Random access: add batches done early and errors already raised to the lanes.
 
     Args:
         position: The position.
         at: The moment.
         batches: Batches of all ranks that are done, by the steps of this one.
-        extra: Further entries of each leaf; changed.
+        extra: Further entries of each lane; changed.
 
     Returns:
         Batches of all ranks that are done.
@@ -106,17 +106,17 @@ def _add_done_early(
     elif position.total is not None:
         batches = min(batches, position.total)
     done += sorted(n for n in position.done_early if n >= position.first + at.passed * ranks)
-    by_leaf: dict[int, list[int]] = {}
+    by_lane: dict[int, list[int]] = {}
     for number in done:
-        by_leaf.setdefault(position.leaf_of(number), []).append(number)
-    for leaf, numbers in by_leaf.items():
-        extra.setdefault(leaf, {})["ahead"] = to_ranges(numbers)
+        by_lane.setdefault(position.recording_lane(number), []).append(number)
+    for index, numbers in by_lane.items():
+        extra.setdefault(index, {})["ahead"] = to_ranges(numbers)
     for batch, errors in sorted(at.raised.items(), reverse=True):
-        extra.setdefault(position.leaf_of(batch), {})["told"] = [batch, errors]
+        extra.setdefault(position.recording_lane(batch), {})["told"] = [batch, errors]
     return batches
 
 
-def _leaves(position: Position, at: Snapshot) -> dict[str, str]:
+def _lane_texts(position: Position, at: Snapshot) -> dict[str, str]:
     """All lanes as text.
 
     Of the lanes rendered last time, only those that have changed since are rendered again.
@@ -125,7 +125,7 @@ def _leaves(position: Position, at: Snapshot) -> dict[str, str]:
         before, kept = position.rendered
         first, last = min(before, at.number), max(before, at.number)
         if first == last or (at.log and at.log[0].number <= first + 1):
-            leaves = kept.copy()
+            texts = kept.copy()
             changed = set()
             for entry in reversed(at.log):
                 if entry.number <= first:
@@ -133,18 +133,20 @@ def _leaves(position: Position, at: Snapshot) -> dict[str, str]:
                 if entry.number <= last:
                     changed.add(entry.lane)
             for index in changed if position.own else ():
-                leaves[f"{index:04d}"] = _leaf(position, at.states.get(index), at.counts.get(index))
-            position.rendered = at.number, leaves
-            return leaves.copy()
-    leaves = {
-        f"{index:04d}": _leaf(position, at.states.get(index), at.counts.get(index))
+                texts[f"{index:04d}"] = _lane_text(
+                    position, at.states.get(index), at.counts.get(index)
+                )
+            position.rendered = at.number, texts
+            return texts.copy()
+    texts = {
+        f"{index:04d}": _lane_text(position, at.states.get(index), at.counts.get(index))
         for index in position.own
     }
-    position.rendered = at.number, leaves
-    return leaves.copy()
+    position.rendered = at.number, texts
+    return texts.copy()
 
 
-def _leaf(
+def _lane_text(
     position: Position,
     state: str | None,
     counts: LaneCounts | None,

@@ -40,13 +40,13 @@ from midstream.pipeline.node import Node
 log = logging.getLogger("midstream")
 
 
-class ActiveMark:
-    """Marks the iterator in use. Older iterators hold another mark and refuse ``next()``.
+class IteratorToken:
+    """Marks the iterator in use. Older iterators hold another token and refuse ``next()``.
 
-    Pickles to a mark without an iterator: a copy of a loader has none in use.
+    Pickles to a token without an iterator: a copy of a loader has none in use.
 
     Attributes:
-        iterator: Returns the iterator that holds the mark, or None when it is gone.
+        iterator: Returns the iterator that holds the token, or None when it is gone.
     """
 
     __slots__ = ("iterator",)
@@ -54,8 +54,8 @@ class ActiveMark:
     def __init__(self, iterator: Callable[[], Any] = lambda: None) -> None:
         self.iterator = iterator
 
-    def __reduce__(self) -> tuple[type[ActiveMark], tuple[()]]:
-        return ActiveMark, ()
+    def __reduce__(self) -> tuple[type[IteratorToken], tuple[()]]:
+        return IteratorToken, ()
 
 
 class Run:
@@ -78,8 +78,8 @@ class Run:
         trained: Position and step that an adapter declared as trained, for the next ``iter()``.
         guided: Whether an adapter declares what was trained.
         resumed_at: Epoch, batches and steps of the state that was loaded last.
-        active: The mark of the iterator in use.
-        renewed: The mark of an iterator that has to start new readers at its next batch.
+        active: The token of the iterator in use.
+        must_restart: The token of an iterator that has to start new readers at its next batch.
         skipping: Whether batches are passed over, not handed out.
     """
 
@@ -94,8 +94,8 @@ class Run:
         self.trained: tuple[Position, int] | None = None
         self.guided = False
         self.resumed_at = (0, 0, 0)
-        self.active: ActiveMark | None = None
-        self.renewed: ActiveMark | None = None
+        self.active: IteratorToken | None = None
+        self.must_restart: IteratorToken | None = None
         self.skipping = False
         self._agreement: Agreement | None = None
         self._noticed: set[str] = set()
@@ -154,7 +154,7 @@ class Run:
     def turns(
         self, topology: Topology, start: int, pipeline: RunningPipeline | None = None
     ) -> int | None:
-        """How many batches this rank makes from batch ``start`` on; None if only reading shows."""
+        """How many batches this rank makes from batch ``start`` on; None: unknown before reading."""
         runs = (pipeline or self.running).node
         total = runs.length() if runs.random_access else None
         if total is None:
@@ -212,7 +212,7 @@ class Run:
         """Batches of an epoch on this rank.
 
         Raises:
-            TypeError: If only reading shows, or there is no end.
+            TypeError: If it is unknown before reading, or there is no end.
         """
         topology = self.topology()
         position = self.position
@@ -437,7 +437,7 @@ class Run:
         own = range(topology.rank, run_state.num_lanes, topology.world_size)
         keys = [f"{index:04d}" for index in own]
         merged["lanes"] = {key: merged["lanes"].get(key, "") for key in keys}
-        self.active = self.renewed = self.trained = None
+        self.active = self.must_restart = self.trained = None
         self._wait_with(run_state, merged)
         self.was_loaded = True
         self.resumed_at = (run_state.epoch, run_state.batches, run_state.steps_done)
@@ -461,12 +461,12 @@ class Run:
         if not pipeline.random_access:
             self.warn_once(
                 "adopted",
-                "going on with another pipeline than was saved (saved →"
+                "continuing with another pipeline than was saved (saved →"
                 f" here):{bullet_list(lines)}\nEvery sample still comes exactly once in this"
                 " epoch, but in another order.",
                 stacklevel=6,
             )
-        log.info("going on with another pipeline than was saved:%s", bullet_list(lines))
+        log.info("continuing with another pipeline than was saved:%s", bullet_list(lines))
         return to_state(run_state, merged)
 
     def _wait_with(self, run_state: RunState, merged: dict[str, Any]) -> None:
@@ -508,5 +508,5 @@ class Run:
         self.changes = run_state.changes.lasting
         self._set_pipeline(self.pipeline)
         if not over and self.active is not None:
-            self.active, self.renewed = None, self.active
+            self.active, self.must_restart = None, self.active
         self._wait_with(run_state, merged)

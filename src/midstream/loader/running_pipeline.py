@@ -17,7 +17,7 @@ class RunningPipeline:
     """A pipeline as it runs in one epoch. It knows no loader: no cycle keeps workers alive.
 
     Args:
-        given: The pipeline as the loader was given it.
+        original: The pipeline as the loader was given it.
         changes: The changes of the run.
         epoch: The epoch; -1 for any epoch in which no weights were changed midway.
 
@@ -27,16 +27,16 @@ class RunningPipeline:
         names: The names of its sources.
     """
 
-    def __init__(self, given: Node, changes: Changes = NO_CHANGES, epoch: int = -1) -> None:
-        self.given, self.changes = given, changes
-        self.node = running(given, changes, epoch)
+    def __init__(self, original: Node, changes: Changes = NO_CHANGES, epoch: int = -1) -> None:
+        self.original, self.changes = original, changes
+        self.node = running(original, changes, epoch)
         self.bound = bind(self.node)
         self.names = self.bound.names
 
     @functools.cached_property
     def spec(self) -> str:
-        """The given pipeline as data, encoded: made when a state is first asked for."""
-        return encode(describe.spec(self.given))
+        """The original pipeline as data, encoded: made when a state is first asked for."""
+        return encode(describe.spec(self.original))
 
     @functools.cached_property
     def paths(self) -> Paths:

@@ -107,7 +107,7 @@ class Wait:
         self._finished.clear()
         self._status = status
 
-    def let_go(self, number: int) -> None:
+    def finished(self, number: int) -> None:
         """Note that a worker has sent everything.
 
         Called before the worker is asked to end: torch's ``status`` changes later, in another

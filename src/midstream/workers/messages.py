@@ -24,7 +24,7 @@ from midstream.transport.parcel import Parcel
 
 
 class MessageKind(enum.IntEnum):
-    """What a message carries.
+    """The contents of a message.
 
     BATCH is a batch; ERROR a failed sample, to be raised; FATAL an error that ends the pass;
     NOTHING only counts and states.
@@ -100,7 +100,7 @@ def collate_nothing(made: Turn | Bundle) -> Any:
     return made
 
 
-def pack_message(turn: Turn) -> Parcel:
+def pack_turn(turn: Turn) -> Parcel:
     """Pack the messages of a turn for the main process.
 
     Origins are packed as bytes: the main process keeps them for long, and as an array they would
@@ -124,8 +124,8 @@ def _flat(message: Message) -> tuple[Any, ...]:
     return (int(message.kind), message.payload, origins, *message[3:])
 
 
-def unpack_message(arrived: Any) -> Turn:
-    """The turn that `pack_message` was given, or ``arrived`` itself where it was not packed."""
+def unpack_turn(arrived: Any) -> Turn:
+    """The turn that `pack_turn` was given, or ``arrived`` itself where it was not packed."""
     if not isinstance(arrived, Parcel):
         return arrived  # type: ignore[no-any-return]
     number, lane, flat = arrived.open()

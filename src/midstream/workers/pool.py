@@ -28,21 +28,21 @@ class Readers:
     """The readers of one pass over a loader.
 
     Attributes:
-        messages: Iterates over what the readers send, one turn at a time: see `unpack_message`.
+        turns: Iterates over the turns of the readers: see `unpack_turn`.
         background: The processes or threads that read; None where this process reads by itself.
         workers: The processes by number; empty where no process reads.
     """
 
     def __init__(
-        self, messages: Iter[Any], background: ProcessIterator | ThreadReaders | None = None
+        self, turns: Iter[Any], background: ProcessIterator | ThreadReaders | None = None
     ) -> None:
-        self.messages, self.background = messages, background
+        self.turns, self.background = turns, background
         self.workers = background.workers if background is not None else ()
 
     @property
     def iterator(self) -> Any:
         """The iterator that torch's loader would keep: of the processes or threads, if any."""
-        return self.messages if self.background is None else self.background
+        return self.turns if self.background is None else self.background
 
     @property
     def is_usable(self) -> bool:
@@ -101,8 +101,8 @@ class Pool:
         """Let the living workers read ``epoch`` from its start when they are started next."""
         assert self.runner is not None
         self.runner.epoch = epoch
-        if self.runner.totals is not None:
-            restart_counts(self.runner.totals)
+        if self.runner.bundle_counts is not None:
+            restart_counts(self.runner.bundle_counts)
         self.runner.announce(renewed=False)
 
     def renew(self, loader: Any, runner: Runner) -> None:
@@ -112,7 +112,7 @@ class Pool:
             if loader.persistent_workers:
                 runner.shared = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
             runner.crumbs = new_table(loader.num_workers)
-            runner.totals = new_counts(loader.num_workers, loader.prefetch_factor)
+            runner.bundle_counts = new_counts(loader.num_workers, loader.prefetch_factor)
             runner.arena = self._arena(loader)
         runner.announce(renewed=True)
         self.runner = runner
@@ -182,10 +182,10 @@ def _start(inner: InnerLoader, runner: Runner, most: int) -> Readers:
         runner: What the workers run.
         most: Batches that a worker may send at once.
     """
-    messages = start_processes(inner)
-    background = messages if isinstance(messages, ProcessIterator) else None
-    if runner.totals is not None:
-        messages = Unbundler(
-            messages, inner.num_workers, inner.prefetch_factor, runner.totals, most
+    turns = start_processes(inner)
+    background = turns if isinstance(turns, ProcessIterator) else None
+    if runner.bundle_counts is not None:
+        turns = Unbundler(
+            turns, inner.num_workers, inner.prefetch_factor, runner.bundle_counts, most
         )
-    return Readers(messages, background)
+    return Readers(turns, background)

@@ -73,7 +73,7 @@ class ProcessIterator(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[m
         self.wait.begin(self._workers_status)
 
     def _mark_worker_as_unavailable(self, worker_id: int, shutdown: bool = False) -> None:
-        self.wait.let_go(worker_id)
+        self.wait.finished(worker_id)
         super()._mark_worker_as_unavailable(worker_id, shutdown)
 
     def __del__(self) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from midstream.checkpoint.spec import Paths, short_value
 from midstream.common.plain_state import Fragment, encode
-from midstream.distributed.topology import Topology, first_batch, slots
+from midstream.distributed.topology import Topology, first_batch, lanes_of_worker
 from midstream.errors import CheckpointError, MidstreamError, SourceError
 from midstream.nodes.mix.weight_changes import LaneEdits
 from midstream.pipeline.breadcrumbs import Trail
@@ -42,7 +42,7 @@ from midstream.workers.messages import (
     Plan,
     Turn,
     fatal_message,
-    pack_message,
+    pack_turn,
     source_of,
 )
 
@@ -59,14 +59,14 @@ class Runner(IterableDataset[Any]):
         lanes: Number of lanes of the run.
         epoch: The epoch to read.
         plan: Where to continue in it.
-        next_turns: Batches of this rank in the epochs that follow; None if only reading shows.
+        next_turns: Batches of this rank in the epochs that follow; None: unknown before reading.
 
     Attributes:
         shared: Epoch and generation, int64 of shape [2] in shared memory, where workers live on. A
             plan is for one generation only: a worker that was started with it does not follow it
             again in the next epoch.
         crumbs: The table of `midstream.pipeline.breadcrumbs`, where processes read.
-        totals: The table of `midstream.transport.bundles`, likewise.
+        bundle_counts: See `midstream.transport.bundles.new_counts`, likewise.
         arena: Shared memory for batches, likewise.
         edits: Streams: weights changed during the run, by mix.
     """
@@ -87,7 +87,7 @@ class Runner(IterableDataset[Any]):
         self.shared: torch.Tensor | None = None
         self.crumbs: torch.Tensor | None = None
         self.arena: Arena | None = None
-        self.totals: torch.Tensor | None = None
+        self.bundle_counts: torch.Tensor | None = None
         self.edits: dict[str, list[dict[str, float]]] = {}
         self.paths = paths
         self.frozen = False
@@ -118,8 +118,8 @@ class Runner(IterableDataset[Any]):
                 plan = Plan(0, self.next_turns, {}, {})
         if worker is None:
             return self.read(0, epoch, plan)
-        assert self.totals is not None
-        return Bundler(self.read(worker.id, epoch, plan), pack_message, worker.id, self.totals)
+        assert self.bundle_counts is not None
+        return Bundler(self.read(worker.id, epoch, plan), pack_turn, worker.id, self.bundle_counts)
 
     def read(self, worker: int, epoch: int, plan: Plan) -> Iter[Any]:
         """The turns of reader number ``worker``."""
@@ -216,22 +216,22 @@ class _RandomReader:
             done = cursor.number > before
             if type(sample) is not FailedSample:
                 origins = as_origin_array(origins)
-                batch = Message(BATCH, sample, origins, True, None, self.ledger.take())
+                batch = Message(BATCH, sample, origins, final=True, notes=self.ledger.take())
                 return [*messages, batch]
             failure = sample.errors[0]
             if failure.outcome != "raise":
                 self.ledger.failed(failure, source_of(self.bound, failure))
                 if done:
-                    return [*messages, Message(NOTHING, None, None, True, None, self.ledger.take())]
+                    return [*messages, Message(NOTHING, final=True, notes=self.ledger.take())]
                 continue
             errors += 1
             if errors > raised:
                 # Samples skipped before it are reported with the batch: a resume makes the whole
                 # batch again.
                 report = self.ledger.take() if done else None
-                messages.append(Message(ERROR, failure, None, done, None, report))
+                messages.append(Message(ERROR, failure, final=done, notes=report))
             elif done:
-                messages.append(Message(NOTHING, None, None, True, None, self.ledger.take()))
+                messages.append(Message(NOTHING, final=True, notes=self.ledger.take()))
             if done:
                 return messages
 
@@ -268,14 +268,14 @@ class LaneReader:
         # By number of the node, as text: of hundreds of marks, few move at a time.
         self.marks: dict[str, str] = {}
         self.dealt = 0 if state is None else state.get("dealt", 0)
-        placed = None if state is None else state.get("edits")
+        first_picks = None if state is None else state.get("edits")
         self.lane = Lane(
             index,
             num_lanes,
             1,
             Ledger(tracks=True),
             self.dealt,
-            LaneEdits(edits, placed) if edits else None,
+            LaneEdits(edits, first_picks) if edits else None,
         )
         self.rounds, self.done = 0, False
         self.epoch = epoch if state is None else state["epoch"]
@@ -313,7 +313,7 @@ class LaneReader:
                 if not self.resumed:
                     raise
                 raise CheckpointError(
-                    f"lane {self.index} cannot go on from its state ({type(error).__name__}:"
+                    f"lane {self.index} cannot continue from its state ({type(error).__name__}:"
                     f" {error}). The state is damaged, or the data is not what it was."
                 ) from error
 
@@ -356,13 +356,13 @@ class _StreamReader:
         bound = self.bound = runner.bind(worker)
         self.num_lanes = runner.lanes
         paths, edits = runner.paths, runner.edits
-        self.lanes: list[LaneReader | None] = [
+        self.readers: list[LaneReader | None] = [
             None
             if index < 0
             else LaneReader(
                 bound, paths, index, self.num_lanes, epoch, plan.lanes.get(index), edits
             )
-            for index in slots(runner.topology, self.num_lanes, worker)
+            for index in lanes_of_worker(runner.topology, self.num_lanes, worker)
         ]
         # All lanes of the rank count, not only this worker's: the turns of all workers start in the
         # same round.
@@ -380,41 +380,43 @@ class _StreamReader:
         return self
 
     def __next__(self) -> Turn:
-        if all(lane is None or lane.done for lane in self.lanes):
+        if all(reader is None or reader.done for reader in self.readers):
             raise StopIteration
-        lane = self.lanes[self.slot]
+        reader = self.readers[self.slot]
         round_ = self.round
         self.slot += 1
-        if self.slot == len(self.lanes):
+        if self.slot == len(self.readers):
             self.slot, self.round = 0, round_ + 1
-        if lane is None or lane.done or lane.rounds > round_:
+        if reader is None or reader.done or reader.rounds > round_:
             return -1, -1, []
-        number, messages = lane.rounds * self.num_lanes + lane.index, self._make(lane)
+        number, messages = reader.rounds * self.num_lanes + reader.index, self._make(reader)
         if self.bound.trail is not None:
             self.bound.trail.clear()
-        return number, lane.index, messages
+        return number, reader.index, messages
 
-    def _make(self, lane: LaneReader) -> list[Message]:
+    def _make(self, reader: LaneReader) -> list[Message]:
         """The messages of the lane's next batch."""
         messages: list[Message] = []
-        ledger = lane.lane.ledger
+        ledger = reader.lane.ledger
         while len(messages) < _ERRORS_A_TURN:
             try:
-                sample, origins = lane.next()
+                sample, origins = reader.next()
             except StopIteration:
-                end = Message(NOTHING, None, None, True, lane.state(), ledger.take())
+                end = Message(NOTHING, final=True, state=reader.state(), notes=ledger.take())
                 return [*messages, end]
             except Exception as error:
                 return [*messages, fatal_message(error)]
             if type(sample) is not SampleFailure:
-                lane.rounds += 1
+                reader.rounds += 1
                 origins = as_origin_array(origins)
-                batch = Message(BATCH, sample, origins, True, lane.state(), ledger.take())
+                batch = Message(
+                    BATCH, sample, origins, final=True, state=reader.state(), notes=ledger.take()
+                )
                 return [*messages, batch]
-            messages.append(Message(ERROR, sample, None, False, lane.state(), ledger.take()))
+            messages.append(Message(ERROR, sample, state=reader.state(), notes=ledger.take()))
         # A turn ends after one batch, or the workers would get out of step.
         failure = SourceError(
-            f"{len(messages):,} samples in a row failed in lane {lane.index}; the last:"
+            f"{len(messages):,} samples in a row failed in lane {reader.index}; the last:"
             f" {sample.message}"
         )
         return [*messages, fatal_message(failure)]
