@@ -13,9 +13,9 @@ Ranks do not wait for each other. Each writes its file; the rank that then finds
 ranks writes the marker. A process may be killed at any moment.
 
 The name of a file has the hash of its content, so no file is ever overwritten. It also has the
-lineage of the attempt: where the run was resumed, with how many ranks and lanes, and its pipeline. So a file that a dead
-attempt left is never combined with those of another lineage. Files of the same lineage may be
-combined: they are of the same step of the same run.
+lineage of the attempt: where the run was resumed, with how many ranks and lanes, and its pipeline.
+So a file that a dead attempt left is never combined with those of another lineage. Files of the
+same lineage may be combined: they are of the same step of the same run.
 
 A local file is written under a temporary name, synced and renamed, and its folder is synced. With
 other fsspec file systems an object appears whole or not at all.
