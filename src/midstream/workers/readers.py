@@ -268,14 +268,14 @@ class LaneReader:
         # By number of the node, as text: of hundreds of marks, few move at a time.
         self.marks: dict[str, str] = {}
         self.dealt = 0 if state is None else state.get("dealt", 0)
-        placed = None if state is None else state.get("edits")
+        applied = None if state is None else state.get("edits")
         self.lane = Lane(
             index,
             num_lanes,
             1,
             Ledger(tracks=True),
             self.dealt,
-            LaneEdits(edits, placed) if edits else None,
+            LaneEdits(edits, applied) if edits else None,
         )
         self.rounds, self.done = 0, False
         self.epoch = epoch if state is None else state["epoch"]
