@@ -23,7 +23,7 @@ _FAST_S, _SLOW_S, _LONG_S = 2e-3, 8e-3, 16e-3  # times to read one chunk, in sec
 _CHUNKS_BETWEEN_TRIALS = 64  # after a larger chunk did not pay
 
 _HINT_CHUNKS = 8  # one prefetch hint covers so many chunks,
-_HINT_ROWS = 1 << 16  # and no sample further ahead than this
+_HINT_SAMPLES = 1 << 16  # and no sample further ahead than this
 
 
 def iterate(bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
@@ -166,7 +166,7 @@ class Cursor(Iterator):
         """Give the sources a prefetch hint: they may read on while this chunk is used."""
         after = self.first + self.count
         first = max(after, self.hinted)
-        stop = min(first + _HINT_CHUNKS * self.chunk, after + _HINT_ROWS)
+        stop = min(first + _HINT_CHUNKS * self.chunk, after + _HINT_SAMPLES)
         if first < stop and any(node.wants_hints() for node in self.prefetching):
             self.hinted = stop
             # An error in samples that were not requested yet is raised when they are read.

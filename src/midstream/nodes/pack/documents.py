@@ -179,8 +179,8 @@ class DocumentReader:
         elif self._patience.exhausted_by(1):
             raise SourceError(
                 f"{self.path}: {self._patience.count:,} documents in a row were empty, or dropped"
-                f" for having more than {seq_len:,} tokens, and the input never ends. Try it on a few"
-                " samples"
+                f" for having more than {seq_len:,} tokens, and the input never ends. Try it on a"
+                " few samples"
             )
         return (columns, 0, kept, origins) if kept else None
 
