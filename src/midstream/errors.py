@@ -4,7 +4,7 @@
     ├── SampleError          user code raised on one sample, which is lost; the next one follows
     ├── TooManyErrors        more samples were skipped than ``max_errors`` allows
     ├── SourceError          a source cannot read its next row (a missing file, for instance)
-    ├── WorkerError          a worker process failed, outside of user code for one sample
+    ├── WorkerError          reading cannot continue, for a reason outside one sample
     └── CheckpointError      a state that cannot be loaded into this pipeline
         └── ReplayDiverged   a resume read other data again than before the checkpoint
 
@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 
 
 class Origin(NamedTuple):
-    """Where a sample came from: source, epoch, row and part.
+    """Where a sample came from: source, pass over it, row and part.
 
     Attributes:
         source: Name of the source in the pipeline's tree.
-        epoch: Number of the pass over that source, from 0: outer epochs and passes of every
-            enclosing ``repeat`` are counted together.
+        epoch: Number of the pass over that source, from 0. It equals the epoch of the run where
+            the source is read once in each; passes of every ``repeat`` and of a mix that starts
+            over are counted together with it.
         row: Number of the row in the source.
         part: Number of the output of ``flat_map``, or of the piece cut by ``pack``, from 0; 0 for
             a whole row.
@@ -65,7 +66,8 @@ class SampleError(MidstreamError, RuntimeError):
         node: Path of the node whose code raised.
         origin: Where the sample came from, or None when a whole batch failed in its collate
             function.
-        function: The callable as ``name @ file:line``.
+        function: The user's function as ``name @ file:line``; of a source, what failed: a function
+            or a place in a file.
         error_type: Qualified name of the original exception's type.
         original_message: ``str()`` of the original exception.
         original_traceback: The formatted original traceback.
@@ -88,7 +90,11 @@ class SourceError(MidstreamError, RuntimeError):
 
 
 class WorkerError(MidstreamError, RuntimeError):
-    """A worker process failed, not on one sample; the message contains its traceback."""
+    """Reading cannot continue, for a reason outside one sample.
+
+    Raised for failures of worker processes and threads, and of other ranks. The message contains
+    the traceback where there is one; a process that was killed left none.
+    """
 
 
 class CheckpointError(MidstreamError, ValueError):

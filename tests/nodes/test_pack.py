@@ -650,7 +650,7 @@ def test_wrong_arguments_are_refused_at_construction(options: dict[str, Any], me
 def test_an_endless_input_of_which_nothing_is_left_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("midstream.nodes.pack.documents._GIVE_UP", 100)
+    monkeypatch.setattr("midstream.pipeline.patience.MAX_FRUITLESS", 100)
     for options in ({}, {"mode": "fit"}):
         with pytest.raises(ms.SourceError, match="100 documents in a row"):
             next(iter(source([0, 20]).repeat().pack(SEQ, overflow="drop", **options)))

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import midstream as ms
 import midstream.sources.row_groups
 from midstream.dataset import Dataset
-from midstream.nodes.collate import over_columns
+from midstream.nodes.collate import column_form
 from midstream.pipeline.columns import rows_of_block
 from midstream.pipeline.failures import FailedSample, SampleFailure
 from midstream.pipeline.iterator import Lane
@@ -206,8 +206,8 @@ def test_nodes_that_only_pass_samples_on_make_none() -> None:
 
 @pytest.mark.parametrize("name", ["collate", "pad", "flat", "ragged", "pad to 8", "pad by name"])
 def test_the_ready_collate_functions_work_on_columns(name: str) -> None:
-    assert over_columns(FUNCTIONS[name]) is not None
-    assert over_columns(lambda samples: FUNCTIONS[name](samples)) is None
+    assert column_form(FUNCTIONS[name]) is not None
+    assert column_form(lambda samples: FUNCTIONS[name](samples)) is None
 
 
 def test_sources_of_other_columns_mix_as_samples() -> None:

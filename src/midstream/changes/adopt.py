@@ -21,14 +21,17 @@ from midstream.checkpoint.read import RunState
 from midstream.checkpoint.spec import source_names
 from midstream.checkpoint.weights_history import weights_of
 from midstream.common.plain_state import State, decode
-from midstream.common.randomness import fold, salt
 from midstream.errors import CheckpointError, bullet_list
 from midstream.metrics.tracked import Tracked, decode_tracked, encode_tracked, merge_tracked
-from midstream.nodes.mix.interleave import Interleave, Picks
+from midstream.nodes.map import Map
+from midstream.nodes.mix.interleave import Interleave
+from midstream.nodes.mix.picks import Picks, draws_seed
+from midstream.nodes.track import Track
 from midstream.pipeline import describe
 from midstream.pipeline.node import BoundNode, Node, bind
 
-_ONE_TO_ONE = ("map", "track")
+# Kinds of `Node.one_to_one` nodes that a spec can contain; a spec is data and has no nodes to ask.
+_ONE_TO_ONE = (Map.kind, Track.kind)
 
 
 def adopt(run_state: RunState, pipeline: Node, *, strict: bool) -> list[str]:
@@ -184,7 +187,6 @@ def _rows_of_inputs(
         epoch: The epoch.
     """
     names = list(old["weights"])
-    seed = fold(old["seed"], salt("/".join([mix.label, *sorted(names)])))
     steps = [[0, old["weights"]], *old.get("schedule", [])]
     planned = [
         (border, tuple((name, weights[name]) for name in names)) for border, weights in steps
@@ -194,7 +196,7 @@ def _rows_of_inputs(
     for number, (border, weights) in enumerate(phases):
         end = phases[number + 1][0] if number + 1 < len(phases) else rows
         if border < rows:
-            picks = Picks(dict(weights), fold(seed, number) if number else seed)
+            picks = Picks(dict(weights), draws_seed(old["seed"], mix.label, names, number))
             for name, count in zip(names, picks.counts(min(end, rows) - border).tolist()):
                 counts[name] += count
     lengths = {name: dataset.length() for name, dataset in mix.datasets}

@@ -101,7 +101,7 @@ def with_weights(
                 " losing rows. Call it after the next batch, or in the next epoch."
             )
         done = 0 if run_state.finished else run_state.batches
-        at = _given(bound, target, done, mix)
+        at = _samples_of_mix(bound, target, done, mix)
         length = node.length()
         if length is not None and at >= length > 0:
             at = None  # the mix has no samples left in this epoch
@@ -111,7 +111,7 @@ def with_weights(
     )
 
 
-def _given(bound: BoundNode, target: BoundNode, count: int, mix: str) -> int:
+def _samples_of_mix(bound: BoundNode, target: BoundNode, count: int, mix: str) -> int:
     """How many samples of a mix are among the first ``count`` samples of a node above it."""
     node = bound.node
     length = node.length()
@@ -128,7 +128,7 @@ def _given(bound: BoundNode, target: BoundNode, count: int, mix: str) -> int:
             " the first rows of the mix. Its weights cannot change without losing or repeating"
             f" rows. Put the {node.kind} below the mix (on its datasets)."
         )
-    return _given(child, target, taken, mix)
+    return _samples_of_mix(child, target, taken, mix)
 
 
 def with_loaded_weights(

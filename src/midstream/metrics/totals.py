@@ -136,8 +136,8 @@ _N = TypeVar("_N", bound=NumberTotals)
 
 
 def _normalized(value: int | float) -> int | float:
-    """The same form for all numbers that compare equal: an int if it is whole and below 2**53 (also
-    for -0.0), else a float.
+    """One form for all numbers that compare equal: an int if it is whole and below 2**53 (also for
+    -0.0), else a float.
     """
     if abs(value) >= 1 << 53:
         return float(value)

@@ -118,7 +118,7 @@ _CHANGES_PER_SNAPSHOT = 32
 
 
 class _Snapshot(NamedTuple):
-    """Full totals after a delivery, and the changes of the deliveries after it."""
+    """Full totals after a message, and the changes of the messages after it."""
 
     number: int
     totals: Tracked
@@ -126,16 +126,16 @@ class _Snapshot(NamedTuple):
 
 
 class TotalsHistory:
-    """Totals after each of the last deliveries.
+    """Totals after each of the last messages.
 
-    Storing full totals after every delivery would copy every bucket up to 1,024 times and cost more
+    Storing full totals after every message would copy every bucket up to 1,024 times and cost more
     than the batch. So full totals are stored every 32 changes, and only the changes in between.
 
     Totals that `after` returned never change. If a signal handler reads while a change is in
     progress, it finds the totals from before.
 
     Args:
-        totals: The totals before the first delivery, which has the number 1.
+        totals: The totals before the first message, which has the number 1.
     """
 
     __slots__ = ("_last_answer", "_snapshots")
@@ -145,11 +145,11 @@ class TotalsHistory:
         self._last_answer = 0, totals  # (number, totals) of the last `after`, which starts there
 
     def add(self, number: int, change: Tracked) -> None:
-        """Record the metrics of delivery ``number``. `after` that number counts them."""
+        """Record the metrics of message ``number``. `after` that number counts them."""
         self._snapshots[-1].changes.append((number, change))
 
     def finish(self, number: int, oldest: int) -> None:
-        """Record that delivery ``number`` is complete.
+        """Record that message ``number`` is complete.
 
         Args:
             oldest: `after` will not be called again for numbers below ``oldest - 1``.
@@ -160,7 +160,7 @@ class TotalsHistory:
             del self._snapshots[0]
 
     def after(self, number: int) -> Tracked:
-        """The totals after delivery ``number``."""
+        """The totals after message ``number``."""
         start, totals, changes = next(
             snapshot for snapshot in reversed(self._snapshots) if snapshot.number <= number
         )
@@ -172,7 +172,7 @@ class TotalsHistory:
         return totals
 
     def undo_to(self, number: int) -> None:
-        """Forget all deliveries after ``number``."""
+        """Forget all messages after ``number``."""
         snapshots = [snapshot for snapshot in self._snapshots if snapshot.number <= number]
         start, totals, changes = snapshots[-1]
         kept = [change for change in changes if change[0] <= number]

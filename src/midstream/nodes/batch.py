@@ -10,7 +10,7 @@ import numpy as np
 
 from midstream.common.plain_state import MISSING, State
 from midstream.common.validation import require_callable, require_int
-from midstream.nodes.collate import collate, over_columns
+from midstream.nodes.collate import collate, column_form
 from midstream.pipeline.cursor import iterate
 from midstream.pipeline.failures import (
     FailedSample,
@@ -113,8 +113,8 @@ class Batch(Node):
     ) -> Rows | LazyBatches:
         rows = self._select(bound, positions, keys, passes)[0].rows()
         bounds = [0, *np.cumsum(self._counts(positions)).tolist()]
-        columns, over = rows.columns, over_columns(self.collate_fn or collate)
-        if columns is None or over is None:
+        columns, collate_columns = rows.columns, column_form(self.collate_fn or collate)
+        if columns is None or collate_columns is None:
             samples = rows.samples
             if rows.sizes is not None or any(type(sample) is FailedSample for sample in samples):
                 return self._collate_each(bound, rows, bounds)
@@ -123,7 +123,7 @@ class Batch(Node):
             )
 
         def make(first: int, last: int) -> Any:
-            batch = self._collate(bound, columns[first:last], over)
+            batch = self._collate(bound, columns[first:last], collate_columns)
             if type(batch) is FailedSample:  # the error then is that of a list of samples
                 batch = self._collate(bound, columns[first:last].samples())
             return batch
@@ -155,18 +155,18 @@ class Batch(Node):
         return Rows(samples, np.concatenate(origins), sizes)
 
     def _collate(
-        self, bound: BoundNode, samples: Any, over: Callable[[Any], Any] | None = None
+        self, bound: BoundNode, samples: Any, collate_columns: Callable[[Any], Any] | None = None
     ) -> Any:
         """Return the batch, or a `FailedSample` when it cannot be made.
 
         Args:
             bound: This node.
-            samples: A list of samples, or `Columns` with ``over``.
-            over: Collates `Columns` in place of the collate function.
+            samples: A list of samples, or `Columns` with ``collate_columns``.
+            collate_columns: Collates `Columns` in place of the collate function.
         """
         fn = self.collate_fn or collate
         try:
-            batch = (over or fn)(samples)
+            batch = (collate_columns or fn)(samples)
             if batch is None:
                 raise TypeError("the collate function returned None; it returns the batch")
         except Exception as raised:

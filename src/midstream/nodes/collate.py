@@ -1,7 +1,7 @@
 """Collate functions: `collate` (torch's default), `pad`, `flat` and `ragged`.
 
 Each works on a list of samples and, with the same result, on the `Columns` of a table. From columns
-no sample is made, and the table's values are copied once, into the batch. `over_columns` gives the
+no sample is made, and the table's values are copied once, into the batch. `column_form` gives the
 form of a collate function that takes columns.
 """
 
@@ -21,7 +21,7 @@ from midstream.common.validation import require_int
 from midstream.pipeline.columns import Column, Columns, whole_block
 from midstream.transport.packing import empty, split
 
-__all__ = ["collate", "flat", "over_columns", "pad", "ragged"]
+__all__ = ["collate", "column_form", "flat", "pad", "ragged"]
 
 
 def collate(samples: list[Any]) -> Any:
@@ -521,7 +521,7 @@ def _numbers(column: Column) -> torch.Tensor:
     )
 
 
-_OVER_COLUMNS: dict[Any, Callable[..., Any]] = {
+_COLUMN_FORMS: dict[Any, Callable[..., Any]] = {
     collate: _collate_columns,
     pad: _pad_columns,
     flat: _flat_columns,
@@ -529,7 +529,7 @@ _OVER_COLUMNS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def over_columns(fn: Callable[..., Any]) -> Callable[[Columns], Any] | None:
+def column_form(fn: Callable[..., Any]) -> Callable[[Columns], Any] | None:
     """The form of a collate function that takes `Columns`, or None if ``fn`` has none.
 
     Args:
@@ -541,7 +541,7 @@ def over_columns(fn: Callable[..., Any]) -> Callable[[Columns], Any] | None:
     if isinstance(key, functools.partial) and not key.args and "samples" not in key.keywords:
         key, keywords = key.func, key.keywords
     try:
-        over = _OVER_COLUMNS.get(key)
+        form = _COLUMN_FORMS.get(key)
     except TypeError:  # a callable that cannot be hashed
         return None
-    return functools.partial(over, **keywords) if over is not None and keywords else over
+    return functools.partial(form, **keywords) if form is not None and keywords else form

@@ -43,6 +43,7 @@ class FlatMap(Node):
     fn: Callable[[Any], Iterable[Any]]
     errors: ErrorPolicy = RAISE
     kind = "flat_map"
+    makes_parts = True
     random_access = False
     batch_rows = None
 

@@ -49,6 +49,7 @@ class MapBatched(Node):
     batch_size: int = 1000
     errors: ErrorPolicy = RAISE
     kind = "map_batched"
+    makes_parts = True
     random_access = False
     batch_rows = None
 

@@ -23,9 +23,7 @@ def require_depth(node: Node) -> None:
 
 def _depth(node: Node) -> int:
     """Largest number of nodes that make parts on a path from ``node`` to a source."""
-    return (node.kind in ("flat_map", "map_batched", "pack")) + max(
-        (_depth(child) for child in node.inputs().values()), default=0
-    )
+    return node.makes_parts + max((_depth(child) for child in node.inputs().values()), default=0)
 
 
 def part_origin(origins: Origins, part: int, parts: int) -> Origins:

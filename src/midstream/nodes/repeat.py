@@ -70,7 +70,7 @@ class Repeat(Node):
         """The number of passes."""
         return {"num_epochs": None if self.num_epochs is None else int(self.num_epochs)}
 
-    def passes_over(self, key: str, exact: bool) -> int:
+    def passes_over(self, name: str, exact: bool) -> int:
         """See `Node.passes_over`."""
         return int(self.num_epochs or _ENDLESS)
 

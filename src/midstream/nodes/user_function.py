@@ -32,7 +32,7 @@ RETURNED_NONE = (
 
 @dataclass(frozen=True)
 class ErrorPolicy:
-    """What a node does with samples that its function raises on.
+    """How a node handles samples that its function raises on.
 
     Attributes:
         on_error: ``"raise"``; ``"skip"``: leave the sample out and count it; ``"refill"``: the
@@ -82,7 +82,7 @@ class ErrorPolicy:
                 )
 
     def spec_fields(self) -> dict[str, State]:
-        """What a checkpoint records of it: ``on_error`` where it is not the default."""
+        """The field that a checkpoint records: ``on_error`` where it is not the default."""
         return {"on_error": self.on_error} if self.skips else {}
 
 
@@ -96,7 +96,7 @@ class Call:
     Args:
         bound: The node that calls it.
         fn: The user's function, as errors name it.
-        errors: What becomes of samples it raises on.
+        errors: How samples that it raises on are handled.
         call: Calls the function with (sample, origins).
         label: The function in words; None: its name, file and line.
     """
@@ -141,7 +141,7 @@ class Call:
         return value
 
     def failed(self, error: BaseException, origins: Origins, sample: Any) -> FailedSample:
-        """Return what takes the place of a sample that the function raised on."""
+        """Return the replacement of a sample that the function raised on."""
         if isinstance(error, StopIteration):  # raised again, it would end the stream silently
             error = RuntimeError(f"the function raised StopIteration({error})").with_traceback(
                 error.__traceback__

@@ -1,24 +1,27 @@
-"""What a pipeline is and how one lane of it runs. Import from here to write nodes and sources.
+"""Pipelines: nodes, rows, and the iterators that read one lane. Import from here to write nodes.
 
 A node derives from `Node` and is wrapped as ``midstream.Dataset(MyNode(source.node))``;
 ``notebooks/05_your_own_node.ipynb`` shows how.
 
-The way of a sample, from a row of a parquet file to the training loop:
+The way of a sample, from a row of a parquet file to the training loop (files relative to
+src/midstream; loader/loader.py `_open` starts a pass, workers/pool.py its readers). The calls go
+the other way: a reader asks the cursor, the cursor the last node, each node its input. `BoundNode`
+(pipeline/node.py) connects the nodes.
 
-    sources/parquet.py      reads the row with its row group, as part of `Columns`
-                            (pipeline/columns.py), and numbers its origin
-    pipeline/rows.py        `Rows` carry columns or samples, with origins, from node to node
+    sources/parquet.py      reads rows out of row groups (sources/row_groups.py), numbers origins
+    pipeline/rows.py        `Rows`: samples or columns (pipeline/columns.py), between two nodes
     nodes/map.py            turns columns into dicts and calls the user's function on each
-    nodes/batch.py          cuts rows into batches; nodes/collate.py makes each of them tensors
-    pipeline/cursor.py      requests chunks of positions from the last node with random access
-                            (`Node._rows`, pipeline/node.py), and returns one item at a time;
-                            nodes that only read forward are iterators over it
-                            (pipeline/iterator.py)
-    workers/readers.py      takes one batch per turn, and adds origins, counts and the lane's
-                            state: a `Message` (workers/messages.py)
-    transport/packing.py    pickles it, with large tensors beside the pickle in shared memory: a
-                            `Parcel`, which leaves through torch's queue (workers/processes.py)
-    transport/parcel.py     opens it in the main process; tensors are views of the shared memory
+    nodes/batch.py          cuts rows into `LazyBatches`
+    nodes/collate.py        makes a batch when it is taken (`LazyBatches.item`)
+    pipeline/cursor.py      reads chunks of positions (`BoundNode.lazy_rows`, which calls
+                            `Node._lazy_rows` or `Node._rows`), returns one sample at a time;
+                            streams have their own iterators instead (pipeline/iterator.py)
+    workers/readers.py      a `Message` (workers/messages.py) per batch: origins, counts and, for
+                            streams, the lane's state (random access: the batch number is enough)
+    transport/packing.py    pickles it, large tensors beside it in shared memory: a `Parcel`
+    transport/bundles.py    `Bundler`: parcels to a `Bundle`, for torch's queue
+                            (workers/processes.py); `Unbundler`: back, in the main process
+    transport/parcel.py     opens a parcel; tensors are views of the shared memory
     loader/iterator.py      takes messages in order, records the batch as handed out
                             (loader/position.py), and returns it to the training loop
 """

@@ -15,7 +15,7 @@ from midstream.pipeline.iterator import Iterator, Lane
 from midstream.pipeline.node import BoundNode
 from midstream.pipeline.rows import I64, Item, LazyBatches, Origins, Rows, Stash, num_bytes
 
-_MAX_CHUNK = 512  # rows
+_MAX_CHUNK = 512  # samples
 _CHUNK_BYTES = 8 << 20
 
 _FAST_S, _SLOW_S, _LONG_S = 2e-3, 8e-3, 16e-3  # times to read one chunk, in seconds
@@ -23,7 +23,7 @@ _FAST_S, _SLOW_S, _LONG_S = 2e-3, 8e-3, 16e-3  # times to read one chunk, in sec
 _CHUNKS_BETWEEN_TRIALS = 64  # after a larger chunk did not pay
 
 _HINT_CHUNKS = 8  # one prefetch hint covers so many chunks,
-_HINT_ROWS = 1 << 16  # and no row further ahead than this
+_HINT_SAMPLES = 1 << 16  # and no sample further ahead than this
 
 
 def iterate(bound: BoundNode, lane: Lane, key: int, pass_: int) -> Iterator:
@@ -43,12 +43,13 @@ class Cursor(Iterator):
     Lane l reads the blocks of ``lane.block`` positions whose number is l modulo ``lane.num_lanes``.
     Chunks grow while reading is fast and shrink when it is slow: a cheap pipeline is vectorised and
     an expensive one returns its first sample early. Between the two a larger chunk is tried from
-    time to time, and kept where it makes reading a row faster (a mix of many sources). The size of
-    a chunk changes when rows are read, never which.
+    time to time, and kept where it makes reading a sample faster (a mix of many sources). The size
+    of a chunk changes when samples are read, never which. A sample here is one output of the node:
+    a batch, where the node is ``.batch``.
 
-    State: ``[number, raised, block]``: rows of this lane delivered; errors of the next row that
-        were raised already; block size.
-    Resume: reads nothing again, except the row in progress when part of it failed.
+    State: ``[number, raised, block]``: samples of this lane delivered; errors of the next sample
+        that were raised already; block size.
+    Resume: reads nothing again, except the sample in progress when part of it failed.
     """
 
     def __init__(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:
@@ -62,24 +63,24 @@ class Cursor(Iterator):
         self.items: list[Item] = []
         self.columns_ready: Rows | None = None
         self.lazy_batches: LazyBatches | None = None
-        self.first = 0  # number, in this lane, of the chunk's first row
-        self.count = 0  # rows of the chunk
-        self.taken = 0  # rows of the chunk that were delivered
-        self.raised = 0  # errors of the next row that were raised already
+        self.first = 0  # number, in this lane, of the chunk's first sample
+        self.count = 0  # samples of the chunk
+        self.taken = 0  # samples of the chunk that were delivered
+        self.raised = 0  # errors of the next sample that were raised already
         self.by_column = False
-        # How many rows the next chunk has. A consumer of whole blocks needs one at once.
+        # How many samples the next chunk has. A consumer of whole blocks needs one at once.
         self.chunk = min(lane.block, _MAX_CHUNK)
         self.min_chunk = 1
-        self.cost_before_shrink = 0.0  # seconds a row
-        self.cost_before_trial = 0.0  # seconds a row; 0 when the last chunk was no trial
+        self.cost_before_shrink = 0.0  # seconds a sample
+        self.cost_before_trial = 0.0  # seconds a sample; 0 when the last chunk was no trial
         self.trial_paid = False
         self.chunks_until_trial = 0
-        self.prefetching = [each.node for each in bound.walk() if each.node.reads_ahead]
-        self.hinted = 0  # rows of this lane that prefetch hints have covered
+        self.prefetching = [each.node for each in bound.walk() if each.node.takes_hints]
+        self.hinted = 0  # samples of this lane that prefetch hints have covered
 
     @property
     def number(self) -> int:
-        """Rows of this lane delivered."""
+        """Samples of this lane delivered."""
         return self.first + self.taken
 
     def __next__(self) -> Item:
@@ -130,7 +131,7 @@ class Cursor(Iterator):
         except Exception:
             if len(positions) == 1:
                 raise
-            # Read row by row: what can be read is delivered before the error is raised.
+            # Read one by one: what can be read is delivered before the error is raised.
             self.chunk = 1
             self.cost_before_trial = 0.0
             rows = self._read(positions[:1])
@@ -152,7 +153,7 @@ class Cursor(Iterator):
             self._hint()
 
     def _positions(self, first: int, stop: int) -> I64:
-        """Positions of this lane's rows ``first`` to ``stop - 1``, up to the end of the data."""
+        """Positions of this lane's samples ``first`` to ``stop - 1``, up to the end of the data."""
         numbers = np.arange(first, stop, dtype=np.int64)
         if self.lane.num_lanes > 1 or self.lane.index:
             blocks, inside = np.divmod(numbers, self.block)
@@ -165,10 +166,10 @@ class Cursor(Iterator):
         """Give the sources a prefetch hint: they may read on while this chunk is used."""
         after = self.first + self.count
         first = max(after, self.hinted)
-        stop = min(first + _HINT_CHUNKS * self.chunk, after + _HINT_ROWS)
-        if first < stop and any(node.wants_more() for node in self.prefetching):
+        stop = min(first + _HINT_CHUNKS * self.chunk, after + _HINT_SAMPLES)
+        if first < stop and any(node.wants_hints() for node in self.prefetching):
             self.hinted = stop
-            # An error in rows that nobody has asked for is raised when they are read.
+            # An error in samples that were not requested yet is raised when they are read.
             with contextlib.suppress(Exception):
                 self.bound.hint(self._positions(first, stop), self.keys, self.passes)
 
@@ -176,7 +177,7 @@ class Cursor(Iterator):
         return self.bound.lazy_rows(positions, self.keys, self.passes)
 
     def _items(self, rows: Rows | LazyBatches) -> list[Item]:
-        """The rows as items; empty where they are taken as columns or as lazy batches."""
+        """The samples as items; empty where they are taken as columns or as lazy batches."""
         if isinstance(rows, LazyBatches) or (self.by_column and rows.columns is not None):
             return []
         return rows.items()
@@ -214,8 +215,8 @@ class Cursor(Iterator):
 
         Args:
             elapsed: Seconds that the last chunk took.
-            cost: Seconds that a row of it took.
-            most: The size that it may grow to, in rows.
+            cost: Seconds that a sample of it took.
+            most: The size that it may grow to, in samples.
         """
         if self.cost_before_trial:
             self.trial_paid = cost < 0.75 * self.cost_before_trial
@@ -242,9 +243,9 @@ class Cursor(Iterator):
         self.chunks_until_trial = max(0, self.chunks_until_trial - 1)
 
     def _shrink(self, cost: float) -> None:
-        """Halve the chunk, or undo that where it made a row slower.
+        """Halve the chunk, or undo that where it made a sample slower.
 
-        It does where one row costs as much as its whole row group.
+        That happens where one row costs as much to read as its whole row group.
         """
         if self.cost_before_shrink and cost > 1.5 * self.cost_before_shrink:
             self.chunk = self.min_chunk = min(2 * self.chunk, _MAX_CHUNK)
@@ -269,7 +270,7 @@ class Cursor(Iterator):
 class TrackingCursor(Cursor):
     """A `Cursor` over nodes that track metrics.
 
-    The metrics of a row are counted when the row is delivered, or when it fails.
+    The metrics of a sample are counted when it is delivered, or when it fails.
     """
 
     def __init__(self, bound: BoundNode, lane: Lane, key: int, pass_: int) -> None:

@@ -1,4 +1,4 @@
-"""Failures of single samples: what happened, what is done about it, and how a callable is named."""
+"""Failures of single samples: `SampleFailure`, `FailedSample`, and the names of callables."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from midstream.errors import Origin, SampleError
 from midstream.pipeline.quarantine import Record
 
 OnError = Literal["raise", "skip", "refill"]
-"""What a node does when user code raises on a sample: the argument ``on_error`` of the verbs."""
+"""How a node handles user code that raises on a sample: the argument ``on_error`` of the verbs."""
 
 Outcome = Literal["raise", "skip", "exclude"]
-"""What happens to a failed sample: its error is raised, or it is skipped and counted, or it was
-excluded by `DataLoader.exclude` and is counted as excluded.
+"""How a failed sample ends: its error is raised, or it is skipped and counted, or it was excluded
+by `DataLoader.exclude` and is counted as excluded.
 """
 
 
@@ -81,7 +81,8 @@ class SampleFailure:
     Attributes:
         node: Path of the node.
         origin: Origin of the sample; None when a whole batch failed.
-        function: The callable as ``name @ file:line``.
+        function: The user's function as ``name @ file:line``; of a source, what failed: a function
+            or a place in a file.
         outcome: ``"raise"``: the error is raised from ``next()``. ``"skip"``: the sample is counted
             as failed (``on_error="skip"``). ``"exclude"``: it is counted as excluded.
         limit: ``max_errors`` of the node, or None.
@@ -177,7 +178,7 @@ class SampleFailure:
 class FailedSample:
     """Takes the place of a sample when user code failed on it, or on part of it.
 
-    It flows through the pipeline like a sample, so that no exception crosses a node.
+    It flows through the pipeline like a sample, so that no exception of user code crosses a node.
 
     Attributes:
         errors: The failures, one or more.

@@ -67,7 +67,8 @@ class Iterator:
     """
 
     _loaded: State = None  # a state that the next ``next()`` applies
-    _known: State = None  # the state, cached until ``next()``: most inputs of a wide mix rest
+    # The state, cached until ``next()``: between two states of a mix, most inputs are not read.
+    _known: State = None
 
     def __iter__(self) -> Iterator:
         return self
@@ -143,14 +144,15 @@ _NO_GRID = 1 << 62
 
 
 class SafePoint:
-    """The input of a node that holds samples back, read from a state that is not newer than they are.
+    """An input with a state to go back to, taken before the oldest sample that the node holds.
 
-    The state of the input is the safe point. A resume loads it, then reads again what the node
-    held. There are two ways to choose it:
+    That state is the safe point. A resume loads it and reads the held samples again. There are two
+    ways to choose it:
 
-    - ``every=k``: at input numbers that are multiples of k, because a deep state costs more to take
-      than an input. The state at a position then does not depend on where the run was resumed.
-    - ``every=None``: where the node calls `move`, because nothing is held there.
+    - ``every=k``: at input numbers that are multiples of k, because the state of a long pipeline
+      costs more to take than a sample. The state at a position then does not depend on where the
+      run was resumed.
+    - ``every=None``: where the node calls `move`, because it holds nothing there.
 
     Attributes:
         number: Inputs taken so far.
@@ -169,8 +171,8 @@ class SafePoint:
 
     def next(self) -> Item:
         """Return the next input."""
-        if self.state_at < 0 or (self.number % self.every == 0 and self.state_at != self.number):
-            self.state, self.state_at = self.upstream.snapshot(), self.number
+        if self.state_at < 0 or self.number % self.every == 0:
+            self._choose()
         item = next(self.upstream)
         self.number += 1
         return item
@@ -186,9 +188,14 @@ class SafePoint:
 
     def snapshot(self) -> list[State]:
         """``[number of inputs taken, inputs since the safe point, its state]``."""
-        if self.state_at < 0 or (self.number % self.every == 0 and self.state_at != self.number):
-            self.state, self.state_at = self.upstream.snapshot(), self.number
+        if self.state_at < 0 or self.number % self.every == 0:
+            self._choose()
         return [self.number, self.number - self.state_at, self.state]
+
+    def _choose(self) -> None:
+        """Make the point before the next input the safe point, and take its state."""
+        if self.state_at != self.number:
+            self.state, self.state_at = self.upstream.snapshot(), self.number
 
     def before(self) -> list[State]:
         """The snapshot as it was before the last input."""

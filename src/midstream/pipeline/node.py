@@ -11,8 +11,8 @@ its only input is the field ``source``), ``random_access``, and ``_length`` with
 ``_iterate``.
 
 Samples travel between nodes with their origins. A sample that user code failed on is replaced by a
-`midstream.pipeline.failures.FailedSample`: no exception crosses a node, so no buffer is left half
-filled.
+`midstream.pipeline.failures.FailedSample`: no exception of user code crosses a node, so no buffer
+is left half filled.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class BoundNode:
 
     def hint(self, positions: I64, keys: U64, passes: I64) -> None:
         """Prefetch hint: these positions will probably be read next. Sources may ignore it."""
-        if self.node.reads_ahead:
+        if self.node.takes_hints:
             self.node._hint(positions)
         for part in self.node._select(self, positions, keys, passes) or ():
             part.bound.hint(part.positions, part.keys, part.passes)
@@ -241,9 +241,11 @@ class Node:
     """Whether it gives one sample for each of its only input, in that order."""
     tracks: ClassVar[bool] = False
     """Whether it leaves metrics in `BoundNode.stash`. Such a node has a method ``kinds()``."""
-    reads_ahead: ClassVar[bool] = False
+    makes_parts: ClassVar[bool] = False
+    """Whether its samples are parts of its input's, numbered by `Origin.part`."""
+    takes_hints: ClassVar[bool] = False
     """Whether this is a source that takes prefetch hints: see `_hint`."""
-    may_wait: ClassVar[bool] = False
+    runs_user_iterable: ClassVar[bool] = False
     """Whether this is a source that runs user code, which may wait for something that the training
     loop does first.
     """
@@ -269,7 +271,7 @@ class Node:
         return dataclasses.replace(self, source=inputs[""])  # type: ignore[type-var,call-arg,unused-ignore]
 
     def spec_fields(self) -> dict[str, State]:
-        """What a checkpoint records of this node: plain values by name."""
+        """The fields that a checkpoint records of this node: plain values by name."""
         return {}
 
     @property
@@ -330,17 +332,17 @@ class Node:
         """
         return count if self.one_to_one else None
 
-    def passes_over(self, key: str, exact: bool) -> int:
-        """The most passes over the input ``key`` in one pass over this node, for numbering.
+    def passes_over(self, name: str, exact: bool) -> int:
+        """The most passes over the input ``name`` in one pass over this node, for numbering.
 
         Args:
-            key: Name of the input.
+            name: Name of the input.
             exact: Whether lengths may be looked up; else an upper bound without them.
         """
         return 1
 
     def replay_bound(self) -> str:
-        """What this node itself reads again on a resume, at most, in words; empty for nothing."""
+        """The most that this node itself reads again on a resume, in words; empty for nothing."""
         return ""
 
     def full_lanes(self, num_lanes: int, block: int) -> tuple[int, str]:
@@ -398,7 +400,7 @@ class Node:
         """
         return None
 
-    def wants_more(self) -> bool:
+    def wants_hints(self) -> bool:
         """Whether a prefetch hint is of use now. Asked once per chunk."""
         return False
 

@@ -42,9 +42,9 @@ def require_epochs(root: BoundNode) -> None:
     def most(bound: BoundNode, exact: bool) -> tuple[int, list[str]]:
         """The most passes over any source in one pass over ``bound``, and the nodes that repeat."""
         below: list[tuple[int, list[str]]] = [(1, [])]
-        for key, child in bound.inputs.items():
+        for name, child in bound.inputs.items():
             times, paths = most(child, exact)
-            own = bound.node.passes_over(key, exact)
+            own = bound.node.passes_over(name, exact)
             below.append((times * own, [bound.path, *paths] if own > 1 else paths))
         return max(below, key=lambda found: found[0])
 

@@ -27,7 +27,7 @@ PARTS = 1 << 20
 """Parts of a part are numbered in one integer: ``part * PARTS + number``."""
 
 Item = tuple[Any, Origins]
-"""What an iterator returns: a sample and its origins."""
+"""A sample and its origins, as iterators return them."""
 
 Stash = dict[tuple[int, ...], tuple[int, tuple[Any, ...]]]
 """Tracked metrics of samples that were read, by the first four numbers of a sample's first origin:

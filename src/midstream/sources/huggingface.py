@@ -32,7 +32,7 @@ class IterableSource(Node):
     data: Any
     name: str | None = None
     kind = "from_dataset"
-    may_wait = True
+    runs_user_iterable = True
     random_access = False
     infinite = False  # not known, so assumed to end
 

@@ -63,7 +63,7 @@ class FromIterable(Node):
     num_shards: int = 1
     split: str = "shards"
     kind = "from_iterable"
-    may_wait = True
+    runs_user_iterable = True
     random_access = False
     infinite = False  # not known, so assumed to end
 

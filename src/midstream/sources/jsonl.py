@@ -111,25 +111,19 @@ class JsonSource(Node):
 
     def _found(self) -> list[FoundFile]:
         """The files: listed on first use, then cached, also in pickles."""
-        files: list[FoundFile] | None = self.__dict__.get("_files")
-        if files is None:
-            random_access = self.random_access
-            files = [find_file(file, random_access) for file in list_files(self.paths, "read_json")]
-            self._set("_files", files)
-        return files
+        return self.cached("_files", self._find)
+
+    def _find(self) -> list[FoundFile]:
+        random_access = self.random_access
+        return [find_file(file, random_access) for file in list_files(self.paths, "read_json")]
 
     def _offsets(self) -> list[I64]:
         """The line index of each file. Not pickled: another process finds it on disk."""
-        offsets: list[I64] | None = self.__dict__.get("_row_offsets")
-        if offsets is None:
-            offsets = [
-                load_line_index(found)
-                for found in with_progress_bar(
-                    self._found(), "read_json: finding the rows of files"
-                )
-            ]
-            self._set("_row_offsets", offsets)
-        return offsets
+        return self.cached("_row_offsets", self._load_offsets)
+
+    def _load_offsets(self) -> list[I64]:
+        files = with_progress_bar(self._found(), "read_json: finding the rows of files")
+        return [load_line_index(found) for found in files]
 
     def _length(self) -> int | None:
         return sum(len(offsets) - 1 for offsets in self._offsets())

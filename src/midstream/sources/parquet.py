@@ -108,16 +108,12 @@ class ParquetSource(Node):
     name: str | None = None
     kind = "read_parquet"
     infinite = False
-    reads_ahead = True
-    _kept_slots = (*Node._kept_slots, "_groups")
+    takes_hints = True
+    _kept_slots = (*Node._kept_slots, "_file_index")
 
     def _index(self) -> FileIndex:
         """The files and row groups: read on first use, then cached, also in pickles."""
-        index: FileIndex | None = self.__dict__.get("_groups")
-        if index is None:
-            index = read_file_index(self.paths, self.columns)
-            self._set("_groups", index)
-        return index
+        return self.cached("_file_index", lambda: read_file_index(self.paths, self.columns))
 
     def _length(self) -> int | None:
         return int(self._index().sizes.sum())
@@ -181,8 +177,8 @@ class ParquetSource(Node):
             parts[number] = here, rows
         return Rows.scatter(len(positions), list(parts.values()))
 
-    def wants_more(self) -> bool:
-        """See `Node.wants_more`."""
+    def wants_hints(self) -> bool:
+        """See `Node.wants_hints`."""
         groups: RowGroups = self._handle()
         return groups.store.wants_hints
 

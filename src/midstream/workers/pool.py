@@ -142,7 +142,7 @@ class Pool:
             self.readers = Readers(runner.read(0, runner.epoch, runner.plan))
         else:
             inner = inner_loader(loader, runner)
-            most = 1 if any(each.node.may_wait for each in bound.walk()) else MAX_PARCELS
+            most = 1 if any(each.node.runs_user_iterable for each in bound.walk()) else MAX_PARCELS
             context = inner.multiprocessing_context
             if early and context is not None and starts_slowly(context):
                 return Launch(lambda: _start(inner, runner, most))

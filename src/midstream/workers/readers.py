@@ -139,7 +139,7 @@ class Runner(IterableDataset[Any]):
                 self.generation = int(self.shared[1])
 
     def bind(self, worker: int) -> BoundNode:
-        """The pipeline, bound; in a worker process with the trail that tells what it was reading."""
+        """The pipeline, bound; in a worker process with the trail of what it was reading."""
         bound = bind(self.dataset)
         if self.crumbs is not None:
             trail = Trail(self.crumbs[worker].numpy())
@@ -268,14 +268,14 @@ class LaneReader:
         # By number of the node, as text: of hundreds of marks, few move at a time.
         self.marks: dict[str, str] = {}
         self.dealt = 0 if state is None else state.get("dealt", 0)
-        first_picks = None if state is None else state.get("edits")
+        applied = None if state is None else state.get("edits")
         self.lane = Lane(
             index,
             num_lanes,
             1,
             Ledger(tracks=True),
             self.dealt,
-            LaneEdits(edits, first_picks) if edits else None,
+            LaneEdits(edits, applied) if edits else None,
         )
         self.rounds, self.done = 0, False
         self.epoch = epoch if state is None else state["epoch"]

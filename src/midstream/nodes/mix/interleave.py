@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from midstream.common.plain_state import Fragment, State, copy_plain, encode
-from midstream.common.randomness import fold, pass_key, salt
+from midstream.common.randomness import fold, pass_key
 from midstream.common.validation import require_callable, require_choice, require_int, require_text
 from midstream.nodes.mix.layout import PASSES, Layout
-from midstream.nodes.mix.picks import Picks
+from midstream.nodes.mix.picks import Picks, draws_seed
 from midstream.nodes.mix.weights import Weights, check_weights, quotas
 from midstream.nodes.user_function import RAISE, Call
 from midstream.pipeline.cursor import iterate
@@ -161,41 +161,33 @@ class Interleave(Node):
         return cached[phase, weights]
 
     def draws(self, phase: int) -> int:
-        """The seed of a phase's draws.
-
-        It depends on the names, not on the node's path: the length of a mix must not depend on the
-        tree around it.
-        """
-        names = "/".join([self.label, *sorted(key for key, _ in self.datasets)])
-        seed = fold(self.seed, salt(names))
-        return fold(seed, phase) if phase else seed
+        """See `midstream.nodes.mix.picks.draws_seed`."""
+        return draws_seed(self.seed, self.label, [key for key, _ in self.datasets], phase)
 
     def _length(self) -> int | None:
         return self.layout().length
 
     def layout(self) -> Layout:
         """The closed forms of the mix, computed once."""
-        cached: Layout | None = self.__dict__.get("_layout_made")
-        if cached is None:
-            lengths = [dataset.length() for _, dataset in self.datasets]
-            cached = Layout(
-                [border for border, _ in self.phases],
-                self.picks,
-                [key for key, _ in self.datasets],
-                lengths,
-                self.stopping_strategy,
-                many=self.edited,
-            )
-            self._set("_layout_made", cached)
-        return cached
+        return self.cached("_layout_made", self._make_layout)
 
-    def passes_over(self, key: str, exact: bool) -> int:
+    def _make_layout(self) -> Layout:
+        return Layout(
+            [border for border, _ in self.phases],
+            self.picks,
+            [key for key, _ in self.datasets],
+            [dataset.length() for _, dataset in self.datasets],
+            self.stopping_strategy,
+            many=self.edited,
+        )
+
+    def passes_over(self, name: str, exact: bool) -> int:
         """See `Node.passes_over`: more than one if datasets start over."""
         if self.stopping_strategy != "all_exhausted":
             return 1
         if not exact or not self.random_access:
             return PASSES
-        return self.layout().repeats[list(self.inputs()).index(key)]
+        return self.layout().repeats[list(self.inputs()).index(name)]
 
     def _select(self, bound: BoundNode, positions: I64, keys: U64, passes: I64) -> list[Selection]:
         layout = self.layout()

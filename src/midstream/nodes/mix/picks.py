@@ -7,7 +7,7 @@ picks in a block is its *pattern*. There are 16 patterns; a hash of the block's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,22 @@ from midstream.pipeline.rows import I64
 
 PATTERNS = 16
 """Patterns of a choice sequence; a power of two."""
+
+
+def draws_seed(seed: int, label: str, names: Iterable[str], phase: int) -> int:
+    """The seed of the draws in one phase of a mix.
+
+    It depends on the names, not on the node's path: the length of a mix must not depend on the tree
+    around it.
+
+    Args:
+        seed: The mix's ``seed``.
+        label: The mix's name, or its verb.
+        names: Of the datasets, in any order.
+        phase: Number of the phase; for changed weights -1 minus the number of the change.
+    """
+    seed = fold(seed, salt("/".join([label, *sorted(names)])))
+    return fold(seed, phase) if phase else seed
 
 
 class Picks:

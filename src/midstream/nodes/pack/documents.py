@@ -15,9 +15,8 @@ from midstream.pipeline.cursor import Cursor
 from midstream.pipeline.failures import FailedSample, SampleFailure
 from midstream.pipeline.iterator import Lane
 from midstream.pipeline.node import BoundNode
+from midstream.pipeline.patience import Patience
 from midstream.pipeline.rows import Origins, as_origin_array
-
-_GIVE_UP = 100_000  # documents of which nothing was left, one after the other
 
 
 class DocumentColumn(NamedTuple):
@@ -63,8 +62,7 @@ class DocumentReader:
         self.ids_only = len(self._names) == 1
         self._room = self._seq_len - len(options.separator)
         self._splits = options.overflow == "split"
-        self._endless = endless
-        self._num_empty = 0  # documents in succession of which nothing was left
+        self._patience = Patience(endless)  # counts documents of which nothing was left
 
     def document(self, sample: Any, origins: Origins, number: int) -> Piece | FailedSample | None:
         """Makes the document of one sample.
@@ -89,7 +87,7 @@ class DocumentReader:
                 and ids.dtype.kind in "iu"
                 and 0 < len(ids) <= self._room
             ):
-                self._num_empty = 0
+                self._patience.count = 0
                 if options.separator:
                     ids = np.concatenate((ids, self._separator))
                 return (ids,), 0, len(ids), origins
@@ -116,7 +114,7 @@ class DocumentReader:
                 (SampleFailure(self.path, origin, f"pack({options.key!r})", error),)
             )
         if 0 < size <= seq_len:
-            self._num_empty = 0
+            self._patience.count = 0
             return columns, 0, size, origins
         return self._unusual(columns, size, origins, number)
 
@@ -140,7 +138,7 @@ class DocumentReader:
         usable = int(unusual.argmax()) if unusual.any() else len(lengths)
         if not usable:
             return None
-        self._num_empty = 0
+        self._patience.count = 0
         return DocumentColumn(
             column.values,
             lengths[:usable] + len(self._separator),
@@ -176,12 +174,13 @@ class DocumentReader:
         source = first_source(origins)
         named = {f"{kind}|{self.path}|{source}": count for kind, count in counts.items()}
         self._ledger.count(self.path, self._pass, number, named)
-        self._num_empty = 0 if kept else self._num_empty + 1
-        if self._num_empty >= _GIVE_UP and self._endless:
+        if kept:
+            self._patience.count = 0
+        elif self._patience.exhausted_by(1):
             raise SourceError(
-                f"{self.path}: {self._num_empty:,} documents in a row were empty, or dropped for"
-                f" having more than {seq_len:,} tokens, and the input never ends. Try it on a few"
-                " samples"
+                f"{self.path}: {self._patience.count:,} documents in a row were empty, or dropped"
+                f" for having more than {seq_len:,} tokens, and the input never ends. Try it on a"
+                " few samples"
             )
         return (columns, 0, kept, origins) if kept else None
 

@@ -75,6 +75,7 @@ class Pack(Node):
     source: Node
     options: PackOptions
     kind = "pack"
+    makes_parts = True
 
     def __post_init__(self) -> None:
         require_depth(self)
