@@ -74,6 +74,11 @@ class Dataset(IterableDataset[Any]):
     """
 
     def __init__(self, node: Node) -> None:
+        if not isinstance(node, Node):
+            raise TypeError(
+                f"Dataset wraps a node; found {type(node).__name__}. For data use"
+                " midstream.from_dataset(data)"
+            )
         self.node = node
         self._epoch = 0
         self._warned = False  # of a loader that divides this dataset among ranks wrongly
@@ -721,19 +726,19 @@ def _path(path: str | os.PathLike[str] | None) -> str | None:
 
 
 def node_of(dataset: Any, where: str) -> Node:
-    """The node of a dataset, or the node itself.
+    """The node of a dataset.
 
     Args:
         dataset: What a user passed.
         where: The function it was passed to, for the error.
 
     Raises:
-        TypeError: If it is neither; the error says how to make a dataset.
+        TypeError: If it is none; the error says how to make one.
     """
-    node = dataset.node if isinstance(dataset, Dataset) else dataset
-    if not isinstance(node, Node):
+    if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"{where} takes midstream datasets; found {type(node).__name__}. Wrap data with"
-            " midstream.from_dataset(data), a stream with midstream.from_iterable(make, name=...)."
+            f"{where} takes midstream datasets; found {type(dataset).__name__}. Wrap data with"
+            " midstream.from_dataset(data), a stream with midstream.from_iterable(make, name=...),"
+            " a node of your own with midstream.Dataset(node)."
         )
-    return node
+    return dataset.node

@@ -18,7 +18,7 @@ from midstream.changes.weights import phases_in, with_loaded_weights
 from midstream.checkpoint.changes import AdoptedEpoch, WeightChange
 from midstream.checkpoint.differences import diff_specs
 from midstream.checkpoint.read import RunState
-from midstream.checkpoint.spec import source_names
+from midstream.checkpoint.spec import RAISED, source_names
 from midstream.checkpoint.weights_history import weights_of
 from midstream.common.plain_state import State, decode
 from midstream.errors import CheckpointError, bullet_list
@@ -155,7 +155,7 @@ def _adopt_random(
     run_state.batches, run_state.raised = 0, {}
     for lane in run_state.lanes.values():
         if lane is not None:
-            lane.pop("told", None)
+            lane.pop(RAISED, None)
     return given
 
 

@@ -66,7 +66,7 @@ is always there:
         "edits"                where in the lane weights were changed, if they were
     "crc"                      checksum of the text before it
 
-Random access resumes from "batches"; where samples failed, from "ahead" and "told" too. Streams
+Random access resumes from "batches"; where samples failed, from the two entries above too. Streams
 resume from their lanes.
 
 Some checkpointers keep the numbers outside the lanes of one arbitrary rank only. So each rank

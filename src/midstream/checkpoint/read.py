@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from midstream.checkpoint.changes import Changes, decode_changes, is_count
-from midstream.checkpoint.spec import Paths
+from midstream.checkpoint.spec import DONE_EARLY, RAISED, Paths
 from midstream.common.plain_state import FORMAT, State, decode, digest, unseal
 from midstream.errors import CheckpointError
 from midstream.metrics.tracked import is_tracked_state
@@ -66,13 +66,13 @@ class RunState:
         self.over = self._take_position([lane["at"] for lane in recorded if "at" in lane])
         if self.over:
             for lane in recorded:
-                for name in ("lane", "told", "ahead"):
+                for name in ("lane", RAISED, DONE_EARLY):
                     lane.pop(name, None)
-        self.raised: dict[int, int] = dict(lane["told"] for lane in recorded if "told" in lane)
+        self.raised: dict[int, int] = dict(lane[RAISED] for lane in recorded if RAISED in lane)
         self.done_early: list[int] = sorted(
             number
             for lane in recorded
-            for first, stride, count in lane.get("ahead", ())
+            for first, stride, count in lane.get(DONE_EARLY, ())
             for number in range(first, first + stride * count, stride)
             if number >= self.batches
         )
@@ -251,8 +251,8 @@ _LANE_ENTRIES: dict[str, tuple[bool, Callable[[Any], bool]]] = {
     "tokens": (False, _are_counts),
     "at": (False, lambda position: _are_counts(position, 4)),
     "tracked": (False, is_tracked_state),
-    "told": (False, lambda raised: _are_counts(raised, 2)),
-    "ahead": (False, _are_ranges),
+    RAISED: (False, lambda raised: _are_counts(raised, 2)),
+    DONE_EARLY: (False, _are_ranges),
     "lane": (False, _is_lane_position),
 }
 """The entries of a lane: whether each is required, and the check of its value."""

@@ -16,6 +16,10 @@ from midstream.pipeline.node import unique_labels
 __all__ = ["Paths", "SpecNode", "short_value", "source_names", "walk"]
 
 
+RAISED, DONE_EARLY = "told", "ahead"
+"""Entries of a lane of random access: errors already raised, and batches done before their turn."""
+
+
 class SpecNode(NamedTuple):
     """A node of a pipeline's spec.
 

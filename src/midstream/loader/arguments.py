@@ -128,6 +128,11 @@ def runs_here(dataset: Any, sampler: Any, batch_sampler: Any, generator: Any) ->
     """Whether midstream reads this data. If not, the arguments are passed to torchdata."""
     if isinstance(dataset, Dataset):
         return True
+    if isinstance(dataset, Node):
+        raise TypeError(
+            f"DataLoader takes a dataset; found the node {dataset!r}. Wrap it:"
+            " midstream.Dataset(node)"
+        )
     mapped = (
         hasattr(dataset, "__getitem__")
         and hasattr(dataset, "__len__")

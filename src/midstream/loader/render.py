@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from midstream.checkpoint.spec import DONE_EARLY, RAISED
 from midstream.checkpoint.write import lane_text
 from midstream.common.plain_state import FORMAT, Fragment, State, decode, encode
 from midstream.loader.counts import LaneCounts
@@ -110,9 +111,9 @@ def _add_done_early(
     for number in done:
         by_lane.setdefault(position.recording_lane(number), []).append(number)
     for index, numbers in by_lane.items():
-        extra.setdefault(index, {})["ahead"] = to_ranges(numbers)
+        extra.setdefault(index, {})[DONE_EARLY] = to_ranges(numbers)
     for batch, errors in sorted(at.raised.items(), reverse=True):
-        extra.setdefault(position.recording_lane(batch), {})["told"] = [batch, errors]
+        extra.setdefault(position.recording_lane(batch), {})[RAISED] = [batch, errors]
     return batches
 
 
