@@ -279,3 +279,21 @@ def test_integers_of_numpy_are_integers() -> None:
     assert [batch.tolist() for batch in ds] == [batch.tolist() for batch in plain]
     assert ds == plain
     json.dumps([ds.spec(), ds.state_dict()])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ms.Dataset([1, 2]), "Dataset wraps a node; found list.*from_dataset"),
+        (lambda: ms.Dataset(ms.from_dataset([1])), "Dataset wraps a node; found Dataset"),
+        (lambda: ms.DataLoader(ms.from_dataset([1]).node), r"Wrap it: midstream.Dataset\(node\)"),
+        (
+            lambda: ms.interleave({"a": ms.from_dataset([1]).node}),
+            "found SequenceSource.*wrap|Wrap",
+        ),
+        (lambda: ms.concatenate([[1]]), "concatenate takes midstream datasets; found list"),
+    ],
+)
+def test_what_is_no_dataset_is_refused_with_what_to_do(call: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()

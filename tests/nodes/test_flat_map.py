@@ -48,3 +48,17 @@ def test_a_generator_that_fails_half_way_gives_none_of_its_samples() -> None:
     found = drain(iter(numbers(3).flat_map(parts)))
     assert [x for x in found if not isinstance(x, ms.SampleError)] == [0, 0, 2, -2]
     assert isinstance(found[2], ms.SampleError)
+
+
+@pytest.mark.xfail(strict=True, reason="parts of parts of a short batch collide with parts")
+def test_parts_of_parts_of_a_mixed_batch_have_origins_of_their_own() -> None:
+    """The last batch holds one sample, whose first part takes its origin; see `part_origin`."""
+    parts = {
+        "a": ms.from_dataset(range(30)),
+        "b": ms.from_dataset(range(10_000, 10_019)).flat_map(lambda row: [row, row]),
+    }
+    mix = ms.interleave(parts, {"a": 2, "b": 1}, seed=0, stopping_strategy="all_exhausted")
+    pipeline = mix.batch(3, collate_fn=list).flat_map(lambda batch: batch[:1] * (batch[0] % 4))
+    loader = ms.DataLoader(pipeline, batch_size=1, lanes=1, collate_fn=list)
+    origins = [tuple(origin)[:4] for _ in loader for origin in loader.trace()]
+    assert len(origins) == len(set(origins)) > 0
