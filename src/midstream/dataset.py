@@ -5,6 +5,7 @@ Each verb wraps the node of this dataset in a new node and returns a new `Datase
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import weakref
@@ -73,18 +74,27 @@ class Dataset(IterableDataset[Any]):
     (True, 4)
     """
 
+    node: Node
+
     def __init__(self, node: Node) -> None:
         if not isinstance(node, Node):
             raise TypeError(
                 f"Dataset wraps a node; found {type(node).__name__}. For data use"
                 " midstream.from_dataset(data)"
             )
-        self.node = node
+        self.__dict__["node"] = node
         self._epoch = 0
         self._warned = False  # of a loader that divides this dataset among ranks wrongly
         self._loaded: State = None  # a state for the next iter()
         self._left: State = None  # the last state of an iterator that was deleted
         self._run: Any = None  # weak reference to the iterator in use
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):
+            raise dataclasses.FrozenInstanceError(
+                f"a dataset is immutable, so {name!r} cannot be set: every verb returns a new one"
+            )
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_run": None, "_left": None}

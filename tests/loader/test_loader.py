@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from typing import Any
@@ -645,3 +646,19 @@ def test_the_log_goes_back_more_than_a_thousand_batches_and_says_when_it_ends() 
         assert made.state_at(step) == states[step]
     with pytest.raises(ValueError, match="there are those after batch 1976 to 3000"):
         made.state_at(1975)
+
+
+def test_a_copy_of_a_loader_moves_by_itself() -> None:
+    def make() -> ms.DataLoader:
+        return ms.DataLoader(ms.from_dataset(range(24)), batch_size=4)
+
+    loader = make()
+    batches = iter(loader)
+    next(batches), next(batches)
+    other = copy.copy(loader)
+    assert other.state_dict() == loader.state_dict()
+    other.load_state_dict(make().state_dict())
+    other.world_size, other.rank = 2, 1
+    assert [batch.tolist() for batch in other] == [[4, 5, 6, 7], [12, 13, 14, 15], [20, 21, 22, 23]]
+    assert (loader.state_dict()["steps_done"], len(loader)) == (2, 6)
+    assert next(batches).tolist() == [8, 9, 10, 11]

@@ -297,3 +297,10 @@ def test_integers_of_numpy_are_integers() -> None:
 def test_what_is_no_dataset_is_refused_with_what_to_do(call: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         call()
+
+
+def test_a_dataset_is_immutable() -> None:
+    dataset = ms.from_dataset([1, 2])
+    for name in ("node", "seed"):
+        with pytest.raises(AttributeError, match="every verb returns a new one"):
+            setattr(dataset, name, None)

@@ -12,6 +12,7 @@ loader/trainers.py    hooks that Lightning, Fabric and Accelerate look for
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
@@ -221,6 +222,14 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
         super().__setattr__(name, value)
         if name in Settings._fields and (run := self.__dict__.get("_run")) is not None:
             run.settings = run.settings._replace(**{name: value})
+
+    def __copy__(self) -> DataLoader:
+        """A loader that stands where this one does, and moves by itself from there."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        if self._run is not None:
+            other.__dict__.update(_run=copy.copy(self._run), _pool=copy.copy(self._pool))
+        return other
 
     @property
     def passes_through(self) -> bool:

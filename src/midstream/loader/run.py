@@ -464,7 +464,7 @@ class Run:
                 "continuing with another pipeline than was saved (saved →"
                 f" here):{bullet_list(lines)}\nEvery sample still comes exactly once in this"
                 " epoch, but in another order.",
-                stacklevel=6,
+                stacklevel=5,
             )
         log.info("continuing with another pipeline than was saved:%s", bullet_list(lines))
         return to_state(run_state, merged)
