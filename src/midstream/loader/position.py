@@ -257,7 +257,9 @@ class Position:
         if random_access and message.final:
             passed = self._skip_done((number - self.first) // self.topology.world_size + 1)
         last = last or (self.turns is not None and passed >= self.turns)
-        events = self._events(message, padded, last, passed)
+        events = message.notes.events if message.notes is not None else None
+        if last or padded or message.kind == ERROR:
+            events = self._more_events(events, message, padded, last, passed)
         before = self.counts.get(key)
         after = before or LaneCounts(self.num_sources)
         if skipped and not padded:
@@ -282,7 +284,7 @@ class Position:
         notes = message.notes
         if notes is not None and notes.tracked and not (random_access and (padded or skipped)):
             self.history.add(entry.number, notes.tracked)
-        if random_access:
+        if random_access and (self.raised or message.kind == ERROR):
             self.raised = self._raised_after(number, message)
         self.passed = passed
         self.steps += is_batch
@@ -290,13 +292,15 @@ class Position:
         self.applied = entry.number
         self._trim(entry)
 
-    def _events(
-        self, message: Message, padded: bool, last: bool, passed: int
+    def _more_events(
+        self,
+        events: Mapping[str, int] | None,
+        message: Message,
+        padded: bool,
+        last: bool,
+        passed: int,
     ) -> Mapping[str, int] | None:
-        """The events that a message adds to the counts, beside its batch."""
-        events: Mapping[str, int] | None = None
-        if message.notes is not None:
-            events = message.notes.events
+        """The events of a failure, of a repeat or of the last message of an epoch."""
         if message.kind == ERROR:
             failure = message.payload
             source = source_of(self.pipeline.bound, failure)
@@ -316,7 +320,7 @@ class Position:
         """The errors already raised, by batch, after a message."""
         raised = self.raised
         if message.final:
-            return {key: n for key, n in raised.items() if key != number} if raised else raised
+            return {key: n for key, n in raised.items() if key != number}
         if message.kind == ERROR:
             return {**raised, number: raised.get(number, 0) + 1}
         return raised
