@@ -610,7 +610,7 @@ def test_a_delivery_that_is_interrupted_half_way_is_undone() -> None:
 
             def trace(frame: Any, event: str, arg: Any) -> Any:
                 nonlocal lines
-                if frame.f_code.co_filename.endswith(("position.py", "loader.py")):
+                if frame.f_code.co_filename.endswith(("loader/position.py", "loader/iterator.py")):
                     lines += event == "line"
                     if lines == target:
                         raise MemoryError("interrupted")

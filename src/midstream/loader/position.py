@@ -257,7 +257,9 @@ class Position:
         if random_access and message.final:
             passed = self._skip_done((number - self.first) // self.topology.world_size + 1)
         last = last or (self.turns is not None and passed >= self.turns)
-        events = message.notes.events if message.notes is not None else None
+        events: Mapping[str, int] | None = None
+        if message.notes is not None:
+            events = message.notes.events
         if last or padded or message.kind == ERROR:
             events = self._more_events(events, message, padded, last, passed)
         before = self.counts.get(key)
