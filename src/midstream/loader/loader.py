@@ -620,32 +620,13 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
     def __repr__(self) -> str:
         if self._run is None:
             return f"DataLoader({type(self.dataset).__name__}, by torchdata's StatefulDataLoader)"
-        return f"{self._head()}\n{describe.tree(self._run.pipeline)}"
+        return f"{_head(self)}\n{describe.tree(self._run.pipeline)}"
 
     def _repr_html_(self) -> str | None:
         if self._run is None:
             return None
         tree = Dataset(self._run.pipeline)._repr_html_()
-        return f"<div><div style='{MONO}'>{escape(self._head())}</div>{tree}</div>"
-
-    def _head(self) -> str:
-        """The loader in one line: its arguments and where it stands. Starts and reads nothing."""
-        run = self.run
-        words = [f"batch_size={self.batch_size}", f"num_workers={self.num_workers}"]
-        topology = run.topology()
-        if topology.world_size > 1:
-            words.append(f"rank {topology.rank} of {topology.world_size}")
-        state = run.state_dict()
-        try:
-            length = f" of {len(self):,}"
-        except TypeError:
-            length = ""
-        if not run.pipeline.random_access:
-            words.append(f"{state['num_lanes']} lanes")
-        return (
-            f"DataLoader({', '.join(words)}): epoch {self.epoch}, batch"
-            f" {state['steps_done']:,}{length}"
-        )
+        return f"<div><div style='{MONO}'>{escape(_head(self))}</div>{tree}</div>"
 
     # -- Accelerate ------------------------------------------------------------------------------
 
@@ -689,3 +670,23 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]
                 " anew.",
             )
         return False
+
+
+def _head(loader: DataLoader) -> str:
+    """A loader in one line: its arguments and where it stands. Starts and reads nothing."""
+    run = loader.run
+    words = [f"batch_size={loader.batch_size}", f"num_workers={loader.num_workers}"]
+    topology = run.topology()
+    if topology.world_size > 1:
+        words.append(f"rank {topology.rank} of {topology.world_size}")
+    state = run.state_dict()
+    try:
+        length = f" of {len(loader):,}"
+    except TypeError:
+        length = ""
+    if not run.pipeline.random_access:
+        words.append(f"{state['num_lanes']} lanes")
+    return (
+        f"DataLoader({', '.join(words)}): epoch {loader.epoch}, batch"
+        f" {state['steps_done']:,}{length}"
+    )
