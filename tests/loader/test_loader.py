@@ -617,6 +617,7 @@ def test_a_delivery_that_is_interrupted_half_way_is_undone() -> None:
                     return trace
                 return None
 
+            before = sys.gettrace()
             sys.settrace(trace)
             done = 1
             try:
@@ -627,7 +628,7 @@ def test_a_delivery_that_is_interrupted_half_way_is_undone() -> None:
             except MemoryError:
                 interrupted += 1
             finally:
-                sys.settrace(None)
+                sys.settrace(before)
             if lines < target:
                 break
             if done == 1:

@@ -126,7 +126,7 @@ def batches_of_rank(total: int, start: int, rank: int, world_size: int, remainde
 def lanes_of_worker(topology: Topology, lanes: int, worker: int) -> list[int]:
     """A worker's lanes in the order of its turns; -1 for an empty slot.
 
-    >>> slots(Topology(0, 2, 2), 6, 0), slots(Topology(0, 2, 2), 6, 1)
+    >>> lanes_of_worker(Topology(0, 2, 2), 6, 0), lanes_of_worker(Topology(0, 2, 2), 6, 1)
     ([0, 4], [2, -1])
     """
     mine = range(topology.rank, lanes, topology.world_size)
