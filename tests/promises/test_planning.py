@@ -56,7 +56,10 @@ def test_every_lane_is_in_one_slot_and_workers_are_balanced() -> None:
     lanes = choose_lanes(None, Topology(0, RANKS, WORKERS), None)
     assert lanes % RANKS == 0 and lanes % math.lcm(48, RANKS) == 0 and lanes >= RANKS * WORKERS
     for rank in range(0, RANKS, 997):
-        mine = [lanes_of_worker(Topology(rank, RANKS, WORKERS), lanes, worker) for worker in range(WORKERS)]
+        mine = [
+            lanes_of_worker(Topology(rank, RANKS, WORKERS), lanes, worker)
+            for worker in range(WORKERS)
+        ]
         assert sorted(lane for worker in mine for lane in worker if lane >= 0) == list(
             range(rank, lanes, RANKS)
         )
