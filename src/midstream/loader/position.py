@@ -21,7 +21,8 @@ from midstream.loader.running_pipeline import RunningPipeline
 from midstream.metrics.tracked import TotalsHistory, Tracked, decode_tracked, merge_tracked
 from midstream.pipeline.ledger import add_counts, failed_in
 from midstream.pipeline.rows import I64
-from midstream.workers.messages import BATCH, ERROR, NOTHING, Message, Plan, source_of
+from midstream.pipeline.single_lane import source_of
+from midstream.workers.messages import BATCH, ERROR, NOTHING, Message, Plan
 
 _LOG_MESSAGES = 1024
 _LOG_BYTES = 64 << 20

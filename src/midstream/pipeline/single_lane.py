@@ -20,6 +20,11 @@ from midstream.pipeline.passes import epoch_key
 from midstream.pipeline.rows import Item
 
 
+def source_of(bound: BoundNode, failure: SampleFailure) -> int:
+    """Index of the source a failed sample came from; -1 for a whole batch."""
+    return bound.names.index(failure.origin.source) if failure.origin is not None else -1
+
+
 class LaneOutput:
     """Returns the finished samples of a lane, and the failures to be raised.
 
@@ -59,10 +64,7 @@ class LaneOutput:
             failure = sample.errors[0]
             if failure.outcome == "raise":
                 return failure, origins
-            source = (
-                self.bound.names.index(failure.origin.source) if failure.origin is not None else -1
-            )
-            self.lane.ledger.failed(failure, source)
+            self.lane.ledger.failed(failure, source_of(self.bound, failure))
             if self.skipped is not None:
                 self.skipped()
 

@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from midstream.errors import WorkerError
-from midstream.pipeline.failures import SampleFailure
 from midstream.pipeline.ledger import LaneReport
-from midstream.pipeline.node import BoundNode
 from midstream.pipeline.rows import I64
 from midstream.transport.bundles import Bundle
 from midstream.transport.packing import pack
@@ -77,11 +75,6 @@ class Plan(NamedTuple):
     raised: dict[int, int]
     lanes: dict[int, Any]
     done_early: frozenset[int] = frozenset()
-
-
-def source_of(bound: BoundNode, failure: SampleFailure) -> int:
-    """Index of the source a failed sample came from; -1 for a whole batch."""
-    return bound.names.index(failure.origin.source) if failure.origin is not None else -1
 
 
 def fatal_message(error: Exception) -> Message:

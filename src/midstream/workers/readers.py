@@ -29,7 +29,7 @@ from midstream.pipeline.ledger import Ledger
 from midstream.pipeline.node import BoundNode, Node, bind
 from midstream.pipeline.passes import epoch_key
 from midstream.pipeline.rows import Item, as_origin_array
-from midstream.pipeline.single_lane import LaneOutput
+from midstream.pipeline.single_lane import LaneOutput, source_of
 from midstream.transport.arena import Arena
 from midstream.transport.bundles import Bundler
 from midstream.transport.once import Once
@@ -43,7 +43,6 @@ from midstream.workers.messages import (
     Turn,
     fatal_message,
     pack_turn,
-    source_of,
 )
 
 _ERRORS_A_TURN = 1000
